@@ -1,0 +1,35 @@
+"""fastloss: cross-entropy and accuracy in one pass over the logits.
+
+>>> import torch
+>>> from fastloss import cross_entropy, accuracy
+>>> logits = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3]], requires_grad=True)
+>>> target = torch.tensor([0, 1])
+>>> loss = cross_entropy(logits, target)
+>>> loss.backward()
+>>> accuracy(logits, target)
+tensor(0.5000)
+"""
+
+from . import _layout
+
+_layout.extend(__path__)
+
+from .backend import use_backend  # noqa: E402
+from .functional import (  # noqa: E402
+    LossAndAccuracy,
+    accuracy,
+    cross_entropy,
+    cross_entropy_with_accuracy,
+)
+from .modules import CrossEntropyLoss  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossEntropyLoss",
+    "LossAndAccuracy",
+    "accuracy",
+    "cross_entropy",
+    "cross_entropy_with_accuracy",
+    "use_backend",
+]

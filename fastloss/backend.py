@@ -1,0 +1,129 @@
+"""Which backend serves a tensor, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .contract import Backend
+
+__all__ = ["BACKENDS", "choose", "is_forced", "load", "reason", "use_backend", "validates"]
+
+BACKENDS = ("auto", "triton", "eager")
+
+_forced: ContextVar[str | None] = ContextVar("fastloss_backend", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every call inside the ``with`` block by one backend.
+
+    Args:
+        name: ``"auto"`` (Triton for GPU tensors where Triton can be imported, eager for the rest),
+            ``"triton"`` or ``"eager"``. Outside such a block the environment variable ``FASTLOSS_BACKEND``
+            decides, ``auto`` if it is not set.
+
+    Raises:
+        ValueError: ``name`` is none of the three.
+
+    Example:
+        >>> import fastloss, torch
+        >>> with fastloss.use_backend("eager"):
+        ...     fastloss.cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor(1.3863)
+    """
+    token = _forced.set(_checked(name, "use_backend(name)"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def is_forced() -> bool:
+    """Has the user chosen a backend, by ``use_backend`` or by ``FASTLOSS_BACKEND``?"""
+    return _forced.get() is not None or "FASTLOSS_BACKEND" in os.environ
+
+
+def validates() -> bool:
+    """Does ``FASTLOSS_VALIDATE`` ask that labels be checked on a GPU too (at the price of a host sync)?"""
+    return os.environ.get("FASTLOSS_VALIDATE", "0") not in ("", "0")
+
+
+def choose(tensor: Tensor) -> str:
+    """``"triton"`` or ``"eager"``: the backend that serves ``tensor``.
+
+    Raises:
+        RuntimeError: Triton is asked for and can't serve the tensor.
+        ValueError: ``FASTLOSS_BACKEND`` holds an unknown name.
+    """
+    wanted = _wanted()
+    if wanted == "eager":
+        return "eager"
+    if wanted == "auto":
+        return "triton" if tensor.is_cuda and _triton_version() is not None else "eager"
+    obstacle = _obstacle_to_triton(tensor.device)
+    if obstacle is not None:
+        raise RuntimeError(f"fastloss: backend 'triton' can't serve a tensor on {tensor.device}: {obstacle}")
+    return "triton"
+
+
+def reason(device: torch.device) -> str:
+    """One line: which backend serves tensors on ``device``, and why."""
+    wanted = _wanted()
+    source = "use_backend()" if _forced.get() is not None else "FASTLOSS_BACKEND"
+    if wanted == "eager":
+        return f"eager: {source} asks for it"
+    if wanted == "triton":
+        obstacle = _obstacle_to_triton(device)
+        return f"triton: {source} asks for it" + ("" if obstacle is None else f", but {obstacle}")
+    if device.type != "cuda":
+        return f"eager: Triton's kernels serve GPU tensors, and this is {device.type}"
+    if _triton_version() is None:
+        return "eager: Triton can't be imported (pip install triton)"
+    return f"triton: the tensor is on a GPU and Triton {_triton_version()} is there"
+
+
+@functools.cache
+def load(name: str) -> Backend:
+    """The backend's module. Triton is imported here, at its first use, and nowhere else."""
+    return cast("Backend", importlib.import_module("fastloss.kernels" if name == "triton" else "fastloss.eager"))
+
+
+def _wanted() -> str:
+    return _forced.get() or _checked(os.environ.get("FASTLOSS_BACKEND", "auto"), "FASTLOSS_BACKEND")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"fastloss: {source} is {name!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def _obstacle_to_triton(device: torch.device) -> str | None:
+    if _triton_version() is None:
+        return "Triton can't be imported (pip install triton)"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return "Triton's kernels run on GPUs (for a slow test on a CPU, set TRITON_INTERPRET=1 before starting)"
+    if device.type not in ("cpu", "cuda"):
+        return f"its kernels run on CUDA and ROCm devices, not on {device.type}"
+    return None
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except ImportError:
+        return None

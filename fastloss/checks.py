@@ -1,0 +1,119 @@
+"""What may be passed to the public functions: each check names the argument, what it was and what would fit.
+
+The kinds of error are torch's own for the same mistake.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_index_target", "check_labels", "check_logits", "check_options", "checked_topk"]
+
+_REDUCTIONS = ("none", "mean", "sum")
+_LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
+
+
+def check_logits(input: object) -> None:
+    """A floating-point tensor with a class dimension."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"fastloss: input must be a Tensor of logits, got {type(input).__name__}")
+    if not input.is_floating_point() or input.dtype.itemsize < 2:
+        raise NotImplementedError(
+            f"fastloss: input has dtype {input.dtype}; expected float16, bfloat16, float32 or float64"
+        )
+    if input.dim() == 0:
+        raise RuntimeError(
+            "fastloss: input has no dimensions; expected logits of shape (C,), (N, C) or (N, C, d1, ...)"
+        )
+
+
+def check_options(
+    reduction: object, label_smoothing: float, lse_square_scale: float, softcap: float | None
+) -> None:
+    """The words and numbers that are not tensors."""
+    if reduction not in _REDUCTIONS:
+        raise ValueError(
+            f"fastloss: {reduction!r} is not a valid value for reduction; expected 'none', 'mean' or 'sum'"
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"fastloss: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"fastloss: softcap is {softcap}; expected a positive finite number, or None for no cap")
+    if not abs(lse_square_scale) < float("inf"):
+        raise ValueError(f"fastloss: lse_square_scale is {lse_square_scale}; expected a finite number")
+
+
+def check_index_target(input: Tensor, target: object, weight: object) -> None:
+    """Class indices that fit ``input``, and a class weight that does; looks at no element."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"fastloss: target must be a Tensor of class indices, got {type(target).__name__}")
+    classes = input.shape[0] if input.dim() == 1 else input.shape[1]
+    expected = tuple(input.shape[:1] + input.shape[2:]) if input.dim() > 1 else ()
+    if target.shape == input.shape and target.is_floating_point():
+        raise NotImplementedError(
+            f"fastloss: target of shape {tuple(target.shape)} and dtype {target.dtype} holds class probabilities; "
+            f"expected class indices of shape {expected} (target.argmax(1), if it is one-hot)"
+        )
+    if target.dtype not in _LABEL_DTYPES:
+        raise RuntimeError(
+            f"fastloss: target has dtype {target.dtype}; expected class indices in int64, int32 or uint8"
+        )
+    if tuple(target.shape) != expected and not (input.dim() == 1 and tuple(target.shape) == (1,)):
+        kind = ValueError if target.dim() != len(expected) or target.shape[:1] != input.shape[:1] else RuntimeError
+        raise kind(
+            f"fastloss: target has shape {tuple(target.shape)}; expected {expected} "
+            f"for an input of shape {tuple(input.shape)}"
+        )
+    if target.device != input.device:
+        raise RuntimeError(f"fastloss: target is on {target.device}; expected {input.device}, where input is")
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"fastloss: weight must be a Tensor or None, got {type(weight).__name__}")
+    if tuple(weight.shape) != (classes,):
+        raise RuntimeError(
+            f"fastloss: weight has shape {tuple(weight.shape)}; expected one weight for each class: ({classes},)"
+        )
+    fitting = {input.dtype, torch.float32} if input.dtype.itemsize == 2 else {input.dtype}
+    if weight.dtype not in fitting:
+        raise RuntimeError(f"fastloss: weight has dtype {weight.dtype}; expected {input.dtype}, as input has")
+    if weight.device != input.device:
+        raise RuntimeError(f"fastloss: weight is on {weight.device}; expected {input.device}, where input is")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("fastloss: weight requires grad, and the loss is not differentiable in it; detach it")
+
+
+def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Every label is in [0, classes) or ``ignore_index``. Looks at the labels: on a GPU the host waits."""
+    if target.numel() == 0:
+        return
+    low, high = target.aminmax()
+    if int(low) >= 0 and int(high) < classes:
+        return
+    wide = target.flatten().long()
+    bad = ((wide < 0) | (wide >= classes)) & (wide != ignore_index)
+    rows = bad.nonzero()
+    if rows.numel():
+        row = int(rows[0])
+        place = tuple(int(i) for i in torch.unravel_index(torch.tensor(row), target.shape))
+        where = "" if not place else f"[{', '.join(map(str, place))}]"
+        raise IndexError(
+            f"fastloss: target{where} is {int(wide[row])}, which is out of bounds: "
+            f"expected a class index in [0, {classes}) or ignore_index ({ignore_index})"
+        )
+
+
+def checked_topk(topk: int | Sequence[int]) -> tuple[int, ...]:
+    """The ks of ``topk``, an int or a sequence of ints, each at least 1."""
+    try:
+        ks = (operator.index(topk),) if not isinstance(topk, Sequence) else tuple(map(operator.index, topk))
+    except TypeError:
+        raise TypeError(f"fastloss: topk is {topk!r}; expected an int or a tuple of ints") from None
+    for k in ks:
+        if k < 1:
+            raise ValueError(f"fastloss: topk holds {k}; expected every k to be at least 1")
+    return ks

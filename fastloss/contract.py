@@ -1,0 +1,94 @@
+"""What the two backends, ``fastloss.eager`` and ``fastloss.kernels``, promise to the layers above them.
+
+Both offer the functions of the protocols below, with these signatures and these meanings, and the same tests
+run over both. Neither knows autograd, argument checks or shapes beyond one canonical view:
+
+- ``logits`` is ``(outer, classes, inner)``, with any strides. A *row* is one ``logits[o, :, i]``, and row number
+  ``o * inner + i``. ``(N, C)`` becomes ``(N, C, 1)``; ``(N, C, d1, …)`` becomes ``(N, C, d1·…)``.
+- ``target`` is ``(rows,)``, contiguous, int64 / int32 / uint8.
+- A result "a row" is ``(rows,)``; reduced, it is ``()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Backend", "Forward", "LossOptions", "compute_dtype"]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The numbers and words of one loss call, checked."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    lse_square_scale: float = 0.0
+    softcap: float | None = None
+    topk: tuple[int, ...] = ()  # the accuracies to compute in the same pass; empty: none
+
+
+class Forward(NamedTuple):
+    """What a forward pass gives."""
+
+    loss: Tensor  # () or (rows,), in the dtype that was asked for
+    accuracy: tuple[Tensor, ...]  # one () or (rows,) float32 for each k of options.topk
+    gradient: Tensor | None  # d(loss)/d(logits) at an upstream gradient of 1, laid out as logits
+    saved: tuple[Tensor, ...]  # what this backend's `cross_entropy_backward` wants back
+    lse: Tensor | None  # (rows,): each row's log-sum-exp; given with a gradient if lse_square_scale != 0
+    scale: Tensor | None  # (): 1 / (sum of the counted rows' weights); given with a gradient for "mean"
+
+
+class Backend(Protocol):
+    """The functions that a backend offers."""
+
+    def cross_entropy_forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        *,
+        loss_dtype: torch.dtype,
+        gradient: bool,
+        inplace: bool,
+    ) -> Forward:
+        """Loss, accuracies and, if ``gradient``, the gradient (over the logits themselves if ``inplace``).
+
+        ``gradient`` asks for a reduced loss. Without it ``saved`` is filled for ``cross_entropy_backward``.
+        """
+        ...
+
+    def cross_entropy_backward(
+        self,
+        upstream: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        saved: Sequence[Tensor],
+        *,
+        inplace: bool,
+    ) -> Tensor:
+        """The gradient from the logits; ``upstream`` is ``()``, or ``(rows,)`` for reduction "none"."""
+        ...
+
+    def rescale(self, gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
+        """``gradient * factor``, ``factor`` a scalar on the device; in place it costs nothing where that is 1."""
+        ...
+
+    def accuracy(
+        self, logits: Tensor, target: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str
+    ) -> tuple[Tensor, ...]:
+        """For each k: the share (mean), number (sum) or 0 / 1 a row (none) of rows right at k, float32."""
+        ...
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and exponentials are computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,296 @@
+"""The public functions: arguments → checks → the canonical view → autograd → a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction as legacy
+
+from . import backend, checks, composite
+from .autograd import as_rows, fused_cross_entropy
+from .contract import LossOptions
+
+__all__ = ["LossAndAccuracy", "accuracy", "cross_entropy", "cross_entropy_with_accuracy"]
+
+# Logits of at most this many elements go to torch's own operator on a CPU, where a fused pass saves less than
+# its Python costs (`python -m benchmarks.cpu --crossover` prints both).
+SMALL_ON_CPU = 16384
+
+_FUSED_TYPES = (Tensor, torch.nn.Parameter)
+
+
+class LossAndAccuracy(NamedTuple):
+    """The result of :func:`cross_entropy_with_accuracy`."""
+
+    loss: Tensor
+    accuracy: Tensor | tuple[Tensor, ...]
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    from_logits: bool = True,
+    inplace: bool = False,
+) -> Tensor:
+    r"""Cross-entropy of logits and class indices, with its gradient from the same pass over the logits.
+
+    Takes the place of :func:`torch.nn.functional.cross_entropy`: everything before the ``*`` is that function's,
+    argument for argument and meaning for meaning. With z the logits, y a row's label, w the class weights, W = Σ w,
+    ε the label smoothing over C classes and λ = ``lse_square_scale``, a row's loss is
+
+        w_y (1−ε) (lse(z) − z_y)  +  w_y λ lse(z)²  +  ε/C (W lse(z) − Σ_c w_c z_c)
+
+    and "mean" divides their sum by the sum of w_y over the rows that are not ignored.
+
+    Args:
+        input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, …)``; float16, bfloat16, float32 or float64; any strides.
+        target: class indices in [0, C), or ``ignore_index``; ``()``, ``(N,)`` or ``(N, d1, …)``; int64, int32 or
+            uint8.
+        weight: a weight for each class, ``(C,)``, in ``input``'s dtype (or float32 beside 16-bit logits).
+        size_average, reduce: torch's deprecated forms of ``reduction``.
+        ignore_index: a label whose rows count neither in the loss nor in its mean, and whose gradient is 0.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: ε, in [0, 1] (Szegedy et al. 2016, arXiv:1512.00567).
+        lse_square_scale: λ of the z-loss λ · lse², weighted as the row is (PaLM, arXiv:2204.02311, §5).
+        softcap: z = softcap · tanh(input / softcap) (Gemma 2, arXiv:2408.00118, §2).
+        from_logits: ``input`` is logits; the only form there is so far.
+        inplace: write the gradient over ``input``, which then no longer holds the logits: saves the gradient's
+            memory. autograd raises its own error where the overwritten values are still needed.
+
+    Returns:
+        The loss, ``()``, or of ``target``'s shape for "none"; in ``input``'s dtype (float32 for 16-bit logits under
+        autocast, as torch has it). No row counted: NaN for "mean", 0 for "sum".
+
+    Raises:
+        TypeError, ValueError, RuntimeError: arguments that don't fit, as torch raises them.
+        IndexError: a label out of bounds, on a CPU. On a GPU the row's loss is NaN instead, since a look would
+            make the host wait; ``FASTLOSS_VALIDATE=1`` in the environment raises there too.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3]], requires_grad=True)
+        >>> loss = cross_entropy(logits, torch.tensor([0, 1]))
+        >>> loss
+        tensor(0.6717, grad_fn=<NllLossBackward0>)
+        >>> loss.backward()
+        >>> logits.grad
+        tensor([[-0.1072,  0.0877,  0.0196],
+                [ 0.1503, -0.3339,  0.1836]])
+    """
+    if size_average is not None or reduce is not None:
+        reduction = legacy.legacy_get_string(size_average, reduce)
+    plain = lse_square_scale == 0.0 and softcap is None and from_logits is True
+    if plain and _is_small(input, target, weight, inplace) and 0.0 <= label_smoothing <= 1.0:
+        try:
+            return F.cross_entropy(
+                input,
+                target,
+                weight,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+            )
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            # Say the same in this package's words, if they have any for it.
+            checks.check_options(reduction, label_smoothing, 0.0, None)
+            _check_tensors(input, target, weight, ignore_index, from_logits)
+            raise
+    options = LossOptions(ignore_index, label_smoothing, reduction, lse_square_scale, softcap)
+    return _loss_and_accuracy(input, target, weight, options, from_logits, inplace)[0]
+
+
+def cross_entropy_with_accuracy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    topk: int | Sequence[int] = 1,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    from_logits: bool = True,
+    inplace: bool = False,
+) -> LossAndAccuracy:
+    """:func:`cross_entropy` and :func:`accuracy` from one pass over the logits.
+
+    Takes the arguments of the two; ``reduction`` is that of both. Class weights, smoothing and softcap do not touch
+    the accuracy.
+
+    Returns:
+        ``(loss, accuracy)``, a NamedTuple, each as its own function returns it.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3]])
+        >>> loss, (top1, top2) = cross_entropy_with_accuracy(logits, torch.tensor([0, 1]), topk=(1, 2))
+        >>> loss, top1, top2
+        (tensor(0.6717), tensor(0.5000), tensor(1.))
+    """
+    if size_average is not None or reduce is not None:
+        reduction = legacy.legacy_get_string(size_average, reduce)
+    ks = checks.checked_topk(topk)
+    options = LossOptions(ignore_index, label_smoothing, reduction, lse_square_scale, softcap, ks)
+    loss, values = _loss_and_accuracy(input, target, weight, options, from_logits, inplace)
+    return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
+
+
+@torch.no_grad()
+def accuracy(
+    input: Tensor,
+    target: Tensor,
+    topk: int | Sequence[int] = 1,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Any:
+    """The share of rows whose label is among the k highest scores; every k from one pass over ``input``.
+
+    A row is right at k if fewer than k classes stand before its label, and a class stands before it if its score is
+    greater, or equal at a lower index. NaN counts as the greatest value, as in :func:`torch.argmax`.
+
+    Args:
+        input: scores, logits or probabilities alike: ``(C,)``, ``(N, C)`` or ``(N, C, d1, …)``, floating point.
+        target: class indices ``()``, ``(N,)`` or ``(N, d1, …)`` in int64, int32 or uint8; or one-hot rows or class
+            probabilities of ``input``'s shape, whose argmax is the label.
+        topk: an int, or a tuple of ints; each at least 1. A k of C or more is always right.
+        ignore_index: a label whose rows count neither as right nor in the total.
+        reduction: ``"mean"``: the share in [0, 1]; ``"sum"``: the number; ``"none"``: 1 or 0 for each row (0 where
+            it is ignored), of the labels' shape.
+
+    Returns:
+        A float32 tensor for an int ``topk``, a tuple of them for a tuple. No row counted: NaN for "mean".
+
+    Raises:
+        TypeError, ValueError, RuntimeError: arguments that don't fit.
+        IndexError: a label out of bounds, on a CPU; on a GPU the result is NaN.
+
+    Example:
+        >>> scores = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
+        >>> accuracy(scores, torch.tensor([0, 1]))
+        tensor(0.5000)
+        >>> accuracy(scores, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), topk=(1, 2))
+        (tensor(0.5000), tensor(1.))
+    """
+    checks.check_logits(input)
+    checks.check_options(reduction, 0.0, 0.0, None)
+    ks = checks.checked_topk(topk)
+    if isinstance(target, Tensor) and target.shape == input.shape and (input.dim() > 1 or input.shape[0] > 1):
+        target = _labels_of(target)
+        ignore_index = -1  # argmax gives none to ignore
+    checks.check_index_target(input, target, None)
+    values = _accuracy(input, target, ks, ignore_index, reduction)
+    return values if isinstance(topk, Sequence) else values[0]
+
+
+def _is_small(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) -> bool:
+    """Does torch's own operator serve these best: a tiny input on a CPU, with a target that it takes?"""
+    return (
+        type(input) in _FUSED_TYPES
+        and type(target) is Tensor
+        and input.is_cpu
+        and input.numel() <= SMALL_ON_CPU
+        and (target.dtype is torch.int64 or target.dtype is torch.uint8)
+        and not inplace
+        and not backend.is_forced()
+    )
+
+
+def _check_tensors(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, from_logits: bool
+) -> None:
+    """Everything about the tensors of a loss, the labels themselves where a look is free or asked for."""
+    checks.check_logits(input)
+    if not from_logits:
+        raise NotImplementedError(
+            "fastloss: from_logits=False (probabilities as input) is not served; pass logits, or log-probabilities"
+        )
+    checks.check_index_target(input, target, weight)
+    if target.is_cpu or backend.validates():
+        checks.check_labels(target, input.shape[min(1, input.dim() - 1)], ignore_index)
+
+
+def _loss_and_accuracy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    from_logits: bool,
+    inplace: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    checks.check_options(
+        options.reduction, options.label_smoothing, options.lse_square_scale, options.softcap
+    )
+    if _is_traced(input, target):
+        checks.check_logits(input)
+        checks.check_index_target(input, target, weight)
+        values = composite.accuracy(input.detach(), target, options) if options.topk else ()
+        return composite.cross_entropy(input, target, weight, options), values
+    _check_tensors(input, target, weight, options.ignore_index, from_logits)
+    half = input.dtype.itemsize == 2
+    loss_dtype = torch.float32 if half and torch.is_autocast_enabled(input.device.type) else input.dtype
+    if inplace and torch._debug_has_internal_overlap(input) == 1:
+        raise RuntimeError(
+            f"fastloss: inplace=True needs an input whose elements have memory of their own; "
+            f"got strides {input.stride()} for shape {tuple(input.shape)} (an expanded tensor: clone it)"
+        )
+    if input.numel() == 0:
+        values = composite.accuracy(input.detach(), target, options) if options.topk else ()
+        return composite.cross_entropy(input, target, weight, options).to(loss_dtype), values
+    loss, values = fused_cross_entropy(
+        input,
+        target.reshape(-1),
+        weight,
+        options,
+        backend.load(backend.choose(input)),
+        loss_dtype,
+        inplace,
+    )
+    if options.reduction == "none":
+        return loss.view(target.shape), tuple(value.view(target.shape) for value in values)
+    return loss, values
+
+
+def _accuracy(
+    input: Tensor, target: Tensor, ks: tuple[int, ...], ignore_index: int, reduction: str
+) -> tuple[Tensor, ...]:
+    if not ks:
+        return ()
+    options = LossOptions(ignore_index=ignore_index, reduction=reduction, topk=ks)
+    if _is_traced(input, target):
+        return composite.accuracy(input, target, options)
+    if target.is_cpu or backend.validates():
+        checks.check_labels(target, input.shape[min(1, input.dim() - 1)], ignore_index)
+    if input.numel() == 0:
+        return composite.accuracy(input, target, options)
+    served = backend.load(backend.choose(input))
+    values = served.accuracy(as_rows(input), target.reshape(-1), ks, ignore_index, reduction)
+    return tuple(v.view(target.shape) for v in values) if reduction == "none" else values
+
+
+def _labels_of(target: Tensor) -> Tensor:
+    """The labels of one-hot rows or class probabilities: their argmax, the lower index where two are equal."""
+    return (target.to(torch.uint8) if target.dtype == torch.bool else target).argmax(min(1, target.dim() - 1))
+
+
+def _is_traced(input: Tensor, target: Tensor) -> bool:
+    """Must every step be a torch op: a function transform, a compiler's trace, a tensor subclass?"""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+        return False
+    return type(input) not in _FUSED_TYPES or type(target) is not Tensor or input.is_meta
