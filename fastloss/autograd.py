@@ -175,7 +175,7 @@ def _second(
     slope = 2 * options.lse_square_scale * row_weight  # a
     level = hit + spread * w.sum()  # A
     if lse is not None:
-        level = level + slope * lse.view(shape)
+        level = level + slope * lse.view(shape).to(dtype)
     b = (spread * w.view(1, -1, 1)).scatter_add(1, label, hit)
     if scale is None:
         scale = torch.ones((), dtype=dtype, device=g.device)
@@ -188,7 +188,7 @@ def _second(
         mean = (p * v).sum(1, keepdim=True)
         result = result + scale * p * (level * (v - mean) + slope * mean)
     if of_lse is not None:
-        result = result + p * of_lse.view(shape)
+        result = result + p * of_lse.view(shape).to(dtype)
     return result.view(gradient.shape).to(gradient.dtype)
 
 

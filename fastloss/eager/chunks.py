@@ -12,9 +12,9 @@ from ..contract import compute_dtype
 
 __all__ = ["Chunk", "Scratch", "chunks"]
 
-# Bytes that one chunk takes in the dtype of the arithmetic, for each thread: about one core's L2 cache. Measured
-# on a 2-core AMD EPYC (1 MB of L2 a core): 1 to 2 MB a core is best, 0.5 is 1.3 × and 8 is 1.2 × slower.
-BYTES_PER_THREAD = 1 << 20
+# Bytes that one chunk takes in the dtype of the arithmetic, for each thread: near one core's share of the caches.
+# Smaller, and the cost of starting each operation shows; larger, and the passes over a chunk leave the cache.
+BYTES_PER_THREAD = 1 << 21
 
 
 class Chunk(NamedTuple):

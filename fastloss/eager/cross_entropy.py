@@ -17,6 +17,7 @@ Besides the gradient no buffer grows with N·V.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from .accuracy import TargetRanks, inside_label, reduce_accuracy
 from .chunks import Chunk, Scratch, chunks
 
 __all__ = ["cross_entropy_backward", "cross_entropy_forward", "rescale"]
+
+_LOG2_E = 1.4426950408889634
 
 
 def cross_entropy_forward(
@@ -96,13 +99,16 @@ def rescale(gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
 
 
 class _Rows:
-    """What is known of each row before its logits are read; a value a row is ``(outer, 1, inner)``."""
+    """What is known of each row before its logits are read; a value a row is ``(outer, 1, inner)``.
+
+    Rows are few beside logits: their numbers are float64 where the device has it, and rounded once, at the end.
+    """
 
     def __init__(self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
         outer, classes, inner = logits.shape
         eps = options.label_smoothing
         self.options = options
-        self.dtype = compute_dtype(logits.dtype)
+        self.dtype = torch.float32 if logits.device.type == "mps" else torch.float64
         self.shape = (outer, 1, inner)
         target = target.view(self.shape).long()
         self.counted = target != options.ignore_index
@@ -110,19 +116,28 @@ class _Rows:
         self.class_weight = None if weight is None else weight.to(self.dtype)  # w
         if self.class_weight is None:
             self.weight = self.counted.to(self.dtype)  # w_y, 0 in an ignored row
-            self.total = logits.new_full((), classes, dtype=self.dtype)  # W
+            self.total_weight = logits.new_full((), classes, dtype=self.dtype)  # W
         else:
             self.weight = self.class_weight[self.label] * self.counted
-            self.total = self.class_weight.sum()
+            self.total_weight = self.class_weight.sum()
         if self.invalid is not None:
             self.weight = self.weight.masked_fill(self.invalid, float("nan"))
         self.hit = self.weight * (1 - eps)  # w_y (1−ε)
         self.spread = self.counted.to(self.dtype) * (eps / classes) if eps else None  # ε/C
-        self.ignores = not _never(~self.counted)
+        self.any_ignored = not _never(~self.counted)
 
     def mean_scale(self) -> Tensor:
         """1 / (the sum of the counted rows' weights): infinite where no row counts, as 0 / 0 must be NaN."""
         return self.weight.sum().reciprocal()
+
+    def loss(self, nll: Tensor, lse: Tensor, weighted_sum: Tensor | None) -> Tensor:
+        """Each row's loss, from lse − z_y, lse and Σ_c w_c z_c."""
+        loss = self.hit * nll
+        if self.options.lse_square_scale:
+            loss += self.options.lse_square_scale * self.weight * lse.square()
+        if self.spread is not None and weighted_sum is not None:
+            loss += self.spread * (self.total_weight * lse - weighted_sum)
+        return loss.masked_fill_(~self.counted, 0)
 
 
 def _sweep(
@@ -132,120 +147,177 @@ def _sweep(
 
     ``scale`` is None (for 1), a scalar, or a value a row. ``gradient`` may be ``logits`` itself.
     """
-    options, dtype = rows.options, rows.dtype
-    nll = logits.new_empty(rows.shape, dtype=dtype)  # lse − z_y
-    lse = torch.empty_like(nll)
-    weighted_sum = torch.empty_like(nll) if rows.spread is not None else None  # Σ_c w_c z_c
+    cap, dtype = rows.options.softcap, compute_dtype(logits.dtype)
+    sums = _RowSums(logits, rows)
+    slopes = None if gradient is None else _Slopes(rows, scale)
     wide, scratch = Scratch(dtype, logits.device), Scratch(dtype, logits.device)
-    p_is_gradient = gradient is not None and gradient is not logits and logits.dtype == dtype
+    writes_p = gradient is not None and gradient is not logits and logits.dtype == dtype
+    # The rows whose p_y underflows are looked at once, after the loop, unless the loop needs their lse or
+    # overwrites their logits.
+    looks_early = gradient is logits or (gradient is not None and rows.options.lse_square_scale != 0)
 
     for chunk in chunks(logits.shape, logits.dtype):
-        x, label = chunk.of(logits), chunk.of_rows(rows.label)
-        z = _logits_of(x, dtype, options.softcap, wide)
+        x = chunk.of(logits)
+        z = x if x.dtype == dtype else wide.like(x).copy_(x)
         if ranks is not None:
-            ranks.visit(chunk, x, widened=None if options.softcap is not None else z)
-        if weighted_sum is not None:
-            chunk.of_rows(weighted_sum).copy_(_weighted_sum(z, rows.class_weight))
-
-        if p_is_gradient:
+            ranks.visit(chunk, x, widened=z)
+        p = z
+        if gradient is not None and writes_p:
             p = chunk.of(gradient)
-        elif z is x or options.softcap is not None:
-            p = scratch.like(z)  # z is the caller's, or still needed for the softcap's derivative
+        elif z is x or cap is not None:
+            p = scratch.like(z)  # z is the caller's, or needed again
+        tanh = None
+        if cap is not None:
+            tanh = torch.div(z, cap, out=wide.like(x)).tanh_()
+            z = torch.mul(tanh, cap, out=p)
+        sums.visit_logits(chunk, z)
+        if logits.dtype != dtype and cap is None and logits.device.type == "cpu":
+            # 16-bit logits resolve less than what a maximum subtracted first would save; exp2 is torch's fastest.
+            sums.visit_softmax(chunk, z.mul_(_LOG2_E).exp2_())
+            if not sums.all_in_range(chunk):
+                _softmax(z.copy_(x), out=p)
+                sums.visit_softmax(chunk, p)
         else:
-            p = z
-        label_nll, label_lse, p_y, q_y = _softmax_(x, z, p, label, options.softcap)
-        chunk.of_rows(nll).copy_(label_nll)
-        chunk.of_rows(lse).copy_(label_lse)
-
-        if gradient is not None:
-            row_scale = chunk.of_rows(scale) if scale is not None and scale.dim() else scale
-            _softmax_to_gradient_(p, label, p_y, q_y, label_lse, rows, chunk, row_scale)
-            if options.softcap is not None:
-                p.mul_(z.mul_(1 / options.softcap).square_().neg_().add_(1))  # ∂z/∂x = 1 − (z / cap)²
-            if rows.ignores:
+            _softmax(z, out=p)
+            sums.visit_softmax(chunk, p)
+        if looks_early:
+            sums.look_for_underflow(chunk)
+        if gradient is not None and slopes is not None:
+            slopes.gradient_(chunk, p, sums)
+            if tanh is not None:
+                p.mul_(tanh.square_().neg_().add_(1))  # ∂z/∂x
+            if rows.any_ignored:
                 p.masked_fill_(~chunk.of_rows(rows.counted), 0)  # whatever stands in an ignored row
-            if not p_is_gradient:
+            if not writes_p:
                 chunk.of(gradient).copy_(p)
 
-    loss = rows.hit * nll
-    if options.lse_square_scale:
-        loss += options.lse_square_scale * rows.weight * lse.square()
-    if rows.spread is not None and weighted_sum is not None:
-        loss += rows.spread * (rows.total * lse - weighted_sum)
-    return loss.masked_fill_(~rows.counted, 0), lse
+    if not looks_early and not _never(sums.underflowed(sums.p_y)):
+        for chunk in chunks(logits.shape, logits.dtype):
+            sums.look_for_underflow(chunk)
+    whole = Chunk(slice(None), slice(None))
+    nll, lse = sums.nll_and_lse(whole)
+    return rows.loss(nll, lse, sums.weighted), lse
 
 
-def _logits_of(x: Tensor, dtype: torch.dtype, softcap: float | None, buffer: Scratch) -> Tensor:
-    """z, in the dtype of the arithmetic: ``x`` itself if it is that already, else in ``buffer``."""
-    if softcap is not None:
-        return buffer.like(x).copy_(x).mul_(1 / softcap).tanh_().mul_(softcap)
-    return x if x.dtype == dtype else buffer.like(x).copy_(x)
+class _RowSums:
+    """What the visits to the chunks leave of each row, ``(outer, 1, inner)`` each."""
 
+    def __init__(self, logits: Tensor, rows: _Rows) -> None:
+        dtype = compute_dtype(logits.dtype)
+        self.logits, self.rows = logits, rows
+        self.z_y = _capped(logits.gather(1, rows.label).to(rows.dtype), rows.options.softcap)
+        self.p_y = logits.new_empty(rows.shape, dtype=dtype)
+        self.others = torch.empty_like(self.p_y)  # Σ_{c≠y} p_c
+        self.weighted = torch.empty_like(self.p_y) if rows.spread is not None else None  # Σ_c w_c z_c
+        self.far_lse: Tensor | None = None  # lse where p_y has underflowed, NaN elsewhere
 
-def _weighted_sum(z: Tensor, class_weight: Tensor | None) -> Tensor:
-    if class_weight is None:
-        return z.sum(1, keepdim=True)
-    return torch.matmul(class_weight, z).unsqueeze(1)
+    def visit_logits(self, chunk: Chunk, z: Tensor) -> None:
+        if self.weighted is None:
+            return
+        if self.rows.class_weight is None:
+            value = z.sum(1, keepdim=True)
+        else:
+            value = torch.matmul(self.rows.class_weight.to(z.dtype), z).unsqueeze(1)
+        chunk.of_rows(self.weighted).copy_(value)
 
+    def visit_softmax(self, chunk: Chunk, p: Tensor) -> None:
+        """Take p_y out of ``p`` (its entry is left 0), and the sum of the others.
 
-def _softmax_(
-    x: Tensor, z: Tensor, p: Tensor, label: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Softmax of ``z`` into ``p`` (which may be ``z``); gives nll, lse, p_y and 1 − p_y of each row.
-
-    The label's own entry of ``p`` is left undefined. 1 − p_y loses its digits as p_y nears 1, and so would the
-    loss: there it is summed over the other classes instead. Where p_y underflows, so would its logarithm.
-    """
-    dtype = z.dtype
-    z_y = z.gather(1, label)
-    torch.softmax(z, 1, out=p)
-    p_y = p.gather(1, label)
-    q_y = 1 - p_y
-    nll = p_y.log().neg_()
-    sure = p_y > 0.5
-    if not _never(sure):
+        The rows of ``p`` need not add up to 1: all below is relative to what they add up to. torch's softmax sums a
+        row's exponentials in few running sums; at 32000 classes that is off by tens of units in the last place,
+        ``Tensor.sum`` by one. And a sum without the label gives 1 − p_y and the loss without the cancellation at p_y
+        near 1.
+        """
+        label = chunk.of_rows(self.rows.label)
+        chunk.of_rows(self.p_y).copy_(p.gather(1, label))
         p.scatter_(1, label, 0)
-        q_y = torch.where(sure, p.sum(1, keepdim=True), q_y)
-        nll = torch.where(sure, q_y.neg().log1p_().neg_(), nll)
-    lse = z_y + nll
-    faint = p_y < torch.finfo(dtype).tiny / torch.finfo(dtype).eps
-    if not _never(faint):
-        again = _logits_of(x, dtype, softcap, Scratch(dtype, x.device))
-        lse = torch.where(faint, again.logsumexp(1, keepdim=True), lse)
-        nll = torch.where(faint, lse - z_y, nll)
-    return nll, lse, p_y, q_y
+        chunk.of_rows(self.others).copy_(p.sum(1, keepdim=True))
+
+    def all_in_range(self, chunk: Chunk) -> bool:
+        """Are the exponentials that no maximum was subtracted for neither too large nor too small?"""
+        total = chunk.of_rows(self.others) + chunk.of_rows(self.p_y)
+        low, high = total.aminmax()  # NaN, if there is one
+        return bool((low > 1e-9) & (high < 1e37))
+
+    def underflowed(self, p_y: Tensor) -> Tensor:
+        limits = torch.finfo(p_y.dtype)
+        return p_y < limits.tiny / limits.eps
+
+    def look_for_underflow(self, chunk: Chunk) -> None:
+        """Where p_y is too small for its logarithm to be right, take lse from the logits again."""
+        far = self.underflowed(chunk.of_rows(self.p_y))
+        if _never(far):
+            return
+        if self.far_lse is None:
+            self.far_lse = torch.full_like(self.z_y, float("nan"))
+        z = _capped(chunk.of(self.logits).to(self.p_y.dtype), self.rows.options.softcap)
+        lse = z.logsumexp(1, keepdim=True)
+        chunk.of_rows(self.far_lse).copy_(torch.where(far, lse, float("nan")))
+
+    def nll_and_lse(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """lse − z_y = −log p_y, and lse."""
+        z_y = chunk.of_rows(self.z_y)
+        p_y = chunk.of_rows(self.p_y).to(z_y.dtype)
+        nll = torch.log1p(chunk.of_rows(self.others) / p_y)
+        lse = z_y + nll
+        if self.far_lse is not None:
+            far_lse = chunk.of_rows(self.far_lse)
+            nll = torch.where(far_lse.isnan(), nll, far_lse - z_y)
+            lse = torch.where(far_lse.isnan(), lse, far_lse)
+        return nll, lse
 
 
-def _softmax_to_gradient_(
-    p: Tensor,
-    label: Tensor,
-    p_y: Tensor,
-    q_y: Tensor,
-    lse: Tensor,
-    rows: _Rows,
-    chunk: Chunk,
-    scale: Tensor | None,
-) -> None:
-    """p_c A − [c = y] w_y (1−ε) − ε/C w_c, times ``scale``, in place of ``p``."""
-    hit, weight = chunk.of_rows(rows.hit), chunk.of_rows(rows.weight)
-    spread = None if rows.spread is None else chunk.of_rows(rows.spread)
-    rest = torch.zeros_like(hit)  # A − w_y (1−ε)
-    if rows.options.lse_square_scale:
-        rest = rest + 2 * rows.options.lse_square_scale * weight * lse
-    if spread is not None:
-        rest = rest + spread * rows.total
-    at_label = p_y * rest - q_y * hit
-    if spread is not None:
-        at_label = at_label - spread * (1 if rows.class_weight is None else rows.class_weight[label])
-    a = hit + rest
-    if scale is not None:
-        a, at_label, spread = a * scale, at_label * scale, None if spread is None else spread * scale
-    p.mul_(a)
-    if spread is not None and rows.class_weight is None:
-        p.sub_(spread)
-    elif spread is not None and rows.class_weight is not None:
-        p.addcmul_(spread, rows.class_weight.view(1, -1, 1), value=-1)
-    p.scatter_(1, label, at_label)
+class _Slopes:
+    """The coefficients of the gradient, times ``scale``: what each chunk needs is ready before the loop."""
+
+    def __init__(self, rows: _Rows, scale: Tensor | None) -> None:
+        one = 1.0 if scale is None else scale
+        self.rows = rows
+        self.hit = rows.hit * one  # w_y (1−ε)
+        self.spread = None if rows.spread is None else rows.spread * one  # ε/C
+        self.rest = None if self.spread is None else self.spread * rows.total_weight  # ε/C W
+        self.z_slope = None
+        if rows.options.lse_square_scale:
+            self.z_slope = 2 * rows.options.lse_square_scale * rows.weight * one
+
+    def gradient_(self, chunk: Chunk, p: Tensor, sums: _RowSums) -> None:
+        """p_c A − [c = y] w_y (1−ε) − ε/C w_c in place of ``p``."""
+        label, hit = chunk.of_rows(self.rows.label), chunk.of_rows(self.hit)
+        p_y = chunk.of_rows(sums.p_y)
+        rest = None if self.rest is None else chunk.of_rows(self.rest)  # A − w_y (1−ε)
+        if self.z_slope is not None:
+            of_lse = chunk.of_rows(self.z_slope) * sums.nll_and_lse(chunk)[1]
+            rest = of_lse if rest is None else rest + of_lse
+        a = hit if rest is None else hit + rest
+        others = chunk.of_rows(sums.others)
+        total = others + p_y  # what p adds up to
+        at_label = -hit * others / total
+        if rest is not None:
+            at_label = at_label + rest * p_y / total
+        a = a / total
+        p.mul_(a.to(p.dtype))
+        if self.spread is not None:
+            spread = chunk.of_rows(self.spread)
+            weight = self.rows.class_weight
+            if weight is None:
+                p.sub_(spread.to(p.dtype))
+                at_label = at_label - spread
+            else:
+                p.addcmul_(spread.to(p.dtype), weight.to(p.dtype).view(1, -1, 1), value=-1)
+                at_label = at_label - spread * weight[label]
+        p.scatter_(1, label, at_label.to(p.dtype))
+
+
+def _capped(x: Tensor, softcap: float | None) -> Tensor:
+    return x if softcap is None else torch.tanh(x / softcap) * softcap
+
+
+def _softmax(z: Tensor, out: Tensor) -> None:
+    """Softmax over the classes; torch's is the faster one where they are the last dimension."""
+    if z.shape[2] == 1:
+        torch.softmax(z.squeeze(2), 1, out=out.squeeze(2))
+    else:
+        torch.softmax(z, 1, out=out)
 
 
 def _never(rows: Tensor) -> bool:

@@ -1,0 +1,97 @@
+"""Which backend serves this machine, and why; the versions that a bug report needs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+from pathlib import Path
+
+import torch
+
+import fastloss
+
+from . import backend
+
+__all__ = ["facts", "processor", "show", "triton_version"]
+
+
+def show() -> None:
+    """Print :func:`facts`: a table where rich is installed, else plain text."""
+    rows = facts()
+    if importlib.util.find_spec("rich") is None:
+        width = max(len(name) for name, _ in rows)
+        print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(Text(name, style="bold cyan"), Text(value))
+    Console().print(table)
+
+
+def facts() -> list[tuple[str, str]]:
+    """Names and values, in the order in which they are shown."""
+    rows = [
+        ("fastloss", fastloss.__version__),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", torch.__version__),
+        ("Triton", triton_version() or "not installed"),
+    ]
+    if torch.version.cuda is not None:
+        rows.append(("CUDA", torch.version.cuda))
+    if torch.version.hip is not None:
+        rows.append(("ROCm", torch.version.hip))
+    cpu = torch.device("cpu")
+    rows += [
+        ("CPU", f"{processor()}, {torch.get_num_threads()} threads used by torch"),
+        ("backend on the CPU", _reason(cpu)),
+    ]
+    devices = _accelerators()
+    if not devices:
+        rows.append(("GPU", "none that torch can use"))
+    for device in devices:
+        rows += [(f"GPU {device}", _name(device)), (f"backend on {device}", _reason(device))]
+    return rows
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    listing = Path("/proc/cpuinfo")  # Linux, where platform.processor() is often empty
+    if listing.is_file():
+        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def triton_version() -> str | None:
+    """Triton's version; None where it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except ImportError as error:
+        return f"installed, but it can't be imported: {error}"
+
+
+def _accelerators() -> list[torch.device]:
+    kind = torch.accelerator.current_accelerator()
+    if kind is None:
+        return []
+    return [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _reason(device: torch.device) -> str:
+    """:func:`fastloss.backend.reason`, or its complaint about ``FASTLOSS_BACKEND``."""
+    try:
+        return backend.reason(device)
+    except ValueError as error:
+        return str(error)
