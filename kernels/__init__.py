@@ -1,0 +1,10 @@
+"""The Triton kernels and the functions that launch them: what ``fastloss.eager`` offers, for GPU tensors.
+
+One file an op; ``rows`` holds what all of them say of a row, ``launch`` what all of them need to be started.
+"""
+
+from .accuracy import accuracy
+from .cross_entropy import cross_entropy_backward, cross_entropy_forward
+from .rescale import rescale
+
+__all__ = ["accuracy", "cross_entropy_backward", "cross_entropy_forward", "rescale"]

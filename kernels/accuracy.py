@@ -1,0 +1,151 @@
+"""Accuracy alone: the rank of each row's label, and from it every top-k at once.
+
+    rank = #{c: x_c > x_y} + #{c < y: x_c = x_y},    right at k iff rank < k,    NaN being the greatest value.
+
+Reads N·V·b bytes; writes one number a k (or one a row and k). Rows are served as in ``cross_entropy``: whole in
+registers, or block by block.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import arithmetic, choose_tiles, counter, grid_size, on_device, power_of_2, vector_width
+from .rows import (
+    add_up_counts,
+    before_label,
+    class_offsets,
+    inside,
+    ks_of,
+    labels,
+    last_to_end,
+    nans_before,
+    rank_in_tile,
+    row_offsets,
+    store_ranks,
+)
+
+__all__ = ["accuracy"]
+
+
+def accuracy(
+    logits: Tensor, target: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str
+) -> tuple[Tensor, ...]:
+    """See :class:`fastloss.contract.Backend`. One launch."""
+    outer, classes, inner = logits.shape
+    rows = outer * inner
+    none = reduction == "none"
+    class_is_last = logits.stride(1) == 1
+    tiles = choose_tiles(rows, classes, logits.element_size(), class_is_last or inner == 1)
+    grid = grid_size(triton.cdiv(rows, tiles.rows), tiles.warps, logits.device)
+    k_pad = power_of_2(len(topk))
+    right = torch.empty((len(topk), rows) if none else (len(topk),), device=logits.device)
+    counts = None if none else torch.empty((grid, 1 + k_pad), dtype=torch.int32, device=logits.device)
+    with on_device(logits):
+        _rank_kernel[(grid,)](
+            logits,
+            target,
+            right,
+            counts,
+            None if none else counter(logits.device),
+            rows,
+            classes,
+            inner,
+            *logits.stride(),
+            ignore_index,
+            topk,
+            REDUCTION=reduction,
+            K=len(topk),
+            K_PAD=k_pad,
+            G_PAD=power_of_2(grid),
+            LOOPED=tiles.looped,
+            ACC=arithmetic(logits.dtype),
+            VEC=vector_width(logits, classes=classes),
+            ROWS=tiles.rows,
+            COLS=tiles.cols,
+            GROUP=16 // logits.element_size() if class_is_last else tiles.cols,
+            num_warps=tiles.warps,
+        )
+    return tuple(right.unbind(0))
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _rank_kernel(
+    logits_ptr,  # (outer, classes, inner), any strides
+    target_ptr,  # (rows,)
+    right_ptr,  # (K,) or (K, rows)
+    counts_ptr,  # (programs, 1 + K_PAD): counted and right rows
+    counter_ptr,  # (): programs that have ended
+    rows,
+    classes,
+    inner,
+    x_outer,
+    x_class,
+    x_inner,
+    ignore_index,
+    ks,  # K ints
+    REDUCTION: tl.constexpr,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    LOOPED: tl.constexpr,
+    ACC: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Reads each logit of a counted row once."""
+    k_vector, most_k = ks_of(ks, K, K_PAD)
+    counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
+    invalid_sum = tl.zeros([ROWS], tl.int32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        in_range = row < rows
+        label, counted, weight = labels(target_ptr, row, in_range, target_ptr, classes, ignore_index, False, ACC)
+        base = row_offsets(row, inner, x_outer, x_inner, VEC)
+        x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
+        if LOOPED:
+            group_rank = tl.zeros([ROWS, COLS // GROUP], tl.int32)
+            if tl.max(counted.to(tl.int32), axis=0) > 0:
+                full = classes // COLS * COLS
+                for start in tl.range(0, full, COLS):
+                    cols = start + tl.arange(0, COLS)
+                    pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
+                    x = tl.load(pointers, mask=counted[:, None], other=-float("inf")).to(ACC)
+                    group_rank += before_label(x, x_label, cols, start, label, GROUP, ROWS, COLS)
+                if full < classes:
+                    cols = full + tl.arange(0, COLS)
+                    pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
+                    mask = counted[:, None] & inside(cols, classes, VEC)[None, :]
+                    x = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
+                    group_rank += before_label(x, x_label, cols, full, label, GROUP, ROWS, COLS)
+            rank = tl.sum(group_rank, axis=1)
+            is_nan = counted & (x_label != x_label)
+            if tl.max(is_nan.to(tl.int32), axis=0) > 0:
+                rank = tl.where(is_nan, nans_before(logits_ptr, base, label, is_nan, x_class, VEC, COLS), rank)
+        else:
+            cols = tl.arange(0, COLS)
+            pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
+            mask = counted[:, None] & inside(cols, classes, VEC)[None, :]
+            x = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
+            rank = rank_in_tile(x, x_label, cols, label, counted, most_k)
+        if REDUCTION == "none":
+            store_ranks(right_ptr, rank, row, rows, in_range, counted, weight == weight, ks, K)
+        else:
+            right_sum += ((rank[:, None] < k_vector[None, :]) & counted[:, None]).to(tl.int32)
+            counted_sum += counted.to(tl.int32)
+            invalid_sum += (weight != weight).to(tl.int32)
+
+    if REDUCTION != "none":
+        program = tl.program_id(0)
+        invalid = tl.sum(invalid_sum, axis=0) > 0
+        right_total = tl.where(invalid, -1, tl.sum(right_sum, axis=0))
+        tl.store(counts_ptr + program * (1 + K_PAD), tl.sum(counted_sum, axis=0))
+        tl.store(counts_ptr + program * (1 + K_PAD) + 1 + tl.arange(0, K_PAD), right_total)
+        if last_to_end(counter_ptr):
+            tl.store(counter_ptr, 0)
+            add_up_counts(counts_ptr, right_ptr, K, K_PAD, G_PAD, REDUCTION == "mean")

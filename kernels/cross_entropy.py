@@ -1,0 +1,871 @@
+r"""Cross-entropy: loss, accuracy and gradient from one visit to the logits.
+
+The formula and its names are in ``fastloss/eager/cross_entropy.py``. With N rows, V classes and b bytes a logit,
+device memory moves (labels, and what is kept a row, left out):
+
+========================================  ==================  =====================================================
+forward                                   N·V·b               each logit read once
+forward that writes the gradient          2·N·V·b             read once, gradient written once; rows longer than
+                                                              a tile are read a second time, from the L2 cache
+backward, from what the forward kept      2·N·V·b             read once, written once
+========================================  ==================  =====================================================
+
+A launch ends with the mean: every program stores what its rows add up to, and the last to end adds those up, always
+in the same order, so that results are equal from run to run. Nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastloss.contract import Forward, LossOptions, compute_dtype
+
+from .launch import (
+    arithmetic,
+    choose_tiles,
+    counter,
+    grid_size,
+    on_device,
+    power_of_2,
+    vector_width,
+)
+from .rows import (
+    LN_2,
+    LOG2_E,
+    add_up_counts,
+    before_label,
+    class_offsets,
+    inside,
+    ks_of,
+    labels,
+    last_to_end,
+    nans_before,
+    rank_in_tile,
+    row_offsets,
+    store_ranks,
+    tanh,
+)
+
+__all__ = ["cross_entropy_backward", "cross_entropy_forward"]
+
+# Up to this many rows each program adds up all weights itself; past it, a launch of its own does it once.
+_WEIGHED_BY_EACH = 2048
+_WEIGH_BLOCK = 4096
+
+
+def cross_entropy_forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    *,
+    loss_dtype: torch.dtype,
+    gradient: bool,
+    inplace: bool,
+) -> Forward:
+    """See :class:`fastloss.contract.Backend`. One launch; two for a mean with a gradient over many rows."""
+    outer, classes, inner = logits.shape
+    rows = outer * inner
+    device, acc = logits.device, compute_dtype(logits.dtype)
+    mean, none = options.reduction == "mean", options.reduction == "none"
+    result = (logits if inplace else torch.empty_like(logits)) if gradient else None
+    written = logits if result is None else result
+    tiles, grid, vec = _plan(logits, written)
+    k_pad = power_of_2(max(len(options.topk), 1))
+
+    def rowwise(wanted: bool, dtype: torch.dtype) -> Tensor | None:
+        return torch.empty(rows, dtype=dtype, device=device) if wanted else None
+
+    loss = torch.empty(rows if none else (), dtype=loss_dtype, device=device)
+    right = torch.empty((len(options.topk), rows) if none else (len(options.topk),), device=device)
+    scale = torch.empty((), dtype=acc, device=device) if mean else None
+    # The backward pass is wanted later only where the gradient is not written now; then M and the sum are kept.
+    row_max, row_sum = rowwise(not gradient, acc), rowwise(not gradient, acc)
+    lse = rowwise(gradient and options.lse_square_scale != 0, acc)
+    sums = None if none else torch.empty((grid, 2), dtype=torch.float64, device=device)
+    counts = None if none else torch.empty((grid, 1 + k_pad), dtype=torch.int32, device=device)
+    weighed = _weigh(target, weight, classes, options) if mean and gradient and rows > _WEIGHED_BY_EACH else None
+
+    with on_device(logits):
+        kernel = _forward_loop if tiles.looped else _forward_tile
+        kernel[(grid,)](
+            logits,
+            target,
+            weight,
+            result,
+            loss,
+            right,
+            scale,
+            row_max,
+            row_sum,
+            lse,
+            sums,
+            counts,
+            weighed,
+            None if none else counter(device),
+            *_shape_arguments(logits, written),
+            options.ignore_index,
+            options.label_smoothing,
+            options.lse_square_scale,
+            options.softcap or 1.0,
+            options.topk,
+            N_WEIGHED=0 if weighed is None else power_of_2(weighed.numel()),
+            REDUCTION=options.reduction,
+            K=len(options.topk),
+            K_PAD=k_pad,
+            G_PAD=power_of_2(grid),
+            WEIGH_BLOCK=min(_WEIGH_BLOCK, power_of_2(rows)),
+            **_constants(logits, weight, options, tiles, vec),
+        )
+    return Forward(
+        loss,
+        tuple(right.unbind(0)),
+        result,
+        saved=tuple(t for t in (row_max, row_sum, None if gradient else scale) if t is not None),
+        lse=lse,
+        scale=scale if gradient else None,
+    )
+
+
+def cross_entropy_backward(
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    saved: Sequence[Tensor],
+    *,
+    inplace: bool,
+) -> Tensor:
+    """See :class:`fastloss.contract.Backend`. One launch."""
+    row_max, row_sum, *scale = saved
+    result = logits if inplace else torch.empty_like(logits)
+    tiles, _, vec = _plan(logits, result)
+    outer, classes, inner = logits.shape
+    # No row is held whole here: each program takes one tile of some rows and some classes.
+    rows, cols = tiles.rows, min(tiles.cols, 4096 // tiles.rows)
+    grid = (triton.cdiv(outer * inner, rows), triton.cdiv(classes, cols))
+    with on_device(logits):
+        _backward[grid](
+            logits,
+            target,
+            weight,
+            result,
+            upstream,
+            scale[0] if scale else None,
+            row_max,
+            row_sum,
+            *_shape_arguments(logits, result),
+            upstream.stride(0) if upstream.dim() else 0,
+            options.ignore_index,
+            options.label_smoothing,
+            options.lse_square_scale,
+            options.softcap or 1.0,
+            **_constants(logits, weight, options, tiles._replace(cols=cols, warps=4), vec, backward=True),
+        )
+    return result
+
+
+def _plan(logits: Tensor, gradient: Tensor) -> tuple[Any, int, int]:
+    """The tiles, the number of programs and the width of accesses for these logits."""
+    outer, classes, inner = logits.shape
+    tiles = choose_tiles(outer * inner, classes, logits.element_size(), logits.stride(1) == 1 or inner == 1)
+    grid = grid_size(triton.cdiv(outer * inner, tiles.rows), tiles.warps, logits.device)
+    return tiles, grid, vector_width(logits, gradient, classes=classes)
+
+
+def _shape_arguments(logits: Tensor, gradient: Tensor) -> tuple[int, ...]:
+    outer, classes, inner = logits.shape
+    return (outer * inner, classes, inner, *logits.stride(), *gradient.stride())
+
+
+def _constants(
+    logits: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    tiles: Any,
+    vec: int,
+    backward: bool = False,
+) -> dict[str, Any]:
+    """What a kernel is compiled for. Options that are off cost nothing; values that vary are not among them."""
+    constants: dict[str, Any] = {
+        "HAS_WEIGHT": weight is not None,
+        "SMOOTHING": options.label_smoothing != 0,
+        "SOFTCAP": options.softcap is not None,
+        "ACC": arithmetic(logits.dtype),
+        "VEC": vec,
+        "ROWS": tiles.rows,
+        "COLS": tiles.cols,
+        "num_warps": tiles.warps,
+    }
+    if tiles.looped and not backward:
+        # Each thread takes the maximum of its own neighbouring logits first, and rescales its sum once for all of
+        # them; where a tile is wide in rows, once for a block.
+        class_is_last = logits.stride(1) == 1
+        constants["GROUP"] = 16 // logits.element_size() if class_is_last else tiles.cols
+    return constants
+
+
+def _weigh(target: Tensor, weight: Tensor | None, classes: int, options: LossOptions) -> Tensor:
+    """The sum of the counted rows' weights, in a few parts: a gradient of a mean needs it before it is written."""
+    rows = target.numel()
+    parts = min(triton.cdiv(rows, _WEIGH_BLOCK), 256)
+    acc = torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
+    weighed = torch.empty(parts, dtype=acc, device=target.device)
+    with on_device(target):
+        _weigh_kernel[(parts,)](
+            target,
+            weight,
+            weighed,
+            rows,
+            triton.cdiv(rows, parts),
+            classes,
+            options.ignore_index,
+            HAS_WEIGHT=weight is not None,
+            ACC=arithmetic(acc),
+            BLOCK=_WEIGH_BLOCK,
+            num_warps=4,
+        )
+    return weighed
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _weigh_kernel(
+    target_ptr,  # (rows,)
+    weight_ptr,  # (classes,) or None
+    weighed_ptr,  # (programs,): what each program's share of the rows weighs
+    rows,
+    share,  # rows a program
+    classes,
+    ignore_index,
+    HAS_WEIGHT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Σ w_y over the counted rows. Reads the labels once."""
+    first = tl.program_id(0) * share
+    end = tl.minimum(first + share, rows)
+    total = _weigh_rows(target_ptr, weight_ptr, first, end, classes, ignore_index, HAS_WEIGHT, ACC, BLOCK)
+    tl.store(weighed_ptr + tl.program_id(0), total)
+
+
+@triton.jit
+def _weigh_rows(
+    target_ptr,
+    weight_ptr,
+    first,
+    end,
+    classes,
+    ignore_index,
+    HAS_WEIGHT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros([BLOCK], ACC)
+    for start in tl.range(first, end, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        _, _, weight = labels(target_ptr, row, row < end, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
+        total += weight
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _scale_of_mean(
+    target_ptr,
+    weight_ptr,
+    weighed_ptr,
+    rows,
+    classes,
+    ignore_index,
+    N_WEIGHED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """1 / Σ w_y, from the parts of ``_weigh_kernel`` or, for few rows, from the labels themselves."""
+    if N_WEIGHED > 0:
+        part = tl.arange(0, N_WEIGHED)
+        total = tl.sum(tl.load(weighed_ptr + part).to(ACC), axis=0)
+    else:
+        total = _weigh_rows(target_ptr, weight_ptr, 0, rows, classes, ignore_index, HAS_WEIGHT, ACC, BLOCK)
+    return 1.0 / total
+
+
+@triton.jit
+def _slope(
+    p,  # (ROWS, COLS): softmax
+    dz,  # (ROWS, COLS): ∂z/∂x = 1 − tanh²(x / softcap), if SOFTCAP
+    cols,
+    label,
+    level,  # A, times the scale
+    hit,  # w_y (1−ε), times the scale
+    spread,  # ε/C, times the scale
+    weight_ptr,
+    col_mask,
+    HAS_WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """∂L/∂x = (p A − [c = y] w_y (1−ε) − ε/C w_c) ∂z/∂x."""
+    g = p * level[:, None] - tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
+    if SMOOTHING:
+        if HAS_WEIGHT:
+            w = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(p.dtype)
+            g -= spread[:, None] * w[None, :]
+        else:
+            g -= spread[:, None]
+    if SOFTCAP:
+        g *= dz
+    return g
+
+
+@triton.jit
+def _row_results(
+    s,  # Σ exp2(z log2(e) − M)
+    M,
+    z_label,
+    wz,  # Σ_c w_c z_c, if SMOOTHING
+    w_total,  # W
+    weight,  # w_y
+    counted,
+    eps,
+    z_scale,
+    classes,
+    SMOOTHING: tl.constexpr,
+):
+    """Each row's loss, and A, w_y (1−ε) and ε/C before any scale, and lse."""
+    nll = tl.log(s) - (z_label * LOG2_E - M) * LN_2
+    lse = tl.log(s) + M * LN_2
+    hit = weight * (1.0 - eps)
+    loss = hit * nll + weight * z_scale * lse * lse
+    level = hit + 2.0 * z_scale * weight * lse
+    spread = eps / classes + weight * 0.0
+    if SMOOTHING:
+        loss += spread * (w_total * lse - wz)
+        level += spread * w_total
+    loss = tl.where(counted, loss, 0.0)
+    return loss, level, hit, spread, lse
+
+
+@triton.jit
+def _end(
+    loss_ptr,
+    right_ptr,
+    scale_ptr,
+    sums_ptr,
+    counts_ptr,
+    counter_ptr,
+    loss_sum,
+    weight_sum,
+    counted_sum,
+    right_sum,  # (K_PAD,)
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """Store what this program's rows add up to; the last program adds up the programs, in their order."""
+    program = tl.program_id(0)
+    tl.store(sums_ptr + program * 2, loss_sum)
+    tl.store(sums_ptr + program * 2 + 1, weight_sum)
+    if K > 0:
+        tl.store(counts_ptr + program * (1 + K_PAD), counted_sum)
+        tl.store(counts_ptr + program * (1 + K_PAD) + 1 + tl.arange(0, K_PAD), right_sum)
+    if last_to_end(counter_ptr):
+        tl.store(counter_ptr, 0)
+        index = tl.arange(0, G_PAD)
+        there = index < tl.num_programs(0)
+        loss = tl.sum(tl.load(sums_ptr + index * 2, mask=there, other=0.0, cache_modifier=".cg"), axis=0)
+        if MEAN:
+            weights = tl.load(sums_ptr + index * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+            total = tl.sum(weights, axis=0)
+            loss = loss / total
+            tl.store(scale_ptr, 1.0 / total)
+        tl.store(loss_ptr, loss)
+        if K > 0:
+            add_up_counts(counts_ptr, right_ptr, K, K_PAD, G_PAD, MEAN)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _forward_tile(
+    logits_ptr,  # (outer, classes, inner), any strides
+    target_ptr,  # (rows,)
+    weight_ptr,  # (classes,) or None
+    gradient_ptr,  # as logits; None: not written
+    loss_ptr,  # () or, for "none", (rows,)
+    right_ptr,  # (K,) or (K, rows): accuracies
+    scale_ptr,  # (): 1 / Σ w_y, for "mean"
+    row_max_ptr,  # (rows,): M, kept for a backward pass; or None
+    row_sum_ptr,  # (rows,): Σ exp2(z log2(e) − M), likewise
+    lse_ptr,  # (rows,) or None
+    sums_ptr,  # (programs, 2): loss and weight of each program's rows
+    counts_ptr,  # (programs, 1 + K_PAD): counted and right rows
+    weighed_ptr,  # parts of Σ w_y, or None
+    counter_ptr,  # (): programs that have ended
+    rows,
+    classes,
+    inner,
+    x_outer,  # strides of the logits
+    x_class,
+    x_inner,
+    g_outer,  # and of the gradient
+    g_class,
+    g_inner,
+    ignore_index,
+    eps: "fp64",
+    z_scale: "fp64",
+    cap: "fp64",
+    ks,  # K ints
+    N_WEIGHED: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    WEIGH_BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ACC: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Forward with whole rows in registers: reads the logits once, writes the gradient once."""
+    eps, z_scale, cap = tl.full([1], eps, ACC), tl.full([1], z_scale, ACC), tl.full([1], cap, ACC)
+    scale = tl.full([1], 1.0, ACC)
+    if gradient_ptr is not None and REDUCTION == "mean":
+        scale *= _scale_of_mean(
+            target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, HAS_WEIGHT, ACC, WEIGH_BLOCK
+        )
+    cols = tl.arange(0, COLS)
+    col_mask = inside(cols, classes, VEC)
+    x_cols, g_cols = class_offsets(cols, x_class, VEC), class_offsets(cols, g_class, VEC)
+    loss_sum, weight_sum = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
+    counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
+    invalid_sum = tl.zeros([ROWS], tl.int32)
+
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        in_range = row < rows
+        label, counted, weight = labels(
+            target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC
+        )
+        base = row_offsets(row, inner, x_outer, x_inner, VEC)
+        mask = counted[:, None] & col_mask[None, :]
+        x = tl.load(logits_ptr + base[:, None] + x_cols[None, :], mask=mask, other=-float("inf")).to(ACC)
+        x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
+        if K > 0:
+            k_vector, most_k = ks_of(ks, K, K_PAD)
+            rank = rank_in_tile(x, x_label, cols, label, counted, most_k)
+            if REDUCTION == "none":
+                store_ranks(right_ptr, rank, row, rows, in_range, counted, weight == weight, ks, K)
+            else:
+                right_sum += ((rank[:, None] < k_vector[None, :]) & counted[:, None]).to(tl.int32)
+                counted_sum += counted.to(tl.int32)
+                invalid_sum += (weight != weight).to(tl.int32)
+
+        z, z_label, dz = x, x_label, x
+        if SOFTCAP:
+            t, dz = tanh(x / cap[:, None], ACC)
+            z = tl.where(col_mask[None, :], t * cap[:, None], -float("inf"))
+            t_label, _ = tanh(x_label / cap, ACC)
+            z_label = t_label * cap
+        M = tl.max(z, axis=1) * LOG2_E
+        M = tl.where(M == -float("inf"), 0.0, M)
+        e = tl.exp2(z * LOG2_E - M[:, None])
+        s = tl.sum(e, axis=1)
+        wz, w_total = tl.zeros([ROWS], ACC), tl.zeros([ROWS], ACC) + classes
+        if SMOOTHING:
+            weighted = z
+            if HAS_WEIGHT:
+                w = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(ACC)
+                weighted = z * w[None, :]
+                w_total = tl.zeros([ROWS], ACC) + tl.sum(w, axis=0)
+            wz = tl.sum(tl.where(col_mask[None, :], weighted, 0.0), axis=1)
+        loss, level, hit, spread, lse = _row_results(
+            s, M, z_label, wz, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
+        )
+        if REDUCTION == "none":
+            tl.store(loss_ptr + row, loss, mask=in_range)
+        else:
+            loss_sum += loss.to(tl.float64)
+            weight_sum += weight.to(tl.float64)
+        if row_max_ptr is not None:
+            tl.store(row_max_ptr + row, M, mask=in_range)
+            tl.store(row_sum_ptr + row, s, mask=in_range)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + row, lse, mask=in_range)
+        if gradient_ptr is not None:
+            g = _slope(
+                e,
+                dz,
+                cols,
+                label,
+                level * scale / s,
+                hit * scale,
+                spread * scale,
+                weight_ptr,
+                col_mask,
+                HAS_WEIGHT,
+                SMOOTHING,
+                SOFTCAP,
+            )
+            g = tl.where(counted[:, None], g, 0.0)
+            g_base = row_offsets(row, inner, g_outer, g_inner, VEC)
+            out_mask = in_range[:, None] & col_mask[None, :]
+            tl.store(gradient_ptr + g_base[:, None] + g_cols[None, :], g, mask=out_mask)
+
+    if REDUCTION != "none":
+        invalid = tl.sum(invalid_sum, axis=0) > 0
+        _end(
+            loss_ptr,
+            right_ptr,
+            scale_ptr,
+            sums_ptr,
+            counts_ptr,
+            counter_ptr,
+            tl.sum(loss_sum, axis=0),
+            tl.sum(weight_sum, axis=0),
+            tl.sum(counted_sum, axis=0),
+            tl.where(invalid, -1, tl.sum(right_sum, axis=0)),
+            K,
+            K_PAD,
+            G_PAD,
+            REDUCTION == "mean",
+        )
+
+
+@triton.jit
+def _visit(
+    M_group,  # (ROWS, groups): the running maximum of each group of classes, times log2(e)
+    s_group,  # (ROWS, groups): Σ exp2(z log2(e) − M_group)
+    wz_group,  # (ROWS, groups): Σ_c w_c z_c
+    rank_group,  # (ROWS, groups): classes before the label
+    logits_ptr,
+    weight_ptr,
+    base,
+    start,
+    classes,
+    x_class,
+    counted,
+    label,
+    x_label,
+    cap,
+    MASKED: tl.constexpr,
+    RANK: tl.constexpr,
+    TWICE: tl.constexpr,  # these logits will be read again
+    HAS_WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ACC: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One block of a looped row, joined to what the blocks before it gave."""
+    cols = start + tl.arange(0, COLS)
+    mask = counted[:, None]
+    if MASKED:
+        mask = mask & inside(cols, classes, VEC)[None, :]
+    pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
+    policy: tl.constexpr = "evict_last" if TWICE else "evict_first"
+    x = tl.load(pointers, mask=mask, other=-float("inf"), eviction_policy=policy).to(ACC)
+    SPLIT: tl.constexpr = [ROWS, COLS // GROUP, GROUP]
+    if RANK:
+        rank_group += before_label(x, x_label, cols, start, label, GROUP, ROWS, COLS)
+    z = x
+    if SOFTCAP:
+        t, _ = tanh(x / cap[:, None], ACC)
+        z = t * cap[:, None]
+        if MASKED:
+            z = tl.where(mask, z, -float("inf"))
+    if SMOOTHING:
+        weighted = z
+        if HAS_WEIGHT:
+            weighted = z * tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)[None, :]
+        if MASKED:
+            weighted = tl.where(mask, weighted, 0.0)
+        wz_group += tl.sum(tl.reshape(weighted, SPLIT), axis=2)
+    z = tl.reshape(z, SPLIT)
+    M_new = tl.maximum(M_group, tl.max(z, axis=2) * LOG2_E)
+    M_safe = tl.where(M_new == -float("inf"), 0.0, M_new)
+    s_group = s_group * tl.exp2(M_group - M_safe) + tl.sum(tl.exp2(z * LOG2_E - M_safe[:, :, None]), axis=2)
+    return M_new, s_group, wz_group, rank_group
+
+
+@triton.jit
+def _write_gradient(
+    logits_ptr,
+    gradient_ptr,
+    weight_ptr,
+    base,
+    g_base,
+    start,
+    classes,
+    x_class,
+    g_class,
+    in_range,
+    counted,
+    label,
+    M,
+    level,  # over the sum of exponentials
+    hit,
+    spread,
+    cap,
+    MASKED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ACC: tl.constexpr,
+    VEC: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The gradient of one block of rows whose softmax is known. Reads the block once, writes it once."""
+    cols = start + tl.arange(0, COLS)
+    mask, out_mask = counted[:, None], in_range[:, None]
+    col_mask = cols < classes
+    if MASKED:
+        aligned = inside(cols, classes, VEC)[None, :]
+        mask, out_mask = mask & aligned, out_mask & aligned
+    pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
+    x = tl.load(pointers, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(ACC)
+    z, dz = x, x
+    if SOFTCAP:
+        t, dz = tanh(x / cap[:, None], ACC)
+        z = t * cap[:, None]
+    e = tl.exp2(z * LOG2_E - M[:, None])
+    g = _slope(e, dz, cols, label, level, hit, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING, SOFTCAP)
+    g = tl.where(counted[:, None], g, 0.0)
+    out = gradient_ptr + g_base[:, None] + class_offsets(cols, g_class, VEC)[None, :]
+    tl.store(out, g, mask=out_mask, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _forward_loop(
+    logits_ptr,  # (outer, classes, inner), any strides
+    target_ptr,  # (rows,)
+    weight_ptr,  # (classes,) or None
+    gradient_ptr,  # as logits; None: not written
+    loss_ptr,  # () or, for "none", (rows,)
+    right_ptr,  # (K,) or (K, rows): accuracies
+    scale_ptr,  # (): 1 / Σ w_y, for "mean"
+    row_max_ptr,  # (rows,): M, kept for a backward pass; or None
+    row_sum_ptr,  # (rows,): Σ exp2(z log2(e) − M), likewise
+    lse_ptr,  # (rows,) or None
+    sums_ptr,  # (programs, 2): loss and weight of each program's rows
+    counts_ptr,  # (programs, 1 + K_PAD): counted and right rows
+    weighed_ptr,  # parts of Σ w_y, or None
+    counter_ptr,  # (): programs that have ended
+    rows,
+    classes,
+    inner,
+    x_outer,  # strides of the logits
+    x_class,
+    x_inner,
+    g_outer,  # and of the gradient
+    g_class,
+    g_inner,
+    ignore_index,
+    eps: "fp64",
+    z_scale: "fp64",
+    cap: "fp64",
+    ks,  # K ints
+    N_WEIGHED: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    WEIGH_BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ACC: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Forward with rows longer than a tile: an online softmax over their blocks, then the gradient, last block first.
+
+    Reads the logits once from memory and, for the gradient, once from the L2 cache; writes the gradient once. A group
+    of neighbouring classes takes its maximum before anything is rescaled, so that there are 1 + 1 / GROUP
+    exponentials a logit (Milakov and Gimelshein 2018, arXiv:1805.02867, rescale at each).
+    """
+    eps, z_scale, cap = tl.full([1], eps, ACC), tl.full([1], z_scale, ACC), tl.full([1], cap, ACC)
+    scale = tl.full([1], 1.0, ACC)
+    if gradient_ptr is not None and REDUCTION == "mean":
+        scale *= _scale_of_mean(
+            target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, HAS_WEIGHT, ACC, WEIGH_BLOCK
+        )
+    w_total = tl.zeros([ROWS], ACC) + classes
+    if SMOOTHING and HAS_WEIGHT:
+        w_sum = tl.zeros([COLS], ACC)
+        for start in tl.range(0, classes, COLS):
+            cols = start + tl.arange(0, COLS)
+            w_sum += tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)
+        w_total = tl.zeros([ROWS], ACC) + tl.sum(w_sum, axis=0)
+    full = classes // COLS * COLS
+    loss_sum, weight_sum = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
+    counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
+    invalid_sum = tl.zeros([ROWS], tl.int32)
+
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        in_range = row < rows
+        label, counted, weight = labels(
+            target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC
+        )
+        base = row_offsets(row, inner, x_outer, x_inner, VEC)
+        x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
+        M_group = tl.full([ROWS, COLS // GROUP], -float("inf"), ACC)
+        s_group = tl.zeros([ROWS, COLS // GROUP], ACC)
+        wz_group = tl.zeros([ROWS, COLS // GROUP], ACC)
+        rank_group = tl.zeros([ROWS, COLS // GROUP], tl.int32)
+        if tl.max(counted.to(tl.int32), axis=0) > 0:
+            for start in tl.range(0, full, COLS):
+                M_group, s_group, wz_group, rank_group = _visit(
+                    M_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, start, classes, x_class,
+                    counted, label, x_label, cap, False, K > 0, gradient_ptr is not None,
+                    HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
+                )  # fmt: skip
+            if full < classes:
+                M_group, s_group, wz_group, rank_group = _visit(
+                    M_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, full, classes, x_class,
+                    counted, label, x_label, cap, True, K > 0, gradient_ptr is not None,
+                    HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
+                )  # fmt: skip
+        if K > 0:
+            k_vector, _ = ks_of(ks, K, K_PAD)
+            rank = tl.sum(rank_group, axis=1)
+            is_nan = counted & (x_label != x_label)
+            if tl.max(is_nan.to(tl.int32), axis=0) > 0:
+                rank = tl.where(is_nan, nans_before(logits_ptr, base, label, is_nan, x_class, VEC, COLS), rank)
+            if REDUCTION == "none":
+                store_ranks(right_ptr, rank, row, rows, in_range, counted, weight == weight, ks, K)
+            else:
+                right_sum += ((rank[:, None] < k_vector[None, :]) & counted[:, None]).to(tl.int32)
+                counted_sum += counted.to(tl.int32)
+                invalid_sum += (weight != weight).to(tl.int32)
+
+        M = tl.max(M_group, axis=1)
+        M = tl.where(M == -float("inf"), 0.0, M)
+        s = tl.sum(s_group * tl.exp2(M_group - M[:, None]), axis=1)
+        z_label = x_label
+        if SOFTCAP:
+            t_label, _ = tanh(x_label / cap, ACC)
+            z_label = t_label * cap
+        loss, level, hit, spread, lse = _row_results(
+            s, M, z_label, tl.sum(wz_group, axis=1), w_total, weight, counted, eps, z_scale, classes, SMOOTHING
+        )
+        if REDUCTION == "none":
+            tl.store(loss_ptr + row, loss, mask=in_range)
+        else:
+            loss_sum += loss.to(tl.float64)
+            weight_sum += weight.to(tl.float64)
+        if row_max_ptr is not None:
+            tl.store(row_max_ptr + row, M, mask=in_range)
+            tl.store(row_sum_ptr + row, s, mask=in_range)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + row, lse, mask=in_range)
+        if gradient_ptr is not None:
+            g_base = row_offsets(row, inner, g_outer, g_inner, VEC)
+            level, hit, spread = level * scale / s, hit * scale, spread * scale
+            if full < classes:
+                _write_gradient(
+                    logits_ptr, gradient_ptr, weight_ptr, base, g_base, full, classes, x_class, g_class,
+                    in_range, counted, label, M, level, hit, spread, cap,
+                    True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS,
+                )  # fmt: skip
+            for done in tl.range(0, full, COLS):  # from the end: what was read last is in the cache for sure
+                _write_gradient(
+                    logits_ptr, gradient_ptr, weight_ptr, base, g_base, full - COLS - done, classes, x_class, g_class,
+                    in_range, counted, label, M, level, hit, spread, cap,
+                    False, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS,
+                )  # fmt: skip
+
+    if REDUCTION != "none":
+        invalid = tl.sum(invalid_sum, axis=0) > 0
+        _end(
+            loss_ptr,
+            right_ptr,
+            scale_ptr,
+            sums_ptr,
+            counts_ptr,
+            counter_ptr,
+            tl.sum(loss_sum, axis=0),
+            tl.sum(weight_sum, axis=0),
+            tl.sum(counted_sum, axis=0),
+            tl.where(invalid, -1, tl.sum(right_sum, axis=0)),
+            K,
+            K_PAD,
+            G_PAD,
+            REDUCTION == "mean",
+        )
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _backward(
+    logits_ptr,  # (outer, classes, inner), any strides
+    target_ptr,  # (rows,)
+    weight_ptr,  # (classes,) or None
+    gradient_ptr,  # as logits; may be the logits
+    upstream_ptr,  # (rows,) or ()
+    scale_ptr,  # (): 1 / Σ w_y, for "mean"; or None
+    row_max_ptr,  # (rows,): M
+    row_sum_ptr,  # (rows,): Σ exp2(z log2(e) − M)
+    rows,
+    classes,
+    inner,
+    x_outer,  # strides of the logits
+    x_class,
+    x_inner,
+    g_outer,  # and of the gradient
+    g_class,
+    g_inner,
+    upstream_stride,  # 0 for ()
+    ignore_index,
+    eps: "fp64",
+    z_scale: "fp64",
+    cap: "fp64",
+    HAS_WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ACC: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Gradient from the logits and what the forward kept of each row. Reads the logits once, writes once."""
+    eps, z_scale, cap = tl.full([1], eps, ACC), tl.full([1], z_scale, ACC), tl.full([1], cap, ACC)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_range = row < rows
+    label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
+    M = tl.load(row_max_ptr + row, mask=in_range, other=0.0)
+    s = tl.load(row_sum_ptr + row, mask=in_range, other=1.0)
+    scale = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride, mask=in_range, other=0.0).to(ACC)
+    if scale_ptr is not None:
+        scale *= tl.load(scale_ptr)
+    w_total = tl.zeros([ROWS], ACC) + classes
+    if SMOOTHING and HAS_WEIGHT:
+        w_sum = tl.zeros([COLS], ACC)
+        for start in tl.range(0, classes, COLS):
+            cols = start + tl.arange(0, COLS)
+            w_sum += tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)
+        w_total = tl.zeros([ROWS], ACC) + tl.sum(w_sum, axis=0)
+    _, level, hit, spread, _ = _row_results(
+        s, M, M, M, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
+    )
+    base = row_offsets(row, inner, x_outer, x_inner, VEC)
+    g_base = row_offsets(row, inner, g_outer, g_inner, VEC)
+    _write_gradient(
+        logits_ptr, gradient_ptr, weight_ptr, base, g_base, tl.program_id(1) * COLS, classes, x_class, g_class,
+        in_range, counted, label, M, level * scale / s, hit * scale, spread * scale, cap,
+        True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS,
+    )  # fmt: skip

@@ -1,0 +1,181 @@
+"""What every kernel says of a row: where it lies, what its label is, how it ranks, how its results are added up.
+
+Names used in all kernels:
+
+- ``ROWS`` × ``COLS``: the tile of logits that a program holds at once, as (rows, classes).
+- ``ACC``: the dtype of the arithmetic, float32, or float64 for float64 logits.
+- ``VEC``: how many neighbouring classes are known to be aligned together, so that one access takes them all.
+- M: a row's maximum times log2(e). Exponentials are ``exp2(z * log2(e) - M)``, one fused multiply-add each; since a
+  row's maximum and its other logits go through the same products, their rounding cancels in every ratio.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def row_offsets(row, inner, stride_outer, stride_inner, VEC: tl.constexpr):
+    """Where each row begins, int64: N·V passes 2³¹ in ordinary training."""
+    outer = (row // inner).to(tl.int64) * stride_outer
+    return tl.multiple_of(outer + (row % inner).to(tl.int64) * stride_inner, VEC)
+
+
+@triton.jit
+def class_offsets(cols, stride_class, VEC: tl.constexpr):
+    """Where each class lies within its row."""
+    if VEC > 1:  # then the stride is 1
+        return cols.to(tl.int64)
+    return cols.to(tl.int64) * stride_class
+
+
+@triton.jit
+def inside(cols, classes, VEC: tl.constexpr):
+    """Which columns are classes; alike for each aligned group of ``VEC``, so that masked accesses stay wide."""
+    if VEC > 1:
+        return (cols // VEC) < (classes // VEC)
+    return cols < classes
+
+
+@triton.jit
+def labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr):
+    """Each row's label (0 where it has none), whether it counts, and its weight: 0 if not, NaN if out of bounds."""
+    target = tl.load(target_ptr + row, mask=in_range, other=0).to(tl.int64)
+    counted = in_range & (target != ignore_index)
+    valid = (target >= 0) & (target < classes)
+    label = tl.where(counted & valid, target, 0)
+    weight = tl.full(label.shape, 1.0, ACC)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + label, mask=counted & valid, other=0.0).to(ACC)
+    weight = tl.where(counted, tl.where(valid, weight, float("nan")), 0.0)
+    return label, counted, weight.to(ACC)
+
+
+@triton.jit
+def tanh(u, ACC: tl.constexpr):
+    """tanh and its derivative, both without cancellation (near 0 in float32; in float64 it is below notice)."""
+    e = tl.exp2(tl.abs(u) * (-2.0 * LOG2_E))
+    t = (1.0 - e) / (1.0 + e)
+    t = tl.where(u < 0.0, -t, t)
+    if ACC == tl.float32:
+        s = u * u
+        series = -17.0 / 315.0 + s * (62.0 / 2835.0 + s * (-1382.0 / 155925.0 + s * (21844.0 / 6081075.0)))
+        series = 1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * series))
+        t = tl.where(tl.abs(u) < 0.3, u * series, t)
+    return tl.where(u == u, t, u), 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def next_below(x):
+    """The greatest number below ``x``: then "≥ x" is "> next_below(x)". NaN, above which all is, for −inf."""
+    x = x + 0.0  # −0 becomes +0
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True)
+        least = tl.full(bits.shape, -0x7FFFFFFFFFFFFFFF, tl.int64)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        least = tl.full(bits.shape, -0x7FFFFFFF, tl.int32)  # the smallest number below 0
+    bits = tl.where(bits == 0, least, tl.where(bits > 0, bits - 1, bits + 1))
+    return bits.to(x.dtype, bitcast=True)
+
+
+@triton.jit
+def rank_in_tile(x, x_label, cols, label, counted, most_k):
+    """How many classes stand before the label: those with a greater logit, or an equal one at a lower index.
+
+    NaN is the greatest value. Exact for every row whose rank is below ``most_k``; the tie test is left out where no
+    row of the tile can be right without it.
+    """
+    mine = x_label[:, None]
+    rank = tl.sum((~(x <= mine)).to(tl.int32), axis=1)  # greater, or NaN
+    is_nan = x_label != x_label
+    open_rows = (counted & ((rank < most_k) | is_nan)).to(tl.int32)
+    if tl.max(open_rows, axis=0) > 0:
+        lower = cols[None, :] < label[:, None]
+        rank += tl.sum(((x == mine) & lower).to(tl.int32), axis=1)
+        if tl.max((counted & is_nan).to(tl.int32), axis=0) > 0:
+            nans = tl.sum(((x != x) & lower).to(tl.int32), axis=1)
+            rank = tl.where(is_nan, nans, rank)
+    return rank
+
+
+@triton.jit
+def before_label(x, x_label, cols, start, label, GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """How many classes of a block stand before the label, for each group of ``GROUP`` classes.
+
+    For a label whose logit is NaN the count is wrong, and ``nans_before`` has the right one.
+    """
+    SPLIT: tl.constexpr = [ROWS, COLS // GROUP, GROUP]
+    if ROWS > 1:
+        mine = x_label[:, None]
+        before = ~(x <= mine) | ((x == mine) & (cols[None, :] < label[:, None]))
+        return tl.sum(tl.reshape(before.to(tl.int32), SPLIT), axis=2)
+    # One comparison a logit: "≥" in blocks before the label's, ">" from it on. Only in the label's own block the
+    # equal ones before it are counted apart.
+    threshold = tl.where(start + COLS <= label, next_below(x_label), x_label)
+    count = tl.sum(tl.reshape((~(x <= threshold[:, None])).to(tl.int32), SPLIT), axis=2)
+    at = tl.max(label, axis=0)
+    if (at >= start) & (at < start + COLS):
+        tied = (x == x_label[:, None]) & (cols[None, :] < label[:, None])
+        count += tl.sum(tl.reshape(tied.to(tl.int32), SPLIT), axis=2)
+    return count
+
+
+@triton.jit
+def nans_before(logits_ptr, base, label, of_rows, x_class, VEC: tl.constexpr, COLS: tl.constexpr):
+    """How many NaNs stand before a label whose own logit is NaN: rare, so a pass of its own."""
+    nans = tl.zeros(label.shape, tl.int32)
+    for start in tl.range(0, tl.max(label, axis=0), COLS):
+        cols = start + tl.arange(0, COLS)
+        mask = of_rows[:, None] & (cols[None, :] < label[:, None])
+        x = tl.load(logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :], mask=mask, other=0.0)
+        nans += tl.sum((x != x).to(tl.int32), axis=1)
+    return nans
+
+
+@triton.jit
+def ks_of(ks, K: tl.constexpr, K_PAD: tl.constexpr):
+    """The ks as a vector, padded with 0 (at which no row is right), and the greatest of them."""
+    index = tl.arange(0, K_PAD)
+    vector = tl.zeros([K_PAD], tl.int32)
+    for j in tl.static_range(K):
+        vector = tl.where(index == j, ks[j], vector)
+    return vector, tl.max(vector, axis=0)
+
+
+@triton.jit
+def last_to_end(counter_ptr):
+    """Is this the last of the grid's programs to come here? Then all that the others stored before is visible."""
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    return arrived == tl.num_programs(0) - 1
+
+
+@triton.jit
+def add_up_counts(counts_ptr, right_ptr, K: tl.constexpr, K_PAD: tl.constexpr, G_PAD: tl.constexpr, MEAN: tl.constexpr):
+    """Accuracies from the programs' partial counts ``(programs, 1 + K_PAD)``: counted rows, right rows at each k."""
+    program = tl.arange(0, G_PAD)
+    there = program < tl.num_programs(0)
+    counted = tl.load(counts_ptr + program * (1 + K_PAD), mask=there, other=0, cache_modifier=".cg")
+    total = tl.sum(counted.to(tl.int64), axis=0)
+    for j in tl.static_range(K):
+        right = tl.load(counts_ptr + program * (1 + K_PAD) + 1 + j, mask=there, other=0, cache_modifier=".cg")
+        value = tl.sum(right.to(tl.int64), axis=0).to(tl.float64)
+        # A label out of bounds makes its program's count of right rows negative: NaN.
+        value = tl.where(tl.min(right, axis=0) < 0, float("nan"), value)
+        if MEAN:
+            value = value / total.to(tl.float64)
+        tl.store(right_ptr + j, value.to(tl.float32))
+
+
+@triton.jit
+def store_ranks(right_ptr, rank, row, rows, in_range, counted, valid, ks, K: tl.constexpr):
+    """1 or 0 for each row and k, ``(k, rows)``."""
+    for j in tl.static_range(K):
+        value = tl.where(counted & (rank < ks[j]), 1.0, 0.0)
+        value = tl.where(counted & ~valid, float("nan"), value)
+        tl.store(right_ptr + j * rows.to(tl.int64) + row, value, mask=in_range)
