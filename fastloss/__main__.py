@@ -30,8 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train beside plain PyTorch and compare: under a minute, measured here and now",
-        description="Trains one network twice on scikit-learn's scans of digits, with fastloss and in plain PyTorch; "
-        "then compares the loss alone at language-model size. Prints both and draws them.",
+        description="Trains one network twice on scikit-learn's scans of digits, with fastloss and in plain "
+        "PyTorch; then compares the loss alone at language-model size. Prints both and draws them.",
     )
     demo.add_argument(
         "--output",
@@ -76,9 +76,7 @@ def _demo(options: argparse.Namespace) -> int:
 
     missing = demo.missing_extras()
     if missing:
-        print(
-            f'fastloss: the demo needs {", ".join(missing)}: pip install "fastloss[demo]"', file=sys.stderr
-        )
+        print(f'fastloss: the demo needs {", ".join(missing)}: pip install "fastloss[demo]"', file=sys.stderr)
         return 2
     demo.run(demo.Settings(output=options.output, seed=options.seed))
     return 0

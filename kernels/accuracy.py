@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arithmetic, choose_tiles, counter, grid_size, on_device, power_of_2, vector_width
+from .launch import arithmetic, counter, on_device, plan, power_of_2
 from .rows import (
     add_up_counts,
     before_label,
@@ -26,6 +26,8 @@ from .rows import (
     rank_in_tile,
     row_offsets,
     store_ranks,
+    tile_count,
+    tile_rows,
 )
 
 __all__ = ["accuracy"]
@@ -36,16 +38,12 @@ def accuracy(
 ) -> tuple[Tensor, ...]:
     """See :class:`fastloss.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape
-    rows = outer * inner
-    none = reduction == "none"
-    class_is_last = logits.stride(1) == 1
-    tiles = choose_tiles(rows, classes, logits.element_size(), class_is_last or inner == 1)
-    grid = grid_size(triton.cdiv(rows, tiles.rows), tiles.warps, logits.device)
-    k_pad = power_of_2(len(topk))
+    rows, none = outer * inner, reduction == "none"
+    tiles, k_pad = plan(logits), power_of_2(len(topk))
     right = torch.empty((len(topk), rows) if none else (len(topk),), device=logits.device)
-    counts = None if none else torch.empty((grid, 1 + k_pad), dtype=torch.int32, device=logits.device)
+    counts = None if none else torch.empty((tiles.grid, 1 + k_pad), dtype=torch.int32, device=logits.device)
     with on_device(logits):
-        _rank_kernel[(grid,)](
+        _rank_kernel[(tiles.grid,)](
             logits,
             target,
             right,
@@ -60,14 +58,11 @@ def accuracy(
             REDUCTION=reduction,
             K=len(topk),
             K_PAD=k_pad,
-            G_PAD=power_of_2(grid),
+            G_PAD=power_of_2(tiles.grid),
             LOOPED=tiles.looped,
+            GROUP=tiles.group,
             ACC=arithmetic(logits.dtype),
-            VEC=vector_width(logits, classes=classes),
-            ROWS=tiles.rows,
-            COLS=tiles.cols,
-            GROUP=16 // logits.element_size() if class_is_last else tiles.cols,
-            num_warps=tiles.warps,
+            **tiles.constants(),
         )
     return tuple(right.unbind(0))
 
@@ -96,17 +91,17 @@ def _rank_kernel(
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    BY_INNER: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """Reads each logit of a counted row once."""
     k_vector, most_k = ks_of(ks, K, K_PAD)
     counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
     invalid_sum = tl.zeros([ROWS], tl.int32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tile * ROWS + tl.arange(0, ROWS)
-        in_range = row < rows
+    for tile in tl.range(tl.program_id(0), tile_count(rows, inner, ROWS, BY_INNER), tl.num_programs(0)):
+        row, in_range, outer, within = tile_rows(tile, rows, inner, ROWS, BY_INNER)
         label, counted, weight = labels(target_ptr, row, in_range, target_ptr, classes, ignore_index, False, ACC)
-        base = row_offsets(row, inner, x_outer, x_inner, VEC)
+        base = row_offsets(outer, within, x_outer, x_inner, VEC)
         x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
         if LOOPED:
             group_rank = tl.zeros([ROWS, COLS // GROUP], tl.int32)

@@ -17,7 +17,6 @@ in the same order, so that results are equal from run to run. Nothing waits for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -27,13 +26,13 @@ from torch import Tensor
 from fastloss.contract import Forward, LossOptions, compute_dtype
 
 from .launch import (
+    FUSED,
+    Tiles,
     arithmetic,
-    choose_tiles,
     counter,
-    grid_size,
     on_device,
+    plan,
     power_of_2,
-    vector_width,
 )
 from .rows import (
     LN_2,
@@ -49,6 +48,8 @@ from .rows import (
     rank_in_tile,
     row_offsets,
     store_ranks,
+    tile_count,
+    tile_rows,
     tanh,
 )
 
@@ -75,8 +76,7 @@ def cross_entropy_forward(
     device, acc = logits.device, compute_dtype(logits.dtype)
     mean, none = options.reduction == "mean", options.reduction == "none"
     result = (logits if inplace else torch.empty_like(logits)) if gradient else None
-    written = logits if result is None else result
-    tiles, grid, vec = _plan(logits, written)
+    tiles = plan(logits, result)
     k_pad = power_of_2(max(len(options.topk), 1))
 
     def rowwise(wanted: bool, dtype: torch.dtype) -> Tensor | None:
@@ -84,17 +84,17 @@ def cross_entropy_forward(
 
     loss = torch.empty(rows if none else (), dtype=loss_dtype, device=device)
     right = torch.empty((len(options.topk), rows) if none else (len(options.topk),), device=device)
-    scale = torch.empty((), dtype=acc, device=device) if mean else None
+    scale = torch.empty((), dtype=torch.float64, device=device) if mean else None
     # The backward pass is wanted later only where the gradient is not written now; then M and the sum are kept.
     row_max, row_sum = rowwise(not gradient, acc), rowwise(not gradient, acc)
     lse = rowwise(gradient and options.lse_square_scale != 0, acc)
-    sums = None if none else torch.empty((grid, 2), dtype=torch.float64, device=device)
-    counts = None if none else torch.empty((grid, 1 + k_pad), dtype=torch.int32, device=device)
+    sums = None if none else torch.empty((tiles.grid, 2), dtype=torch.float64, device=device)
+    counts = None if none else torch.empty((tiles.grid, 1 + k_pad), dtype=torch.int32, device=device)
     weighed = _weigh(target, weight, classes, options) if mean and gradient and rows > _WEIGHED_BY_EACH else None
 
     with on_device(logits):
         kernel = _forward_loop if tiles.looped else _forward_tile
-        kernel[(grid,)](
+        kernel[(tiles.grid,)](
             logits,
             target,
             weight,
@@ -109,7 +109,7 @@ def cross_entropy_forward(
             counts,
             weighed,
             None if none else counter(device),
-            *_shape_arguments(logits, written),
+            *_shape_arguments(logits, logits if result is None else result),
             options.ignore_index,
             options.label_smoothing,
             options.lse_square_scale,
@@ -119,9 +119,10 @@ def cross_entropy_forward(
             REDUCTION=options.reduction,
             K=len(options.topk),
             K_PAD=k_pad,
-            G_PAD=power_of_2(grid),
+            G_PAD=power_of_2(tiles.grid),
             WEIGH_BLOCK=min(_WEIGH_BLOCK, power_of_2(rows)),
-            **_constants(logits, weight, options, tiles, vec),
+            **_constants(logits, weight, options, tiles),
+            **({"GROUP": tiles.group} if tiles.looped else {}),
         )
     return Forward(
         loss,
@@ -146,11 +147,10 @@ def cross_entropy_backward(
     """See :class:`fastloss.contract.Backend`. One launch."""
     row_max, row_sum, *scale = saved
     result = logits if inplace else torch.empty_like(logits)
-    tiles, _, vec = _plan(logits, result)
-    outer, classes, inner = logits.shape
+    tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
-    rows, cols = tiles.rows, min(tiles.cols, 4096 // tiles.rows)
-    grid = (triton.cdiv(outer * inner, rows), triton.cdiv(classes, cols))
+    tiles = tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4)
+    grid = (tiles.count, triton.cdiv(logits.shape[1], tiles.cols))
     with on_device(logits):
         _backward[grid](
             logits,
@@ -167,17 +167,9 @@ def cross_entropy_backward(
             options.label_smoothing,
             options.lse_square_scale,
             options.softcap or 1.0,
-            **_constants(logits, weight, options, tiles._replace(cols=cols, warps=4), vec, backward=True),
+            **_constants(logits, weight, options, tiles),
         )
     return result
-
-
-def _plan(logits: Tensor, gradient: Tensor) -> tuple[Any, int, int]:
-    """The tiles, the number of programs and the width of accesses for these logits."""
-    outer, classes, inner = logits.shape
-    tiles = choose_tiles(outer * inner, classes, logits.element_size(), logits.stride(1) == 1 or inner == 1)
-    grid = grid_size(triton.cdiv(outer * inner, tiles.rows), tiles.warps, logits.device)
-    return tiles, grid, vector_width(logits, gradient, classes=classes)
 
 
 def _shape_arguments(logits: Tensor, gradient: Tensor) -> tuple[int, ...]:
@@ -185,39 +177,22 @@ def _shape_arguments(logits: Tensor, gradient: Tensor) -> tuple[int, ...]:
     return (outer * inner, classes, inner, *logits.stride(), *gradient.stride())
 
 
-def _constants(
-    logits: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    tiles: Any,
-    vec: int,
-    backward: bool = False,
-) -> dict[str, Any]:
+def _constants(logits: Tensor, weight: Tensor | None, options: LossOptions, tiles: Tiles) -> dict[str, object]:
     """What a kernel is compiled for. Options that are off cost nothing; values that vary are not among them."""
-    constants: dict[str, Any] = {
+    return {
         "HAS_WEIGHT": weight is not None,
         "SMOOTHING": options.label_smoothing != 0,
         "SOFTCAP": options.softcap is not None,
         "ACC": arithmetic(logits.dtype),
-        "VEC": vec,
-        "ROWS": tiles.rows,
-        "COLS": tiles.cols,
-        "num_warps": tiles.warps,
+        **tiles.constants(),
     }
-    if tiles.looped and not backward:
-        # Each thread takes the maximum of its own neighbouring logits first, and rescales its sum once for all of
-        # them; where a tile is wide in rows, once for a block.
-        class_is_last = logits.stride(1) == 1
-        constants["GROUP"] = 16 // logits.element_size() if class_is_last else tiles.cols
-    return constants
 
 
 def _weigh(target: Tensor, weight: Tensor | None, classes: int, options: LossOptions) -> Tensor:
     """The sum of the counted rows' weights, in a few parts: a gradient of a mean needs it before it is written."""
     rows = target.numel()
     parts = min(triton.cdiv(rows, _WEIGH_BLOCK), 256)
-    acc = torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
-    weighed = torch.empty(parts, dtype=acc, device=target.device)
+    weighed = torch.empty(parts, dtype=torch.float64, device=target.device)
     with on_device(target):
         _weigh_kernel[(parts,)](
             target,
@@ -228,9 +203,10 @@ def _weigh(target: Tensor, weight: Tensor | None, classes: int, options: LossOpt
             classes,
             options.ignore_index,
             HAS_WEIGHT=weight is not None,
-            ACC=arithmetic(acc),
+            ACC=arithmetic(torch.float32 if weight is None else weight.dtype),
             BLOCK=_WEIGH_BLOCK,
             num_warps=4,
+            **FUSED,
         )
     return weighed
 
@@ -267,11 +243,11 @@ def _weigh_rows(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    total = tl.zeros([BLOCK], ACC)
+    total = tl.zeros([BLOCK], tl.float64)
     for start in tl.range(first, end, BLOCK):
         row = start + tl.arange(0, BLOCK)
         _, _, weight = labels(target_ptr, row, row < end, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
-        total += weight
+        total += weight.to(tl.float64)
     return tl.sum(total, axis=0)
 
 
@@ -291,7 +267,7 @@ def _scale_of_mean(
     """1 / Σ w_y, from the parts of ``_weigh_kernel`` or, for few rows, from the labels themselves."""
     if N_WEIGHED > 0:
         part = tl.arange(0, N_WEIGHED)
-        total = tl.sum(tl.load(weighed_ptr + part).to(ACC), axis=0)
+        total = tl.sum(tl.load(weighed_ptr + part).to(tl.float64), axis=0)
     else:
         total = _weigh_rows(target_ptr, weight_ptr, 0, rows, classes, ignore_index, HAS_WEIGHT, ACC, BLOCK)
     return 1.0 / total
@@ -339,9 +315,10 @@ def _row_results(
     classes,
     SMOOTHING: tl.constexpr,
 ):
-    """Each row's loss, and A, w_y (1−ε) and ε/C before any scale, and lse."""
-    nll = tl.log(s) - (z_label * LOG2_E - M) * LN_2
-    lse = tl.log(s) + M * LN_2
+    """Each row's loss, and A, w_y (1−ε) and ε/C before any scale, and lse. In float64: rows are few beside logits."""
+    nll = (tl.log(s) - (z_label * LOG2_E - M) * LN_2).to(tl.float64)
+    lse = tl.log(s).to(tl.float64) + M.to(tl.float64) * LN_2
+    weight, wz, w_total = weight.to(tl.float64), wz.to(tl.float64), w_total.to(tl.float64)
     hit = weight * (1.0 - eps)
     loss = hit * nll + weight * z_scale * lse * lse
     level = hit + 2.0 * z_scale * weight * lse
@@ -435,10 +412,11 @@ def _forward_tile(
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    BY_INNER: tl.constexpr,
 ):
     """Forward with whole rows in registers: reads the logits once, writes the gradient once."""
-    eps, z_scale, cap = tl.full([1], eps, ACC), tl.full([1], z_scale, ACC), tl.full([1], cap, ACC)
-    scale = tl.full([1], 1.0, ACC)
+    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, ACC)
+    scale = tl.full([1], 1.0, tl.float64)
     if gradient_ptr is not None and REDUCTION == "mean":
         scale *= _scale_of_mean(
             target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, HAS_WEIGHT, ACC, WEIGH_BLOCK
@@ -450,13 +428,12 @@ def _forward_tile(
     counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
     invalid_sum = tl.zeros([ROWS], tl.int32)
 
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tile * ROWS + tl.arange(0, ROWS)
-        in_range = row < rows
+    for tile in tl.range(tl.program_id(0), tile_count(rows, inner, ROWS, BY_INNER), tl.num_programs(0)):
+        row, in_range, outer, within = tile_rows(tile, rows, inner, ROWS, BY_INNER)
         label, counted, weight = labels(
             target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC
         )
-        base = row_offsets(row, inner, x_outer, x_inner, VEC)
+        base = row_offsets(outer, within, x_outer, x_inner, VEC)
         mask = counted[:, None] & col_mask[None, :]
         x = tl.load(logits_ptr + base[:, None] + x_cols[None, :], mask=mask, other=-float("inf")).to(ACC)
         x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
@@ -494,7 +471,7 @@ def _forward_tile(
         if REDUCTION == "none":
             tl.store(loss_ptr + row, loss, mask=in_range)
         else:
-            loss_sum += loss.to(tl.float64)
+            loss_sum += loss
             weight_sum += weight.to(tl.float64)
         if row_max_ptr is not None:
             tl.store(row_max_ptr + row, M, mask=in_range)
@@ -507,9 +484,9 @@ def _forward_tile(
                 dz,
                 cols,
                 label,
-                level * scale / s,
-                hit * scale,
-                spread * scale,
+                (level * scale / s).to(ACC),
+                (hit * scale).to(ACC),
+                (spread * scale).to(ACC),
                 weight_ptr,
                 col_mask,
                 HAS_WEIGHT,
@@ -517,7 +494,7 @@ def _forward_tile(
                 SOFTCAP,
             )
             g = tl.where(counted[:, None], g, 0.0)
-            g_base = row_offsets(row, inner, g_outer, g_inner, VEC)
+            g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
             out_mask = in_range[:, None] & col_mask[None, :]
             tl.store(gradient_ptr + g_base[:, None] + g_cols[None, :], g, mask=out_mask)
 
@@ -690,6 +667,7 @@ def _forward_loop(
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    BY_INNER: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """Forward with rows longer than a tile: an online softmax over their blocks, then the gradient, last block first.
@@ -698,8 +676,8 @@ def _forward_loop(
     of neighbouring classes takes its maximum before anything is rescaled, so that there are 1 + 1 / GROUP
     exponentials a logit (Milakov and Gimelshein 2018, arXiv:1805.02867, rescale at each).
     """
-    eps, z_scale, cap = tl.full([1], eps, ACC), tl.full([1], z_scale, ACC), tl.full([1], cap, ACC)
-    scale = tl.full([1], 1.0, ACC)
+    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, ACC)
+    scale = tl.full([1], 1.0, tl.float64)
     if gradient_ptr is not None and REDUCTION == "mean":
         scale *= _scale_of_mean(
             target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, HAS_WEIGHT, ACC, WEIGH_BLOCK
@@ -716,13 +694,12 @@ def _forward_loop(
     counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
     invalid_sum = tl.zeros([ROWS], tl.int32)
 
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tile * ROWS + tl.arange(0, ROWS)
-        in_range = row < rows
+    for tile in tl.range(tl.program_id(0), tile_count(rows, inner, ROWS, BY_INNER), tl.num_programs(0)):
+        row, in_range, outer, within = tile_rows(tile, rows, inner, ROWS, BY_INNER)
         label, counted, weight = labels(
             target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC
         )
-        base = row_offsets(row, inner, x_outer, x_inner, VEC)
+        base = row_offsets(outer, within, x_outer, x_inner, VEC)
         x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
         M_group = tl.full([ROWS, COLS // GROUP], -float("inf"), ACC)
         s_group = tl.zeros([ROWS, COLS // GROUP], ACC)
@@ -767,7 +744,7 @@ def _forward_loop(
         if REDUCTION == "none":
             tl.store(loss_ptr + row, loss, mask=in_range)
         else:
-            loss_sum += loss.to(tl.float64)
+            loss_sum += loss
             weight_sum += weight.to(tl.float64)
         if row_max_ptr is not None:
             tl.store(row_max_ptr + row, M, mask=in_range)
@@ -775,8 +752,8 @@ def _forward_loop(
         if lse_ptr is not None:
             tl.store(lse_ptr + row, lse, mask=in_range)
         if gradient_ptr is not None:
-            g_base = row_offsets(row, inner, g_outer, g_inner, VEC)
-            level, hit, spread = level * scale / s, hit * scale, spread * scale
+            g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
+            level, hit, spread = (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC)
             if full < classes:
                 _write_gradient(
                     logits_ptr, gradient_ptr, weight_ptr, base, g_base, full, classes, x_class, g_class,
@@ -841,15 +818,15 @@ def _backward(
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    BY_INNER: tl.constexpr,
 ):
     """Gradient from the logits and what the forward kept of each row. Reads the logits once, writes once."""
-    eps, z_scale, cap = tl.full([1], eps, ACC), tl.full([1], z_scale, ACC), tl.full([1], cap, ACC)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    in_range = row < rows
+    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, ACC)
+    row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, ROWS, BY_INNER)
     label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
     M = tl.load(row_max_ptr + row, mask=in_range, other=0.0)
     s = tl.load(row_sum_ptr + row, mask=in_range, other=1.0)
-    scale = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride, mask=in_range, other=0.0).to(ACC)
+    scale = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride, mask=in_range, other=0.0).to(tl.float64)
     if scale_ptr is not None:
         scale *= tl.load(scale_ptr)
     w_total = tl.zeros([ROWS], ACC) + classes
@@ -862,10 +839,11 @@ def _backward(
     _, level, hit, spread, _ = _row_results(
         s, M, M, M, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
     )
-    base = row_offsets(row, inner, x_outer, x_inner, VEC)
-    g_base = row_offsets(row, inner, g_outer, g_inner, VEC)
+    base = row_offsets(outer, within, x_outer, x_inner, VEC)
+    g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
     _write_gradient(
         logits_ptr, gradient_ptr, weight_ptr, base, g_base, tl.program_id(1) * COLS, classes, x_class, g_class,
-        in_range, counted, label, M, level * scale / s, hit * scale, spread * scale, cap,
+        in_range, counted, label, M,
+        (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC), cap,
         True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS,
     )  # fmt: skip

@@ -15,47 +15,75 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Tiles", "arithmetic", "choose_tiles", "counter", "grid_size", "on_device", "power_of_2", "vector_width"]
+__all__ = ["FUSED", "Tiles", "arithmetic", "counter", "on_device", "plan", "power_of_2", "spread", "vector_width"]
 
-# A whole row is held in registers up to this many classes: 32 warps of 32 logits a thread.
-LONGEST_TILE = 32768
+# A whole row is held in registers up to this many classes: 16 warps of 16 logits a thread. Compiled for sm_90, twice
+# as many still fit without spills in the plain forms, but not with class weights and smoothing; the second visit of
+# a row of this length finds it in the L1 cache.
+LONGEST_TILE = 8192
+# Every launch says so itself: a multiplication and an addition may be fused. Triton's own default changes in 3.10.
+FUSED = {"enable_fp_fusion": True}
 # Programs of the interpreter's grids: few, so that each serves several tiles and the adding up is exercised.
 _INTERPRETED_PROCESSORS = 3
 
 
 class Tiles(NamedTuple):
-    """The tile that a program holds at once, and how many warps hold it."""
+    """How the rows are cut up among programs."""
 
-    rows: int
-    cols: int
+    rows: int  # of a tile
+    cols: int  # of a tile
     warps: int
     looped: bool  # the row is longer than the tile: it is visited block by block
+    by_inner: bool  # neighbouring rows, not classes, are neighbours in memory: a tile stays within one outer index
+    group: int  # classes that take their maximum together, in a looped row
+    vec: int  # classes that one access takes
+    count: int  # tiles
+    grid: int  # programs
+
+    def constants(self) -> dict[str, object]:
+        """The compile-time arguments of a kernel that follow from it."""
+        return {
+            "VEC": self.vec,
+            "ROWS": self.rows,
+            "COLS": self.cols,
+            "BY_INNER": self.by_inner,
+            "num_warps": self.warps,
+            **FUSED,
+        }
 
 
-def choose_tiles(rows: int, classes: int, itemsize: int, class_is_last: bool) -> Tiles:
-    """The tile for logits of ``rows`` × ``classes``; ``class_is_last``: neighbouring classes are neighbours in memory.
+def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
+    """The tiles for ``(outer, classes, inner)`` logits, and a gradient of that shape where one is written.
 
     - A short row shares its program with others: about 4096 logits a program, 32 a thread.
-    - A row of up to :data:`LONGEST_TILE` classes is a program's registers, read once.
-    - A longer row is visited block by block, twice where a gradient is written; so few rows are in flight that the
-      second visit finds them in the L2 cache.
-    - Where neighbouring rows, not classes, are neighbours in memory, ``(N, C, d1, …)``, a tile is wide in rows.
+    - A row of up to :data:`LONGEST_TILE` classes is held in its program's registers and read once.
+    - A longer row is visited block by block, twice where a gradient is written; few enough rows are in flight that the
+      second visit finds them in a cache.
+    - Where neighbouring rows are neighbours in memory, ``(N, C, d1, …)``, a tile is wide in rows.
     """
+    outer, classes, inner = logits.shape
+    rows, itemsize = outer * inner, logits.element_size()
+    written = [] if gradient is None else [gradient]
+    vec = vector_width(logits, *written, classes=classes)
     cols = max(power_of_2(classes), 16)
-    if not class_is_last:
-        if cols <= 64:
-            return Tiles(min(4096 // cols, max(power_of_2(rows), 16)), cols, 4, looped=False)
-        return Tiles(min(128, max(power_of_2(rows), 16)), 32, 4, looped=True)
-    if cols > LONGEST_TILE:
-        return Tiles(1, 32768 // itemsize, 16, looped=True)
-    if cols >= 4096:
-        return Tiles(1, cols, min(max(cols // 1024, 4), 32), looped=False)
-    return Tiles(min(4096 // cols, power_of_2(rows)), cols, 4, looped=False)
-
-
-def grid_size(tiles: int, warps: int, device: torch.device) -> int:
-    """Programs to start: as many as the GPU holds at once, each serving every so-many-th tile."""
-    return max(1, min(tiles, _processors(device) * max(1, 32 // warps)))
+    by_inner = inner > 1 and logits.stride(1) != 1
+    looped = cols > (64 if by_inner else LONGEST_TILE)
+    if by_inner:
+        cols = 32 if looped else cols
+        tile_rows, warps, group = min(64 if looped else 4096 // cols, max(power_of_2(inner), 16)), 4, cols
+        count = outer * triton.cdiv(inner, tile_rows)
+    else:
+        if looped:
+            cols, warps = (8192 if vec > 1 else 4096), 16
+        else:
+            warps = max(4, cols // 512)
+        tile_rows, group = max(1, min(4096 // cols, power_of_2(rows))), 16 // itemsize
+        count = triton.cdiv(rows, tile_rows)
+    resident = max(1, 32 // warps)
+    if looped and written:
+        resident = min(resident, max(1, _l2_bytes(logits.device) // (2 * classes * itemsize * _processors(logits.device))))
+    grid = max(1, min(count, _processors(logits.device) * resident))
+    return Tiles(tile_rows, cols, warps, looped, by_inner, group, vec, count, grid)
 
 
 def vector_width(*tensors: Tensor, classes: int) -> int:
@@ -71,6 +99,11 @@ def vector_width(*tensors: Tensor, classes: int) -> int:
         while any(step % width for step in steps):
             width //= 2
     return width
+
+
+def spread(count: int, device: torch.device) -> int:
+    """Programs for ``count`` pieces of work that anyone can take: as many as the GPU holds at once."""
+    return max(1, min(count, _processors(device) * 8))
 
 
 def power_of_2(n: int) -> int:
@@ -112,12 +145,14 @@ def on_device(tensor: Tensor) -> Iterator[None]:
 
 
 @functools.cache
+def _l2_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+@functools.cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return triton.cdiv(a, b)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import grid_size, on_device
+from .launch import FUSED, on_device, spread
 
 __all__ = ["rescale"]
 
@@ -22,8 +22,8 @@ def rescale(gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
         return gradient.mul_(factor)
     flat = gradient.as_strided((span,), (1,))
     with on_device(gradient):
-        _rescale_kernel[(grid_size(triton.cdiv(span, _BLOCK), 4, gradient.device),)](
-            flat, factor, span, BLOCK=_BLOCK, num_warps=4
+        _rescale_kernel[(spread(triton.cdiv(span, _BLOCK), gradient.device),)](
+            flat, factor, span, BLOCK=_BLOCK, num_warps=4, **FUSED
         )
     return gradient
 

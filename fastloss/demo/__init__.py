@@ -8,21 +8,27 @@ Every number it prints or draws is measured in that run. The modules, in the ord
 - :mod:`.loss_at_scale`: the loss alone, at language-model size;
 - :mod:`.report`, :mod:`.picture`: the tables and the PNG.
 
-The packages behind the extra ``fastloss[demo]`` are imported inside :func:`run`, after :func:`missing_extras`
-had its chance to name those that are not there.
+The packages of the extra ``fastloss[demo]`` are imported where they are used, so that :func:`missing_extras`
+can name those that are not there.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .loss_at_scale import Case, LossAtScale, cases_for, compare
 from .training import Training, train_side_by_side
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 __all__ = ["Outcome", "Settings", "missing_extras", "run"]
 
@@ -43,9 +49,9 @@ class Settings:
     output: Path
     seed: int = 0
     device: torch.device | None = None  # None: the GPU if there is one, else the CPU
-    epochs: int = 40
+    epochs: int = 30
     cases: Sequence[Case] | None = None  # None: what fits this machine
-    seconds_a_case: float = 4.0  # timing budget for each case
+    seconds_a_case: float = 3.0  # of timing; it takes longer where five rounds do
 
 
 @dataclass(frozen=True)
@@ -65,37 +71,45 @@ def run(settings: Settings) -> Outcome:
     """Train, compare, print, draw."""
     from rich.console import Console
 
-    from . import data, picture, report
+    from . import picture, report
 
     console = Console()
     device = settings.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console.print(report.heading(device))
+    training = _train(settings, device, console)
+    console.print(report.training(training))
+    at_scale = _compare(settings, device, console)
+    console.print(report.at_scale(at_scale, device))
+    outcome = Outcome(training, at_scale)
+    picture.draw(outcome, settings.output, caption=report.machine(device))
+    console.print(f"The picture: {settings.output}", highlight=False, markup=False, soft_wrap=True)
+    return outcome
 
+
+def _train(settings: Settings, device: torch.device, console: Console) -> Training:
+    from . import data, report
+
+    split = data.digits(settings.seed, device)
     with report.progress(console) as bar:
-        split = data.digits(settings.seed, device)
         task = bar.add_task("training, with fastloss and with PyTorch", total=2 * settings.epochs)
-        training = train_side_by_side(
+        return train_side_by_side(
             split, epochs=settings.epochs, seed=settings.seed, tell=lambda: bar.advance(task)
         )
-    console.print(report.training(training))
 
-    cases = cases_for(device) if settings.cases is None else settings.cases
-    at_scale = []
+
+def _compare(settings: Settings, device: torch.device, console: Console) -> tuple[LossAtScale, ...]:
+    from . import report
+
+    results = []
     with report.progress(console) as bar:
-        for case in cases:
-            task = bar.add_task(f"loss alone, {case}", total=1.0)
-            at_scale.append(
-                compare(
-                    case,
-                    device,
-                    seed=settings.seed,
-                    budget=settings.seconds_a_case,
-                    tell=lambda share, task=task: bar.update(task, completed=share),  # type: ignore[misc]
-                )
+        for case in cases_for(device) if settings.cases is None else settings.cases:
+            done = functools.partial(_set_share, bar, bar.add_task(f"loss alone, {case}", total=1.0))
+            results.append(
+                compare(case, device, seed=settings.seed, budget=settings.seconds_a_case, tell=done)
             )
-    outcome = Outcome(training, tuple(at_scale))
-    console.print(report.at_scale(outcome.at_scale, device))
+            done(1.0)
+    return tuple(results)
 
-    picture.draw(outcome, settings.output, caption=report.machine(device))
-    console.print(f"The picture: {settings.output}", highlight=False)
-    return outcome
+
+def _set_share(bar: Progress, task: TaskID, share: float) -> None:
+    bar.update(task, completed=share)

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .contenders import FASTLOSS, PYTORCH, Contender
-from .measure import Step, interleaved, peak_bytes
+from .measure import Neighbours, Step, interleaved, peak_bytes
 
-__all__ = ["Case", "LossAtScale", "Measured", "Timed", "cases_for", "compare"]
+__all__ = ["TIMES", "Case", "Errors", "LossAtScale", "Measured", "Timed", "cases_for", "compare"]
 
-# The vocabularies of Llama 2 (arXiv:2307.09288, §2.2) and of Llama 3 (the 128256 of its published configuration:
-# 128000 tokens, arXiv:2407.21783, §3.2, and 256 special ones).
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+# The vocabularies of Llama 2 (arXiv:2307.09288, §2.2) and of Llama 3 (128000 tokens, arXiv:2407.21783, §3.2,
+# and the 256 special ones that its published configuration adds).
 VOCABULARIES = (32000, 128256)
 DTYPES = (torch.float32, torch.bfloat16)
 TOKENS_ON_CPU = 512
@@ -30,7 +32,7 @@ COPIES = 6  # of the logits' size, that a case takes at its highest: plain PyTor
 SPREAD = 2.0
 LABEL_LIFT = 15.0
 
-ROWS_AT_ONCE = 64  # of the float64 reference
+ROWS_AT_ONCE = 16  # of the float64 reference
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,12 @@ class Case:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{self.tokens} × {self.classes} {self.dtype_name}"
+        return f"{self.size} {self.dtype_name}"
+
+    @property
+    def size(self) -> str:
+        """``512 × 32000``."""
+        return f"{self.tokens} {TIMES} {self.classes}"
 
     @property
     def dtype_name(self) -> str:
@@ -87,6 +94,7 @@ class LossAtScale:
     pytorch: Measured
     fastloss: Measured
     accuracy: float  # in [0, 1], from the float64 reference
+    neighbours: float  # the share of the CPUs that other programs took meanwhile
 
     @property
     def rounds(self) -> int:
@@ -120,9 +128,10 @@ def compare(
     accuracies = [result.accuracy for result in results]
     del results  # their gradients would stand in the way of the measuring
 
-    losses, losses_and_accuracies = _timed(logits, target, budget=budget, tell=tell)
+    with Neighbours() as neighbours:
+        losses, losses_and_accuracies = _timed(logits, target, budget=budget, tell=tell)
     pytorch, fastloss = map(Measured, losses, losses_and_accuracies, errors, accuracies)
-    return LossAtScale(case, pytorch, fastloss, accuracy)
+    return LossAtScale(case, pytorch, fastloss, accuracy, neighbours.share)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -165,9 +174,7 @@ class _Result(NamedTuple):
 
 
 @torch.no_grad()
-def _against_float64(
-    results: list[_Result], logits: Tensor, target: Tensor
-) -> tuple[float, list[Errors]]:
+def _against_float64(results: list[_Result], logits: Tensor, target: Tensor) -> tuple[float, list[Errors]]:
     """The accuracy and each result's errors; the reference is made of a few rows at a time."""
     tokens = len(target)
     loss, right, squares = 0.0, 0, 0.0
@@ -193,28 +200,26 @@ def _against_float64(
 def _timed(
     logits: Tensor, target: Tensor, *, budget: float, tell: Callable[[float], None]
 ) -> tuple[list[Timed], list[Timed]]:
-    """The loss, and the loss with the accuracy: PyTorch's and fastloss's of each, all timed in the same rounds."""
+    """PyTorch's and fastloss's loss, and the two with the accuracy, all timed in the same rounds."""
     device = logits.device
-    steps = [
-        step
-        for contender in (PYTORCH, FASTLOSS)
-        for step in (
-            _forward_and_backward(contender.loss, logits, target),
-            _forward_and_backward(lambda *of, c=contender: c.loss_and_accuracy(*of)[0], logits, target),
-        )
-    ]
-    peaks = [peak_bytes(step, device) for step in steps]
+    steps = [step for contender in (PYTORCH, FASTLOSS) for step in _steps(contender, logits, target)]
+    peaks = [peak_bytes(step, device) for step in steps]  # and a first, untimed, run of each
     seconds = interleaved(steps, device, budget=budget, tell=tell)
     timed = list(map(Timed, seconds, peaks))
     return timed[0::2], timed[1::2]
 
 
-def _forward_and_backward(
-    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor
-) -> Step:
-    """The gradient is given back at the end, as it is in training: each step takes its memory anew."""
+def _steps(contender: Contender, logits: Tensor, target: Tensor) -> tuple[Step, Step]:
+    """Forward and backward of the loss, and of the loss with the accuracy.
 
-    def step() -> None:
-        torch.autograd.grad(loss(logits, target), logits)
+    The gradient is dropped at the end, as it is in training: each step takes its memory anew.
+    """
 
-    return step
+    def loss() -> None:
+        torch.autograd.grad(contender.loss(logits, target), logits)
+
+    def loss_and_accuracy() -> None:
+        value, _ = contender.loss_and_accuracy(logits, target)
+        torch.autograd.grad(value, logits)
+
+    return loss, loss_and_accuracy

@@ -1,0 +1,238 @@
+"""What the compiler makes of the kernels, for GPUs that are not here: ``python -m benchmarks.codegen``.
+
+Every launch that the package would make for a list of shapes, dtypes and options is recorded on meta tensors and
+compiled for each target. For NVIDIA targets ptxas reports registers and spilled bytes, and the disassembly shows how
+wide the accesses to device memory are. No GPU is needed, and none is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from fastloss.contract import LossOptions
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# The GPU that grids are planned for: an H100.
+PROCESSORS, L2_BYTES = 132, 50 << 20
+
+
+@dataclass
+class Launch:
+    """One recorded launch: what to compile, and what it was made for."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    label: str
+
+
+@dataclass
+class Compiled:
+    """What a target's compiler made of a launch."""
+
+    label: str
+    kernel: str
+    target: str
+    registers: int | None = None
+    spills: int | None = None  # bytes
+    shared: int | None = None  # bytes
+    widths: dict[str, int] = field(default_factory=dict)  # "LDG.128" → how many stand in the code
+    error: str | None = None
+
+
+@contextmanager
+def recorded(launches: list[Launch], label: str) -> Iterator[None]:
+    """Record launches instead of making them."""
+    run = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch(self, args, kwargs, label))
+
+    JITFunction.run = record
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+def compile_for(launch: Launch, target: GPUTarget) -> Any:
+    """Compile a recorded launch for a target, as a launch on it would."""
+    backend = make_backend(target)
+    kernel = launch.kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*launch.arguments, **launch.options, debug=False)
+    options, signature, constexprs, attrs = kernel._pack_args(
+        backend, {**launch.options, "debug": False}, bound, specialization, options
+    )
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__
+    )
+
+
+def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
+    """Compile a launch and read registers, spills, shared memory and access widths off it."""
+    result = Compiled(launch.label, launch.kernel.__name__.strip("_"), name)
+    try:
+        compiled = compile_for(launch, target)
+    except Exception as error:
+        result.error = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:120]}"
+        return result
+    result.shared = compiled.metadata.shared
+    if target.backend == "cuda":
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "kernel.cubin")
+            cubin.write_bytes(compiled.asm["cubin"])
+            usage = _tool("cuobjdump", "-res-usage", str(cubin))
+            result.registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+            result.spills = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+            sass = _tool("cuobjdump", "-sass", str(cubin))
+        for kind, modifiers in re.findall(r"\b(LDG|STG)((?:\.\w+)*)", sass):
+            width = re.search(r"\.(64|128|U8|U16|S16|S8|256)\b", modifiers)
+            key = f"{kind}.{width[1] if width else '32'}"
+            result.widths[key] = result.widths.get(key, 0) + 1
+    else:
+        text = compiled.asm["amdgcn"]
+        result.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
+        result.spills = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # type: ignore[index]
+        for kind, width in re.findall(r"(global_load|global_store|buffer_load|buffer_store)_(\w+)", text):
+            key = f"{'LDG' if 'load' in kind else 'STG'}.{width}"
+            result.widths[key] = result.widths.get(key, 0) + 1
+    return result
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+SHAPES = [(4096, 10), (4096, 1000), (8192, 21841), (8192, 32000), (8192, 50257), (4096, 128256)]
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+OPTIONS = {
+    "plain": LossOptions(),
+    "accuracy": LossOptions(topk=(1, 5)),
+    "weight+smoothing+accuracy": LossOptions(topk=(1, 5), label_smoothing=0.1),
+    "softcap+z": LossOptions(softcap=30.0, lse_square_scale=1e-4),
+}
+
+
+def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The calls whose launches are compiled: every kernel in every form that the shapes choose."""
+    from fastloss import kernels
+
+    shapes = SHAPES[1::2] if quick else SHAPES
+    dtypes = {"bfloat16": torch.bfloat16} if quick else DTYPES
+
+    def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    views = [(f"{n}x{v}", (n, v, 1)) for n, v in shapes] + [("8x19x65536", (8, 19, 65536)), ("8x1000x4096", (8, 1000, 4096))]
+    for (shape_name, shape), (dtype_name, dtype) in itertools.product(views, dtypes.items()):
+        logits, target = meta(*shape, dtype=dtype), meta(shape[0] * shape[2], dtype=torch.int64)
+        for options_name, options in OPTIONS.items():
+            weight = meta(shape[1], dtype=dtype) if "weight" in options_name else None
+            label = f"{shape_name} {dtype_name} {options_name}"
+
+            def forward(
+                gradient: bool,
+                logits: torch.Tensor = logits,
+                target: torch.Tensor = target,
+                weight: torch.Tensor | None = weight,
+                options: LossOptions = options,
+            ) -> Any:
+                return kernels.cross_entropy_forward(
+                    logits, target, weight, options, loss_dtype=logits.dtype, gradient=gradient, inplace=False
+                )
+
+            def backward(
+                forward: Any = forward,
+                logits: torch.Tensor = logits,
+                target: torch.Tensor = target,
+                weight: torch.Tensor | None = weight,
+                options: LossOptions = options,
+            ) -> Any:
+                saved = forward(False).saved
+                one = meta(dtype=logits.dtype)
+                return kernels.cross_entropy_backward(one, logits, target, weight, options, saved, inplace=False)
+
+            yield f"{label} forward", lambda forward=forward: forward(False)
+            yield f"{label} forward+gradient", lambda forward=forward: forward(True)
+            yield f"{label} backward", backward
+        yield (
+            f"{shape_name} {dtype_name} accuracy alone",
+            lambda logits=logits, target=target: kernels.accuracy(logits, target, (1, 5), -100, "mean"),
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print one line a compiled kernel; exit code 1 if any spills or fails."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
+    parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")
+    parser.add_argument("--quick", action="store_true", help="bfloat16 and three shapes only")
+    parser.add_argument("--only", default="", help="compile only labels that contain this")
+    parsed = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        print("benchmarks.codegen compiles: unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    import fastloss.kernels.launch as launch_module
+
+    launch_module._processors = lambda device: PROCESSORS  # type: ignore[assignment]
+    launch_module._l2_bytes = lambda device: L2_BYTES  # type: ignore[assignment]
+    launches: list[Launch] = []
+    for label, call in cases(parsed.quick):
+        if parsed.only in label:
+            with recorded(launches, label):
+                call()
+    failures, seen = 0, set()
+    print(f"{'kernel':14} {'target':7} {'regs':>4} {'spill':>5} {'shared':>6}  accesses; made for")
+    for launch in launches:
+        for name in parsed.target or TARGETS:
+            constants = {k: str(v) for k, v in launch.options.items()}
+            key = (launch.kernel.__name__, name, tuple(sorted(constants.items())), launch.label.split()[1], *map(str, _specialized(launch)))
+            if key in seen:
+                continue
+            seen.add(key)
+            r = examine(launch, name, TARGETS[name])
+            failures += bool(r.error or r.spills)
+            widths = " ".join(f"{k}×{v}" for k, v in sorted(r.widths.items()))
+            print(
+                f"{r.kernel:14} {r.target:7} {r.registers or '-':>4} {r.spills if r.spills is not None else '-':>5} "
+                f"{r.shared if r.shared is not None else '-':>6}  {r.error or widths}; {r.label}",
+                flush=True,
+            )
+    print(f"{len(seen)} compiled, {failures} spill or fail")
+    return 1 if failures else 0
+
+
+def _specialized(launch: Launch) -> Iterator[Any]:
+    """Which pointers are absent and which integers are 1 or multiples of 16: what Triton specializes on."""
+    for argument in launch.arguments:
+        if isinstance(argument, int):
+            yield (argument == 1, argument % 16 == 0, argument >= 1 << 31)
+        else:
+            yield (argument is None, str(getattr(argument, "dtype", "")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

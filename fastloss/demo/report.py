@@ -1,0 +1,174 @@
+"""What was measured, as tables for the terminal."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from itertools import zip_longest
+
+import torch
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+import fastloss
+
+from .. import backend, info
+from .loss_at_scale import TIMES, LossAtScale, Timed
+from .training import Training
+
+__all__ = ["at_scale", "heading", "machine", "progress", "training"]
+
+EPOCHS_SHOWN = 7
+
+
+def heading(device: torch.device) -> RenderableType:
+    """Where the demo runs, and what serves it."""
+    return Group(
+        Text("fastloss beside plain PyTorch", style="bold"),
+        Text(machine(device), style="dim"),
+        Text(f"backend  {backend.reason(device)}", style="dim"),
+    )
+
+
+def machine(device: torch.device) -> str:
+    """The machine and the versions, in one line."""
+    if device.type == "cuda":
+        place = torch.cuda.get_device_name(device)
+    else:
+        place = f"{info.processor()}, {torch.get_num_threads()} threads"
+    versions = [f"fastloss {fastloss.__version__}", f"torch {torch.__version__}"]
+    if device.type == "cuda":
+        versions.append(f"Triton {info.triton_version() or 'not installed'}")
+    return " · ".join([place, *versions, f"Python {platform.python_version()}"])
+
+
+def progress(console: Console) -> Progress:
+    """A progress bar; its tasks are added by the caller."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def training(result: Training) -> RenderableType:
+    """The two runs by epoch, then side by side as wholes."""
+    return Group("", _by_epoch(result), "", _a_step(result), "", _agreement(result), "")
+
+
+def at_scale(results: Sequence[LossAtScale], device: torch.device) -> RenderableType:
+    """Time, memory and errors of the loss alone."""
+    table = _table(
+        f"The loss alone at language-model size, on {device.type}: forward and backward",
+        f"tokens {TIMES} classes",
+        "",
+        "PyTorch",
+        "fastloss",
+        "ratio",
+    )
+    for i, result in enumerate(results):
+        if i:
+            table.add_row()
+        _add_case(table, result)
+    notes = (
+        "Time: median of interleaved runs. Others' CPU: the share that other programs took meanwhile. "
+        "Peak: bytes of tensors, beyond the logits and the labels. Ratio: PyTorch's number / fastloss's, so "
+        "above 1 is in fastloss's favour. Errors: against float64, relative (of the gradient: the norm of "
+        "the difference over the norm)."
+    )
+    return Group("", table, Padding(Text(notes, style="dim"), (0, 0, 1, 0)))
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A plain table: the first column and those without a name are words, the others numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        words = i == 0 or not column
+        style = "cyan" if column.startswith("fastloss") else ""
+        table.add_column(column, justify="left" if words else "right", style=style, no_wrap=True)
+    return table
+
+
+def _by_epoch(result: Training) -> Table:
+    table = _table(
+        f"Training on {result.trained_on} scans of digits, {result.held_out} held out",
+        "epoch",
+        "PyTorch loss",
+        "fastloss loss",
+        "PyTorch held out",
+        "fastloss held out",
+    )
+    a, b = result.pytorch, result.fastloss
+    for epoch in _spread(len(a.epoch_losses)):
+        table.add_row(
+            str(epoch + 1),
+            f"{a.epoch_losses[epoch]:.6f}",
+            f"{b.epoch_losses[epoch]:.6f}",
+            f"{a.held_out[epoch]:.2%}",
+            f"{b.held_out[epoch]:.2%}",
+        )
+    return table
+
+
+def _spread(epochs: int) -> list[int]:
+    """A handful of epochs, the first and the last among them."""
+    last = epochs - 1
+    return sorted({round(last * i / (EPOCHS_SHOWN - 1)) for i in range(EPOCHS_SHOWN)})
+
+
+def _a_step(result: Training) -> Table:
+    a, b = result.pytorch, result.fastloss
+    table = _table("One step of training", "", "PyTorch", "fastloss")
+    table.add_row(
+        f"time, median of {len(a.seconds)}", f"{a.median_step * 1e6:.0f} µs", f"{b.median_step * 1e6:.0f} µs"
+    )
+    table.add_row("peak memory beyond the model", _bytes(a.peak_bytes), _bytes(b.peak_bytes))
+    return table
+
+
+def _agreement(result: Training) -> Text:
+    equal, scans = result.equal_predictions, result.held_out
+    return Text(
+        f"The two loss curves differ by {result.largest_difference:.1e} at most; "
+        f"{equal} of {scans} held-out predictions are equal ({equal / scans:.2%})."
+    )
+
+
+def _add_case(table: Table, result: LossAtScale) -> None:
+    a, b = result.pytorch, result.fastloss
+    rows = [
+        ("time, loss + accuracy", *_times(a.loss_and_accuracy, b.loss_and_accuracy)),
+        ("time, loss", *_times(a.loss, b.loss)),
+        ("peak, loss + accuracy", *_peaks(a.loss_and_accuracy, b.loss_and_accuracy)),
+        ("peak, loss", *_peaks(a.loss, b.loss)),
+        ("error of the loss", f"{a.errors.loss:.1e}", f"{b.errors.loss:.1e}", ""),
+        ("error of the gradient", f"{a.errors.gradient:.1e}", f"{b.errors.gradient:.1e}", ""),
+        (f"accuracy (float64: {result.accuracy:.2%})", f"{a.accuracy:.2%}", f"{b.accuracy:.2%}", ""),
+    ]
+    case = result.case
+    names = [case.size, case.dtype_name, f"{result.rounds} runs", f"others' CPU {result.neighbours:.0%}"]
+    for name, row in zip_longest(names, rows, fillvalue=""):
+        table.add_row(str(name), *row)
+
+
+def _times(pytorch: Timed, fastloss: Timed) -> tuple[str, str, str]:
+    a, b = pytorch.median, fastloss.median
+    return f"{a * 1e3:.1f} ms", f"{b * 1e3:.1f} ms", f"{a / b:.2f}x"
+
+
+def _peaks(pytorch: Timed, fastloss: Timed) -> tuple[str, str, str]:
+    a, b = pytorch.peak_bytes, fastloss.peak_bytes
+    return _bytes(a), _bytes(b), f"{a / b:.2f}x"
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} B"

@@ -1,0 +1,190 @@
+"""The demo at a tiny size: what it measures, prints and draws. No test asks how long anything takes."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastloss import demo
+from fastloss.demo import data, loss_at_scale, measure, training
+from fastloss.demo.contenders import PYTORCH
+from fastloss.demo.loss_at_scale import TIMES, Case
+
+if demo.missing_extras():
+    pytest.skip('the demo needs pip install "fastloss[demo]"', allow_module_level=True)
+
+CPU = torch.device("cpu")
+CASES = (Case(64, 1000, torch.float32), Case(64, 1000, torch.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def split() -> data.Split:
+    return data.digits(0, CPU)
+
+
+@pytest.fixture(scope="module")
+def short(split: data.Split) -> training.Training:
+    return training.train_side_by_side(split, epochs=3, seed=0)
+
+
+def size_of_png(path: Path) -> tuple[int, int]:
+    """Width and height, from the header chunk that every PNG starts with."""
+    start = path.read_bytes()[:24]
+    assert start[:8] == b"\x89PNG\r\n\x1a\n"
+    assert start[12:16] == b"IHDR"
+    width, height = struct.unpack(">II", start[16:24])
+    return width, height
+
+
+def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "demo.png"
+    settings = demo.Settings(output, epochs=2, cases=CASES, seconds_a_case=0.01, device=CPU)
+    outcome = demo.run(settings)
+
+    assert min(size_of_png(output)) > 1000
+    assert output.stat().st_size > 50_000
+    assert [result.case for result in outcome.at_scale] == list(CASES)
+    printed = capsys.readouterr().out
+    for run in (outcome.training.pytorch, outcome.training.fastloss):
+        assert f"{run.epoch_losses[0]:.6f}" in printed
+        assert f"{run.held_out[-1]:.2%}" in printed
+        assert f"{run.median_step * 1e6:.0f} µs" in printed
+    for result in outcome.at_scale:
+        assert result.case.size in printed
+        for measured in (result.pytorch, result.fastloss):
+            assert f"{measured.loss.median * 1e3:.1f} ms" in printed
+            assert f"{measured.errors.gradient:.1e}" in printed
+
+
+def test_the_split_is_real_stratified_and_disjoint(split: data.Split) -> None:
+    assert (len(split.train), len(split.held_out)) == (1347, 450)
+    assert 0 == split.train.min() < split.train.max() == 1
+    for digit in range(10):
+        trained, held_out = (split.train_digit == digit).sum(), (split.held_out_digit == digit).sum()
+        assert 0.24 < held_out / (trained + held_out) < 0.26
+    twins = (split.held_out[:, None] == split.train[None]).all(2).any(1)
+    assert twins.sum() == 0
+
+
+def test_both_runs_learn_and_agree(short: training.Training) -> None:
+    assert short.pytorch.losses[0] == pytest.approx(short.fastloss.losses[0], abs=1e-6)
+    assert short.largest_difference < 1e-4
+    assert short.equal_predictions >= 0.99 * short.held_out
+    for run in (short.pytorch, short.fastloss):
+        assert run.epoch_losses[-1] < 0.8 * run.epoch_losses[0]
+        assert run.held_out[-1] > 0.5
+        assert len(run.losses) == len(run.seconds) == 3 * (1347 // training.BATCH)
+        assert run.peak_bytes > 0
+
+
+def test_the_same_seed_gives_the_same_run(split: data.Split, short: training.Training) -> None:
+    again = training.train_side_by_side(split, epochs=3, seed=0)
+    other = training.train_side_by_side(split, epochs=3, seed=1)
+    assert again.fastloss.losses == short.fastloss.losses
+    assert again.pytorch.losses == short.pytorch.losses
+    assert other.fastloss.losses != short.fastloss.losses
+
+
+def test_training_leaves_the_callers_state_alone(split: data.Split) -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    training.train_side_by_side(split, epochs=1, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_loss_alone_is_checked_against_float64(case: Case) -> None:
+    result = loss_at_scale.compare(case, CPU, seed=3, budget=0.01)
+    assert result.rounds >= 5
+    ulp = torch.finfo(case.dtype).eps
+    for measured in (result.pytorch, result.fastloss):
+        assert measured.accuracy == pytest.approx(result.accuracy, abs=1e-7)
+        assert 0 < measured.errors.gradient < 4 * ulp
+        assert measured.errors.loss < 4 * ulp
+    assert result.fastloss.errors.gradient <= result.pytorch.errors.gradient + ulp / 8
+    assert 0.2 < result.accuracy < 0.9  # there are right rows and wrong ones
+
+
+def test_the_reference_finds_a_wrong_gradient() -> None:
+    logits, target = loss_at_scale._random_logits(CASES[0], CPU, seed=0)
+    right = loss_at_scale._Result.of(PYTORCH, logits, target)
+    wrong = right._replace(loss=2 * right.loss, gradient=2 * right.gradient)
+    _, errors = loss_at_scale._against_float64([right, wrong], logits, target)
+    assert max(errors[0]) < 1e-5
+    assert errors[1] == pytest.approx((1, 1), abs=1e-5)
+
+
+def test_logits_are_random_and_follow_the_seed() -> None:
+    first, target = loss_at_scale._random_logits(CASES[0], CPU, seed=0)
+    again, _ = loss_at_scale._random_logits(CASES[0], CPU, seed=0)
+    other, _ = loss_at_scale._random_logits(CASES[0], CPU, seed=1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.detach().std() == pytest.approx(loss_at_scale.SPREAD, rel=0.1)
+    assert target.unique().numel() > 32
+
+
+def test_cases_shrink_with_the_memory() -> None:
+    row = 128256 * 4
+    plenty, little = 1 << 40, 2 * loss_at_scale.COPIES * 100 * row
+    assert loss_at_scale._tokens_that_fit(512, row, plenty) == 512
+    assert loss_at_scale._tokens_that_fit(512, row, little) == 64
+    assert loss_at_scale._tokens_that_fit(512, row, 0) == loss_at_scale.FEWEST_TOKENS
+
+
+def test_peak_bytes_is_what_is_held_at_one_time() -> None:
+    size = 1_000_000
+
+    def one_after_the_other() -> None:
+        torch.empty(size, dtype=torch.uint8)
+        torch.empty(size, dtype=torch.uint8)
+
+    def both() -> object:
+        return torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+
+    assert measure.peak_bytes(one_after_the_other, CPU) == size
+    assert measure.peak_bytes(both, CPU) == 2 * size
+    assert measure.peak_bytes(lambda: None, CPU) == 0
+
+
+def test_peak_bytes_of_a_known_step() -> None:
+    """PyTorch's own loss holds its log-softmax, the gradient of that and the gradient: thrice the logits."""
+    logits = torch.randn(256, 2048, requires_grad=True)
+    target = torch.randint(2048, (256,))
+    step, _ = loss_at_scale._steps(PYTORCH, logits, target)
+    assert measure.peak_bytes(step, CPU) == pytest.approx(3 * logits.nbytes, rel=0.01)
+
+
+def test_interleaved_goes_forth_and_back() -> None:
+    order: list[str] = []
+    shares: list[float] = []
+    steps = [lambda: order.append("a"), lambda: order.append("b")]
+    times = measure.interleaved(steps, CPU, budget=1e-9, least=3, tell=shares.append)
+    assert "".join(order) == "abbaab"
+    assert [len(each) for each in times] == [3, 3]
+    assert all(second > 0 for each in times for second in each)
+    assert shares[-1] == 1.0
+
+
+def test_neighbours_is_a_share() -> None:
+    with measure.Neighbours() as neighbours:
+        torch.randn(512, 512).softmax(1)
+    assert 0 <= neighbours.share <= 1
+
+
+@pytest.mark.parametrize(
+    ("pytorch", "fastloss", "words"),
+    [
+        (3.0, 1.0, f"3.0{TIMES} faster"),
+        (1.0, 2.5, f"2.5{TIMES} slower"),
+        (1.02, 1.0, "the same"),
+        (1.0, 1.04, "the same"),
+    ],
+)
+def test_the_picture_says_who_is_faster(pytorch: float, fastloss: float, words: str) -> None:
+    from fastloss.demo import picture
+
+    assert picture._verdict(pytorch, fastloss, better="faster", worse="slower")[0] == words
