@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,7 @@ def compile_for(launch: Launch, target: GPUTarget) -> Any:
     options, signature, constexprs, attrs = kernel._pack_args(
         backend, {**launch.options, "debug": False}, bound, specialization, options
     )
-    return triton.compile(
-        ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__
-    )
+    return triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
 
 
 def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
@@ -147,7 +146,10 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    views = [(f"{n}x{v}", (n, v, 1)) for n, v in shapes] + [("8x19x65536", (8, 19, 65536)), ("8x1000x4096", (8, 1000, 4096))]
+    views = [(f"{n}x{v}", (n, v, 1)) for n, v in shapes] + [
+        ("8x19x65536", (8, 19, 65536)),
+        ("8x1000x4096", (8, 1000, 4096)),
+    ]
     for (shape_name, shape), (dtype_name, dtype) in itertools.product(views, dtypes.items()):
         logits, target = meta(*shape, dtype=dtype), meta(shape[0] * shape[2], dtype=torch.int64)
         for options_name, options in OPTIONS.items():
@@ -176,12 +178,12 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
                 one = meta(dtype=logits.dtype)
                 return kernels.cross_entropy_backward(one, logits, target, weight, options, saved, inplace=False)
 
-            yield f"{label} forward", lambda forward=forward: forward(False)
-            yield f"{label} forward+gradient", lambda forward=forward: forward(True)
+            yield f"{label} forward", partial(forward, False)
+            yield f"{label} forward+gradient", partial(forward, True)
             yield f"{label} backward", backward
         yield (
             f"{shape_name} {dtype_name} accuracy alone",
-            lambda logits=logits, target=target: kernels.accuracy(logits, target, (1, 5), -100, "mean"),
+            partial(kernels.accuracy, logits, target, (1, 5), -100, "mean"),
         )
 
 
@@ -209,7 +211,13 @@ def main(arguments: list[str] | None = None) -> int:
     for launch in launches:
         for name in parsed.target or TARGETS:
             constants = {k: str(v) for k, v in launch.options.items()}
-            key = (launch.kernel.__name__, name, tuple(sorted(constants.items())), launch.label.split()[1], *map(str, _specialized(launch)))
+            key = (
+                launch.kernel.__name__,
+                name,
+                tuple(sorted(constants.items())),
+                launch.label.split()[1],
+                *map(str, _specialized(launch)),
+            )
             if key in seen:
                 continue
             seen.add(key)

@@ -212,5 +212,3 @@ def _graph_is_kept() -> bool:
     """Will autograd come back to this node (``retain_graph=True``)? If that can't be known: yes."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())
-
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -17,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .contract import Backend
 
-__all__ = ["BACKENDS", "choose", "is_forced", "load", "reason", "use_backend", "validates"]
+__all__ = ["BACKENDS", "choose", "is_forced", "load", "reason", "triton_version", "use_backend", "validates"]
 
 BACKENDS = ("auto", "triton", "eager")
 
@@ -70,7 +69,7 @@ def choose(tensor: Tensor) -> str:
     if wanted == "eager":
         return "eager"
     if wanted == "auto":
-        return "triton" if tensor.is_cuda and _triton_version() is not None else "eager"
+        return "triton" if tensor.is_cuda and triton_version() is not None else "eager"
     obstacle = _obstacle_to_triton(tensor.device)
     if obstacle is not None:
         raise RuntimeError(f"fastloss: backend 'triton' can't serve a tensor on {tensor.device}: {obstacle}")
@@ -88,9 +87,9 @@ def reason(device: torch.device) -> str:
         return f"triton: {source} asks for it" + ("" if obstacle is None else f", but {obstacle}")
     if device.type != "cuda":
         return f"eager: Triton's kernels serve GPU tensors, and this is {device.type}"
-    if _triton_version() is None:
+    if triton_version() is None:
         return "eager: Triton can't be imported (pip install triton)"
-    return f"triton: the tensor is on a GPU and Triton {_triton_version()} is there"
+    return f"triton: the tensor is on a GPU and Triton {triton_version()} is there"
 
 
 @functools.cache
@@ -110,7 +109,7 @@ def _checked(name: str, source: str) -> str:
 
 
 def _obstacle_to_triton(device: torch.device) -> str | None:
-    if _triton_version() is None:
+    if triton_version() is None:
         return "Triton can't be imported (pip install triton)"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
         return "Triton's kernels run on GPUs (for a slow test on a CPU, set TRITON_INTERPRET=1 before starting)"
@@ -120,10 +119,9 @@ def _obstacle_to_triton(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _triton_version() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
+def triton_version() -> str | None:
+    """The version of the Triton that can be imported; None if there is none, or one that does not work."""
     try:
         return str(importlib.import_module("triton").__version__)
-    except ImportError:
+    except Exception:  # a broken Triton may raise anything; the eager backend serves then
         return None

@@ -31,9 +31,7 @@ def check_logits(input: object) -> None:
         )
 
 
-def check_options(
-    reduction: object, label_smoothing: float, lse_square_scale: float, softcap: float | None
-) -> None:
+def check_options(reduction: object, label_smoothing: float, lse_square_scale: float, softcap: float | None) -> None:
     """The words and numbers that are not tensors."""
     if reduction not in _REDUCTIONS:
         raise ValueError(

@@ -54,6 +54,8 @@ def accuracy(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tenso
     counted = target != options.ignore_index
     if classes == 0:
         rank = torch.zeros_like(target)
+    elif options.topk == (1,):  # torch.argmax gives the first of equal maxima, and NaN is its greatest value
+        rank = (input.argmax(dim) != target).long()
     else:
         label = torch.where(counted, target, 0).unsqueeze(dim)
         mine = input.gather(dim, label)

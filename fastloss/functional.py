@@ -18,7 +18,7 @@ __all__ = ["LossAndAccuracy", "accuracy", "cross_entropy", "cross_entropy_with_a
 
 # Logits of at most this many elements go to torch's own operator on a CPU, where a fused pass saves less than
 # its Python costs (`python -m benchmarks.cpu --crossover` prints both).
-SMALL_ON_CPU = 16384
+SMALL_ON_CPU = 1 << 18
 
 _FUSED_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -92,7 +92,7 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     plain = lse_square_scale == 0.0 and softcap is None and from_logits is True
-    if plain and _is_small(input, target, weight, inplace) and 0.0 <= label_smoothing <= 1.0:
+    if plain and not inplace and _is_small(input, target) and 0.0 <= label_smoothing <= 1.0:
         try:
             return F.cross_entropy(
                 input,
@@ -197,15 +197,14 @@ def accuracy(
     return values if isinstance(topk, Sequence) else values[0]
 
 
-def _is_small(input: Tensor, target: Tensor, weight: Tensor | None, inplace: bool) -> bool:
-    """Does torch's own operator serve these best: a tiny input on a CPU, with a target that it takes?"""
+def _is_small(input: Tensor, target: Tensor) -> bool:
+    """Do torch's own operators serve these best: few logits on a CPU, with a target that they take?"""
     return (
         type(input) in _FUSED_TYPES
         and type(target) is Tensor
         and input.is_cpu
         and input.numel() <= SMALL_ON_CPU
         and (target.dtype is torch.int64 or target.dtype is torch.uint8)
-        and not inplace
         and not backend.is_forced()
     )
 
@@ -232,15 +231,18 @@ def _loss_and_accuracy(
     from_logits: bool,
     inplace: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    checks.check_options(
-        options.reduction, options.label_smoothing, options.lse_square_scale, options.softcap
-    )
+    checks.check_options(options.reduction, options.label_smoothing, options.lse_square_scale, options.softcap)
     if _is_traced(input, target):
         checks.check_logits(input)
         checks.check_index_target(input, target, weight)
         values = composite.accuracy(input.detach(), target, options) if options.topk else ()
         return composite.cross_entropy(input, target, weight, options), values
     _check_tensors(input, target, weight, options.ignore_index, from_logits)
+    if not inplace and input.numel() > 0 and _is_small(input, target):
+        values = _accuracy(
+            input.detach(), target, options.topk, options.ignore_index, options.reduction, checked=True
+        )
+        return composite.cross_entropy(input, target, weight, options), values
     half = input.dtype.itemsize == 2
     loss_dtype = torch.float32 if half and torch.is_autocast_enabled(input.device.type) else input.dtype
     if inplace and torch._debug_has_internal_overlap(input) == 1:
@@ -266,16 +268,16 @@ def _loss_and_accuracy(
 
 
 def _accuracy(
-    input: Tensor, target: Tensor, ks: tuple[int, ...], ignore_index: int, reduction: str
+    input: Tensor, target: Tensor, ks: tuple[int, ...], ignore_index: int, reduction: str, *, checked: bool = False
 ) -> tuple[Tensor, ...]:
     if not ks:
         return ()
     options = LossOptions(ignore_index=ignore_index, reduction=reduction, topk=ks)
     if _is_traced(input, target):
         return composite.accuracy(input, target, options)
-    if target.is_cpu or backend.validates():
+    if not checked and (target.is_cpu or backend.validates()):
         checks.check_labels(target, input.shape[min(1, input.dim() - 1)], ignore_index)
-    if input.numel() == 0:
+    if input.numel() == 0 or (input.numel() <= SMALL_ON_CPU // 16 and _is_small(input, target)):
         return composite.accuracy(input, target, options)
     served = backend.load(backend.choose(input))
     values = served.accuracy(as_rows(input), target.reshape(-1), ks, ignore_index, reduction)

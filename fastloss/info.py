@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import platform
 from pathlib import Path
@@ -13,7 +12,7 @@ import fastloss
 
 from . import backend
 
-__all__ = ["facts", "processor", "show", "triton_version"]
+__all__ = ["facts", "processor", "show"]
 
 
 def show() -> None:
@@ -39,7 +38,7 @@ def facts() -> list[tuple[str, str]]:
         ("fastloss", fastloss.__version__),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", torch.__version__),
-        ("Triton", triton_version() or "not installed"),
+        ("Triton", backend.triton_version() or "not installed"),
     ]
     if torch.version.cuda is not None:
         rows.append(("CUDA", torch.version.cuda))
@@ -66,16 +65,6 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def triton_version() -> str | None:
-    """Triton's version; None where it is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        return str(importlib.import_module("triton").__version__)
-    except ImportError as error:
-        return f"installed, but it can't be imported: {error}"
 
 
 def _accelerators() -> list[torch.device]:

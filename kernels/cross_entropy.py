@@ -40,6 +40,7 @@ from .rows import (
     add_up_counts,
     before_label,
     class_offsets,
+    fp64,
     inside,
     ks_of,
     labels,
@@ -48,9 +49,9 @@ from .rows import (
     rank_in_tile,
     row_offsets,
     store_ranks,
+    tanh,
     tile_count,
     tile_rows,
-    tanh,
 )
 
 __all__ = ["cross_entropy_backward", "cross_entropy_forward"]
@@ -150,7 +151,7 @@ def cross_entropy_backward(
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
     tiles = tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4)
-    grid = (tiles.count, triton.cdiv(logits.shape[1], tiles.cols))
+    grid = (tiles.number, triton.cdiv(logits.shape[1], tiles.cols))
     with on_device(logits):
         _backward[grid](
             logits,
@@ -395,9 +396,9 @@ def _forward_tile(
     g_class,
     g_inner,
     ignore_index,
-    eps: "fp64",
-    z_scale: "fp64",
-    cap: "fp64",
+    eps: fp64,
+    z_scale: fp64,
+    cap: fp64,
     ks,  # K ints
     N_WEIGHED: tl.constexpr,
     REDUCTION: tl.constexpr,
@@ -430,9 +431,7 @@ def _forward_tile(
 
     for tile in tl.range(tl.program_id(0), tile_count(rows, inner, ROWS, BY_INNER), tl.num_programs(0)):
         row, in_range, outer, within = tile_rows(tile, rows, inner, ROWS, BY_INNER)
-        label, counted, weight = labels(
-            target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC
-        )
+        label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
         base = row_offsets(outer, within, x_outer, x_inner, VEC)
         mask = counted[:, None] & col_mask[None, :]
         x = tl.load(logits_ptr + base[:, None] + x_cols[None, :], mask=mask, other=-float("inf")).to(ACC)
@@ -650,9 +649,9 @@ def _forward_loop(
     g_class,
     g_inner,
     ignore_index,
-    eps: "fp64",
-    z_scale: "fp64",
-    cap: "fp64",
+    eps: fp64,
+    z_scale: fp64,
+    cap: fp64,
     ks,  # K ints
     N_WEIGHED: tl.constexpr,
     REDUCTION: tl.constexpr,
@@ -696,9 +695,7 @@ def _forward_loop(
 
     for tile in tl.range(tl.program_id(0), tile_count(rows, inner, ROWS, BY_INNER), tl.num_programs(0)):
         row, in_range, outer, within = tile_rows(tile, rows, inner, ROWS, BY_INNER)
-        label, counted, weight = labels(
-            target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC
-        )
+        label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
         base = row_offsets(outer, within, x_outer, x_inner, VEC)
         x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
         M_group = tl.full([ROWS, COLS // GROUP], -float("inf"), ACC)
@@ -808,9 +805,9 @@ def _backward(
     g_inner,
     upstream_stride,  # 0 for ()
     ignore_index,
-    eps: "fp64",
-    z_scale: "fp64",
-    cap: "fp64",
+    eps: fp64,
+    z_scale: fp64,
+    cap: fp64,
     HAS_WEIGHT: tl.constexpr,
     SMOOTHING: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -836,9 +833,7 @@ def _backward(
             cols = start + tl.arange(0, COLS)
             w_sum += tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)
         w_total = tl.zeros([ROWS], ACC) + tl.sum(w_sum, axis=0)
-    _, level, hit, spread, _ = _row_results(
-        s, M, M, M, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
-    )
+    _, level, hit, spread, _ = _row_results(s, M, M, M, w_total, weight, counted, eps, z_scale, classes, SMOOTHING)
     base = row_offsets(outer, within, x_outer, x_inner, VEC)
     g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
     _write_gradient(

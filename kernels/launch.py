@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
     by_inner: bool  # neighbouring rows, not classes, are neighbours in memory: a tile stays within one outer index
     group: int  # classes that take their maximum together, in a looped row
     vec: int  # classes that one access takes
-    count: int  # tiles
+    number: int  # of tiles
     grid: int  # programs
 
     def constants(self) -> dict[str, object]:
@@ -57,8 +57,8 @@ def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
 
     - A short row shares its program with others: about 4096 logits a program, 32 a thread.
     - A row of up to :data:`LONGEST_TILE` classes is held in its program's registers and read once.
-    - A longer row is visited block by block, twice where a gradient is written; few enough rows are in flight that the
-      second visit finds them in a cache.
+    - A longer row is visited block by block, twice where a gradient is written; few enough rows are in flight that
+      the second visit finds them in a cache.
     - Where neighbouring rows are neighbours in memory, ``(N, C, d1, …)``, a tile is wide in rows.
     """
     outer, classes, inner = logits.shape
@@ -71,19 +71,21 @@ def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
     if by_inner:
         cols = 32 if looped else cols
         tile_rows, warps, group = min(64 if looped else 4096 // cols, max(power_of_2(inner), 16)), 4, cols
-        count = outer * triton.cdiv(inner, tile_rows)
+        number = outer * triton.cdiv(inner, tile_rows)
     else:
         if looped:
             cols, warps = (8192 if vec > 1 else 4096), 16
         else:
             warps = max(4, cols // 512)
         tile_rows, group = max(1, min(4096 // cols, power_of_2(rows))), 16 // itemsize
-        count = triton.cdiv(rows, tile_rows)
+        number = triton.cdiv(rows, tile_rows)
     resident = max(1, 32 // warps)
     if looped and written:
-        resident = min(resident, max(1, _l2_bytes(logits.device) // (2 * classes * itemsize * _processors(logits.device))))
-    grid = max(1, min(count, _processors(logits.device) * resident))
-    return Tiles(tile_rows, cols, warps, looped, by_inner, group, vec, count, grid)
+        resident = min(
+            resident, max(1, _l2_bytes(logits.device) // (2 * classes * itemsize * _processors(logits.device)))
+        )
+    grid = max(1, min(number, _processors(logits.device) * resident))
+    return Tiles(tile_rows, cols, warps, looped, by_inner, group, vec, number, grid)
 
 
 def vector_width(*tensors: Tensor, classes: int) -> int:

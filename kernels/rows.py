@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+fp64 = tl.float64  # annotates scalar arguments that stay doubles; Triton makes floats of the others
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -181,7 +182,9 @@ def last_to_end(counter_ptr):
 
 
 @triton.jit
-def add_up_counts(counts_ptr, right_ptr, K: tl.constexpr, K_PAD: tl.constexpr, G_PAD: tl.constexpr, MEAN: tl.constexpr):
+def add_up_counts(
+    counts_ptr, right_ptr, K: tl.constexpr, K_PAD: tl.constexpr, G_PAD: tl.constexpr, MEAN: tl.constexpr
+):
     """Accuracies from the programs' partial counts ``(programs, 1 + K_PAD)``: counted rows, right rows at each k."""
     program = tl.arange(0, G_PAD)
     there = program < tl.num_programs(0)

@@ -29,9 +29,7 @@ from fastloss.contract import Backend
 ROOT = Path(__file__).resolve().parents[1]
 BACKEND_FUNCTIONS = sorted(name for name in vars(Backend) if not name.startswith("_"))
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="fastloss.kernels needs Triton"
-)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="fastloss.kernels needs Triton")
 
 
 # ----------------------------------------------------------------------------- clone, editable install, wheel
@@ -84,9 +82,7 @@ def test_clone_finds_its_kernels_beside_an_installed_package(clone: Path, instal
 
 @needs_triton
 @pytest.mark.parametrize("start", ["root", "elsewhere"])
-def test_editable_install_finds_its_kernels(
-    start: str, clone: Path, editable_python: Path, tmp_path: Path
-) -> None:
+def test_editable_install_finds_its_kernels(start: str, clone: Path, editable_python: Path, tmp_path: Path) -> None:
     found = imported_from(editable_python, cwd=clone if start == "root" else tmp_path)
     assert found["fastloss"] == str(clone / "fastloss" / "__init__.py")
     assert found["fastloss.kernels"] == str(clone / "kernels" / "__init__.py")

@@ -32,9 +32,7 @@ def test_no_argument_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_runs_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fastloss", "--version"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "fastloss", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"fastloss {fastloss.__version__}\n"
 
 

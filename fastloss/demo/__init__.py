@@ -92,9 +92,7 @@ def _train(settings: Settings, device: torch.device, console: Console) -> Traini
     split = data.digits(settings.seed, device)
     with report.progress(console) as bar:
         task = bar.add_task("training, with fastloss and with PyTorch", total=2 * settings.epochs)
-        return train_side_by_side(
-            split, epochs=settings.epochs, seed=settings.seed, tell=lambda: bar.advance(task)
-        )
+        return train_side_by_side(split, epochs=settings.epochs, seed=settings.seed, tell=lambda: bar.advance(task))
 
 
 def _compare(settings: Settings, device: torch.device, console: Console) -> tuple[LossAtScale, ...]:
@@ -104,9 +102,7 @@ def _compare(settings: Settings, device: torch.device, console: Console) -> tupl
     with report.progress(console) as bar:
         for case in cases_for(device) if settings.cases is None else settings.cases:
             done = functools.partial(_set_share, bar, bar.add_task(f"loss alone, {case}", total=1.0))
-            results.append(
-                compare(case, device, seed=settings.seed, budget=settings.seconds_a_case, tell=done)
-            )
+            results.append(compare(case, device, seed=settings.seed, budget=settings.seconds_a_case, tell=done))
             done(1.0)
     return tuple(results)
 

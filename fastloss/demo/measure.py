@@ -31,9 +31,7 @@ class Neighbours:
         return self
 
     def __exit__(self, *_: object) -> None:
-        everything, idle, own = (
-            after - before for after, before in zip(self._times(), self._start, strict=True)
-        )
+        everything, idle, own = (after - before for after, before in zip(self._times(), self._start, strict=True))
         self.share = max(0.0, everything - idle - own) / everything if everything > 0 else 0.0
 
     @staticmethod

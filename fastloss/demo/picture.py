@@ -184,9 +184,7 @@ def _bars(
         words, color = _verdict(*pair, better=better, worse=worse)
         axes.text(i, max(pair) + tallest * 0.115, words, ha="center", fontweight="bold", color=color)
     axes.set_ylim(0, tallest * 1.22)
-    axes.set_xticks(
-        range(len(results)), [f"{result.case.size}\n{result.case.dtype_name}" for result in results]
-    )
+    axes.set_xticks(range(len(results)), [f"{result.case.size}\n{result.case.dtype_name}" for result in results])
     axes.set_yticks([])
 
 

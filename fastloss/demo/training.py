@@ -64,9 +64,7 @@ class Training:
         return int((self.pytorch.predictions == self.fastloss.predictions).sum())
 
 
-def train_side_by_side(
-    split: Split, *, epochs: int, seed: int, tell: Callable[[], None] = lambda: None
-) -> Training:
+def train_side_by_side(split: Split, *, epochs: int, seed: int, tell: Callable[[], None] = lambda: None) -> Training:
     """Train both; ``tell`` hears of the end of each run's epoch."""
     runs = [_new_run(contender, split, seed) for contender in (PYTORCH, FASTLOSS)]
     with _one_thread():

@@ -2,8 +2,7 @@
 
 A class stands before the label y if its logit is greater, or equal at a lower index; NaN is the greatest value.
 That makes ties exact and serves every k at once, without a sort. For k = 1 alone not even a count is needed: the
-label's logit must be the row's maximum, and no equal one may stand before it. Both use the maxima of runs of 64
-classes, which cost hardly more than the row's maximum itself.
+label's logit must beat the greatest of the others, and only where it equals that is the row counted.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from .chunks import Chunk, Scratch, chunks
 
 __all__ = ["TargetRanks", "accuracy", "reduce_accuracy"]
 
-_RUN = 64  # classes whose maximum is kept, to find a tie without a second look at the row
+_SAMPLE_BYTES = 1 << 20
 
 
 def accuracy(
@@ -28,12 +27,62 @@ def accuracy(
     counted = target != ignore_index
     label, invalid = inside_label(target, counted, classes)
     ranks = TargetRanks(logits, label, topk)
-    if topk == (1,) and logits.dtype == ranks.dtype:
-        ranks.visit(Chunk(slice(0, outer), slice(0, inner)), logits)  # run maxima are the only temporaries
-    else:
+    if topk != (1,):
         for chunk in chunks(logits.shape, logits.dtype):
             ranks.visit(chunk, chunk.of(logits))
+    else:
+        _visit_top_1(logits, label, ranks.right[0])
     return reduce_accuracy(ranks.right, counted, invalid, reduction)
+
+
+def _visit_top_1(logits: Tensor, label: Tensor, right: Tensor) -> None:
+    """Top-1 alone. A few rows tell how to judge the rest.
+
+    Where few are right, the row's maximum settles all but those few. Where most are, the greatest of the *other*
+    classes settles all but ties.
+    """
+    outer, classes, inner = logits.shape
+    mine = logits.gather(1, label)
+    sample = next(chunks(logits.shape, logits.dtype, _SAMPLE_BYTES))
+    x = sample.of(logits)
+    if _share(~(sample.of(mine) < x.amax(1, keepdim=True))) > 0.25:
+        if logits.dtype == compute_dtype(logits.dtype):
+            right.copy_(is_right_at_1(logits, label))
+        else:
+            right.copy_(_beats_others(logits, label, mine))
+        return
+    torch.lt(mine, logits.amax(1, keepdim=True), out=right)
+    right.logical_not_()  # or a NaN in the row: looked at again, like the others
+    o, _, i = right.nonzero(as_tuple=True)
+    step = max(1, _SAMPLE_BYTES // classes)
+    for start in range(0, len(o), step):
+        some = o[start : start + step], i[start : start + step]
+        row, row_label, row_mine = (t[some[0], :, some[1]].unsqueeze(2) for t in (logits, label, mine))
+        right[some[0], :, some[1]] = _beats_others(row, row_label, row_mine).squeeze(2)
+
+
+def _beats_others(logits: Tensor, label: Tensor, mine: Tensor) -> Tensor:
+    """Is the label's logit greater than all others, or equal to some that stand behind it?"""
+    wide = Scratch("rank", compute_dtype(logits.dtype), logits.device)
+    best = torch.empty_like(mine, dtype=compute_dtype(logits.dtype))
+    for chunk in chunks(logits.shape, logits.dtype):
+        x = chunk.of(logits)
+        others = wide.like(x).copy_(x).scatter_(1, chunk.of(label), -torch.inf)
+        torch.amax(others, 1, keepdim=True, out=chunk.of(best))
+    right = mine > best
+    _settle_ties_(right, ~(mine < best) & ~right, logits, label, mine)
+    return right
+
+
+def _settle_ties_(right: Tensor, tied: Tensor, logits: Tensor, label: Tensor, mine: Tensor) -> None:
+    """Judge the rows of ``tied`` (NaNs among them) by what stands before their label."""
+    if not _share(tied):
+        return
+    o, _, i = tied.nonzero(as_tuple=True)
+    step = max(1, _SAMPLE_BYTES // logits.shape[1])
+    for start in range(0, len(o), step):
+        some_o, some_i = o[start : start + step], i[start : start + step]
+        right[some_o, :, some_i] = _before(logits, label, mine, some_o, some_i) == 0
 
 
 def inside_label(target: Tensor, counted: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
@@ -53,15 +102,14 @@ def reduce_accuracy(
 ) -> tuple[Tensor, ...]:
     """The rows' rightness as the caller asked for it: a share, a number, or a value a row; float32."""
     result = []
+    total = counted.sum() if reduction == "mean" else None
     for rows in right:
-        value = (rows & counted).to(torch.float32)
+        rows = rows & counted
+        value = rows.flatten() if reduction == "none" else rows.sum()
+        value = (value if total is None else value / total).to(torch.float32)
         if invalid is not None:
-            value = value.masked_fill(invalid, float("nan"))
-        if reduction == "none":
-            result.append(value.flatten())
-        else:
-            number = value.sum(dtype=torch.float64)
-            result.append((number / counted.sum() if reduction == "mean" else number).to(torch.float32))
+            value = value.masked_fill(invalid.flatten() if reduction == "none" else invalid.any(), float("nan"))
+        result.append(value)
     return tuple(result)
 
 
@@ -76,88 +124,81 @@ class TargetRanks:
         self.label = label
         self.right = tuple(torch.empty_like(label, dtype=torch.bool) for _ in topk)
         self.dtype = compute_dtype(logits.dtype)
-        self._wide = Scratch(self.dtype, logits.device)  # half-precision logits, widened
         # A count is a sum of ones: exact in float32 below 2²⁴ classes.
-        self._count = Scratch(torch.float32 if logits.shape[1] < 1 << 24 else torch.float64, logits.device)
-        self._mostly_right = False
+        count_dtype = torch.float32 if logits.shape[1] < 1 << 24 else torch.float64
+        self._ones = Scratch("ones", count_dtype, logits.device)
 
-    def visit(self, chunk: Chunk, logits: Tensor, widened: Tensor | None = None) -> None:
-        """Judge one chunk. ``widened`` is the chunk in the dtype of the arithmetic, where the caller has it."""
-        label = chunk.of_rows(self.label)
+    def visit(self, chunk: Chunk, logits: Tensor) -> None:
+        """Judge one chunk, in the dtype of the arithmetic if only k = 1 is asked for."""
+        label = chunk.of(self.label)
         if self.topk == (1,):
-            chunk.of_rows(self.right[0]).copy_(self._right_at_1(logits, label, widened))
+            chunk.of(self.right[0]).copy_(is_right_at_1(logits, label))
             return
         rank = self._rank(logits, label)
         for k, right in zip(self.topk, self.right, strict=True):
-            chunk.of_rows(right).copy_(rank < k)
-
-    def _right_at_1(self, logits: Tensor, label: Tensor, widened: Tensor | None) -> Tensor:
-        if widened is None and logits.dtype == self.dtype:
-            widened = logits
-        if widened is None and not self._mostly_right:
-            # Widening costs more than the maximum. Where few rows are right the maximum alone settles most.
-            maximum = logits.amax(1, keepdim=True)
-            right = _same(logits.gather(1, label), maximum)
-            self._mostly_right = _share(right) > 0.25
-            if _share(right) > 0:
-                right = right & self._right_at_1(logits, label, self._wide.like(logits).copy_(logits))
-            return right
-        if widened is None:
-            widened = self._wide.like(logits).copy_(logits)
-        right = _is_first_maximum(widened, label)
-        self._mostly_right = _share(right) > 0.25
-        return right
+            chunk.of(right).copy_(rank < k)
 
     def _rank(self, logits: Tensor, label: Tensor) -> Tensor:
         """How many classes stand before the label: exact where that is below the largest k, else at least that."""
         classes = logits.shape[1]
         mine = logits.gather(1, label)
-        ones = self._count.like(logits)
+        ones = self._ones.like(logits)
         # "Not less or equal" is "greater or NaN".
         before = classes - torch.le(logits, mine, out=ones).sum(1, keepdim=True)
         before.masked_fill_(mine.isnan(), 0)
         open_rows = before < max(self.topk)
         if not _share(open_rows):
             return before
-        equal = torch.eq(logits, mine, out=ones).sum(1, keepdim=True)
-        tied = open_rows & (equal != 1)  # 0 for a NaN
+        tied = open_rows & (torch.eq(logits, mine, out=ones).sum(1, keepdim=True) != 1)  # 0 for a NaN
         if _share(tied):
             o, _, i = tied.nonzero(as_tuple=True)
-            row, row_mine, row_label = logits[o, :, i], mine[o, :, i], label[o, :, i]
-            earlier = torch.arange(classes, device=logits.device) < row_label
-            before[o, :, i] += (_same(row, row_mine) & earlier).sum(1, keepdim=True).to(before.dtype)
+            before[o, :, i] = _before(logits, label, mine, o, i).to(before.dtype)
         return before
 
 
-def _is_first_maximum(logits: Tensor, label: Tensor) -> Tensor:
-    """Is the label's logit the row's greatest, and no equal one before it? ``(outer, 1, inner)``."""
+def is_right_at_1(logits: Tensor, label: Tensor) -> Tensor:
+    """Is no logit greater than the label's, and no equal one before it? ``(outer, 1, inner)``.
+
+    The maxima of runs of classes cost what the row's maximum alone does. They tell which rows can be right, and for
+    those only the label's own run is read again, to see that nothing else in the row is as great.
+    """
     classes = logits.shape[1]
-    run = min(_RUN, classes)
+    run = _run_length(classes)
     whole = classes // run * run
-    maxima = logits[:, :whole].unflatten(1, (-1, run)).amax(2)
+    maxima = logits.narrow(1, 0, whole).unflatten(1, (-1, run)).amax(2)
     if whole < classes:
-        maxima = torch.cat([maxima, logits[:, whole:].amax(1, keepdim=True)], dim=1)
-    maximum = maxima.amax(1, keepdim=True)
-    right = _same(logits.gather(1, label), maximum)
+        tail = logits.narrow(1, whole, classes - whole).amax(1, keepdim=True)
+        maxima = torch.cat([maxima, tail], dim=1)
+    mine = logits.gather(1, label)
+    right = ~(mine < maxima.amax(1, keepdim=True))  # or a NaN in the row
     if not _share(right):
         return right
+    # From here on one row is one line: (candidates, …).
     o, _, i = right.nonzero(as_tuple=True)
-    row_label, row_maximum = label[o, :, i], maximum[o, :, i]  # (candidates, 1)
-    # A tie in an earlier run, or earlier in the label's own run (the last `run` classes, for a label near the end).
-    runs = torch.arange(maxima.shape[1], device=logits.device)
-    tie = (_same(maxima[o, :, i], row_maximum) & (runs < row_label // run)).any(1)
+    row_label, row_mine = label[o, :, i], mine[o, :, i]
+    others = maxima[o, :, i].scatter_(1, row_label // run, -torch.inf).amax(1, keepdim=True)
     start = (row_label // run * run).clamp_(max=classes - run)
-    near = logits.unfold(1, run, 1)[o, start[:, 0], i]  # (candidates, run)
-    position = start + torch.arange(run, device=logits.device)
-    tie |= (_same(near, row_maximum) & (position < row_label)).any(1)
-    right[o, :, i] = ~tie[:, None]
+    near = logits.unfold(1, run, 1)[o, start.squeeze(1), i].scatter_(1, row_label - start, -torch.inf)
+    tied = torch.zeros_like(right)
+    tied[o, :, i] = ~(torch.maximum(others, near.amax(1, keepdim=True)) < row_mine)  # or NaN
+    _settle_ties_(right, tied, logits, label, mine)
     return right
 
 
-def _same(a: Tensor, b: Tensor) -> Tensor:
-    """Equal, or both NaN."""
-    equal = a == b
-    return equal | (a.isnan() & b.isnan()) if _share(b.isnan()) else equal
+def _run_length(classes: int) -> int:
+    """Classes in a run: 64 to 256, dividing all of them where possible, and a multiple of the vectors' length."""
+    if classes <= 64:
+        return classes
+    return next((run for run in range(64, 257, 4) if classes % run == 0), 64)
+
+
+def _before(logits: Tensor, label: Tensor, mine: Tensor, o: Tensor, i: Tensor) -> Tensor:
+    """In the rows (o, i): how many classes stand before the label. ``(len(o), 1)``."""
+    row, row_label, row_mine = logits[o, :, i], label[o, :, i], mine[o, :, i]
+    earlier = torch.arange(logits.shape[1], device=logits.device) < row_label
+    nan, mine_nan = row.isnan(), row_mine.isnan()
+    greater = ~mine_nan & (nan | (row > row_mine))
+    return (greater | (earlier & ((row == row_mine) | (nan & mine_nan)))).sum(1, keepdim=True)
 
 
 def _share(rows: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,42 +19,54 @@ BYTES_PER_THREAD = 1 << 21
 
 
 class Chunk(NamedTuple):
-    """A box of rows: ``logits[outer, :, inner]``."""
+    """A box of rows: ``logits[outer, :, inner]``, each a first index and a length."""
 
-    outer: slice
-    inner: slice
+    outer: tuple[int, int]
+    inner: tuple[int, int]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This chunk of an ``(outer, classes, inner)`` tensor: a view."""
-        return tensor[self.outer, :, self.inner]
+        """This chunk of an ``(outer, classes or 1, inner)`` tensor: a view."""
+        if tensor.shape[0] != self.outer[1]:
+            tensor = tensor.narrow(0, *self.outer)
+        if tensor.shape[2] != self.inner[1]:
+            tensor = tensor.narrow(2, *self.inner)
+        return tensor
 
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """This chunk of an ``(outer, 1, inner)`` tensor that holds one value a row: a view."""
-        return rows[self.outer, :, self.inner]
 
-
-def chunks(shape: torch.Size, dtype: torch.dtype) -> Iterator[Chunk]:
+def chunks(shape: torch.Size, dtype: torch.dtype, nbytes: int | None = None) -> Iterator[Chunk]:
     """Cover ``(outer, classes, inner)``: whole outer slices while they fit, else pieces of one of them."""
     outer, classes, inner = shape
-    itemsize = compute_dtype(dtype).itemsize
-    rows = max(1, BYTES_PER_THREAD * torch.get_num_threads() // (itemsize * max(classes, 1)))
+    if nbytes is None:
+        nbytes = BYTES_PER_THREAD * torch.get_num_threads()
+    rows = max(1, nbytes // (compute_dtype(dtype).itemsize * max(classes, 1)))
     if rows >= inner:
         outer_step, inner_step = max(1, rows // max(inner, 1)), max(inner, 1)
     else:
         outer_step, inner_step = 1, rows
     for o in range(0, outer, outer_step):
         for i in range(0, inner, inner_step):
-            yield Chunk(slice(o, min(o + outer_step, outer)), slice(i, min(i + inner_step, inner)))
+            yield Chunk((o, min(outer_step, outer - o)), (i, min(inner_step, inner - i)))
 
 
 class Scratch:
-    """One buffer, used again for every chunk; grown on first need, never shrunk."""
+    """One buffer, used again for every chunk, and on a CPU by the next call of the same thread.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._flat = torch.empty(0, dtype=dtype, device=device)
+    New memory costs a CPU as much as a pass over it: the system hands it over page by page, and zeroed. So the few
+    megabytes of a chunk are kept (:data:`KEPT_BYTES` at most).
+    """
+
+    KEPT_BYTES = 1 << 25
+    _kept = threading.local()
+
+    def __init__(self, use: str, dtype: torch.dtype, device: torch.device) -> None:
+        self._use, self._dtype, self._device = f"{use} {dtype}", dtype, device
+        self._flat: Tensor | None = getattr(self._kept, self._use, None) if device.type == "cpu" else None
 
     def like(self, tensor: Tensor) -> Tensor:
-        """A contiguous ``(outer, classes, inner)`` view of the buffer, of ``tensor``'s shape; not initialised."""
-        if self._flat.numel() < tensor.numel():
-            self._flat = torch.empty(tensor.numel(), dtype=self._flat.dtype, device=self._flat.device)
-        return self._flat[: tensor.numel()].view(tensor.shape)
+        """A contiguous view of the buffer, of ``tensor``'s shape; not initialised."""
+        n = tensor.numel()
+        if self._flat is None or self._flat.numel() < n:
+            self._flat = torch.empty(n, dtype=self._dtype, device=self._device)
+            if self._device.type == "cpu" and self._flat.nbytes <= self.KEPT_BYTES:
+                setattr(self._kept, self._use, self._flat)
+        return self._flat[:n].view(tensor.shape)

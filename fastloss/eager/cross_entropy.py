@@ -17,7 +17,6 @@ Besides the gradient no buffer grows with N·V.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ def cross_entropy_forward(
         accuracy,
         result,
         saved=(),
-        lse=lse.flatten() if gradient and options.lse_square_scale else None,
+        lse=lse.flatten() if lse is not None and gradient and options.lse_square_scale else None,
         scale=scale if gradient else None,
     )
 
@@ -130,9 +129,11 @@ class _Rows:
         """1 / (the sum of the counted rows' weights): infinite where no row counts, as 0 / 0 must be NaN."""
         return self.weight.sum().reciprocal()
 
-    def loss(self, nll: Tensor, lse: Tensor, weighted_sum: Tensor | None) -> Tensor:
-        """Each row's loss, from lse − z_y, lse and Σ_c w_c z_c."""
+    def loss(self, nll: Tensor, lse: Tensor | None, weighted_sum: Tensor | None) -> Tensor:
+        """Each row's loss, from lse − z_y, lse and Σ_c w_c z_c; the last two where the options need them."""
         loss = self.hit * nll
+        if lse is None:
+            return loss.masked_fill_(~self.counted, 0)
         if self.options.lse_square_scale:
             loss += self.options.lse_square_scale * self.weight * lse.square()
         if self.spread is not None and weighted_sum is not None:
@@ -142,15 +143,17 @@ class _Rows:
 
 def _sweep(
     logits: Tensor, rows: _Rows, gradient: Tensor | None, scale: Tensor | None, *, ranks: TargetRanks | None
-) -> tuple[Tensor, Tensor]:
-    """The one visit to the logits: every row's loss and log-sum-exp, and the gradient times ``scale``.
+) -> tuple[Tensor, Tensor | None]:
+    """The one visit to the logits: every row's loss and (where wanted) lse, and the gradient times ``scale``.
 
     ``scale`` is None (for 1), a scalar, or a value a row. ``gradient`` may be ``logits`` itself.
     """
     cap, dtype = rows.options.softcap, compute_dtype(logits.dtype)
-    sums = _RowSums(logits, rows)
-    slopes = None if gradient is None else _Slopes(rows, scale)
-    wide, scratch = Scratch(dtype, logits.device), Scratch(dtype, logits.device)
+    sums = _RowSums(logits, rows, overwritten=gradient is logits)
+    slopes = None
+    if gradient is not None:  # 16-bit logits don't resolve what float64 would save
+        slopes = _Slopes(rows, scale, rows.dtype if logits.dtype == dtype else dtype)
+    wide, scratch = Scratch("wide", dtype, logits.device), Scratch("softmax", dtype, logits.device)
     writes_p = gradient is not None and gradient is not logits and logits.dtype == dtype
     # The rows whose p_y underflows are looked at once, after the loop, unless the loop needs their lse or
     # overwrites their logits.
@@ -160,7 +163,7 @@ def _sweep(
         x = chunk.of(logits)
         z = x if x.dtype == dtype else wide.like(x).copy_(x)
         if ranks is not None:
-            ranks.visit(chunk, x, widened=z)
+            ranks.visit(chunk, z)
         p = z
         if gradient is not None and writes_p:
             p = chunk.of(gradient)
@@ -173,43 +176,49 @@ def _sweep(
         sums.visit_logits(chunk, z)
         if logits.dtype != dtype and cap is None and logits.device.type == "cpu":
             # 16-bit logits resolve less than what a maximum subtracted first would save; exp2 is torch's fastest.
-            sums.visit_softmax(chunk, z.mul_(_LOG2_E).exp2_())
-            if not sums.all_in_range(chunk):
+            total = sums.visit_softmax(chunk, z.mul_(_LOG2_E).exp2_())
+            low, high = total.aminmax()
+            if not (float(low) > 1e-9 and float(high) < 1e37):  # too small, too large, or NaN
                 _softmax(z.copy_(x), out=p)
-                sums.visit_softmax(chunk, p)
+                total = sums.visit_softmax(chunk, p)
         else:
             _softmax(z, out=p)
-            sums.visit_softmax(chunk, p)
+            total = sums.visit_softmax(chunk, p)
         if looks_early:
             sums.look_for_underflow(chunk)
         if gradient is not None and slopes is not None:
-            slopes.gradient_(chunk, p, sums)
+            slopes.gradient_(chunk, p, total, sums)
             if tanh is not None:
                 p.mul_(tanh.square_().neg_().add_(1))  # ∂z/∂x
             if rows.any_ignored:
-                p.masked_fill_(~chunk.of_rows(rows.counted), 0)  # whatever stands in an ignored row
+                p.masked_fill_(~chunk.of(rows.counted), 0)  # whatever stands in an ignored row
             if not writes_p:
                 chunk.of(gradient).copy_(p)
 
     if not looks_early and not _never(sums.underflowed(sums.p_y)):
         for chunk in chunks(logits.shape, logits.dtype):
             sums.look_for_underflow(chunk)
-    whole = Chunk(slice(None), slice(None))
-    nll, lse = sums.nll_and_lse(whole)
+    nll, lse = sums.nll_and_lse(Chunk((0, logits.shape[0]), (0, logits.shape[2])))
     return rows.loss(nll, lse, sums.weighted), lse
 
 
 class _RowSums:
     """What the visits to the chunks leave of each row, ``(outer, 1, inner)`` each."""
 
-    def __init__(self, logits: Tensor, rows: _Rows) -> None:
+    def __init__(self, logits: Tensor, rows: _Rows, overwritten: bool) -> None:
         dtype = compute_dtype(logits.dtype)
         self.logits, self.rows = logits, rows
-        self.z_y = _capped(logits.gather(1, rows.label).to(rows.dtype), rows.options.softcap)
+        # The loss alone needs no lse; then the label's logits are left out, a cache miss each.
+        self.wants_lse = rows.spread is not None or rows.options.lse_square_scale != 0
+        self.z_y = self._label_logits() if self.wants_lse or overwritten else None
         self.p_y = logits.new_empty(rows.shape, dtype=dtype)
         self.others = torch.empty_like(self.p_y)  # Σ_{c≠y} p_c
         self.weighted = torch.empty_like(self.p_y) if rows.spread is not None else None  # Σ_c w_c z_c
         self.far_lse: Tensor | None = None  # lse where p_y has underflowed, NaN elsewhere
+
+    def _label_logits(self) -> Tensor:
+        z_y = self.logits.gather(1, self.rows.label).to(self.rows.dtype)
+        return _capped(z_y, self.rows.options.softcap)
 
     def visit_logits(self, chunk: Chunk, z: Tensor) -> None:
         if self.weighted is None:
@@ -218,26 +227,22 @@ class _RowSums:
             value = z.sum(1, keepdim=True)
         else:
             value = torch.matmul(self.rows.class_weight.to(z.dtype), z).unsqueeze(1)
-        chunk.of_rows(self.weighted).copy_(value)
+        chunk.of(self.weighted).copy_(value)
 
-    def visit_softmax(self, chunk: Chunk, p: Tensor) -> None:
-        """Take p_y out of ``p`` (its entry is left 0), and the sum of the others.
+    def visit_softmax(self, chunk: Chunk, p: Tensor) -> Tensor:
+        """Take p_y out of ``p`` (its entry is left 0), and the sum of the others; gives what each row adds up to.
 
         The rows of ``p`` need not add up to 1: all below is relative to what they add up to. torch's softmax sums a
         row's exponentials in few running sums; at 32000 classes that is off by tens of units in the last place,
         ``Tensor.sum`` by one. And a sum without the label gives 1 − p_y and the loss without the cancellation at p_y
         near 1.
         """
-        label = chunk.of_rows(self.rows.label)
-        chunk.of_rows(self.p_y).copy_(p.gather(1, label))
+        label = chunk.of(self.rows.label)
+        p_y, others = chunk.of(self.p_y), chunk.of(self.others)
+        torch.gather(p, 1, label, out=p_y)
         p.scatter_(1, label, 0)
-        chunk.of_rows(self.others).copy_(p.sum(1, keepdim=True))
-
-    def all_in_range(self, chunk: Chunk) -> bool:
-        """Are the exponentials that no maximum was subtracted for neither too large nor too small?"""
-        total = chunk.of_rows(self.others) + chunk.of_rows(self.p_y)
-        low, high = total.aminmax()  # NaN, if there is one
-        return bool((low > 1e-9) & (high < 1e37))
+        torch.sum(p, 1, keepdim=True, out=others)
+        return others + p_y
 
     def underflowed(self, p_y: Tensor) -> Tensor:
         limits = torch.finfo(p_y.dtype)
@@ -245,23 +250,26 @@ class _RowSums:
 
     def look_for_underflow(self, chunk: Chunk) -> None:
         """Where p_y is too small for its logarithm to be right, take lse from the logits again."""
-        far = self.underflowed(chunk.of_rows(self.p_y))
+        far = self.underflowed(chunk.of(self.p_y))
         if _never(far):
             return
+        if self.z_y is None:
+            self.z_y = self._label_logits()
         if self.far_lse is None:
             self.far_lse = torch.full_like(self.z_y, float("nan"))
         z = _capped(chunk.of(self.logits).to(self.p_y.dtype), self.rows.options.softcap)
         lse = z.logsumexp(1, keepdim=True)
-        chunk.of_rows(self.far_lse).copy_(torch.where(far, lse, float("nan")))
+        chunk.of(self.far_lse).copy_(torch.where(far, lse, float("nan")))
 
-    def nll_and_lse(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """lse − z_y = −log p_y, and lse."""
-        z_y = chunk.of_rows(self.z_y)
-        p_y = chunk.of_rows(self.p_y).to(z_y.dtype)
-        nll = torch.log1p(chunk.of_rows(self.others) / p_y)
+    def nll_and_lse(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+        """lse − z_y = −log p_y; and lse, where anything wants it."""
+        nll = torch.log1p(chunk.of(self.others).to(self.rows.dtype) / chunk.of(self.p_y))
+        if self.z_y is None:
+            return nll, None
+        z_y = chunk.of(self.z_y)
         lse = z_y + nll
         if self.far_lse is not None:
-            far_lse = chunk.of_rows(self.far_lse)
+            far_lse = chunk.of(self.far_lse)
             nll = torch.where(far_lse.isnan(), nll, far_lse - z_y)
             lse = torch.where(far_lse.isnan(), lse, far_lse)
         return nll, lse
@@ -270,34 +278,31 @@ class _RowSums:
 class _Slopes:
     """The coefficients of the gradient, times ``scale``: what each chunk needs is ready before the loop."""
 
-    def __init__(self, rows: _Rows, scale: Tensor | None) -> None:
+    def __init__(self, rows: _Rows, scale: Tensor | None, dtype: torch.dtype) -> None:
         one = 1.0 if scale is None else scale
         self.rows = rows
-        self.hit = rows.hit * one  # w_y (1−ε)
+        self.hit = (rows.hit * one).to(dtype)  # w_y (1−ε)
         self.spread = None if rows.spread is None else rows.spread * one  # ε/C
         self.rest = None if self.spread is None else self.spread * rows.total_weight  # ε/C W
         self.z_slope = None
         if rows.options.lse_square_scale:
             self.z_slope = 2 * rows.options.lse_square_scale * rows.weight * one
 
-    def gradient_(self, chunk: Chunk, p: Tensor, sums: _RowSums) -> None:
-        """p_c A − [c = y] w_y (1−ε) − ε/C w_c in place of ``p``."""
-        label, hit = chunk.of_rows(self.rows.label), chunk.of_rows(self.hit)
-        p_y = chunk.of_rows(sums.p_y)
-        rest = None if self.rest is None else chunk.of_rows(self.rest)  # A − w_y (1−ε)
+    def gradient_(self, chunk: Chunk, p: Tensor, total: Tensor, sums: _RowSums) -> None:
+        """p_c A − [c = y] w_y (1−ε) − ε/C w_c in place of ``p``, whose rows add up to ``total``."""
+        label, hit, others = chunk.of(self.rows.label), chunk.of(self.hit), chunk.of(sums.others)
+        a = hit / total
+        at_label = (a * others).neg_()
+        rest = None if self.rest is None else chunk.of(self.rest)  # A − w_y (1−ε)
         if self.z_slope is not None:
-            of_lse = chunk.of_rows(self.z_slope) * sums.nll_and_lse(chunk)[1]
+            of_lse = chunk.of(self.z_slope) * sums.nll_and_lse(chunk)[1]  # type: ignore[operator]
             rest = of_lse if rest is None else rest + of_lse
-        a = hit if rest is None else hit + rest
-        others = chunk.of_rows(sums.others)
-        total = others + p_y  # what p adds up to
-        at_label = -hit * others / total
         if rest is not None:
-            at_label = at_label + rest * p_y / total
-        a = a / total
+            rest = rest / total
+            a, at_label = a + rest, at_label + rest * chunk.of(sums.p_y)
         p.mul_(a.to(p.dtype))
         if self.spread is not None:
-            spread = chunk.of_rows(self.spread)
+            spread = chunk.of(self.spread)
             weight = self.rows.class_weight
             if weight is None:
                 p.sub_(spread.to(p.dtype))

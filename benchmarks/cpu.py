@@ -1,0 +1,201 @@
+"""The CPU fallback beside torch: ``python -m benchmarks.cpu``.
+
+Prints, for each shape, the time of fastloss over that of torch's own operator (and of torch.compile's, with
+``--compile``), and the bar that it is held to. Runs are interleaved in one process and medians are compared; the
+operating system's share of other work is printed, because it decides how far a ratio can be believed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastloss
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    name: str
+    theirs: str
+    ours_ms: float
+    theirs_ms: float
+    bar: float | None
+
+    @property
+    def ratio(self) -> float:
+        return self.ours_ms / self.theirs_ms
+
+    def __str__(self) -> str:
+        bar = "" if self.bar is None else f"≤ {self.bar:.2f} {'ok' if self.ratio <= self.bar else 'MISSED'}"
+        return (
+            f"{self.name:44} {self.ours_ms:9.3f} ms  {self.theirs:>16} {self.theirs_ms:9.3f} ms  "
+            f"ratio {self.ratio:5.3f}  {bar}"
+        )
+
+
+def interleaved(calls: Sequence[Callable[[], object]], seconds: float) -> list[float]:
+    """The median time of each call in ms; every round makes each call once, until ``seconds`` have passed."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for call, mine in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            mine.append(time.perf_counter() - start)
+    return [1e3 * statistics.median(mine) for mine in times]
+
+
+def forward_backward(loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, target: Tensor) -> Callable[[], None]:
+    """A call that runs the loss and its backward pass on a leaf."""
+
+    def call() -> None:
+        loss(x, target).backward()
+        x.grad = None
+
+    return call
+
+
+def cross_entropy_rows(seconds: float, compiled: bool) -> list[Row]:
+    """Forward + backward, at the shapes of the project's bars."""
+    bars = {
+        ("float32", 64, 10): 1.15,
+        ("float32", 4096, 1000): 0.6,
+        ("float32", 1024, 32000): 0.5,
+        ("float32", 256, 128256): 0.5,
+        ("bfloat16", 64, 10): 1.15,
+        ("bfloat16", 4096, 1000): 0.95,
+        ("bfloat16", 1024, 32000): 0.65,
+        ("bfloat16", 256, 128256): 0.65,
+    }
+    by_compiler = torch.compile(F.cross_entropy) if compiled else None
+    rows = []
+    for (dtype, n, classes), bar in bars.items():
+        x = torch.randn(n, classes).to(_DTYPES[dtype]).requires_grad_()
+        target = torch.randint(classes, (n,))
+        calls = [forward_backward(f, x, target) for f in (fastloss.cross_entropy, F.cross_entropy)]
+        if by_compiler is not None and n > 64:
+            calls.append(forward_backward(by_compiler, x, target))
+        ours, theirs, *compiler = interleaved(calls, seconds)
+        name = f"forward + backward ({n}, {classes}) {dtype}"
+        rows.append(Row(name, "F.cross_entropy", ours, theirs, bar))
+        if compiler:
+            rows.append(Row(name, "torch.compile", ours, compiler[0], 1.0))
+        print(*rows[-1 - len(compiler) :], sep="\n", flush=True)
+    return rows
+
+
+def accuracy_rows(seconds: float) -> list[Row]:
+    """Accuracy alone: top-1 beside one ``amax``, top-5 beside one ``topk``; random and mostly right rows."""
+    rows = []
+    for dtype in _DTYPES.values():
+        for n, classes in ((4096, 1000), (2048, 32000), (512, 128256)):
+            x = torch.randn(n, classes)
+            target = torch.randint(classes, (n,))
+            trained = x.clone()
+            trained[torch.arange(n), target] += 8
+            for kind, logits, bar in (("random", x.to(dtype), 1.5), ("trained", trained.to(dtype), 2.5)):
+                shape = f"({n}, {classes}) {str(dtype).removeprefix('torch.')} {kind}"
+                ours, theirs, five, topk = interleaved(
+                    [
+                        partial(fastloss.accuracy, logits, target),
+                        partial(torch.amax, logits, 1),
+                        partial(fastloss.accuracy, logits, target, (1, 5)),
+                        partial(torch.topk, logits, 5, 1),
+                    ],
+                    seconds,
+                )
+                rows.append(Row(f"accuracy top-1 {shape}", "amax", ours, theirs, bar))
+                rows.append(Row(f"accuracy top-1 and 5 {shape}", "topk(5)", five, topk, 1.0))
+                print(*rows[-2:], sep="\n", flush=True)
+    return rows
+
+
+def crossover_rows(seconds: float) -> list[Row]:
+    """The fused pass beside torch's operator where logits are few: which of the two should serve them."""
+    rows = []
+    for dtype, torch_dtype in _DTYPES.items():
+        for n, classes in (
+            (64, 10),
+            (128, 100),
+            (1024, 10),
+            (256, 100),
+            (64, 1000),
+            (512, 100),
+            (128, 1000),
+            (8192, 10),
+        ):
+            x = torch.randn(n, classes).to(torch_dtype).requires_grad_()
+            target = torch.randint(classes, (n,))
+
+            def fused(x: Tensor, target: Tensor) -> Tensor:
+                with fastloss.use_backend("eager"):
+                    return fastloss.cross_entropy(x, target)
+
+            calls = [forward_backward(f, x, target) for f in (fused, F.cross_entropy)]
+            ours, theirs = interleaved(calls, seconds)
+            rows.append(Row(f"fused ({n}, {classes}) = {n * classes} {dtype}", "F.cross_entropy", ours, theirs, None))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def others_share(before: tuple[float, float]) -> float:
+    """The share of the machine's CPU time, since ``before``, that went to other processes."""
+    busy, mine = cpu_seconds()
+    total = busy - before[0]
+    return max(0.0, 1 - (mine - before[1]) / total) if total > 0 else 0.0
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """CPU time that the machine, and this process, have spent so far."""
+    times = os.times()
+    mine = times.user + times.system + times.children_user + times.children_system
+    try:
+        with open("/proc/stat") as stat:
+            user, nice, system, _, _, irq, softirq, steal = map(int, stat.readline().split()[1:9])
+    except (OSError, ValueError):
+        return mine, mine
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), mine
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; exit code 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each shape (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="beside torch.compile too")
+    parser.add_argument("--crossover", action="store_true", help="only where fused and torch's operator meet")
+    parser.add_argument("--op", choices=("cross_entropy", "accuracy"), help="only this one")
+    parsed = parser.parse_args(arguments)
+    print(f"fastloss {fastloss.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    before = cpu_seconds()
+    rows: list[Row] = []
+    if parsed.crossover:
+        rows = crossover_rows(parsed.seconds)
+    else:
+        if parsed.op != "accuracy":
+            rows += cross_entropy_rows(parsed.seconds, parsed.compile)
+        if parsed.op != "cross_entropy":
+            rows += accuracy_rows(parsed.seconds)
+    missed = [row for row in rows if row.bar is not None and row.ratio > row.bar]
+    print(f"{len(missed)} bars missed; others used {others_share(before):.0%} of the CPU time")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The float64 reference, written apart from the package, and the rule by which errors are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """The loss by torch's own operator (and its own dtype), with the two terms that torch does not have."""
+    z = input if softcap is None else softcap * torch.tanh(input / softcap)
+    target = target.long()
+    result = F.cross_entropy(
+        z, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+    if lse_square_scale:
+        dim = 1 if z.dim() > 1 else 0
+        counted = target != ignore_index
+        row_weight = torch.ones_like(target, dtype=z.dtype)
+        if weight is not None:
+            row_weight = weight[torch.where(counted, target, 0)]
+        row_weight = torch.where(counted, row_weight, 0.0)
+        squares = lse_square_scale * torch.where(counted, torch.logsumexp(z, dim) ** 2 * row_weight, 0.0)
+        if reduction == "none":
+            result = result + squares
+        elif reduction == "sum":
+            result = result + squares.sum()
+        else:
+            result = result + squares.sum() / row_weight.sum()
+    return result
+
+
+def rank(row: Tensor, label: int) -> int:
+    """How many classes stand before the label, by sorting: greater first, NaN greatest, then the lower index."""
+    values = row.double().tolist()
+    order = sorted(
+        range(len(values)), key=lambda c: (values[c] == values[c], -values[c] if values[c] == values[c] else 0, c)
+    )
+    return order.index(label)
+
+
+def accuracy(input: Tensor, target: Tensor, k: int, ignore_index: int = -100) -> float:
+    """The share of counted rows whose rank is below k; NaN if none counts."""
+    rows = input.reshape(1, -1) if input.dim() == 1 else input.movedim(1, -1).reshape(-1, input.shape[1])
+    labels = target.reshape(-1).tolist()
+    counted = [i for i, label in enumerate(labels) if label != ignore_index]
+    right = sum(rank(rows[i], labels[i]) < k for i in counted)
+    return right / len(counted) if counted else float("nan")
+
+
+def value_and_gradient(
+    function: Callable[..., Tensor],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    upstream: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the gradient of ``input``, for an upstream gradient."""
+    x = input.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    result = function(x, target, weight, **options)
+    (gradient,) = torch.autograd.grad(result, x, upstream.to(result.dtype).expand_as(result))
+    return result.detach(), gradient
+
+
+def assert_no_worse(ours: Tensor, theirs: Tensor, exact: Tensor, what: str, ulps: float = 1.0) -> None:
+    """Our largest error is at most theirs, plus one unit in the last place of the largest value.
+
+    float64 has nothing more exact to be held against here: there the two may differ by a few units.
+    """
+    assert ours.dtype == theirs.dtype, f"{what}: dtype {ours.dtype}, torch has {theirs.dtype}"
+    assert ours.shape == theirs.shape, f"{what}: shape {tuple(ours.shape)}, torch has {tuple(theirs.shape)}"
+    ours, theirs, exact = ours.cpu(), theirs.cpu(), exact.cpu()
+    special = ~exact.isfinite()
+    assert torch.equal(ours[special].double().nan_to_num(7), exact[special].nan_to_num(7)), f"{what}: NaN or infinity"
+    ours, theirs, exact = ours[~special], theirs[~special], exact[~special]
+    if not ours.numel():
+        return
+    unit = torch.finfo(ours.dtype).eps * float(exact.abs().max())
+    if ours.dtype == torch.float64:
+        ulps = 32.0
+    limit = float((theirs.double() - exact).abs().nan_to_num(0).max()) + ulps * unit
+    error = float((ours.double() - exact).abs().max())
+    assert error <= limit, f"{what}: error {error:.3e}, torch's plus {ulps} ulp {limit:.3e}"
