@@ -175,7 +175,7 @@ def _second(
     slope = 2 * options.lse_square_scale * row_weight  # a
     level = hit + spread * w.sum()  # A
     if lse is not None:
-        level = level + slope * lse.view(shape).to(dtype)
+        level = level + slope * torch.where(counted, lse.view(shape).to(dtype), 0.0)
     b = (spread * w.view(1, -1, 1)).scatter_add(1, label, hit)
     if scale is None:
         scale = torch.ones((), dtype=dtype, device=g.device)

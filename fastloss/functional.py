@@ -200,7 +200,8 @@ def accuracy(
 def _is_small(input: Tensor, target: Tensor) -> bool:
     """Do torch's own operators serve these best: few logits on a CPU, with a target that they take?"""
     return (
-        type(input) in _FUSED_TYPES
+        not torch.compiler.is_compiling()
+        and type(input) in _FUSED_TYPES
         and type(target) is Tensor
         and input.is_cpu
         and input.numel() <= SMALL_ON_CPU
@@ -255,7 +256,7 @@ def _loss_and_accuracy(
         return composite.cross_entropy(input, target, weight, options).to(loss_dtype), values
     loss, values = fused_cross_entropy(
         input,
-        target.reshape(-1),
+        target.reshape(-1).contiguous(),
         weight,
         options,
         backend.load(backend.choose(input)),
@@ -280,7 +281,7 @@ def _accuracy(
     if input.numel() == 0 or (input.numel() <= SMALL_ON_CPU // 16 and _is_small(input, target)):
         return composite.accuracy(input, target, options)
     served = backend.load(backend.choose(input))
-    values = served.accuracy(as_rows(input), target.reshape(-1), ks, ignore_index, reduction)
+    values = served.accuracy(as_rows(input), target.reshape(-1).contiguous(), ks, ignore_index, reduction)
     return tuple(v.view(target.shape) for v in values) if reduction == "none" else values
 
 

@@ -327,8 +327,7 @@ def _row_results(
     if SMOOTHING:
         loss += spread * (w_total * lse - wz)
         level += spread * w_total
-    loss = tl.where(counted, loss, 0.0)
-    return loss, level, hit, spread, lse
+    return tl.where(counted, loss, 0.0), level, hit, spread, tl.where(counted, lse, 0.0)
 
 
 @triton.jit
@@ -347,6 +346,7 @@ def _end(
     K_PAD: tl.constexpr,
     G_PAD: tl.constexpr,
     MEAN: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """Store what this program's rows add up to; the last program adds up the programs, in their order."""
     program = tl.program_id(0)
@@ -365,7 +365,7 @@ def _end(
             total = tl.sum(weights, axis=0)
             loss = loss / total
             tl.store(scale_ptr, 1.0 / total)
-        tl.store(loss_ptr, loss)
+        tl.store(loss_ptr, loss.to(ACC))
         if K > 0:
             add_up_counts(counts_ptr, right_ptr, K, K_PAD, G_PAD, MEAN)
 
@@ -468,7 +468,7 @@ def _forward_tile(
             s, M, z_label, wz, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
         )
         if REDUCTION == "none":
-            tl.store(loss_ptr + row, loss, mask=in_range)
+            tl.store(loss_ptr + row, loss.to(ACC), mask=in_range)
         else:
             loss_sum += loss
             weight_sum += weight.to(tl.float64)
@@ -514,6 +514,7 @@ def _forward_tile(
             K_PAD,
             G_PAD,
             REDUCTION == "mean",
+            ACC,
         )
 
 
@@ -739,7 +740,7 @@ def _forward_loop(
             s, M, z_label, tl.sum(wz_group, axis=1), w_total, weight, counted, eps, z_scale, classes, SMOOTHING
         )
         if REDUCTION == "none":
-            tl.store(loss_ptr + row, loss, mask=in_range)
+            tl.store(loss_ptr + row, loss.to(ACC), mask=in_range)
         else:
             loss_sum += loss
             weight_sum += weight.to(tl.float64)
@@ -781,6 +782,7 @@ def _forward_loop(
             K_PAD,
             G_PAD,
             REDUCTION == "mean",
+            ACC,
         )
 
 

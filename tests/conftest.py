@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -22,19 +21,7 @@ if not HAS_GPU:
 
 import fastloss  # noqa: E402
 from fastloss import backend as backends  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Place:
-    """A backend and the device that it is tested on."""
-
-    name: str
-    device: torch.device
-
-    @property
-    def interpreted(self) -> bool:
-        """Do the kernels run in Triton's interpreter?"""
-        return self.name == "triton" and self.device.type == "cpu"
+from places import Place  # noqa: E402
 
 
 def _places() -> list[Place]:

@@ -42,7 +42,7 @@ def machine(device: torch.device) -> str:
         place = f"{info.processor()}, {torch.get_num_threads()} threads"
     versions = [f"fastloss {fastloss.__version__}", f"torch {torch.__version__}"]
     if device.type == "cuda":
-        versions.append(f"Triton {info.triton_version() or 'not installed'}")
+        versions.append(f"Triton {backend.triton_version() or 'not installed'}")
     return " · ".join([place, *versions, f"Python {platform.python_version()}"])
 
 

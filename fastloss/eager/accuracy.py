@@ -41,7 +41,6 @@ def _visit_top_1(logits: Tensor, label: Tensor, right: Tensor) -> None:
     Where few are right, the row's maximum settles all but those few. Where most are, the greatest of the *other*
     classes settles all but ties.
     """
-    outer, classes, inner = logits.shape
     mine = logits.gather(1, label)
     sample = next(chunks(logits.shape, logits.dtype, _SAMPLE_BYTES))
     x = sample.of(logits)
@@ -54,7 +53,7 @@ def _visit_top_1(logits: Tensor, label: Tensor, right: Tensor) -> None:
     torch.lt(mine, logits.amax(1, keepdim=True), out=right)
     right.logical_not_()  # or a NaN in the row: looked at again, like the others
     o, _, i = right.nonzero(as_tuple=True)
-    step = max(1, _SAMPLE_BYTES // classes)
+    step = max(1, _SAMPLE_BYTES // logits.shape[1])
     for start in range(0, len(o), step):
         some = o[start : start + step], i[start : start + step]
         row, row_label, row_mine = (t[some[0], :, some[1]].unsqueeze(2) for t in (logits, label, mine))

@@ -1,0 +1,169 @@
+"""Derivatives: first, second and third, repeated, scaled, in place, and through torch's transforms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from places import Place
+from torch import Tensor
+
+import fastloss
+from fastloss import cross_entropy
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"weighted": True},
+    {"label_smoothing": 0.2, "weighted": True},
+    {"lse_square_scale": 0.1},
+    {"lse_square_scale": 0.1, "label_smoothing": 0.1, "weighted": True},
+    {"softcap": 2.0},
+]
+
+
+def float64_case(place: Place, options: dict[str, Any]) -> tuple[Any, Tensor]:
+    options = dict(options)
+    weight = torch.rand(5, dtype=torch.float64, device=place.device) if options.pop("weighted", False) else None
+    target = torch.tensor([[0, 4], [-100, 2]], device=place.device)[:, : 1 if place.interpreted else 2]
+    input = torch.randn(2, 5, target.shape[1], dtype=torch.float64, device=place.device, requires_grad=True)
+
+    def loss(input: Tensor, reduction: str) -> Tensor:
+        return cross_entropy(input, target, weight, reduction=reduction, **options)
+
+    return loss, input
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck_and_gradgradcheck(place: Place, options: dict[str, Any], reduction: str) -> None:
+    loss, input = float64_case(place, options)
+    assert torch.autograd.gradcheck(lambda x: loss(x, reduction), input)
+    assert torch.autograd.gradgradcheck(lambda x: loss(x, reduction), input)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_third_derivative(place: Place, options: dict[str, Any]) -> None:
+    loss, input = float64_case(place, options)
+
+    def third(value: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad(value, input, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), input, create_graph=True)
+        return torch.autograd.grad(second.sin().sum(), input)[0]
+
+    ours = third(loss(input, "mean"))
+    with fastloss.use_backend("auto"):  # so small, and without the fused pass: torch's own operators
+        if place.device.type == "cpu":
+            torch.testing.assert_close(ours, third(loss(input, "mean")), rtol=1e-9, atol=1e-12)
+
+
+def test_a_second_derivative_beside_another_path(place: Place) -> None:
+    """A gradient penalty: the term through the loss must not be dropped."""
+    target = torch.tensor([1, 0, 3], device=place.device)
+    results = []
+    for function in (cross_entropy, F.cross_entropy):
+        torch.manual_seed(0)
+        input = torch.randn(3, 4, dtype=torch.float64).to(place.device).requires_grad_()
+        loss = function(input, target)
+        (gradient,) = torch.autograd.grad(loss, input, create_graph=True)
+        (loss + gradient.pow(2).sum()).backward()
+        results.append(input.grad)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_retained_graph_twice_with_the_gradient_kept_between(place: Place, dtype: torch.dtype, reduction: str) -> None:
+    input = torch.randn(4, 40, device=place.device, dtype=dtype, requires_grad=True)
+    loss = cross_entropy(input, torch.randint(40, (4,), device=place.device), reduction=reduction).sum() * 3
+    loss.backward(retain_graph=True)
+    first = input.grad
+    assert first is not None
+    kept = first.clone()
+    (again,) = torch.autograd.grad(loss, input, retain_graph=True)
+    (last,) = torch.autograd.grad(loss, input)
+    assert torch.equal(again, kept)
+    assert torch.equal(last, kept)
+    assert torch.equal(first, kept)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_accumulation(place: Place) -> None:
+    input = torch.randn(4, 40, device=place.device, requires_grad=True)
+    target = torch.randint(40, (4,), device=place.device)
+    for _ in range(3):
+        (cross_entropy(input, target) / 2).backward()
+    (once,) = torch.autograd.grad(cross_entropy(input, target), input)
+    torch.testing.assert_close(input.grad, 1.5 * once)
+
+
+def test_logits_may_be_written_over_after_the_loss(place: Place) -> None:
+    """The gradient was taken already; torch allows it too."""
+    leaf = torch.randn(4, 40, device=place.device, requires_grad=True)
+    target = torch.randint(40, (4,), device=place.device)
+    logits = leaf * 1
+    loss = cross_entropy(logits, target)
+    with torch.no_grad():
+        logits.zero_()
+    loss.backward()
+    (expected,) = torch.autograd.grad(cross_entropy(leaf, target), leaf)
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_inplace(place: Place, dtype: torch.dtype, reduction: str) -> None:
+    """The gradient takes the logits' memory, and equals the one that does not."""
+    leaf = torch.randn(6, 40, device=place.device).to(dtype).requires_grad_()
+    target = torch.randint(40, (6,), device=place.device)
+    logits = leaf * 1
+    loss = cross_entropy(logits, target, reduction=reduction, inplace=True)
+    (ours,) = torch.autograd.grad(loss.sum(), leaf)
+    (expected,) = torch.autograd.grad(cross_entropy(leaf, target, reduction=reduction).sum(), leaf)
+    assert torch.equal(ours, expected)
+    assert torch.equal(logits.detach(), expected)
+
+
+def test_inplace_refuses_what_it_would_break(place: Place) -> None:
+    leaf = torch.randn(6, 40, device=place.device, requires_grad=True)
+    target = torch.randint(40, (6,), device=place.device)
+    with pytest.raises(RuntimeError, match="leaf"):
+        cross_entropy(leaf, target, inplace=True)
+    logits = leaf.exp()  # keeps its result for backward
+    loss = cross_entropy(logits, target, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    logits = leaf * 1
+    loss = cross_entropy(logits, target, inplace=True)
+    with torch.no_grad():
+        logits.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    loss = cross_entropy(leaf * 1, target, inplace=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="expanded"):
+        cross_entropy((leaf * 1)[:1].expand(6, 40), target, inplace=True)
+    untouched = leaf.detach().clone()
+    cross_entropy(untouched, target, inplace=True)  # no gradient wanted, none written
+    assert torch.equal(untouched, leaf.detach())
+
+
+def test_weight_has_no_gradient(place: Place) -> None:
+    weight = torch.rand(4, device=place.device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="weight"):
+        cross_entropy(torch.randn(2, 4, device=place.device), torch.tensor([0, 1], device=place.device), weight)
+
+
+def test_function_transforms_and_compile(place: Place) -> None:
+    input, target = torch.randn(6, 5, device=place.device), torch.randint(5, (6,), device=place.device)
+    ours, theirs = (torch.func.grad(lambda x, f=f: f(x, target))(input) for f in (cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(ours, theirs)
+    rows = torch.func.vmap(cross_entropy)(input, target)
+    torch.testing.assert_close(rows, F.cross_entropy(input, target, reduction="none"))
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+    x = input.clone().requires_grad_()
+    compiled(x, target).backward()
+    torch.testing.assert_close(x.grad, theirs)

@@ -1,0 +1,247 @@
+"""``cross_entropy`` over both backends, against float64: our error is held to torch's own, plus one ulp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from places import Place
+from torch import Tensor
+
+import fastloss
+from fastloss import CrossEntropyLoss, cross_entropy
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def compare(
+    place: Place,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    upstream: Tensor | None = None,
+    ulps: float = 1.0,
+    **options: Any,
+) -> None:
+    """Loss and gradient against float64 and against torch in the same dtype."""
+    if place.interpreted and input.dtype == torch.bfloat16:
+        ulps = max(ulps, 2.0)  # the interpreter rounds bfloat16 by truncation
+    none = options.get("reduction") == "none"
+    if upstream is None:
+        upstream = torch.randn(target.shape) if none else torch.tensor(1.0)
+    on = place.device
+    moved = None if weight is None else weight.to(on)
+    ours = reference.value_and_gradient(cross_entropy, input.to(on), target.to(on), moved, upstream.to(on), **options)
+    theirs = reference.value_and_gradient(reference.loss, input, target, weight, upstream, **options)
+    wide = None if weight is None else weight.double()
+    exact = reference.value_and_gradient(reference.loss, input.double(), target, wide, upstream.double(), **options)
+    for name, mine, torchs, true in zip(("loss", "gradient"), ours, theirs, exact, strict=True):
+        reference.assert_no_worse(mine, torchs, true.double(), f"{name} {options}", ulps)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 7), (33, 40), (3, 1000), (11,), (2, 5, 3), (3, 6, 2, 5)], ids=str)
+def test_shapes_and_dtypes(place: Place, shape: tuple[int, ...], dtype: torch.dtype, reduction: str) -> None:
+    input = (4 * torch.randn(shape)).to(dtype)
+    classes = shape[0] if len(shape) == 1 else shape[1]
+    target = torch.randint(classes, shape[:1] + shape[2:] if len(shape) > 1 else ())
+    if target.dim():
+        target.view(-1)[1] = -100
+    compare(place, input, target, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_weight_smoothing_and_ignored_rows(
+    place: Place, dtype: torch.dtype, label_smoothing: float, weighted: bool, reduction: str
+) -> None:
+    input, target = (2 * torch.randn(9, 12, 3)).to(dtype), torch.randint(12, (9, 3))
+    target[2:4] = 11
+    weight = torch.rand(12).to(dtype) + 0.1 if weighted else None
+    compare(
+        place, input, target, weight, reduction=reduction, label_smoothing=label_smoothing, ignore_index=11, ulps=1.5
+    )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{"lse_square_scale": 0.01}, {"softcap": 5.0}, {"lse_square_scale": 0.1, "softcap": 2.0, "label_smoothing": 0.2}],
+    ids=str,
+)
+def test_z_loss_and_softcap(place: Place, options: dict[str, float], weighted: bool, reduction: str) -> None:
+    input, target = 3 * torch.randn(6, 19), torch.randint(19, (6,))
+    target[0] = -100
+    weight = torch.rand(19) if weighted else None
+    # Of the two terms torch has no operator, and its composition rounds elsewhere.
+    compare(place, input, target, weight, reduction=reduction, ulps=3.0, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("ignore_index", [-100, 0, 3, 255, -1])
+def test_label_dtypes_and_any_ignore_index(place: Place, dtype: torch.dtype, ignore_index: int) -> None:
+    input, target = torch.randn(8, 6), torch.randint(6, (8,))
+    if ignore_index >= 0 or dtype != torch.uint8:
+        target[5] = ignore_index
+    on = place.device
+    ours = cross_entropy(input.to(on), target.to(dtype).to(on), ignore_index=ignore_index)
+    torch.testing.assert_close(ours.cpu(), F.cross_entropy(input, target, ignore_index=ignore_index))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 15, 16, 17, 63, 64, 65, 257])
+def test_odd_numbers_of_classes(place: Place, classes: int) -> None:
+    compare(place, torch.randn(5, classes), torch.randint(classes, (5,)))
+    compare(place, torch.randn(2, classes, 3), torch.randint(classes, (2, 3)))
+
+
+def strided(kind: str, dtype: torch.dtype) -> Tensor:
+    """Logits (4, 24, 3, 2), or (8, 24), of one and the same shape for each kind of strides."""
+    if kind == "channels-last":
+        return torch.randn(4, 24, 3, 2).to(dtype).contiguous(memory_format=torch.channels_last)
+    if kind == "transposed":
+        return torch.randn(24, 8).to(dtype).t()
+    if kind == "sliced":
+        return torch.randn(8, 50).to(dtype)[:, 1:49:2]
+    if kind == "rows apart":
+        return torch.randn(16, 24).to(dtype)[::2]
+    if kind == "expanded":
+        return torch.randn(1, 24).to(dtype).expand(8, 24)
+    if kind == "not to be flattened":
+        return torch.randn(4, 24, 6, 4).to(dtype)[:, :, ::2, ::2]
+    return torch.randn(24, 3, 2, 4).to(dtype).permute(3, 0, 1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    ["channels-last", "transposed", "sliced", "rows apart", "expanded", "not to be flattened", "permuted"],
+)
+def test_strided_inputs(place: Place, kind: str, dtype: torch.dtype) -> None:
+    input = strided(kind, dtype)
+    target = torch.randint(24, input.shape[:1] + input.shape[2:])
+    compare(place, input, target)
+    compare(place, input, target, reduction="none")
+
+
+def test_a_target_that_is_not_contiguous(place: Place) -> None:
+    compare(place, torch.randn(5, 9, 4), torch.randint(9, (4, 5)).t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_large_logits(place: Place, dtype: torch.dtype) -> None:
+    """Neither overflow nor a probability that underflows disturbs the loss or the gradient."""
+    input = (200 * torch.randn(12, 31)).to(dtype)
+    compare(place, input, torch.randint(31, (12,)), reduction="none")
+    compare(place, input, torch.randint(31, (12,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_special_logits(place: Place, dtype: torch.dtype) -> None:
+    """−inf is ordinary; NaN and +inf make their own row NaN, as in torch."""
+    inf, nan = float("inf"), float("nan")
+    input = torch.randn(7, 20).to(dtype)
+    input[0, 3:9] = -inf
+    input[1, :] = -inf
+    input[2, 4] = inf
+    input[3, 5] = nan
+    input[4, 7] = -inf
+    target = torch.tensor([0, 1, 2, 3, 7, 5, 6])
+    compare(place, input, target, reduction="none")
+    rows = [0, 4, 5, 6]
+    compare(place, input[rows], target[rows], label_smoothing=0.0)
+
+
+def test_a_row_that_is_ignored_has_no_gradient_whatever_it_holds(place: Place) -> None:
+    """torch gives NaN there, 0 times the row's NaN; ours is 0 wherever a fused pass serves the call."""
+    input = torch.randn(4, 30, device=place.device)
+    input[1] = float("nan")
+    input.requires_grad_()
+    loss = cross_entropy(input, torch.tensor([1, -100, 2, 3], device=place.device))
+    loss.backward()
+    assert loss.isfinite()
+    assert torch.equal(input.grad[1].cpu(), torch.zeros(30))  # type: ignore[index]
+
+
+def test_the_mean_over_no_row_is_nan_and_its_gradient_zero(place: Place) -> None:
+    input = torch.randn(3, 5, device=place.device, requires_grad=True)
+    target = torch.full((3,), -100, device=place.device)
+    loss = cross_entropy(input, target)
+    loss.backward()
+    assert loss.isnan()
+    assert torch.equal(input.grad.cpu(), torch.zeros(3, 5))  # type: ignore[union-attr]
+    assert cross_entropy(input, target, reduction="sum").item() == 0
+    assert torch.equal(cross_entropy(input, target, reduction="none").cpu(), torch.zeros(3))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0)], ids=str)
+def test_empty_batches(place: Place, shape: tuple[int, ...]) -> None:
+    input = torch.randn(shape, device=place.device, requires_grad=True)
+    target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64, device=place.device)
+    for reduction in REDUCTIONS:
+        ours, theirs = (f(input, target, reduction=reduction) for f in (cross_entropy, F.cross_entropy))
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    cross_entropy(input, target).backward()
+    assert input.grad is not None
+    assert input.grad.shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_autocast_as_torch(place: Place, dtype: torch.dtype) -> None:
+    input, target = torch.randn(8, 40).to(dtype), torch.randint(40, (8,))
+    ours_input = input.to(place.device).detach().requires_grad_()
+    theirs_input = input.detach().clone().requires_grad_()
+    with torch.autocast(place.device.type, dtype=torch.bfloat16):
+        ours = cross_entropy(ours_input, target.to(place.device))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = F.cross_entropy(theirs_input, target)
+    ours.backward()
+    theirs.backward()
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours.cpu(), theirs)
+    torch.testing.assert_close(ours_input.grad.cpu(), theirs_input.grad, rtol=8e-3, atol=1e-5)  # type: ignore[union-attr]
+
+
+def test_deprecated_reductions(place: Place) -> None:
+    input, target = torch.randn(4, 5, device=place.device), torch.tensor([0, 1, 2, 3], device=place.device)
+    with pytest.warns(UserWarning, match="reduction"):
+        summed = cross_entropy(input, target, None, False)
+    torch.testing.assert_close(summed, cross_entropy(input, target, reduction="sum"))
+
+
+def test_module(place: Place) -> None:
+    input, target = torch.randn(6, 5, device=place.device), torch.randint(5, (6,), device=place.device)
+    weight = torch.rand(5, device=place.device)
+    module = CrossEntropyLoss(weight, label_smoothing=0.1, lse_square_scale=0.01, ignore_index=2)
+    expected = cross_entropy(input, target, weight, label_smoothing=0.1, lse_square_scale=0.01, ignore_index=2)
+    assert torch.equal(module(input, target), expected)
+    assert "lse_square_scale=0.01" in repr(module)
+    torch.nn.CrossEntropyLoss(weight).load_state_dict(module.state_dict())
+
+
+def test_equal_from_run_to_run(place: Place) -> None:
+    input, target = torch.randn(37, 130, device=place.device), torch.randint(130, (37,), device=place.device)
+    input.requires_grad_()
+
+    def run() -> tuple[Tensor, Tensor]:
+        loss = cross_entropy(input, target, label_smoothing=0.1)
+        return loss.detach(), torch.autograd.grad(loss, input)[0]
+
+    first, second = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_small_tensors_on_a_cpu_go_to_torch_and_agree() -> None:
+    input, target = torch.randn(64, 10), torch.randint(10, (64,))
+    by_default = reference.value_and_gradient(cross_entropy, input, target, None, torch.tensor(1.0))
+    with fastloss.use_backend("eager"):
+        by_us = reference.value_and_gradient(cross_entropy, input, target, None, torch.tensor(1.0))
+    for ours, theirs in zip(by_us, by_default, strict=True):
+        torch.testing.assert_close(ours, theirs)
