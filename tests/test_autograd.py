@@ -74,7 +74,9 @@ def test_a_second_derivative_beside_another_path(place: Place) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_retained_graph_twice_with_the_gradient_kept_between(place: Place, dtype: torch.dtype, reduction: str) -> None:
+def test_retained_graph_twice_with_the_gradient_kept_between(
+    place: Place, dtype: torch.dtype, reduction: str
+) -> None:
     input = torch.randn(4, 40, device=place.device, dtype=dtype, requires_grad=True)
     loss = cross_entropy(input, torch.randint(40, (4,), device=place.device), reduction=reduction).sum() * 3
     loss.backward(retain_graph=True)
