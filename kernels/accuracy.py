@@ -25,6 +25,7 @@ from .rows import (
     nans_before,
     rank_in_tile,
     row_offsets,
+    rows_to_read,
     store_ranks,
     tile_count,
     tile_rows,
@@ -103,6 +104,7 @@ def _rank_kernel(
         label, counted, weight = labels(target_ptr, row, in_range, target_ptr, classes, ignore_index, False, ACC)
         base = row_offsets(outer, within, x_outer, x_inner, VEC)
         x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
+        read = rows_to_read(counted, in_range, BY_INNER)
         if LOOPED:
             group_rank = tl.zeros([ROWS, COLS // GROUP], tl.int32)
             if tl.max(counted.to(tl.int32), axis=0) > 0:
@@ -110,12 +112,12 @@ def _rank_kernel(
                 for start in tl.range(0, full, COLS):
                     cols = start + tl.arange(0, COLS)
                     pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
-                    x = tl.load(pointers, mask=counted[:, None], other=-float("inf")).to(ACC)
+                    x = tl.load(pointers, mask=read[:, None], other=-float("inf")).to(ACC)
                     group_rank += before_label(x, x_label, cols, start, label, GROUP, ROWS, COLS)
                 if full < classes:
                     cols = full + tl.arange(0, COLS)
                     pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
-                    mask = counted[:, None] & inside(cols, classes, VEC)[None, :]
+                    mask = read[:, None] & inside(cols, classes, VEC)[None, :]
                     x = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
                     group_rank += before_label(x, x_label, cols, full, label, GROUP, ROWS, COLS)
             rank = tl.sum(group_rank, axis=1)
@@ -125,7 +127,7 @@ def _rank_kernel(
         else:
             cols = tl.arange(0, COLS)
             pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
-            mask = counted[:, None] & inside(cols, classes, VEC)[None, :]
+            mask = read[:, None] & inside(cols, classes, VEC)[None, :]
             x = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
             rank = rank_in_tile(x, x_label, cols, label, counted, most_k)
         if REDUCTION == "none":

@@ -48,6 +48,7 @@ from .rows import (
     nans_before,
     rank_in_tile,
     row_offsets,
+    rows_to_read,
     store_ranks,
     tanh,
     tile_count,
@@ -433,7 +434,7 @@ def _forward_tile(
         row, in_range, outer, within = tile_rows(tile, rows, inner, ROWS, BY_INNER)
         label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
         base = row_offsets(outer, within, x_outer, x_inner, VEC)
-        mask = counted[:, None] & col_mask[None, :]
+        mask = rows_to_read(counted, in_range, BY_INNER)[:, None] & col_mask[None, :]
         x = tl.load(logits_ptr + base[:, None] + x_cols[None, :], mask=mask, other=-float("inf")).to(ACC)
         x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
         if K > 0:
@@ -530,7 +531,7 @@ def _visit(
     start,
     classes,
     x_class,
-    counted,
+    read,  # (ROWS,): whether the row's logits are read
     label,
     x_label,
     cap,
@@ -548,7 +549,7 @@ def _visit(
 ):
     """One block of a looped row, joined to what the blocks before it gave."""
     cols = start + tl.arange(0, COLS)
-    mask = counted[:, None]
+    mask = read[:, None]
     if MASKED:
         mask = mask & inside(cols, classes, VEC)[None, :]
     pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
@@ -589,6 +590,7 @@ def _write_gradient(
     x_class,
     g_class,
     in_range,
+    read,
     counted,
     label,
     M,
@@ -606,7 +608,7 @@ def _write_gradient(
 ):
     """The gradient of one block of rows whose softmax is known. Reads the block once, writes it once."""
     cols = start + tl.arange(0, COLS)
-    mask, out_mask = counted[:, None], in_range[:, None]
+    mask, out_mask = read[:, None], in_range[:, None]
     col_mask = cols < classes
     if MASKED:
         aligned = inside(cols, classes, VEC)[None, :]
@@ -703,17 +705,18 @@ def _forward_loop(
         s_group = tl.zeros([ROWS, COLS // GROUP], ACC)
         wz_group = tl.zeros([ROWS, COLS // GROUP], ACC)
         rank_group = tl.zeros([ROWS, COLS // GROUP], tl.int32)
+        read = rows_to_read(counted, in_range, BY_INNER)
         if tl.max(counted.to(tl.int32), axis=0) > 0:
             for start in tl.range(0, full, COLS):
                 M_group, s_group, wz_group, rank_group = _visit(
                     M_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, start, classes, x_class,
-                    counted, label, x_label, cap, False, K > 0, gradient_ptr is not None,
+                    read, label, x_label, cap, False, K > 0, gradient_ptr is not None,
                     HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
                 )  # fmt: skip
             if full < classes:
                 M_group, s_group, wz_group, rank_group = _visit(
                     M_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, full, classes, x_class,
-                    counted, label, x_label, cap, True, K > 0, gradient_ptr is not None,
+                    read, label, x_label, cap, True, K > 0, gradient_ptr is not None,
                     HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
                 )  # fmt: skip
         if K > 0:
@@ -755,13 +758,13 @@ def _forward_loop(
             if full < classes:
                 _write_gradient(
                     logits_ptr, gradient_ptr, weight_ptr, base, g_base, full, classes, x_class, g_class,
-                    in_range, counted, label, M, level, hit, spread, cap,
+                    in_range, read, counted, label, M, level, hit, spread, cap,
                     True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS,
                 )  # fmt: skip
             for done in tl.range(0, full, COLS):  # from the end: what was read last is in the cache for sure
                 _write_gradient(
                     logits_ptr, gradient_ptr, weight_ptr, base, g_base, full - COLS - done, classes, x_class, g_class,
-                    in_range, counted, label, M, level, hit, spread, cap,
+                    in_range, read, counted, label, M, level, hit, spread, cap,
                     False, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS,
                 )  # fmt: skip
 
@@ -840,7 +843,7 @@ def _backward(
     g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
     _write_gradient(
         logits_ptr, gradient_ptr, weight_ptr, base, g_base, tl.program_id(1) * COLS, classes, x_class, g_class,
-        in_range, counted, label, M,
+        in_range, rows_to_read(counted, in_range, BY_INNER), counted, label, M,
         (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC), cap,
         True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS,
     )  # fmt: skip

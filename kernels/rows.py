@@ -52,6 +52,12 @@ def row_offsets(outer, within, stride_outer, stride_inner, VEC: tl.constexpr):
 
 
 @triton.jit
+def rows_to_read(counted, in_range, BY_INNER: tl.constexpr):
+    """Which rows' logits are read: an ignored row's are left out, unless its neighbours share its accesses."""
+    return in_range if BY_INNER else counted
+
+
+@triton.jit
 def class_offsets(cols, stride_class, VEC: tl.constexpr):
     """Where each class lies within its row."""
     if VEC > 1:  # then the stride is 1

@@ -19,9 +19,10 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
+from places import Place  # noqa: E402
+
 import fastloss  # noqa: E402
 from fastloss import backend as backends  # noqa: E402
-from places import Place  # noqa: E402
 
 
 def _places() -> list[Place]:
