@@ -5,6 +5,7 @@ The kinds of error are torch's own for the same mistake.
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Sequence
 
@@ -31,18 +32,30 @@ def check_logits(input: object) -> None:
         )
 
 
-def check_options(reduction: object, label_smoothing: float, lse_square_scale: float, softcap: float | None) -> None:
+def check_options(
+    reduction: object, label_smoothing: object, lse_square_scale: object, softcap: object, ignore_index: object
+) -> None:
     """The words and numbers that are not tensors."""
     if reduction not in _REDUCTIONS:
         raise ValueError(
             f"fastloss: {reduction!r} is not a valid value for reduction; expected 'none', 'mean' or 'sum'"
         )
-    if not 0.0 <= label_smoothing <= 1.0:
+    if not 0.0 <= _number(label_smoothing, "label_smoothing") <= 1.0:
         raise RuntimeError(f"fastloss: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if softcap is not None and not 0.0 < softcap < float("inf"):
+    if softcap is not None and not 0.0 < _number(softcap, "softcap") < float("inf"):
         raise ValueError(f"fastloss: softcap is {softcap}; expected a positive finite number, or None for no cap")
-    if not abs(lse_square_scale) < float("inf"):
+    if not abs(_number(lse_square_scale, "lse_square_scale")) < float("inf"):
         raise ValueError(f"fastloss: lse_square_scale is {lse_square_scale}; expected a finite number")
+    try:
+        operator.index(ignore_index)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"fastloss: ignore_index is {ignore_index!r}; expected an int") from None
+
+
+def _number(value: object, name: str) -> float:
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"fastloss: {name} is {value!r}; expected a number")
 
 
 def check_index_target(input: Tensor, target: object, weight: object) -> None:
@@ -61,7 +74,7 @@ def check_index_target(input: Tensor, target: object, weight: object) -> None:
             f"fastloss: target has dtype {target.dtype}; expected class indices in int64, int32 or uint8"
         )
     if tuple(target.shape) != expected and not (input.dim() == 1 and tuple(target.shape) == (1,)):
-        kind = ValueError if target.dim() != len(expected) or target.shape[:1] != input.shape[:1] else RuntimeError
+        kind = ValueError if target.shape[:1] != input.shape[:1] else RuntimeError  # torch looks at the batch first
         raise kind(
             f"fastloss: target has shape {tuple(target.shape)}; expected {expected} "
             f"for an input of shape {tuple(input.shape)}"

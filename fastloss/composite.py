@@ -20,6 +20,8 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options:
     logits = input
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(input / options.softcap)
+    if weight is not None:
+        weight = weight.to(logits.dtype)
     if target.dtype not in (torch.int64, torch.uint8):
         target = target.long()
     loss = F.cross_entropy(

@@ -92,8 +92,10 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     plain = lse_square_scale == 0.0 and softcap is None and from_logits is True
-    if plain and not inplace and _is_small(input, target) and 0.0 <= label_smoothing <= 1.0:
+    if plain and not inplace and label_smoothing.__class__ is float and _is_small(input, target, weight):
         try:
+            if not 0.0 <= label_smoothing <= 1.0:
+                raise ValueError  # torch lets some of these pass
             return F.cross_entropy(
                 input,
                 target,
@@ -104,7 +106,7 @@ def cross_entropy(
             )
         except (RuntimeError, ValueError, IndexError, TypeError):
             # Say the same in this package's words, if they have any for it.
-            checks.check_options(reduction, label_smoothing, 0.0, None)
+            checks.check_options(reduction, label_smoothing, 0.0, None, ignore_index)
             _check_tensors(input, target, weight, ignore_index, from_logits)
             raise
     options = LossOptions(ignore_index, label_smoothing, reduction, lse_square_scale, softcap)
@@ -187,17 +189,18 @@ def accuracy(
         (tensor(0.5000), tensor(1.))
     """
     checks.check_logits(input)
-    checks.check_options(reduction, 0.0, 0.0, None)
+    checks.check_options(reduction, 0.0, 0.0, None, ignore_index)
     ks = checks.checked_topk(topk)
     if isinstance(target, Tensor) and target.shape == input.shape and (input.dim() > 1 or input.shape[0] > 1):
         target = _labels_of(target)
         ignore_index = -1  # argmax gives none to ignore
     checks.check_index_target(input, target, None)
+    target = target.view(()) if input.dim() == 1 else target
     values = _accuracy(input, target, ks, ignore_index, reduction)
     return values if isinstance(topk, Sequence) else values[0]
 
 
-def _is_small(input: Tensor, target: Tensor) -> bool:
+def _is_small(input: Tensor, target: Tensor, weight: Tensor | None = None) -> bool:
     """Do torch's own operators serve these best: few logits on a CPU, with a target that they take?"""
     return (
         not torch.compiler.is_compiling()
@@ -206,6 +209,7 @@ def _is_small(input: Tensor, target: Tensor) -> bool:
         and input.is_cpu
         and input.numel() <= SMALL_ON_CPU
         and (target.dtype is torch.int64 or target.dtype is torch.uint8)
+        and (weight is None or weight.dtype is input.dtype)
         and not backend.is_forced()
     )
 
@@ -232,14 +236,21 @@ def _loss_and_accuracy(
     from_logits: bool,
     inplace: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    checks.check_options(options.reduction, options.label_smoothing, options.lse_square_scale, options.softcap)
+    checks.check_options(
+        options.reduction,
+        options.label_smoothing,
+        options.lse_square_scale,
+        options.softcap,
+        options.ignore_index,
+    )
     if _is_traced(input, target):
         checks.check_logits(input)
         checks.check_index_target(input, target, weight)
         values = composite.accuracy(input.detach(), target, options) if options.topk else ()
         return composite.cross_entropy(input, target, weight, options), values
     _check_tensors(input, target, weight, options.ignore_index, from_logits)
-    if not inplace and input.numel() > 0 and _is_small(input, target):
+    target = target.view(()) if input.dim() == 1 else target
+    if not inplace and input.numel() > 0 and _is_small(input, target, weight):
         values = _accuracy(
             input.detach(), target, options.topk, options.ignore_index, options.reduction, checked=True
         )
@@ -257,7 +268,7 @@ def _loss_and_accuracy(
     loss, values = fused_cross_entropy(
         input,
         target.reshape(-1).contiguous(),
-        weight,
+        None if weight is None else weight.contiguous(),
         options,
         backend.load(backend.choose(input)),
         loss_dtype,

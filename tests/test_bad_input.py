@@ -333,7 +333,7 @@ def test_torch_raises_the_same_kind(case: str) -> None:
 @pytest.mark.parametrize("case", ["target is short", "reduction is 'avg'", "label is 10", "weight is short"])
 def test_nothing_is_written_in_place(served: str, case: str) -> None:
     """Neither is the gradient begun where it would go over the logits."""
-    spoiled, _, kind, words = CASES[case]
+    spoiled, _, kind, _ = CASES[case]
     arguments = {**good(), **spoiled, "inplace": True}
     leaf = torch.randn(4, 10, requires_grad=True)
     arguments["input"] = leaf * 1
@@ -344,7 +344,6 @@ def test_nothing_is_written_in_place(served: str, case: str) -> None:
     assert leaf.grad is None
     arguments["input"].sum().backward()  # the graph before it is whole
     assert leaf.grad is not None
-    assert words[0].split("[")[0] in good() or words[0] == "reduction"
 
 
 @pytest.mark.parametrize("case", ["target is short", "label_smoothing is 1.1", "label is 10", "softcap is 0"])

@@ -1,0 +1,34 @@
+"""The examples in the docstrings run, and print what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from typing import Any
+
+import pytest
+
+MODULES = {
+    "fastloss": {""},
+    "fastloss.functional": {"accuracy", "cross_entropy", "cross_entropy_with_accuracy"},
+    "fastloss.modules": {"CrossEntropyLoss"},
+    "fastloss.backend": {"use_backend"},
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user has them: CPU tensors, and the backend that serves them by default."""
+    monkeypatch.delenv("FASTLOSS_BACKEND", raising=False)
+    module = importlib.import_module(name)
+    result = doctest.testmod(module)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_function_has_an_example(name: str) -> None:
+    """doctest finds nothing to complain of in a docstring without examples."""
+    module: Any = importlib.import_module(name)
+    prefix = len(name) + 1
+    tests = {test.name[prefix:] for test in doctest.DocTestFinder().find(module) if test.examples}
+    assert MODULES[name] <= tests
