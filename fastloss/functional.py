@@ -83,10 +83,10 @@ def cross_entropy(
         >>> logits = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3]], requires_grad=True)
         >>> loss = cross_entropy(logits, torch.tensor([0, 1]))
         >>> loss
-        tensor(0.6717, grad_fn=<NllLossBackward0>)
+        tensor(0.6716, grad_fn=<NllLossBackward0>)
         >>> loss.backward()
         >>> logits.grad
-        tensor([[-0.1072,  0.0877,  0.0196],
+        tensor([[-0.1072,  0.0876,  0.0196],
                 [ 0.1503, -0.3339,  0.1836]])
     """
     if size_average is not None or reduce is not None:
@@ -141,7 +141,7 @@ def cross_entropy_with_accuracy(
         >>> logits = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3]])
         >>> loss, (top1, top2) = cross_entropy_with_accuracy(logits, torch.tensor([0, 1]), topk=(1, 2))
         >>> loss, top1, top2
-        (tensor(0.6717), tensor(0.5000), tensor(1.))
+        (tensor(0.6716), tensor(0.5000), tensor(1.))
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
@@ -209,7 +209,7 @@ def _is_small(input: Tensor, target: Tensor, weight: Tensor | None = None) -> bo
         and input.is_cpu
         and input.numel() <= SMALL_ON_CPU
         and (target.dtype is torch.int64 or target.dtype is torch.uint8)
-        and (weight is None or weight.dtype is input.dtype)
+        and (weight is None or (isinstance(weight, Tensor) and weight.dtype is input.dtype))
         and not backend.is_forced()
     )
 
