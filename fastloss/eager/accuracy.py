@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..contract import compute_dtype
 from .chunks import Chunk, Scratch, chunks
+from .workers import for_each
 
 __all__ = ["TargetRanks", "accuracy", "reduce_accuracy"]
 
@@ -28,8 +29,9 @@ def accuracy(
     label, invalid = inside_label(target, counted, classes)
     ranks = TargetRanks(logits, label, topk)
     if topk != (1,):
-        for chunk in chunks(logits.shape, logits.dtype):
-            ranks.visit(chunk, chunk.of(logits))
+        for_each(
+            chunks(logits.shape, logits.dtype), lambda chunk: ranks.visit(chunk, chunk.of(logits)), logits.device
+        )
     else:
         _visit_top_1(logits, label, ranks.right[0])
     return reduce_accuracy(ranks.right, counted, invalid, reduction)
@@ -62,12 +64,15 @@ def _visit_top_1(logits: Tensor, label: Tensor, right: Tensor) -> None:
 
 def _beats_others(logits: Tensor, label: Tensor, mine: Tensor) -> Tensor:
     """Is the label's logit greater than all others, or equal to some that stand behind it?"""
-    wide = Scratch("rank", compute_dtype(logits.dtype), logits.device)
-    best = torch.empty_like(mine, dtype=compute_dtype(logits.dtype))
-    for chunk in chunks(logits.shape, logits.dtype):
+    dtype = compute_dtype(logits.dtype)
+    best = torch.empty_like(mine, dtype=dtype)
+
+    def visit(chunk: Chunk) -> None:
         x = chunk.of(logits)
-        others = wide.like(x).copy_(x).scatter_(1, chunk.of(label), -torch.inf)
-        torch.amax(others, 1, keepdim=True, out=chunk.of(best))
+        wide = Scratch("rank", dtype, x.device).like(x).copy_(x)
+        torch.amax(wide.scatter_(1, chunk.of(label), -torch.inf), 1, keepdim=True, out=chunk.of(best))
+
+    for_each(chunks(logits.shape, logits.dtype), visit, logits.device)
     right = mine > best
     _settle_ties_(right, ~(mine < best) & ~right, logits, label, mine)
     return right
@@ -124,8 +129,7 @@ class TargetRanks:
         self.right = tuple(torch.empty_like(label, dtype=torch.bool) for _ in topk)
         self.dtype = compute_dtype(logits.dtype)
         # A count is a sum of ones: exact in float32 below 2²⁴ classes.
-        count_dtype = torch.float32 if logits.shape[1] < 1 << 24 else torch.float64
-        self._ones = Scratch("ones", count_dtype, logits.device)
+        self._count_dtype = torch.float32 if logits.shape[1] < 1 << 24 else torch.float64
 
     def visit(self, chunk: Chunk, logits: Tensor) -> None:
         """Judge one chunk, in the dtype of the arithmetic if only k = 1 is asked for."""
@@ -141,7 +145,7 @@ class TargetRanks:
         """How many classes stand before the label: exact where that is below the largest k, else at least that."""
         classes = logits.shape[1]
         mine = logits.gather(1, label)
-        ones = self._ones.like(logits)
+        ones = Scratch("ones", self._count_dtype, logits.device).like(logits)
         # "Not less or equal" is "greater or NaN".
         before = classes - torch.le(logits, mine, out=ones).sum(1, keepdim=True)
         before.masked_fill_(mine.isnan(), 0)

@@ -13,9 +13,9 @@ from ..contract import compute_dtype
 
 __all__ = ["Chunk", "Scratch", "chunks"]
 
-# Bytes that one chunk takes in the dtype of the arithmetic, for each thread: near one core's share of the caches.
+# Bytes that one chunk takes in the dtype of the arithmetic: one thread works on it, near its core's L2 cache.
 # Smaller, and the cost of starting each operation shows; larger, and the passes over a chunk leave the cache.
-BYTES_PER_THREAD = 1 << 21
+CHUNK_BYTES = 1 << 20
 
 
 class Chunk(NamedTuple):
@@ -37,7 +37,7 @@ def chunks(shape: torch.Size, dtype: torch.dtype, nbytes: int | None = None) -> 
     """Cover ``(outer, classes, inner)``: whole outer slices while they fit, else pieces of one of them."""
     outer, classes, inner = shape
     if nbytes is None:
-        nbytes = BYTES_PER_THREAD * torch.get_num_threads()
+        nbytes = CHUNK_BYTES
     rows = max(1, nbytes // (compute_dtype(dtype).itemsize * max(classes, 1)))
     if rows >= inner:
         outer_step, inner_step = max(1, rows // max(inner, 1)), max(inner, 1)

@@ -16,6 +16,7 @@ Besides the gradient no buffer grows with N·V.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..contract import Forward, LossOptions, compute_dtype
 from .accuracy import TargetRanks, inside_label, reduce_accuracy
 from .chunks import Chunk, Scratch, chunks
+from .workers import for_each
 
 __all__ = ["cross_entropy_backward", "cross_entropy_forward", "rescale"]
 
@@ -148,18 +150,18 @@ def _sweep(
 
     ``scale`` is None (for 1), a scalar, or a value a row. ``gradient`` may be ``logits`` itself.
     """
-    cap, dtype = rows.options.softcap, compute_dtype(logits.dtype)
+    cap, dtype, device = rows.options.softcap, compute_dtype(logits.dtype), logits.device
     sums = _RowSums(logits, rows, overwritten=gradient is logits)
     slopes = None
     if gradient is not None:  # 16-bit logits don't resolve what float64 would save
         slopes = _Slopes(rows, scale, rows.dtype if logits.dtype == dtype else dtype)
-    wide, scratch = Scratch("wide", dtype, logits.device), Scratch("softmax", dtype, logits.device)
     writes_p = gradient is not None and gradient is not logits and logits.dtype == dtype
-    # The rows whose p_y underflows are looked at once, after the loop, unless the loop needs their lse or
-    # overwrites their logits.
+    # The rows whose p_y underflows are looked at once, after the visit, unless it needs their lse or overwrites their
+    # logits.
     looks_early = gradient is logits or (gradient is not None and rows.options.lse_square_scale != 0)
 
-    for chunk in chunks(logits.shape, logits.dtype):
+    def visit(chunk: Chunk) -> None:
+        wide, scratch = Scratch("wide", dtype, device), Scratch("softmax", dtype, device)
         x = chunk.of(logits)
         z = x if x.dtype == dtype else wide.like(x).copy_(x)
         if ranks is not None:
@@ -174,7 +176,7 @@ def _sweep(
             tanh = torch.div(z, cap, out=wide.like(x)).tanh_()
             z = torch.mul(tanh, cap, out=p)
         sums.visit_logits(chunk, z)
-        if logits.dtype != dtype and cap is None and logits.device.type == "cpu":
+        if logits.dtype != dtype and cap is None and device.type == "cpu":
             # 16-bit logits resolve less than what a maximum subtracted first would save; exp2 is torch's fastest.
             total = sums.visit_softmax(chunk, z.mul_(_LOG2_E).exp2_())
             low, high = total.aminmax()
@@ -195,9 +197,9 @@ def _sweep(
             if not writes_p:
                 chunk.of(gradient).copy_(p)
 
+    for_each(chunks(logits.shape, logits.dtype), visit, device)
     if not looks_early and not _never(sums.underflowed(sums.p_y)):
-        for chunk in chunks(logits.shape, logits.dtype):
-            sums.look_for_underflow(chunk)
+        for_each(chunks(logits.shape, logits.dtype), sums.look_for_underflow, device)
     nll, lse = sums.nll_and_lse(Chunk((0, logits.shape[0]), (0, logits.shape[2])))
     return rows.loss(nll, lse, sums.weighted), lse
 
@@ -214,6 +216,7 @@ class _RowSums:
         self.p_y = logits.new_empty(rows.shape, dtype=dtype)
         self.others = torch.empty_like(self.p_y)  # Σ_{c≠y} p_c
         self.weighted = torch.empty_like(self.p_y) if rows.spread is not None else None  # Σ_c w_c z_c
+        self._lock = threading.Lock()  # chunks are visited by several threads
         self.far_lse: Tensor | None = None  # lse where p_y has underflowed, NaN elsewhere
 
     def _label_logits(self) -> Tensor:
@@ -253,10 +256,11 @@ class _RowSums:
         far = self.underflowed(chunk.of(self.p_y))
         if _never(far):
             return
-        if self.z_y is None:
-            self.z_y = self._label_logits()
-        if self.far_lse is None:
-            self.far_lse = torch.full_like(self.z_y, float("nan"))
+        with self._lock:
+            if self.z_y is None:
+                self.z_y = self._label_logits()
+            if self.far_lse is None:
+                self.far_lse = torch.full_like(self.z_y, float("nan"))
         z = _capped(chunk.of(self.logits).to(self.p_y.dtype), self.rows.options.softcap)
         lse = z.logsumexp(1, keepdim=True)
         chunk.of(self.far_lse).copy_(torch.where(far, lse, float("nan")))
