@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -483,6 +484,14 @@ def test_every_row_ignored_as_torch(served: str, reduction: str) -> None:
     torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_classes_as_torch(served: str, reduction: str) -> None:
+    """Then every label but ``ignore_index`` is out of bounds."""
+    logits, target = torch.randn(3, 0), ints(-100, -100, -100)
+    ours, theirs = (f(logits, target, reduction=reduction) for f in (cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_weights_that_add_up_to_nothing_as_torch(served: str, reduction: str) -> None:
     """0 / 0 is NaN, as where no row counts."""
@@ -502,20 +511,21 @@ def test_nan_and_infinite_logits_as_torch(served: str, special: float, at_label:
     logits, target = torch.randn(5, 11).to(dtype), ints(3, 4, 5, -100, 6)
     rows = torch.tensor([1, 3])
     logits[rows, 4 if at_label else 9] = special
-    upstream = torch.ones(5, dtype=dtype)
-    exact, theirs, ours = (
-        reference.value_and_gradient(f, logits.to(d), target, None, upstream.to(d), reduction="none")
-        for f, d in ((F.cross_entropy, torch.float64), (F.cross_entropy, dtype), (cross_entropy, dtype))
-    )
-    if served != "auto":  # torch lets the NaNs of an ignored row through
-        assert not ours[1][3].count_nonzero()
     counted = torch.tensor([0, 1, 2, 4])
-    for what, *values in zip(("loss", "gradient"), ours, theirs, exact, strict=True):
-        mine, other, right = (value[counted] for value in values)
-        assert torch.equal(mine.isnan(), other.isnan()), what
-        assert torch.equal(mine.isinf(), other.isinf()), what
-        ulps = 2.0 if served == "triton" and dtype == torch.bfloat16 else 1.0  # the interpreter truncates
-        reference.assert_no_worse(mine, other, right, what, ulps)
+    ulps = 2.0 if served == "triton" and dtype == torch.bfloat16 else 1.0  # the interpreter truncates
+    for reduction in ("none", "sum"):
+        upstream = torch.ones(5 if reduction == "none" else (), dtype=dtype)
+        exact, theirs, ours = (
+            reference.value_and_gradient(f, logits.to(d), target, None, upstream.to(d), reduction=reduction)
+            for f, d in ((F.cross_entropy, torch.float64), (F.cross_entropy, dtype), (cross_entropy, dtype))
+        )
+        if served != "auto":  # torch lets the NaNs of an ignored row through
+            assert not ours[1][3].count_nonzero()
+        for what, *values in zip(("loss", "gradient"), ours, theirs, exact, strict=True):
+            mine, other, right = (value[counted] if value.dim() else value for value in values)
+            assert torch.equal(mine.isnan(), other.isnan()), what
+            assert torch.equal(mine.isinf(), other.isinf()), what
+            reference.assert_no_worse(mine, other, right, what, ulps)
     for function in (cross_entropy, cross_entropy_with_accuracy):
         reduced = function(logits, target)
         loss = reduced if isinstance(reduced, Tensor) else reduced.loss
@@ -543,3 +553,39 @@ def test_float32_weights_beside_16_bit_logits(served: str) -> None:
     torch.testing.assert_close(
         loss.double(), F.cross_entropy(logits.double(), target, weight.double()), rtol=0.02, atol=0
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ignore_index", np.int64(1)),
+        ("ignore_index", torch.tensor(1)),
+        ("label_smoothing", np.float32(0.25)),
+        ("label_smoothing", 1),
+        ("softcap", np.float32(2.0)),
+        ("lse_square_scale", np.float64(0.5)),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
+)
+def test_other_kinds_of_numbers(served: str, name: str, value: Any) -> None:
+    """What torch, or Python, takes for an int or a float is one."""
+    logits, target = torch.randn(4, 10), ints(0, 1, 2, 3)
+    plain = value.item() if hasattr(value, "item") else float(value)
+    for reduction in ("mean", "none"):
+        x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        ours = cross_entropy(x, target, reduction=reduction, **{name: value})
+        expected = reference.loss(y, target, reduction=reduction, **{name: plain})
+        torch.testing.assert_close(ours, expected)
+        ours.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+    if name == "ignore_index":
+        assert float(accuracy(logits, target, 3, ignore_index=value)) == pytest.approx(
+            reference.accuracy(logits, target, 3, plain)
+        )
+
+
+def test_accuracy_of_a_single_class(served: str) -> None:
+    """Class probabilities of ``input``'s shape stay class probabilities where there is one class."""
+    assert float(accuracy(torch.tensor([0.3]), torch.tensor([1.0]))) == 1.0
+    assert float(accuracy(torch.tensor([[0.3], [0.2]]), torch.tensor([[1.0], [1.0]]))) == 1.0

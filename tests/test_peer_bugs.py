@@ -261,7 +261,7 @@ def test_bug_04_under_autocast(place: Place) -> None:
 
 def test_bug_04_at_the_size_where_it_was_met() -> None:
     """N = 4096, V = 16384, where 88 % of the gradient was lost. Rows repeat, so that a few tell of all."""
-    rows, classes, some, scale = 4096, 16384, 64, 32768.0
+    rows, classes, some, scale = 4096, 16384, 16, 32768.0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     block = torch.randn(some, classes, device=device).to(torch.float16)
     labels_of_block = torch.randint(classes, (some,), device=device)
@@ -297,8 +297,8 @@ def test_bug_06_gradient_at_the_label_where_p_is_near_1(
     rows, classes = 6, 24
     logits = (torch.randn(rows, classes, device=form.device) / 8).to(dtype)
     target = labels(form, rows, classes=classes)
-    logits[torch.arange(rows), target] += gap
     at = torch.arange(rows, device=form.device), target
+    logits[at] += gap
     upstream = torch.ones(rows if reduction == "none" else (), device=form.device)
     exact, theirs = (
         reference.value_and_gradient(reference.loss, logits.to(d), target, None, upstream, reduction=reduction)[1]
@@ -559,10 +559,10 @@ def test_bug_13_stride_0_and_non_contiguous_logits(form: Place, layout: str) -> 
 @pytest.mark.parametrize("layout", INNER_LAYOUTS)
 def test_bug_13_non_contiguous_images(form: Place, layout: str) -> None:
     """The same for ``(N, C, H, W)`` logits, with labels and upstream gradients in layouts of their own."""
-    logits = INNER_LAYOUTS[layout](torch.randn(2, 19, 5, 7, device=form.device))
-    target = labels(form, 2, 7, 5, classes=19).transpose(1, 2)
+    logits = INNER_LAYOUTS[layout](torch.randn(2, 19, 3, 5, device=form.device))
+    target = labels(form, 2, 5, 3, classes=19).transpose(1, 2)
     assert_as_torch(form, logits, target, ulps=2)
-    upstream = torch.rand(2, 7, 5, device=form.device).transpose(1, 2)
+    upstream = torch.rand(2, 5, 3, device=form.device).transpose(1, 2)
     assert_as_torch(form, logits, target, upstream=upstream, ulps=2, reduction="none")
     assert float(accuracy(logits, target, topk=3)) == pytest.approx(reference.accuracy(logits, target, 3))
 

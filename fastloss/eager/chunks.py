@@ -66,7 +66,8 @@ class Scratch:
         """A contiguous view of the buffer, of ``tensor``'s shape; not initialised."""
         n = tensor.numel()
         if self._flat is None or self._flat.numel() < n:
-            self._flat = torch.empty(n, dtype=self._dtype, device=self._device)
+            with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
+                self._flat = torch.empty(n, dtype=self._dtype, device=self._device)
             if self._device.type == "cpu" and self._flat.nbytes <= self.KEPT_BYTES:
                 setattr(self._kept, self._use, self._flat)
         return self._flat[:n].view(tensor.shape)

@@ -13,7 +13,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -53,7 +53,9 @@ def for_each(pieces: Iterable[T], work: Callable[[T], None], device: torch.devic
                     waiting.clear()
                     raise
 
-    for future in [_pool(torch.get_num_threads()).submit(run) for _ in range(workers)]:
+    running = [_pool(torch.get_num_threads()).submit(run) for _ in range(workers)]
+    wait(running)  # all of them, even if one has failed: they write to memory of ours
+    for future in running:
         future.result()
 
 
@@ -61,13 +63,19 @@ def for_each(pieces: Iterable[T], work: Callable[[T], None], device: torch.devic
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads that each do their own torch operations alone."""
     size = min(threads, MOST_WORKERS)
-    pool = ThreadPoolExecutor(size, thread_name_prefix="fastloss", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(size, thread_name_prefix="fastloss", initializer=_work_alone)
     everyone_is_here = threading.Barrier(size)
     for future in [pool.submit(everyone_is_here.wait) for _ in range(size)]:
         future.result()
     # The number of threads is each thread's own, but what new ones start with, and what MKL uses, is one for all.
     torch.set_num_threads(threads)
     return pool
+
+
+def _work_alone() -> None:
+    """This thread's torch operations use no other thread."""
+    torch.get_num_threads()  # a thread takes over the process's number when it first asks; that must not come later
+    torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):
