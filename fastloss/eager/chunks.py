@@ -15,7 +15,7 @@ __all__ = ["Chunk", "Scratch", "chunks"]
 
 # Bytes that one chunk takes in the dtype of the arithmetic: one thread works on it, near its core's L2 cache.
 # Smaller, and the cost of starting each operation shows; larger, and the passes over a chunk leave the cache.
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 21
 
 
 class Chunk(NamedTuple):
