@@ -26,7 +26,7 @@ MOST_WORKERS = 16
 T = TypeVar("T")
 
 
-def for_each(pieces: Iterable[T], work: Callable[[T], None], device: torch.device) -> None:
+def for_each(pieces: Iterable[T], work: Callable[[T], object], device: torch.device) -> None:
     """``work(piece)`` for every piece, in no fixed order, on as many cores as ``torch.get_num_threads`` allows.
 
     ``work`` runs without autograd. On devices other than the CPU, or with one piece or one thread, it runs here.
