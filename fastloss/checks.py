@@ -5,14 +5,15 @@ The kinds of error are torch's own for the same mistake.
 
 from __future__ import annotations
 
-import numbers
 import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_index_target", "check_labels", "check_logits", "check_options", "checked_topk"]
+from .contract import LossOptions
+
+__all__ = ["check_index_target", "check_labels", "check_logits", "checked_options", "checked_topk"]
 
 _REDUCTIONS = ("none", "mean", "sum")
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
@@ -32,30 +33,43 @@ def check_logits(input: object) -> None:
         )
 
 
-def check_options(
-    reduction: object, label_smoothing: object, lse_square_scale: object, softcap: object, ignore_index: object
-) -> None:
-    """The words and numbers that are not tensors."""
+def checked_options(
+    ignore_index: object,
+    label_smoothing: object,
+    reduction: object,
+    lse_square_scale: object,
+    softcap: object,
+    topk: tuple[int, ...] = (),
+) -> LossOptions:
+    """The words and numbers that are not tensors, as plain ints and floats."""
     if reduction not in _REDUCTIONS:
         raise ValueError(
             f"fastloss: {reduction!r} is not a valid value for reduction; expected 'none', 'mean' or 'sum'"
         )
-    if not 0.0 <= _number(label_smoothing, "label_smoothing") <= 1.0:
+    smoothing, scale = _number(label_smoothing, "label_smoothing"), _number(lse_square_scale, "lse_square_scale")
+    cap = None if softcap is None else _number(softcap, "softcap")
+    if not 0.0 <= smoothing <= 1.0:
         raise RuntimeError(f"fastloss: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if softcap is not None and not 0.0 < _number(softcap, "softcap") < float("inf"):
+    if cap is not None and not 0.0 < cap < float("inf"):
         raise ValueError(f"fastloss: softcap is {softcap}; expected a positive finite number, or None for no cap")
-    if not abs(_number(lse_square_scale, "lse_square_scale")) < float("inf"):
+    if not abs(scale) < float("inf"):
         raise ValueError(f"fastloss: lse_square_scale is {lse_square_scale}; expected a finite number")
     try:
-        operator.index(ignore_index)  # type: ignore[arg-type]
+        ignored = operator.index(ignore_index)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"fastloss: ignore_index is {ignore_index!r}; expected an int") from None
+    if not -(2**63) <= ignored < 2**63:
+        raise ValueError(f"fastloss: ignore_index is {ignored}; expected a number of 64 bits")
+    return LossOptions(ignored, smoothing, str(reduction), scale, cap, topk)
 
 
 def _number(value: object, name: str) -> float:
-    if isinstance(value, numbers.Real):
-        return float(value)
-    raise TypeError(f"fastloss: {name} is {value!r}; expected a number")
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"fastloss: {name} is {value!r}; expected a number") from None
 
 
 def check_index_target(input: Tensor, target: object, weight: object) -> None:
@@ -67,7 +81,7 @@ def check_index_target(input: Tensor, target: object, weight: object) -> None:
     if target.shape == input.shape and target.is_floating_point():
         raise NotImplementedError(
             f"fastloss: target of shape {tuple(target.shape)} and dtype {target.dtype} holds class probabilities; "
-            f"expected class indices of shape {expected} (target.argmax(1), if it is one-hot)"
+            f"expected class indices of shape {expected} (its argmax over the classes, if it is one-hot)"
         )
     if target.dtype not in _LABEL_DTYPES:
         raise RuntimeError(

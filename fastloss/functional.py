@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -106,10 +107,10 @@ def cross_entropy(
             )
         except (RuntimeError, ValueError, IndexError, TypeError):
             # Say the same in this package's words, if they have any for it.
-            checks.check_options(reduction, label_smoothing, 0.0, None, ignore_index)
+            checks.checked_options(ignore_index, label_smoothing, reduction, 0.0, None)
             _check_tensors(input, target, weight, ignore_index, from_logits)
             raise
-    options = LossOptions(ignore_index, label_smoothing, reduction, lse_square_scale, softcap)
+    options = checks.checked_options(ignore_index, label_smoothing, reduction, lse_square_scale, softcap)
     return _loss_and_accuracy(input, target, weight, options, from_logits, inplace)[0]
 
 
@@ -146,7 +147,7 @@ def cross_entropy_with_accuracy(
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     ks = checks.checked_topk(topk)
-    options = LossOptions(ignore_index, label_smoothing, reduction, lse_square_scale, softcap, ks)
+    options = checks.checked_options(ignore_index, label_smoothing, reduction, lse_square_scale, softcap, ks)
     loss, values = _loss_and_accuracy(input, target, weight, options, from_logits, inplace)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
 
@@ -189,14 +190,14 @@ def accuracy(
         (tensor(0.5000), tensor(1.))
     """
     checks.check_logits(input)
-    checks.check_options(reduction, 0.0, 0.0, None, ignore_index)
     ks = checks.checked_topk(topk)
-    if isinstance(target, Tensor) and target.shape == input.shape and (input.dim() > 1 or input.shape[0] > 1):
+    options = checks.checked_options(ignore_index, 0.0, reduction, 0.0, None, ks)
+    if _is_dense(input, target):
         target = _labels_of(target)
-        ignore_index = -1  # argmax gives none to ignore
+        options = dataclasses.replace(options, ignore_index=-1)  # argmax gives none to ignore
     checks.check_index_target(input, target, None)
     target = target.view(()) if input.dim() == 1 else target
-    values = _accuracy(input, target, ks, ignore_index, reduction)
+    values = _accuracy(input, target, options)
     return values if isinstance(topk, Sequence) else values[0]
 
 
@@ -236,13 +237,6 @@ def _loss_and_accuracy(
     from_logits: bool,
     inplace: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    checks.check_options(
-        options.reduction,
-        options.label_smoothing,
-        options.lse_square_scale,
-        options.softcap,
-        options.ignore_index,
-    )
     if _is_traced(input, target):
         checks.check_logits(input)
         checks.check_index_target(input, target, weight)
@@ -251,9 +245,7 @@ def _loss_and_accuracy(
     _check_tensors(input, target, weight, options.ignore_index, from_logits)
     target = target.view(()) if input.dim() == 1 else target
     if not inplace and input.numel() > 0 and _is_small(input, target, weight):
-        values = _accuracy(
-            input.detach(), target, options.topk, options.ignore_index, options.reduction, checked=True
-        )
+        values = _accuracy(input.detach(), target, options, checked=True)
         return composite.cross_entropy(input, target, weight, options), values
     half = input.dtype.itemsize == 2
     loss_dtype = torch.float32 if half and torch.is_autocast_enabled(input.device.type) else input.dtype
@@ -279,26 +271,35 @@ def _loss_and_accuracy(
     return loss, values
 
 
-def _accuracy(
-    input: Tensor, target: Tensor, ks: tuple[int, ...], ignore_index: int, reduction: str, *, checked: bool = False
-) -> tuple[Tensor, ...]:
-    if not ks:
+def _accuracy(input: Tensor, target: Tensor, options: LossOptions, *, checked: bool = False) -> tuple[Tensor, ...]:
+    if not options.topk:
         return ()
-    options = LossOptions(ignore_index=ignore_index, reduction=reduction, topk=ks)
     if _is_traced(input, target):
         return composite.accuracy(input, target, options)
     if not checked and (target.is_cpu or backend.validates()):
-        checks.check_labels(target, input.shape[min(1, input.dim() - 1)], ignore_index)
+        checks.check_labels(target, input.shape[min(1, input.dim() - 1)], options.ignore_index)
     if input.numel() == 0 or (input.numel() <= SMALL_ON_CPU // 16 and _is_small(input, target)):
         return composite.accuracy(input, target, options)
     served = backend.load(backend.choose(input))
-    values = served.accuracy(as_rows(input), target.reshape(-1).contiguous(), ks, ignore_index, reduction)
-    return tuple(v.view(target.shape) for v in values) if reduction == "none" else values
+    labels = target.reshape(-1).contiguous()
+    values = served.accuracy(as_rows(input), labels, options.topk, options.ignore_index, options.reduction)
+    return tuple(v.view(target.shape) for v in values) if options.reduction == "none" else values
+
+
+def _is_dense(input: Tensor, target: object) -> bool:
+    """Does ``target`` hold a value for each class: one-hot rows, or probabilities?"""
+    if not isinstance(target, Tensor) or target.shape != input.shape:
+        return False
+    # One class: a target of shape (1,) is dense if it can't be a label.
+    return input.shape != (1,) or target.dtype not in (torch.int64, torch.int32, torch.uint8)
 
 
 def _labels_of(target: Tensor) -> Tensor:
     """The labels of one-hot rows or class probabilities: their argmax, the lower index where two are equal."""
-    return (target.to(torch.uint8) if target.dtype == torch.bool else target).argmax(min(1, target.dim() - 1))
+    dim = min(1, target.dim() - 1)
+    if target.shape[dim] == 0:
+        raise ValueError(f"fastloss: target has shape {tuple(target.shape)}; expected at least one class")
+    return (target.to(torch.uint8) if target.dtype == torch.bool else target).argmax(dim)
 
 
 def _is_traced(input: Tensor, target: Tensor) -> bool:

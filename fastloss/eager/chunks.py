@@ -13,9 +13,9 @@ from ..contract import compute_dtype
 
 __all__ = ["Chunk", "Scratch", "chunks"]
 
-# Bytes that one chunk takes in the dtype of the arithmetic: one thread works on it, near its core's L2 cache.
+# Bytes that one chunk takes in the dtype of the arithmetic: a core's share of the caches, or a little more.
 # Smaller, and the cost of starting each operation shows; larger, and the passes over a chunk leave the cache.
-CHUNK_BYTES = 1 << 21
+CHUNK_BYTES = 1 << 22
 
 
 class Chunk(NamedTuple):
