@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ..contract import compute_dtype
 
-__all__ = ["Chunk", "Scratch", "chunks"]
+__all__ = ["FEW", "Chunk", "Scratch", "chunks"]
 
 # Bytes that one chunk takes in the dtype of the arithmetic: a core's share of the caches, or a little more.
 # Smaller, and the cost of starting each operation shows; larger, and the passes over a chunk leave the cache.
 CHUNK_BYTES = 1 << 22
+# Fewer chunks than this are worked on one after the other, more by threads of their own (`workers.for_each`).
+FEW = 8
 
 
 class Chunk(NamedTuple):
@@ -37,7 +39,9 @@ def chunks(shape: torch.Size, dtype: torch.dtype, nbytes: int | None = None) -> 
     """Cover ``(outer, classes, inner)``: whole outer slices while they fit, else pieces of one of them."""
     outer, classes, inner = shape
     if nbytes is None:
-        nbytes = CHUNK_BYTES
+        whole = shape.numel() * compute_dtype(dtype).itemsize
+        # Few chunks are worked on by torch's own threads together: fewer and larger, so that they meet less often.
+        nbytes = CHUNK_BYTES if whole >= FEW * CHUNK_BYTES else 2 * CHUNK_BYTES
     rows = max(1, nbytes // (compute_dtype(dtype).itemsize * max(classes, 1)))
     if rows >= inner:
         outer_step, inner_step = max(1, rows // max(inner, 1)), max(inner, 1)

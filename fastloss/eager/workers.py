@@ -18,13 +18,12 @@ from typing import TypeVar
 
 import torch
 
+from .chunks import FEW
+
 __all__ = ["for_each"]
 
 # Between operations a worker needs Python's lock; more of them would mostly wait for it.
 MOST_WORKERS = 16
-# So few pieces are worked on here, one after the other, each operation on torch's own threads: handing Python's lock
-# back and forth would cost more than the joins.
-FEW_PIECES = 8
 
 T = TypeVar("T")
 
@@ -32,11 +31,12 @@ T = TypeVar("T")
 def for_each(pieces: Iterable[T], work: Callable[[T], object], device: torch.device) -> None:
     """``work(piece)`` for every piece, in no fixed order, on as many cores as ``torch.get_num_threads`` allows.
 
-    ``work`` runs without autograd. On devices other than the CPU, for few pieces, or with one thread, it runs here.
+    ``work`` runs without autograd. On devices other than the CPU, or with one thread, it runs here; for few pieces
+    too, where waking the workers would cost more than the joins of torch's own threads.
     """
     waiting = deque(pieces)
     workers = min(torch.get_num_threads(), MOST_WORKERS, len(waiting))
-    if workers < 2 or len(waiting) < FEW_PIECES or device.type != "cpu":
+    if workers < 2 or len(waiting) < FEW or device.type != "cpu":
         with torch.no_grad():
             for piece in waiting:
                 work(piece)
