@@ -126,7 +126,7 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-SHAPES = [(4096, 10), (4096, 1000), (8192, 21841), (8192, 32000), (8192, 50257), (4096, 128256)]
+SHAPES = [(1, 1000), (4096, 10), (4096, 1000), (8192, 21841), (8192, 32000), (8192, 50257), (4096, 128256)]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 OPTIONS = {
     "plain": LossOptions(),

@@ -8,14 +8,13 @@ kept. G is an *output* of the node, so that an expression of G is an expression 
 derivative is this node's backward at an upstream gradient V of G. It needs only the softmax p, which G gives
 back: with G = s (A p − b),
 
-    H V = s (A (p ∘ V − p ⟨p, V⟩) + a p ⟨p, V⟩),     p = (G / s + b) / A,   a = ∂A / ∂lse
+    H V = s A (p ∘ V − p ⟨p, V⟩),     p = (G / s + b) / A
 
 (A and b as in ``fastloss/eager/cross_entropy.py``), itself written in differentiable ops, so that the third
-derivative follows.
+derivative follows. Where a softcap or the z-loss hides p, the logits are kept after all, for those derivatives.
 
 *Computed in backward, from the logits* (reduction "none"; float16, where a gradient divided by N before the loss
-scale arrives would flush to zero; a softcap, whose second derivative needs the logits). Derivatives past the
-first go through :mod:`fastloss.composite`.
+scale arrives would flush to zero). Derivatives past the first go through :mod:`fastloss.composite`.
 """
 
 from __future__ import annotations
@@ -50,12 +49,13 @@ def fused_cross_entropy(
             as_rows(input), target, weight, options, loss_dtype=loss_dtype, gradient=False, inplace=False
         )
         return result.loss, result.accuracy
-    if inplace and input.is_leaf:
+    base = input._base if input._is_view() else None
+    if inplace and (input.is_leaf or (base is not None and base.is_leaf and base.requires_grad)):
         raise RuntimeError(
-            "fastloss: inplace=True would write the gradient over a leaf tensor that requires grad; "
-            "pass the output of an operation, or inplace=False"
+            "fastloss: inplace=True would write the gradient over a leaf tensor that requires grad, or over a "
+            "view of one; pass the output of an operation, or inplace=False"
         )
-    loss, _, _, *accuracy = _CrossEntropy.apply(input, target, weight, options, backend, loss_dtype, inplace)
+    loss, _, *accuracy = _CrossEntropy.apply(input, target, weight, options, backend, loss_dtype, inplace)
     return loss, tuple(accuracy)
 
 
@@ -67,7 +67,7 @@ def as_rows(input: Tensor) -> Tensor:
 
 
 class _CrossEntropy(Function):
-    """(input, …) → (loss, G or None, lse or None, *accuracies)."""
+    """(input, …) → (loss, G or None, *accuracies)."""
 
     @staticmethod
     def forward(
@@ -81,11 +81,14 @@ class _CrossEntropy(Function):
         inplace: bool,
     ) -> tuple[Tensor | None, ...]:
         logits = as_rows(input)
+        # Where the view had to be a copy, the logits' own memory stays as it is.
+        inplace = inplace and logits.data_ptr() == input.data_ptr()
         ctx.options, ctx.backend, ctx.inplace = options, backend, inplace
         ctx.set_materialize_grads(False)
         # In float16 the loss scale must be known before the gradient is rounded.
         written = options.reduction != "none" and input.dtype != torch.float16
-        ctx.from_logits = not written or (options.softcap is not None and not inplace)
+        hides_softmax = options.softcap is not None or options.lse_square_scale != 0
+        ctx.from_logits = not written or (hides_softmax and not inplace)
         result = backend.cross_entropy_forward(
             logits, target, weight, options, loss_dtype=loss_dtype, gradient=written, inplace=inplace and written
         )
@@ -96,16 +99,19 @@ class _CrossEntropy(Function):
             torch.autograd.graph.increment_version(input)
             # An alias of the input shares its version: whoever writes over the gradient is found out.
             ctx.save_for_backward(input.detach())
-            return (result.loss, None, None, *result.accuracy)
+            return (result.loss, None, *result.accuracy)
         ctx.save_for_backward(
-            input if ctx.from_logits else None, target, weight, gradient, result.lse, result.scale, *result.saved
+            input if ctx.from_logits else None, target, weight, gradient, result.scale, *result.saved
         )
-        return (result.loss, gradient, result.lse, *result.accuracy)
+        return (result.loss, gradient, *result.accuracy)
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_loss, of_gradient, of_lse = upstreams[:3]
-        differentiable = torch.is_grad_enabled()
+        of_loss, of_gradient = upstreams[:2]
+        # A batched upstream (is_grads_batched=True) takes the same road: out of place, in torch's own ops.
+        differentiable = torch.is_grad_enabled() or any(
+            u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in (of_loss, of_gradient)
+        )
         nothing = (None,) * 6
         if ctx.inplace and ctx.written:
             if differentiable:
@@ -118,7 +124,7 @@ class _CrossEntropy(Function):
                 return (None, *nothing)
             return (ctx.backend.rescale(gradient, of_loss, inplace=not _graph_is_kept()), *nothing)
 
-        input, target, weight, gradient, lse, scale, *saved = ctx.saved_tensors
+        input, target, weight, gradient, scale, *saved = ctx.saved_tensors
         if differentiable and ctx.from_logits:
             return (_differentiable_gradient(input, target, weight, ctx.options, of_loss), *nothing)
         if not ctx.written:
@@ -142,53 +148,34 @@ class _CrossEntropy(Function):
             if differentiable:
                 total = gradient * of_loss
             else:
-                mine = not _graph_is_kept() and of_gradient is None and of_lse is None
+                mine = not _graph_is_kept() and of_gradient is None
                 total = ctx.backend.rescale(gradient.detach(), of_loss, inplace=mine)
-        if of_gradient is not None or of_lse is not None:
-            second = _second(ctx.options, target, weight, gradient, lse, scale, of_gradient, of_lse)
+        if of_gradient is not None:
+            second = _second(ctx.options, target, weight, gradient, scale, of_gradient)
             total = second if total is None else total + second
         return (total, *nothing)
 
 
 def _second(
-    options: LossOptions,
-    target: Tensor,
-    weight: Tensor | None,
-    gradient: Tensor,
-    lse: Tensor | None,
-    scale: Tensor | None,
-    of_gradient: Tensor | None,
-    of_lse: Tensor | None,
+    options: LossOptions, target: Tensor, weight: Tensor | None, gradient: Tensor, scale: Tensor | None, v: Tensor
 ) -> Tensor:
-    """H V + p ∂/∂lse, from G, in differentiable ops: see the head of this file."""
+    """H V, from G, in differentiable ops: see the head of this file."""
     dtype = compute_dtype(gradient.dtype)
-    g = as_rows(gradient).to(dtype)
+    g, v = as_rows(gradient).to(dtype), as_rows(v).to(dtype)
     outer, classes, inner = g.shape
-    shape = (outer, 1, inner)
-    target = target.view(shape).long()
+    target = target.view(outer, 1, inner).long()
     counted = target != options.ignore_index
     label = target * (counted & (target >= 0) & (target < classes))
     w = torch.ones(classes, dtype=dtype, device=g.device) if weight is None else weight.to(dtype)
-    row_weight = w[label] * counted
     eps = options.label_smoothing
-    hit, spread = row_weight * (1 - eps), counted.to(dtype) * (eps / classes)
-    slope = 2 * options.lse_square_scale * row_weight  # a
+    hit, spread = w[label] * counted * (1 - eps), counted.to(dtype) * (eps / classes)
     level = hit + spread * w.sum()  # A
-    if lse is not None:
-        level = level + slope * torch.where(counted, lse.view(shape).to(dtype), 0.0)
     b = (spread * w.view(1, -1, 1)).scatter_add(1, label, hit)
-    if scale is None:
-        scale = torch.ones((), dtype=dtype, device=g.device)
+    s = torch.ones((), dtype=dtype, device=g.device) if scale is None else scale.to(dtype)
     # A row of weight 0 has G = 0 and H = 0, whatever its p.
     known = counted & (level != 0)
-    p = torch.where(known, (g / scale + b) / torch.where(known, level, 1.0), 0.0)
-    result = torch.zeros_like(g)
-    if of_gradient is not None:
-        v = as_rows(of_gradient).to(dtype)
-        mean = (p * v).sum(1, keepdim=True)
-        result = result + scale * p * (level * (v - mean) + slope * mean)
-    if of_lse is not None:
-        result = result + p * of_lse.view(shape).to(dtype)
+    p = torch.where(known, (g / s + b) / torch.where(known, level, 1.0), 0.0)
+    result = s * p * level * (v - (p * v).sum(1, keepdim=True))
     return result.view(gradient.shape).to(gradient.dtype)
 
 
@@ -198,13 +185,17 @@ def _differentiable_gradient(
     """The gradient as a function of ``input`` and ``upstream`` that autograd can differentiate again."""
     if upstream is None:
         return None
+    create_graph = torch.is_grad_enabled()
+    if not create_graph:
+        input = input.detach().requires_grad_()
     dtype = compute_dtype(input.dtype)
-    wide = input.to(dtype)
-    rows = wide if input.dim() == 1 else as_rows(wide).movedim(1, -1).flatten(0, 1)
-    labels = target if input.dim() > 1 else target.view(())
-    loss = composite.cross_entropy(rows, labels, None if weight is None else weight.to(dtype), options)
-    upstream = upstream.to(dtype)
-    (result,) = torch.autograd.grad(loss, input, upstream.view(loss.shape), create_graph=True)
+    with torch.enable_grad():
+        wide = input.to(dtype)
+        rows = wide if input.dim() == 1 else as_rows(wide).movedim(1, -1).flatten(0, 1)
+        labels = target if input.dim() > 1 else target.view(())
+        loss = composite.cross_entropy(rows, labels, None if weight is None else weight.to(dtype), options)
+        upstream = upstream.to(dtype).view(loss.shape)
+        (result,) = torch.autograd.grad(loss, input, upstream, create_graph=create_graph)
     return result
 
 

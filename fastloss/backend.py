@@ -25,7 +25,7 @@ _forced: ContextVar[str | None] = ContextVar("fastloss_backend", default=None)
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every call inside the ``with`` block by one backend.
+    """Serve every call inside the ``with`` block, by this thread, by one backend.
 
     Args:
         name: ``"auto"`` (Triton for GPU tensors where Triton can be imported, eager for the rest),

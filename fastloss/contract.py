@@ -40,7 +40,6 @@ class Forward(NamedTuple):
     accuracy: tuple[Tensor, ...]  # one () or (rows,) float32 for each k of options.topk
     gradient: Tensor | None  # d(loss)/d(logits) at an upstream gradient of 1, laid out as logits
     saved: tuple[Tensor, ...]  # what this backend's `cross_entropy_backward` wants back
-    lse: Tensor | None  # (rows,): each row's log-sum-exp; given with a gradient if lse_square_scale != 0
     scale: Tensor | None  # (): 1 / (sum of the counted rows' weights); given with a gradient for "mean"
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import _reduction as legacy
 
 from . import backend, checks, composite
@@ -20,6 +21,8 @@ __all__ = ["LossAndAccuracy", "accuracy", "cross_entropy", "cross_entropy_with_a
 # Logits of at most this many elements go to torch's own operator on a CPU, where a fused pass saves less than
 # its Python costs (`python -m benchmarks.cpu --crossover` prints both).
 SMALL_ON_CPU = 1 << 18
+# And so do rows of so few classes: what is kept of a row would outweigh the row.
+FEW_CLASSES = 8
 
 _FUSED_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -208,7 +211,7 @@ def _is_small(input: Tensor, target: Tensor, weight: Tensor | None = None) -> bo
         and type(input) in _FUSED_TYPES
         and type(target) is Tensor
         and input.is_cpu
-        and input.numel() <= SMALL_ON_CPU
+        and (input.numel() <= SMALL_ON_CPU or (input.dim() > 1 and input.shape[1] <= FEW_CLASSES))
         and (target.dtype is torch.int64 or target.dtype is torch.uint8)
         and (weight is None or (isinstance(weight, Tensor) and weight.dtype is input.dtype))
         and not backend.is_forced()
@@ -303,8 +306,14 @@ def _labels_of(target: Tensor) -> Tensor:
 
 
 def _is_traced(input: Tensor, target: Tensor) -> bool:
-    """Must every step be a torch op: a function transform, a compiler's trace, a tensor subclass?"""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Must every step be a torch op: a transform, a trace, forward-mode derivatives, a tensor subclass?"""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+    ):
         return True
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         return False

@@ -89,7 +89,6 @@ def cross_entropy_forward(
     scale = torch.empty((), dtype=torch.float64, device=device) if mean else None
     # The backward pass is wanted later only where the gradient is not written now; then M and the sum are kept.
     row_max, row_sum = rowwise(not gradient, acc), rowwise(not gradient, acc)
-    lse = rowwise(gradient and options.lse_square_scale != 0, acc)
     sums = None if none else torch.empty((tiles.grid, 2), dtype=torch.float64, device=device)
     counts = None if none else torch.empty((tiles.grid, 1 + k_pad), dtype=torch.int32, device=device)
     weighed = _weigh(target, weight, classes, options) if mean and gradient and rows > _WEIGHED_BY_EACH else None
@@ -106,7 +105,6 @@ def cross_entropy_forward(
             scale,
             row_max,
             row_sum,
-            lse,
             sums,
             counts,
             weighed,
@@ -117,7 +115,7 @@ def cross_entropy_forward(
             options.lse_square_scale,
             options.softcap or 1.0,
             options.topk,
-            N_WEIGHED=0 if weighed is None else power_of_2(weighed.numel()),
+            N_WEIGHED=0 if weighed is None else weighed.numel(),
             REDUCTION=options.reduction,
             K=len(options.topk),
             K_PAD=k_pad,
@@ -131,7 +129,6 @@ def cross_entropy_forward(
         tuple(right.unbind(0)),
         result,
         saved=tuple(t for t in (row_max, row_sum, None if gradient else scale) if t is not None),
-        lse=lse,
         scale=scale if gradient else None,
     )
 
@@ -193,7 +190,9 @@ def _constants(logits: Tensor, weight: Tensor | None, options: LossOptions, tile
 def _weigh(target: Tensor, weight: Tensor | None, classes: int, options: LossOptions) -> Tensor:
     """The sum of the counted rows' weights, in a few parts: a gradient of a mean needs it before it is written."""
     rows = target.numel()
-    parts = min(triton.cdiv(rows, _WEIGH_BLOCK), 256)
+    parts = min(
+        power_of_2(triton.cdiv(rows, _WEIGH_BLOCK)), 256
+    )  # all of them are read again; some may weigh nothing
     weighed = torch.empty(parts, dtype=torch.float64, device=target.device)
     with on_device(target):
         _weigh_kernel[(parts,)](
@@ -317,7 +316,7 @@ def _row_results(
     classes,
     SMOOTHING: tl.constexpr,
 ):
-    """Each row's loss, and A, w_y (1−ε) and ε/C before any scale, and lse. In float64: rows are few beside logits."""
+    """Each row's loss, and A, w_y (1−ε) and ε/C before any scale. In float64: rows are few beside logits."""
     nll = (tl.log(s) - (z_label * LOG2_E - M) * LN_2).to(tl.float64)
     lse = tl.log(s).to(tl.float64) + M.to(tl.float64) * LN_2
     weight, wz, w_total = weight.to(tl.float64), wz.to(tl.float64), w_total.to(tl.float64)
@@ -328,7 +327,7 @@ def _row_results(
     if SMOOTHING:
         loss += spread * (w_total * lse - wz)
         level += spread * w_total
-    return tl.where(counted, loss, 0.0), level, hit, spread, tl.where(counted, lse, 0.0)
+    return tl.where(counted, loss, 0.0), level, hit, spread
 
 
 @triton.jit
@@ -364,7 +363,7 @@ def _end(
         if MEAN:
             weights = tl.load(sums_ptr + index * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
             total = tl.sum(weights, axis=0)
-            loss = loss / total
+            loss = tl.where(total == 0.0, float("nan"), loss / total)
             tl.store(scale_ptr, 1.0 / total)
         tl.store(loss_ptr, loss.to(ACC))
         if K > 0:
@@ -382,7 +381,6 @@ def _forward_tile(
     scale_ptr,  # (): 1 / Σ w_y, for "mean"
     row_max_ptr,  # (rows,): M, kept for a backward pass; or None
     row_sum_ptr,  # (rows,): Σ exp2(z log2(e) − M), likewise
-    lse_ptr,  # (rows,) or None
     sums_ptr,  # (programs, 2): loss and weight of each program's rows
     counts_ptr,  # (programs, 1 + K_PAD): counted and right rows
     weighed_ptr,  # parts of Σ w_y, or None
@@ -465,7 +463,7 @@ def _forward_tile(
                 weighted = z * w[None, :]
                 w_total = tl.zeros([ROWS], ACC) + tl.sum(w, axis=0)
             wz = tl.sum(tl.where(col_mask[None, :], weighted, 0.0), axis=1)
-        loss, level, hit, spread, lse = _row_results(
+        loss, level, hit, spread = _row_results(
             s, M, z_label, wz, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
         )
         if REDUCTION == "none":
@@ -476,8 +474,6 @@ def _forward_tile(
         if row_max_ptr is not None:
             tl.store(row_max_ptr + row, M, mask=in_range)
             tl.store(row_sum_ptr + row, s, mask=in_range)
-        if lse_ptr is not None:
-            tl.store(lse_ptr + row, lse, mask=in_range)
         if gradient_ptr is not None:
             g = _slope(
                 e,
@@ -637,7 +633,6 @@ def _forward_loop(
     scale_ptr,  # (): 1 / Σ w_y, for "mean"
     row_max_ptr,  # (rows,): M, kept for a backward pass; or None
     row_sum_ptr,  # (rows,): Σ exp2(z log2(e) − M), likewise
-    lse_ptr,  # (rows,) or None
     sums_ptr,  # (programs, 2): loss and weight of each program's rows
     counts_ptr,  # (programs, 1 + K_PAD): counted and right rows
     weighed_ptr,  # parts of Σ w_y, or None
@@ -739,7 +734,7 @@ def _forward_loop(
         if SOFTCAP:
             t_label, _ = tanh(x_label / cap, ACC)
             z_label = t_label * cap
-        loss, level, hit, spread, lse = _row_results(
+        loss, level, hit, spread = _row_results(
             s, M, z_label, tl.sum(wz_group, axis=1), w_total, weight, counted, eps, z_scale, classes, SMOOTHING
         )
         if REDUCTION == "none":
@@ -750,8 +745,6 @@ def _forward_loop(
         if row_max_ptr is not None:
             tl.store(row_max_ptr + row, M, mask=in_range)
             tl.store(row_sum_ptr + row, s, mask=in_range)
-        if lse_ptr is not None:
-            tl.store(lse_ptr + row, lse, mask=in_range)
         if gradient_ptr is not None:
             g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
             level, hit, spread = (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC)
@@ -838,7 +831,7 @@ def _backward(
             cols = start + tl.arange(0, COLS)
             w_sum += tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)
         w_total = tl.zeros([ROWS], ACC) + tl.sum(w_sum, axis=0)
-    _, level, hit, spread, _ = _row_results(s, M, M, M, w_total, weight, counted, eps, z_scale, classes, SMOOTHING)
+    _, level, hit, spread = _row_results(s, M, M, M, w_total, weight, counted, eps, z_scale, classes, SMOOTHING)
     base = row_offsets(outer, within, x_outer, x_inner, VEC)
     g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
     _write_gradient(

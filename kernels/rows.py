@@ -209,7 +209,9 @@ def add_up_counts(
 @triton.jit
 def store_ranks(right_ptr, rank, row, rows, in_range, counted, valid, ks, K: tl.constexpr):
     """1 or 0 for each row and k, ``(k, rows)``."""
+    offset = row.to(tl.int64)
     for j in tl.static_range(K):
         value = tl.where(counted & (rank < ks[j]), 1.0, 0.0)
         value = tl.where(counted & ~valid, float("nan"), value)
-        tl.store(right_ptr + j * rows.to(tl.int64) + row, value, mask=in_range)
+        tl.store(right_ptr + offset, value, mask=in_range)
+        offset += rows

@@ -169,3 +169,48 @@ def test_function_transforms_and_compile(place: Place) -> None:
     x = input.clone().requires_grad_()
     compiled(x, target).backward()
     torch.testing.assert_close(x.grad, theirs)
+
+
+def test_inplace_on_a_view_that_had_to_be_copied(place: Place) -> None:
+    """The gradient is right, and does not pretend that the logits' memory holds it."""
+    leaf = torch.randn(2, 20, 4, 3, device=place.device, requires_grad=True)
+    target = torch.randint(20, (2, 3, 4), device=place.device)
+    (ours,) = torch.autograd.grad(cross_entropy((leaf * 1).transpose(2, 3), target, inplace=True), leaf)
+    (expected,) = torch.autograd.grad(cross_entropy(leaf.transpose(2, 3), target), leaf)
+    assert torch.equal(ours, expected)
+
+
+def test_inplace_refuses_a_view_of_a_leaf(place: Place) -> None:
+    leaf = torch.randn(6, 40, device=place.device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="view"):
+        cross_entropy(leaf.view(6, 40), torch.zeros(6, dtype=torch.int64, device=place.device), inplace=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_batched_gradients(place: Place, reduction: str) -> None:
+    input, target = torch.randn(3, 5, device=place.device), torch.tensor([1, 0, 4], device=place.device)
+
+    def jacobian(function: Any, vectorize: bool) -> Tensor:
+        return torch.autograd.functional.jacobian(
+            lambda x: function(x, target, reduction=reduction), input, vectorize=vectorize
+        )
+
+    torch.testing.assert_close(jacobian(cross_entropy, True), jacobian(F.cross_entropy, False))
+
+
+def test_forward_mode(place: Place) -> None:
+    input, tangent = torch.randn(2, 3, 5, device=place.device)
+    target = torch.tensor([1, 0, 4], device=place.device)
+    derivatives = []
+    for function in (cross_entropy, F.cross_entropy):
+        with torch.autograd.forward_ad.dual_level():
+            value = function(torch.autograd.forward_ad.make_dual(input, tangent), target)
+            derivatives.append(torch.autograd.forward_ad.unpack_dual(value).tangent)
+    torch.testing.assert_close(*derivatives)
+
+
+def test_traces(place: Place) -> None:
+    input, target = torch.randn(6, 5, device=place.device), torch.randint(5, (6,), device=place.device)
+    other = torch.randn(6, 5, device=place.device)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda x, y: cross_entropy(x, y))(input, target)
+    torch.testing.assert_close(traced(other, target), F.cross_entropy(other, target))

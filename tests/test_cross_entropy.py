@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -245,3 +246,32 @@ def test_small_tensors_on_a_cpu_go_to_torch_and_agree() -> None:
         by_us = reference.value_and_gradient(cross_entropy, input, target, None, torch.tensor(1.0))
     for ours, theirs in zip(by_us, by_default, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("rows", [9000, 12289, 20000])
+def test_the_mean_over_many_rows(place: Place, rows: int) -> None:
+    """What the rows weigh is added up in parts, whose number is no power of 2."""
+    if place.interpreted:
+        rows = rows // 10 + 1
+        module = sys.modules["fastloss.kernels.cross_entropy"]
+        patched = pytest.MonkeyPatch()
+        patched.setattr(module, "_WEIGHED_BY_EACH", 100)
+        patched.setattr(module, "_WEIGH_BLOCK", 256)
+    else:
+        patched = pytest.MonkeyPatch()
+    with patched.context():
+        compare(place, torch.randn(rows, 9), torch.randint(9, (rows,)), torch.rand(9), ulps=4.0)
+    patched.undo()
+
+
+def test_rows_that_weigh_nothing_have_no_mean(place: Place) -> None:
+    weight = torch.ones(6)
+    weight[0] = 0
+    for smoothing in (0.0, 0.1):
+        loss = cross_entropy(
+            torch.randn(4, 6, device=place.device),
+            torch.zeros(4, dtype=torch.int64, device=place.device),
+            weight.to(place.device),
+            label_smoothing=smoothing,
+        )
+        assert loss.isnan()

@@ -56,7 +56,7 @@ class Scratch:
     """One buffer, used again for every chunk, and on a CPU by the next call of the same thread.
 
     New memory costs a CPU as much as a pass over it: the system hands it over page by page, and zeroed. So the few
-    megabytes of a chunk are kept (:data:`KEPT_BYTES` at most).
+    megabytes of a chunk are kept (:data:`KEPT_BYTES` at most, for each use, dtype and thread).
     """
 
     KEPT_BYTES = 1 << 25

@@ -49,11 +49,11 @@ def cross_entropy_forward(
     result = None
     if gradient:
         result = logits if inplace else torch.empty_like(logits)
-    losses, lse = _sweep(logits, rows, result, scale, ranks=ranks)
+    losses = _sweep(logits, rows, result, scale, ranks=ranks)
 
     loss = losses.flatten() if options.reduction == "none" else losses.sum()
     if scale is not None:
-        loss = loss * scale
+        loss = torch.where(scale.isinf(), torch.nan, loss * scale)  # rows that weigh nothing have no mean
     accuracy: tuple[Tensor, ...] = ()
     if ranks is not None:
         accuracy = reduce_accuracy(ranks.right, rows.counted, rows.invalid, options.reduction)
@@ -62,7 +62,6 @@ def cross_entropy_forward(
         accuracy,
         result,
         saved=(),
-        lse=lse.flatten() if lse is not None and gradient and options.lse_square_scale else None,
         scale=scale if gradient else None,
     )
 
@@ -145,8 +144,8 @@ class _Rows:
 
 def _sweep(
     logits: Tensor, rows: _Rows, gradient: Tensor | None, scale: Tensor | None, *, ranks: TargetRanks | None
-) -> tuple[Tensor, Tensor | None]:
-    """The one visit to the logits: every row's loss and (where wanted) lse, and the gradient times ``scale``.
+) -> Tensor:
+    """The one visit to the logits: every row's loss, and the gradient times ``scale``.
 
     ``scale`` is None (for 1), a scalar, or a value a row. ``gradient`` may be ``logits`` itself.
     """
@@ -201,7 +200,7 @@ def _sweep(
     if not looks_early and not _never(sums.underflowed(sums.p_y)):
         for_each(chunks(logits.shape, logits.dtype), sums.look_for_underflow, device)
     nll, lse = sums.nll_and_lse(Chunk((0, logits.shape[0]), (0, logits.shape[2])))
-    return rows.loss(nll, lse, sums.weighted), lse
+    return rows.loss(nll, lse, sums.weighted)
 
 
 class _RowSums:
@@ -229,7 +228,8 @@ class _RowSums:
         if self.rows.class_weight is None:
             value = z.sum(1, keepdim=True)
         else:
-            value = torch.matmul(self.rows.class_weight.to(z.dtype), z).unsqueeze(1)
+            with torch.autocast(z.device.type, enabled=False):
+                value = torch.matmul(self.rows.class_weight.to(z.dtype), z).unsqueeze(1)
         chunk.of(self.weighted).copy_(value)
 
     def visit_softmax(self, chunk: Chunk, p: Tensor) -> Tensor:

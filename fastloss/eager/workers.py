@@ -8,7 +8,6 @@ Workers that share nothing but a list of chunks meet once, at the end.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections import deque
@@ -56,22 +55,50 @@ def for_each(pieces: Iterable[T], work: Callable[[T], object], device: torch.dev
                     waiting.clear()
                     raise
 
-    running = [_pool(torch.get_num_threads()).submit(run) for _ in range(workers)]
-    wait(running)  # all of them, even if one has failed: they write to memory of ours
+    try:
+        pool = _pool(torch.get_num_threads())
+        running = [pool.submit(run) for _ in range(workers)]
+    except RuntimeError:  # no thread can be started: the interpreter is ending, or the system refuses
+        run()
+        return
+    try:
+        wait(running)
+    except BaseException:  # Ctrl-C: leave no one behind who writes to memory of ours
+        waiting.clear()
+        wait(running)
+        raise
     for future in running:
         future.result()
 
 
-@functools.cache
+_lock = threading.Lock()
+_pools: dict[int, ThreadPoolExecutor] = {}  # at most one: that of the present number of threads
+
+
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads that each do their own torch operations alone."""
+    with _lock:
+        if threads not in _pools:
+            for old in _pools.values():
+                old.shutdown(wait=False)
+            _pools.clear()
+            _pools[threads] = _new_pool(threads)
+        return _pools[threads]
+
+
+def _new_pool(threads: int) -> ThreadPoolExecutor:
     size = min(threads, MOST_WORKERS)
     pool = ThreadPoolExecutor(size, thread_name_prefix="fastloss", initializer=_work_alone)
     everyone_is_here = threading.Barrier(size)
-    for future in [pool.submit(everyone_is_here.wait) for _ in range(size)]:
-        future.result()
-    # The number of threads is each thread's own, but what new ones start with, and what MKL uses, is one for all.
-    torch.set_num_threads(threads)
+    try:
+        for future in [pool.submit(everyone_is_here.wait) for _ in range(size)]:
+            future.result()
+    except BaseException:
+        everyone_is_here.abort()
+        raise
+    finally:
+        # The number of threads is each thread's own, but what new ones start with, and what MKL uses, is one for all.
+        torch.set_num_threads(threads)
     return pool
 
 
@@ -81,5 +108,12 @@ def _work_alone() -> None:
     torch.set_num_threads(1)
 
 
+def _forget() -> None:
+    """In a forked child, which has none of its parent's threads."""
+    global _lock
+    _lock = threading.Lock()
+    _pools.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_forget)
