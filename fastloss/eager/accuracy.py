@@ -17,7 +17,6 @@ from .workers import for_each
 __all__ = ["TargetRanks", "accuracy", "reduce_accuracy"]
 
 _SAMPLE_BYTES = 1 << 20
-_RUNS_BYTES = 1 << 23  # read once, so the cache does not matter, and few chunks cost less
 
 
 def accuracy(
@@ -49,11 +48,7 @@ def _visit_top_1(logits: Tensor, label: Tensor, right: Tensor) -> None:
     x = sample.of(logits)
     if _share(~(sample.of(mine) < x.amax(1, keepdim=True))) > 0.25:
         if logits.dtype == compute_dtype(logits.dtype):
-            for_each(
-                chunks(logits.shape, logits.dtype, _RUNS_BYTES),
-                lambda chunk: chunk.of(right).copy_(is_right_at_1(chunk.of(logits), chunk.of(label))),
-                logits.device,
-            )
+            right.copy_(is_right_at_1(logits, label))
         else:
             right.copy_(_beats_others(logits, label, mine))
         return
