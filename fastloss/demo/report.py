@@ -134,10 +134,13 @@ def _a_step(result: Training) -> Table:
 
 def _agreement(result: Training) -> Text:
     equal, scans = result.equal_predictions, result.held_out
-    return Text(
+    agreement = (
         f"The two loss curves differ by {result.largest_difference:.1e} at most; "
         f"{equal} of {scans} held-out predictions are equal ({equal / scans:.2%})."
     )
+    if not torch.cuda.is_available():
+        agreement += " On a CPU so few logits go to PyTorch's own operator; those below go through the fused pass."
+    return Text(agreement)
 
 
 def _add_case(table: Table, result: LossAtScale) -> None:
