@@ -126,12 +126,13 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-SHAPES = [(1, 1000), (4096, 10), (4096, 1000), (8192, 21841), (8192, 32000), (8192, 50257), (4096, 128256)]
+SHAPES = [(4096, 10), (4096, 1000), (8192, 21841), (8192, 32000), (8192, 50257), (4096, 128256), (1, 1000)]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 OPTIONS = {
     "plain": LossOptions(),
     "accuracy": LossOptions(topk=(1, 5)),
     "weight+smoothing+accuracy": LossOptions(topk=(1, 5), label_smoothing=0.1),
+    "none+accuracy": LossOptions(reduction="none", topk=(1, 5)),
     "softcap+z": LossOptions(softcap=30.0, lse_square_scale=1e-4),
 }
 
@@ -175,11 +176,12 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
                 options: LossOptions = options,
             ) -> Any:
                 saved = forward(False).saved
-                one = meta(dtype=logits.dtype)
+                one = meta(*target.shape if options.reduction == "none" else (), dtype=logits.dtype)
                 return kernels.cross_entropy_backward(one, logits, target, weight, options, saved, inplace=False)
 
             yield f"{label} forward", partial(forward, False)
-            yield f"{label} forward+gradient", partial(forward, True)
+            if options.reduction != "none":  # whose gradient waits for the upstream one
+                yield f"{label} forward+gradient", partial(forward, True)
             yield f"{label} backward", backward
         yield (
             f"{shape_name} {dtype_name} accuracy alone",

@@ -37,6 +37,13 @@ def test_nothing_spills_and_hot_accesses_are_wide(target: str) -> None:
             assert all(access in line for access in wide), line
 
 
+def test_a_single_row_compiles() -> None:
+    """Triton makes constants of arguments that are 1."""
+    done = codegen("--target", "sm_90", "--only", "1x1000 bfloat16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "none+accuracy forward" in done.stdout
+
+
 def test_it_refuses_the_interpreter() -> None:
     command = [sys.executable, "-m", "benchmarks.codegen"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
