@@ -55,7 +55,7 @@ class Tiles(NamedTuple):
 def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
     """The tiles for ``(outer, classes, inner)`` logits, and a gradient of that shape where one is written.
 
-    - A short row shares its program with others: about 4096 logits a program, 32 a thread.
+    - A short row shares its program with up to 63 others: about 4096 logits a program, 32 a thread.
     - A row of up to :data:`LONGEST_TILE` classes is held in its program's registers and read once.
     - A longer row is visited block by block, twice where a gradient is written; few enough rows are in flight that
       the second visit finds them in a cache.
@@ -70,14 +70,14 @@ def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
     looped = cols > (64 if by_inner else LONGEST_TILE)
     if by_inner:
         cols = 32 if looped else cols
-        tile_rows, warps, group = min(64 if looped else 4096 // cols, max(power_of_2(inner), 16)), 4, cols
+        tile_rows, warps, group = min(64 if looped else min(4096 // cols, 128), max(power_of_2(inner), 16)), 4, cols
         number = outer * triton.cdiv(inner, tile_rows)
     else:
         if looped:
             cols, warps = (8192 if vec > 1 else 4096), 16
         else:
             warps = max(4, cols // 512)
-        tile_rows, group = max(1, min(4096 // cols, power_of_2(rows))), 16 // itemsize
+        tile_rows, group = max(1, min(4096 // cols, 64, power_of_2(rows))), 16 // itemsize
         number = triton.cdiv(rows, tile_rows)
     resident = max(1, 32 // warps)
     if looped and written:
