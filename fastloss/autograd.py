@@ -93,7 +93,7 @@ class _CrossEntropy(Function):
             logits, target, weight, options, loss_dtype=loss_dtype, gradient=written, inplace=inplace and written
         )
         ctx.mark_non_differentiable(*result.accuracy)
-        ctx.written, ctx.n_saved = written, len(result.saved)
+        ctx.written = written
         gradient = None if result.gradient is None else result.gradient.view(input.shape)
         if gradient is not None and inplace:
             torch.autograd.graph.increment_version(input)

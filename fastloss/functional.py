@@ -243,13 +243,11 @@ def _loss_and_accuracy(
     if _is_traced(input, target):
         checks.check_logits(input)
         checks.check_index_target(input, target, weight)
-        values = composite.accuracy(input.detach(), target, options) if options.topk else ()
-        return composite.cross_entropy(input, target, weight, options), values
+        return _composed(input, target, weight, options)
     _check_tensors(input, target, weight, options.ignore_index, from_logits)
     target = target.view(()) if input.dim() == 1 else target
     if not inplace and input.numel() > 0 and _is_small(input, target, weight):
-        values = _accuracy(input.detach(), target, options, checked=True)
-        return composite.cross_entropy(input, target, weight, options), values
+        return _composed(input, target, weight, options)
     half = input.dtype.itemsize == 2
     loss_dtype = torch.float32 if half and torch.is_autocast_enabled(input.device.type) else input.dtype
     if inplace and torch._debug_has_internal_overlap(input) == 1:
@@ -258,8 +256,8 @@ def _loss_and_accuracy(
             f"got strides {input.stride()} for shape {tuple(input.shape)} (an expanded tensor: clone it)"
         )
     if input.numel() == 0:
-        values = composite.accuracy(input.detach(), target, options) if options.topk else ()
-        return composite.cross_entropy(input, target, weight, options).to(loss_dtype), values
+        loss, values = _composed(input, target, weight, options)
+        return loss.to(loss_dtype), values
     loss, values = fused_cross_entropy(
         input,
         target.reshape(-1).contiguous(),
@@ -272,6 +270,14 @@ def _loss_and_accuracy(
     if options.reduction == "none":
         return loss.view(target.shape), tuple(value.view(target.shape) for value in values)
     return loss, values
+
+
+def _composed(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Loss and accuracies where no fused pass serves the loss."""
+    values = _accuracy(input.detach(), target, options, checked=True)
+    return composite.cross_entropy(input, target, weight, options), values
 
 
 def _accuracy(input: Tensor, target: Tensor, options: LossOptions, *, checked: bool = False) -> tuple[Tensor, ...]:

@@ -190,9 +190,8 @@ def _constants(logits: Tensor, weight: Tensor | None, options: LossOptions, tile
 def _weigh(target: Tensor, weight: Tensor | None, classes: int, options: LossOptions) -> Tensor:
     """The sum of the counted rows' weights, in a few parts: a gradient of a mean needs it before it is written."""
     rows = target.numel()
-    parts = min(
-        power_of_2(triton.cdiv(rows, _WEIGH_BLOCK)), 256
-    )  # all of them are read again; some may weigh nothing
+    # A power of 2, since a kernel reads them all at once; the last of them may weigh nothing.
+    parts = min(power_of_2(triton.cdiv(rows, _WEIGH_BLOCK)), 256)
     weighed = torch.empty(parts, dtype=torch.float64, device=target.device)
     with on_device(target):
         _weigh_kernel[(parts,)](

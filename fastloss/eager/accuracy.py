@@ -127,7 +127,6 @@ class TargetRanks:
         self.topk = topk
         self.label = label
         self.right = tuple(torch.empty_like(label, dtype=torch.bool) for _ in topk)
-        self.dtype = compute_dtype(logits.dtype)
         # A count is a sum of ones: exact in float32 below 2²⁴ classes.
         self._count_dtype = torch.float32 if logits.shape[1] < 1 << 24 else torch.float64
 
