@@ -16,7 +16,8 @@ from .workers import for_each
 
 __all__ = ["TargetRanks", "accuracy", "reduce_accuracy"]
 
-_SAMPLE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
+_SAMPLE_ROWS = 16
 
 
 def accuracy(
@@ -24,42 +25,37 @@ def accuracy(
 ) -> tuple[Tensor, ...]:
     """See :class:`fastloss.contract.Backend`."""
     outer, classes, inner = logits.shape
-    target = target.view(outer, 1, inner).long()
-    counted = target != ignore_index
-    label, invalid = inside_label(target, counted, classes)
+    label = target.view(outer, 1, inner).long()
+    counted = invalid = None
+    ignored = label == ignore_index
+    if _share(ignored):
+        counted = ~ignored
+        label, invalid = inside_label(label, counted, classes)
     ranks = TargetRanks(logits, label, topk)
     if topk != (1,):
         for_each(
             chunks(logits.shape, logits.dtype), lambda chunk: ranks.visit(chunk, chunk.of(logits)), logits.device
         )
     else:
-        _visit_top_1(logits, label, ranks.right[0])
+        ranks.right = (_top_1(logits, label),)
     return reduce_accuracy(ranks.right, counted, invalid, reduction)
 
 
-def _visit_top_1(logits: Tensor, label: Tensor, right: Tensor) -> None:
-    """Top-1 alone. A few rows tell how to judge the rest.
+def _top_1(logits: Tensor, label: Tensor) -> Tensor:
+    """Top-1 alone: is no logit greater than the label's, and no equal one before it? ``(outer, 1, inner)``.
 
-    Where few are right, the row's maximum settles all but those few. Where most are, the greatest of the *other*
-    classes settles all but ties.
+    A few rows tell how to judge the rest. Where few are right, the row's maximum settles all but those few. Where
+    most are, the greatest of the *other* classes settles all but ties.
     """
     mine = logits.gather(1, label)
-    sample = next(chunks(logits.shape, logits.dtype, _SAMPLE_BYTES))
-    x = sample.of(logits)
-    if _share(~(sample.of(mine) < x.amax(1, keepdim=True))) > 0.25:
+    sample = slice(None, max(1, _SAMPLE_ROWS // max(logits.shape[2], 1)))
+    if _share(mine[sample] >= logits[sample].amax(1, keepdim=True)) > 0.25:
         if logits.dtype == compute_dtype(logits.dtype):
-            right.copy_(is_right_at_1(logits, label))
-        else:
-            right.copy_(_beats_others(logits, label, mine))
-        return
-    torch.lt(mine, logits.amax(1, keepdim=True), out=right)
-    right.logical_not_()  # or a NaN in the row: looked at again, like the others
-    o, _, i = right.nonzero(as_tuple=True)
-    step = max(1, _SAMPLE_BYTES // logits.shape[1])
-    for start in range(0, len(o), step):
-        some = o[start : start + step], i[start : start + step]
-        row, row_label, row_mine = (t[some[0], :, some[1]].unsqueeze(2) for t in (logits, label, mine))
-        right[some[0], :, some[1]] = _beats_others(row, row_label, row_mine).squeeze(2)
+            return is_right_at_1(logits, label)
+        return _beats_others(logits, label, mine)
+    right = ~(mine < logits.amax(1, keepdim=True))  # or a NaN in the row
+    _settle_(right, logits, label, mine)
+    return right
 
 
 def _beats_others(logits: Tensor, label: Tensor, mine: Tensor) -> Tensor:
@@ -74,16 +70,14 @@ def _beats_others(logits: Tensor, label: Tensor, mine: Tensor) -> Tensor:
 
     for_each(chunks(logits.shape, logits.dtype), visit, logits.device)
     right = mine > best
-    _settle_ties_(right, ~(mine < best) & ~right, logits, label, mine)
+    _settle_(right, logits, label, mine, ~(mine < best) & ~right)
     return right
 
 
-def _settle_ties_(right: Tensor, tied: Tensor, logits: Tensor, label: Tensor, mine: Tensor) -> None:
-    """Judge the rows of ``tied`` (NaNs among them) by what stands before their label."""
-    if not _share(tied):
-        return
-    o, _, i = tied.nonzero(as_tuple=True)
-    step = max(1, _SAMPLE_BYTES // logits.shape[1])
+def _settle_(right: Tensor, logits: Tensor, label: Tensor, mine: Tensor, unsettled: Tensor | None = None) -> None:
+    """Judge the rows of ``unsettled`` (if None, of ``right``), NaNs among them, by what stands before their label."""
+    o, _, i = (right if unsettled is None else unsettled).nonzero(as_tuple=True)
+    step = max(1, _PIECE_BYTES // logits.shape[1])
     for start in range(0, len(o), step):
         some_o, some_i = o[start : start + step], i[start : start + step]
         right[some_o, :, some_i] = _before(logits, label, mine, some_o, some_i) == 0
@@ -102,15 +96,22 @@ def inside_label(target: Tensor, counted: Tensor, classes: int) -> tuple[Tensor,
 
 
 def reduce_accuracy(
-    right: tuple[Tensor, ...], counted: Tensor, invalid: Tensor | None, reduction: str
+    right: tuple[Tensor, ...], counted: Tensor | None, invalid: Tensor | None, reduction: str
 ) -> tuple[Tensor, ...]:
-    """The rows' rightness as the caller asked for it: a share, a number, or a value a row; float32."""
+    """The rows' rightness as the caller asked for it: a share, a number, or a value a row; float32.
+
+    ``counted`` is None where every row counts.
+    """
     result = []
-    total = counted.sum() if reduction == "mean" else None
     for rows in right:
-        rows = rows & counted
-        value = rows.flatten() if reduction == "none" else rows.sum()
-        value = (value if total is None else value / total).to(torch.float32)
+        if counted is not None:
+            rows = rows & counted
+        value = rows.flatten()
+        if reduction != "none":
+            value = rows.sum()
+            if reduction == "mean":
+                value = value / (rows.numel() if counted is None else counted.sum())
+        value = value.to(torch.float32)
         if invalid is not None:
             value = value.masked_fill(invalid.flatten() if reduction == "none" else invalid.any(), float("nan"))
         result.append(value)
@@ -179,11 +180,16 @@ def is_right_at_1(logits: Tensor, label: Tensor) -> Tensor:
     o, _, i = right.nonzero(as_tuple=True)
     row_label, row_mine = label[o, :, i], mine[o, :, i]
     others = maxima[o, :, i].scatter_(1, row_label // run, -torch.inf).amax(1, keepdim=True)
-    start = (row_label // run * run).clamp_(max=classes - run)
-    near = logits.unfold(1, run, 1)[o, start.squeeze(1), i].scatter_(1, row_label - start, -torch.inf)
+    if whole == classes and logits.is_contiguous() and logits.shape[2] == 1:
+        start = row_label // run * run  # the runs are rows of a matrix, and whole rows are fast to copy
+        near = logits.view(-1, run).index_select(0, o * (classes // run) + row_label.squeeze(1) // run)
+    else:
+        start = (row_label // run * run).clamp_(max=classes - run)
+        near = logits.unfold(1, run, 1)[o, start.squeeze(1), i]
+    near.scatter_(1, row_label - start, -torch.inf)
     tied = torch.zeros_like(right)
     tied[o, :, i] = ~(torch.maximum(others, near.amax(1, keepdim=True)) < row_mine)  # or NaN
-    _settle_ties_(right, tied, logits, label, mine)
+    _settle_(right, logits, label, mine, tied)
     return right
 
 

@@ -34,6 +34,10 @@ class Chunk(NamedTuple):
             tensor = tensor.narrow(2, *self.inner)
         return tensor
 
+    def of_value(self, value: Tensor | float) -> Tensor | float:
+        """This chunk of a number for each row; one for all of them, a scalar tensor or a float, is itself."""
+        return self.of(value) if isinstance(value, Tensor) and value.dim() else value
+
 
 def chunks(shape: torch.Size, dtype: torch.dtype, nbytes: int | None = None) -> Iterator[Chunk]:
     """Cover ``(outer, classes, inner)``: whole outer slices while they fit, else pieces of one of them."""

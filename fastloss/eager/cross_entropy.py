@@ -9,15 +9,20 @@ smoothing over C classes and λ the scale of the squared log-sum-exp, one row's 
 (Label smoothing: Szegedy et al. 2016, arXiv:1512.00567, with weights as torch has them. λ lse²: the z-loss of
 PaLM, arXiv:2204.02311, §5. Softcap: z = cap · tanh(x / cap), Gemma 2, arXiv:2408.00118, §2.)
 
-A chunk is read from memory once: softmax goes straight into the gradient's slice (or, for float16 and bfloat16,
-into one small float32 buffer that is rounded once into that slice), and everything else is done in place there.
-Besides the gradient no buffer grows with N·V.
+A chunk is read from memory once: its exponentials go straight into the gradient's slice (or, for float16 and
+bfloat16, into one small float32 buffer that is rounded once into that slice), and everything else is done in place
+there. Besides the gradient no buffer grows with N·V.
+
+What is the same for all rows stays a Python number (:data:`Value`): without class weights and ignored rows, which is
+most calls, no operation is spent on it. At a thousand classes a call's many small operations cost as much as its
+passes over the logits.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,6 +35,9 @@ from .workers import for_each
 __all__ = ["cross_entropy_backward", "cross_entropy_forward", "rescale"]
 
 _LOG2_E = 1.4426950408889634
+
+# A number for each row, (outer, 1, inner), or one for all of them.
+Value: TypeAlias = Tensor | float
 
 
 def cross_entropy_forward(
@@ -44,7 +52,7 @@ def cross_entropy_forward(
 ) -> Forward:
     """See :class:`fastloss.contract.Backend`."""
     rows = _Rows(logits, target, weight, options)
-    scale = rows.mean_scale() if options.reduction == "mean" else None
+    scale = rows.mean_scale() if options.reduction == "mean" else 1.0
     ranks = TargetRanks(logits, rows.label, options.topk) if options.topk else None
     result = None
     if gradient:
@@ -52,18 +60,17 @@ def cross_entropy_forward(
     losses = _sweep(logits, rows, result, scale, ranks=ranks)
 
     loss = losses.flatten() if options.reduction == "none" else losses.sum()
-    if scale is not None:
+    if isinstance(scale, Tensor):
         loss = torch.where(scale.isinf(), torch.nan, loss * scale)  # rows that weigh nothing have no mean
+    elif scale != 1.0:
+        loss = loss * scale
     accuracy: tuple[Tensor, ...] = ()
     if ranks is not None:
         accuracy = reduce_accuracy(ranks.right, rows.counted, rows.invalid, options.reduction)
-    return Forward(
-        loss.to(loss_dtype),
-        accuracy,
-        result,
-        saved=(),
-        scale=scale if gradient else None,
-    )
+    kept = None
+    if gradient and options.reduction == "mean":
+        kept = scale if isinstance(scale, Tensor) else loss.new_full((), scale)
+    return Forward(loss.to(loss_dtype), accuracy, result, saved=(), scale=kept)
 
 
 def cross_entropy_backward(
@@ -78,9 +85,9 @@ def cross_entropy_backward(
 ) -> Tensor:
     """See :class:`fastloss.contract.Backend`; nothing is saved, the softmax is computed again."""
     rows = _Rows(logits, target, weight, options)
-    scale = upstream.to(rows.dtype)
+    scale: Value = upstream.to(rows.dtype)
     if options.reduction == "none":
-        scale = scale.reshape(rows.shape)
+        scale = upstream.to(rows.dtype).reshape(rows.shape)
     elif options.reduction == "mean":
         scale = scale * rows.mean_scale()
     result = logits if inplace else torch.empty_like(logits)
@@ -93,13 +100,13 @@ def rescale(gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
     if not inplace:
         return gradient * factor
     # Reading the factor makes a GPU's host wait, so only a CPU asks whether it is 1.
-    if factor.device.type == "cpu" and factor == 1:
+    if factor.is_cpu and factor.item() == 1:
         return gradient
     return gradient.mul_(factor)
 
 
 class _Rows:
-    """What is known of each row before its logits are read; a value a row is ``(outer, 1, inner)``.
+    """What is known of each row before its logits are read.
 
     Rows are few beside logits: their numbers are float64 where the device has it, and rounded once, at the end.
     """
@@ -111,43 +118,45 @@ class _Rows:
         self.dtype = torch.float32 if logits.device.type == "mps" else torch.float64
         self.shape = (outer, 1, inner)
         target = target.view(self.shape).long()
-        self.counted = target != options.ignore_index
-        self.label, self.invalid = inside_label(target, self.counted, classes)
+        ignored = target == options.ignore_index
+        self.counted: Tensor | None = None  # None: every row counts
+        self.label, self.invalid = target, None
+        if not _never(ignored):
+            self.counted = ~ignored
+            self.label, self.invalid = inside_label(target, self.counted, classes)
         self.class_weight = None if weight is None else weight.to(self.dtype)  # w
-        if self.class_weight is None:
-            self.weight = self.counted.to(self.dtype)  # w_y, 0 in an ignored row
-            self.total_weight = logits.new_full((), classes, dtype=self.dtype)  # W
-        else:
-            self.weight = self.class_weight[self.label] * self.counted
+        self.weight: Value = 1.0 if self.counted is None else self.counted.to(self.dtype)  # w_y, 0 if ignored
+        self.spread: Value | None = self.weight * (eps / classes) if eps else None  # ε/C
+        self.total_weight: Value = float(classes)  # W
+        if self.class_weight is not None:
+            self.weight = self.class_weight[self.label] * self.weight
             self.total_weight = self.class_weight.sum()
         if self.invalid is not None:
-            self.weight = self.weight.masked_fill(self.invalid, float("nan"))
-        self.hit = self.weight * (1 - eps)  # w_y (1−ε)
-        self.spread = self.counted.to(self.dtype) * (eps / classes) if eps else None  # ε/C
-        self.any_ignored = not _never(~self.counted)
+            self.weight = torch.as_tensor(self.weight).masked_fill(self.invalid, float("nan"))
+        self.hit = self.weight * (1 - eps) if eps else self.weight  # w_y (1−ε)
 
-    def mean_scale(self) -> Tensor:
+    def mean_scale(self) -> Value:
         """1 / (the sum of the counted rows' weights): infinite where no row counts, as 0 / 0 must be NaN."""
-        return self.weight.sum().reciprocal()
+        if isinstance(self.weight, Tensor):
+            return self.weight.sum().reciprocal()
+        return 1.0 / self.label.numel()
 
     def loss(self, nll: Tensor, lse: Tensor | None, weighted_sum: Tensor | None) -> Tensor:
         """Each row's loss, from lse − z_y, lse and Σ_c w_c z_c; the last two where the options need them."""
-        loss = self.hit * nll
-        if lse is None:
-            return loss.masked_fill_(~self.counted, 0)
-        if self.options.lse_square_scale:
+        loss = self.hit * nll if isinstance(self.hit, Tensor) or self.hit != 1.0 else nll
+        if lse is not None and self.options.lse_square_scale:
             loss += self.options.lse_square_scale * self.weight * lse.square()
-        if self.spread is not None and weighted_sum is not None:
+        if lse is not None and self.spread is not None and weighted_sum is not None:
             loss += self.spread * (self.total_weight * lse - weighted_sum)
-        return loss.masked_fill_(~self.counted, 0)
+        return loss if self.counted is None else loss.masked_fill_(~self.counted, 0)
 
 
 def _sweep(
-    logits: Tensor, rows: _Rows, gradient: Tensor | None, scale: Tensor | None, *, ranks: TargetRanks | None
+    logits: Tensor, rows: _Rows, gradient: Tensor | None, scale: Value, *, ranks: TargetRanks | None
 ) -> Tensor:
     """The one visit to the logits: every row's loss, and the gradient times ``scale``.
 
-    ``scale`` is None (for 1), a scalar, or a value a row. ``gradient`` may be ``logits`` itself.
+    ``scale`` is a number, a scalar tensor, or a value a row. ``gradient`` may be ``logits`` itself.
     """
     cap, dtype, device = rows.options.softcap, compute_dtype(logits.dtype), logits.device
     sums = _RowSums(logits, rows, overwritten=gradient is logits)
@@ -160,44 +169,33 @@ def _sweep(
     looks_early = gradient is logits or (gradient is not None and rows.options.lse_square_scale != 0)
 
     def visit(chunk: Chunk) -> None:
-        wide, scratch = Scratch("wide", dtype, device), Scratch("softmax", dtype, device)
         x = chunk.of(logits)
-        z = x if x.dtype == dtype else wide.like(x).copy_(x)
+        p = chunk.of(gradient) if writes_p and gradient is not None else Scratch("softmax", dtype, device).like(x)
+        z = x if x.dtype == dtype else p.copy_(x)
         if ranks is not None:
             ranks.visit(chunk, z)
-        p = z
-        if gradient is not None and writes_p:
-            p = chunk.of(gradient)
-        elif z is x or cap is not None:
-            p = scratch.like(z)  # z is the caller's, or needed again
         tanh = None
         if cap is not None:
-            tanh = torch.div(z, cap, out=wide.like(x)).tanh_()
+            tanh = torch.div(z, cap, out=Scratch("tanh", dtype, device).like(x)).tanh_()
             z = torch.mul(tanh, cap, out=p)
         sums.visit_logits(chunk, z)
-        if logits.dtype != dtype and cap is None and device.type == "cpu":
-            # 16-bit logits resolve less than what a maximum subtracted first would save; exp2 is torch's fastest.
-            total = sums.visit_softmax(chunk, z.mul_(_LOG2_E).exp2_())
-            low, high = total.aminmax()
-            if not (float(low) > 1e-9 and float(high) < 1e37):  # too small, too large, or NaN
-                _softmax(z.copy_(x), out=p)
-                total = sums.visit_softmax(chunk, p)
-        else:
-            _softmax(z, out=p)
-            total = sums.visit_softmax(chunk, p)
+        total = sums.visit_softmax(chunk, _exponentials(z, p, bare=x.dtype != dtype and cap is None))
+        if not _is_resolved(total):
+            z = torch.mul(tanh, cap, out=p) if tanh is not None and cap is not None else p.copy_(x)
+            total = sums.visit_softmax(chunk, _softmax(z, p))
         if looks_early:
             sums.look_for_underflow(chunk)
         if gradient is not None and slopes is not None:
             slopes.gradient_(chunk, p, total, sums)
             if tanh is not None:
                 p.mul_(tanh.square_().neg_().add_(1))  # ∂z/∂x
-            if rows.any_ignored:
+            if rows.counted is not None:
                 p.masked_fill_(~chunk.of(rows.counted), 0)  # whatever stands in an ignored row
             if not writes_p:
                 chunk.of(gradient).copy_(p)
 
     for_each(chunks(logits.shape, logits.dtype), visit, device)
-    if not looks_early and not _never(sums.underflowed(sums.p_y)):
+    if not looks_early and sums.any_underflowed(sums.p_y):
         for_each(chunks(logits.shape, logits.dtype), sums.look_for_underflow, device)
     nll, lse = sums.nll_and_lse(Chunk((0, logits.shape[0]), (0, logits.shape[2])))
     return rows.loss(nll, lse, sums.weighted)
@@ -214,6 +212,7 @@ class _RowSums:
         self.z_y = self._label_logits() if self.wants_lse or overwritten else None
         self.p_y = logits.new_empty(rows.shape, dtype=dtype)
         self.others = torch.empty_like(self.p_y)  # Σ_{c≠y} p_c
+        self.least = torch.finfo(dtype).tiny / torch.finfo(dtype).eps  # of a p_y whose logarithm is right
         self.weighted = torch.empty_like(self.p_y) if rows.spread is not None else None  # Σ_c w_c z_c
         self._lock = threading.Lock()  # chunks are visited by several threads
         self.far_lse: Tensor | None = None  # lse where p_y has underflowed, NaN elsewhere
@@ -247,15 +246,19 @@ class _RowSums:
         torch.sum(p, 1, keepdim=True, out=others)
         return others + p_y
 
-    def underflowed(self, p_y: Tensor) -> Tensor:
-        limits = torch.finfo(p_y.dtype)
-        return p_y < limits.tiny / limits.eps
+    def any_underflowed(self, p_y: Tensor) -> bool:
+        """May some be too small? Off the CPU a look would make the host wait, and the answer is a careful yes."""
+        if not p_y.is_cpu:
+            return True
+        least = p_y.amin().item()
+        return least < self.least or least != least  # a NaN hides the others
 
     def look_for_underflow(self, chunk: Chunk) -> None:
         """Where p_y is too small for its logarithm to be right, take lse from the logits again."""
-        far = self.underflowed(chunk.of(self.p_y))
-        if _never(far):
+        p_y = chunk.of(self.p_y)
+        if not self.any_underflowed(p_y):
             return
+        far = p_y < self.least
         with self._lock:
             if self.z_y is None:
                 self.z_y = self._label_logits()
@@ -282,37 +285,39 @@ class _RowSums:
 class _Slopes:
     """The coefficients of the gradient, times ``scale``: what each chunk needs is ready before the loop."""
 
-    def __init__(self, rows: _Rows, scale: Tensor | None, dtype: torch.dtype) -> None:
-        one = 1.0 if scale is None else scale
+    def __init__(self, rows: _Rows, scale: Value, dtype: torch.dtype) -> None:
         self.rows = rows
-        self.hit = (rows.hit * one).to(dtype)  # w_y (1−ε)
-        self.spread = None if rows.spread is None else rows.spread * one  # ε/C
+        self.hit = rows.hit * scale  # w_y (1−ε)
+        if isinstance(self.hit, Tensor):
+            self.hit = self.hit.to(dtype)
+        self.spread = None if rows.spread is None else rows.spread * scale  # ε/C
         self.rest = None if self.spread is None else self.spread * rows.total_weight  # ε/C W
         self.z_slope = None
         if rows.options.lse_square_scale:
-            self.z_slope = 2 * rows.options.lse_square_scale * rows.weight * one
+            self.z_slope = 2 * rows.options.lse_square_scale * rows.weight * scale
 
     def gradient_(self, chunk: Chunk, p: Tensor, total: Tensor, sums: _RowSums) -> None:
         """p_c A − [c = y] w_y (1−ε) − ε/C w_c in place of ``p``, whose rows add up to ``total``."""
-        label, hit, others = chunk.of(self.rows.label), chunk.of(self.hit), chunk.of(sums.others)
-        a = hit / total
+        label, others = chunk.of(self.rows.label), chunk.of(sums.others)
+        a = chunk.of_value(self.hit) / total
         at_label = (a * others).neg_()
-        rest = None if self.rest is None else chunk.of(self.rest)  # A − w_y (1−ε)
+        rest = None if self.rest is None else chunk.of_value(self.rest)  # A − w_y (1−ε)
         if self.z_slope is not None:
-            of_lse = chunk.of(self.z_slope) * sums.nll_and_lse(chunk)[1]  # type: ignore[operator]
+            of_lse = chunk.of_value(self.z_slope) * sums.nll_and_lse(chunk)[1]  # type: ignore[operator]
             rest = of_lse if rest is None else rest + of_lse
         if rest is not None:
             rest = rest / total
             a, at_label = a + rest, at_label + rest * chunk.of(sums.p_y)
         p.mul_(a.to(p.dtype))
         if self.spread is not None:
-            spread = chunk.of(self.spread)
+            spread = chunk.of_value(self.spread)
             weight = self.rows.class_weight
             if weight is None:
-                p.sub_(spread.to(p.dtype))
+                p.sub_(spread.to(p.dtype) if isinstance(spread, Tensor) else spread)
                 at_label = at_label - spread
             else:
-                p.addcmul_(spread.to(p.dtype), weight.to(p.dtype).view(1, -1, 1), value=-1)
+                rounded = torch.as_tensor(spread).to(p.dtype)
+                p.addcmul_(rounded, weight.to(p.dtype).view(1, -1, 1), value=-1)
                 at_label = at_label - spread * weight[label]
         p.scatter_(1, label, at_label.to(p.dtype))
 
@@ -321,12 +326,36 @@ def _capped(x: Tensor, softcap: float | None) -> Tensor:
     return x if softcap is None else torch.tanh(x / softcap) * softcap
 
 
-def _softmax(z: Tensor, out: Tensor) -> None:
+def _exponentials(z: Tensor, out: Tensor, *, bare: bool) -> Tensor:
+    """exp(z − m) for any m a row, into ``out``, which may be ``z``: the softmax but for a factor a row.
+
+    m is the row's maximum, or 0 if ``bare``: 16-bit logits resolve less than what a maximum subtracted first would
+    save. :func:`_is_resolved` tells whether that went well. exp2 is torch's fastest exponential.
+    """
+    if not z.is_cpu:
+        return _softmax(z, out)
+    if bare:
+        torch.mul(z, _LOG2_E, out=out)
+    else:
+        torch.add(z.amax(1, keepdim=True).mul_(-_LOG2_E), z, alpha=_LOG2_E, out=out)
+    return out.exp2_()
+
+
+def _is_resolved(total: Tensor) -> bool:
+    """Are the sums of a chunk's exponentials in a range where none that matters has over- or underflowed?"""
+    if not total.is_cpu:
+        return True
+    low, high = total.aminmax()
+    return low.item() > 1e-9 and high.item() < 1e37  # a NaN is neither
+
+
+def _softmax(z: Tensor, out: Tensor) -> Tensor:
     """Softmax over the classes; torch's is the faster one where they are the last dimension."""
     if z.shape[2] == 1:
         torch.softmax(z.squeeze(2), 1, out=out.squeeze(2))
     else:
         torch.softmax(z, 1, out=out)
+    return out
 
 
 def _never(rows: Tensor) -> bool:
