@@ -1,20 +1,25 @@
 """The CPU fallback beside torch: ``python -m benchmarks.cpu``.
 
 Prints, for each shape, the time of fastloss over that of torch's own operator (and of torch.compile's, with
-``--compile``), and the bar that it is held to. Runs are interleaved in one process and medians are compared; the
+``--compile``), and the bar that it is held to. Contenders take turns in one process and medians are compared; the
 operating system's share of other work is printed, because it decides how far a ratio can be believed.
+
+A turn is a block of calls, as in a training loop: the C library hands pages that one contender freed to the next, so
+that single calls in turn would time each other's allocations (``--block 1`` does). Every call takes the next of
+several inputs that together are larger than the caches: a training step's logits are never the last step's.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +28,17 @@ from torch import Tensor
 import fastloss
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+_SMALL_BYTES = 1 << 20
+_ROTATED_BYTES = 1 << 27
+
+
+class Budget(NamedTuple):
+    """How long a shape is measured, and how many calls a contender makes in a turn."""
+
+    seconds: float
+    block: int
 
 
 @dataclass
@@ -47,32 +63,43 @@ class Row:
         )
 
 
-def interleaved(calls: Sequence[Callable[[], object]], seconds: float) -> list[float]:
-    """The median time of each call in ms; every round makes each call once, until ``seconds`` have passed."""
+def interleaved(calls: Sequence[Callable[[Tensor], object]], inputs: Sequence[Tensor], budget: Budget) -> list[float]:
+    """The median time of each call in ms; every round makes a block of each, until the time is up."""
     times: list[list[float]] = [[] for _ in calls]
+    following = itertools.cycle(inputs)
     for call in calls:
-        call()
-        call()
-    end = time.perf_counter() + seconds
+        call(next(following))
+        call(next(following))
+    end = time.perf_counter() + budget.seconds
     while time.perf_counter() < end or len(times[0]) < 5:
         for call, mine in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            mine.append(time.perf_counter() - start)
+            for _ in range(budget.block):
+                x = next(following)
+                start = time.perf_counter()
+                call(x)
+                mine.append(time.perf_counter() - start)
     return [1e3 * statistics.median(mine) for mine in times]
 
 
-def forward_backward(loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, target: Tensor) -> Callable[[], None]:
+def rotated(make: Callable[[], Tensor]) -> list[Tensor]:
+    """As many tensors as no cache holds; small ones stay in the caches in training too."""
+    first = make()
+    if first.nbytes < _SMALL_BYTES:
+        return [first]
+    return [first, *(make() for _ in range(-(-_ROTATED_BYTES // first.nbytes) - 1))]
+
+
+def forward_backward(loss: Callable[[Tensor, Tensor], Tensor], target: Tensor) -> Callable[[Tensor], None]:
     """A call that runs the loss and its backward pass on a leaf."""
 
-    def call() -> None:
+    def call(x: Tensor) -> None:
         loss(x, target).backward()
         x.grad = None
 
     return call
 
 
-def cross_entropy_rows(seconds: float, compiled: bool) -> list[Row]:
+def cross_entropy_rows(budget: Budget, compiled: bool) -> list[Row]:
     """Forward + backward, at the shapes of the project's bars."""
     bars = {
         ("float32", 64, 10): 1.15,
@@ -87,12 +114,12 @@ def cross_entropy_rows(seconds: float, compiled: bool) -> list[Row]:
     by_compiler = torch.compile(F.cross_entropy) if compiled else None
     rows = []
     for (dtype, n, classes), bar in bars.items():
-        x = torch.randn(n, classes).to(_DTYPES[dtype]).requires_grad_()
+        inputs = rotated(lambda: torch.randn(n, classes).to(_DTYPES[dtype]).requires_grad_())  # noqa: B023
         target = torch.randint(classes, (n,))
-        calls = [forward_backward(f, x, target) for f in (fastloss.cross_entropy, F.cross_entropy)]
+        calls = [forward_backward(f, target) for f in (fastloss.cross_entropy, F.cross_entropy)]
         if by_compiler is not None and n > 64:
-            calls.append(forward_backward(by_compiler, x, target))
-        ours, theirs, *compiler = interleaved(calls, seconds)
+            calls.append(forward_backward(by_compiler, target))
+        ours, theirs, *compiler = interleaved(calls, inputs, budget)
         name = f"forward + backward ({n}, {classes}) {dtype}"
         rows.append(Row(name, "F.cross_entropy", ours, theirs, bar))
         if compiler:
@@ -101,25 +128,29 @@ def cross_entropy_rows(seconds: float, compiled: bool) -> list[Row]:
     return rows
 
 
-def accuracy_rows(seconds: float) -> list[Row]:
+def accuracy_rows(budget: Budget) -> list[Row]:
     """Accuracy alone: top-1 beside one ``amax``, top-5 beside one ``topk``; random and mostly right rows."""
     rows = []
     for dtype in _DTYPES.values():
         for n, classes in ((4096, 1000), (2048, 32000), (512, 128256)):
-            x = torch.randn(n, classes)
             target = torch.randint(classes, (n,))
-            trained = x.clone()
-            trained[torch.arange(n), target] += 8
-            for kind, logits, bar in (("random", x.to(dtype), 1.5), ("trained", trained.to(dtype), 2.5)):
+            for kind, margin, bar in (("random", 0.0, 1.5), ("trained", 8.0, 2.5)):
+
+                def logits() -> Tensor:
+                    x = torch.randn(n, classes)  # noqa: B023
+                    x[torch.arange(n), target] += margin  # noqa: B023
+                    return x.to(dtype)  # noqa: B023
+
                 shape = f"({n}, {classes}) {str(dtype).removeprefix('torch.')} {kind}"
                 ours, theirs, five, topk = interleaved(
                     [
-                        partial(fastloss.accuracy, logits, target),
-                        partial(torch.amax, logits, 1),
-                        partial(fastloss.accuracy, logits, target, (1, 5)),
-                        partial(torch.topk, logits, 5, 1),
+                        lambda x: fastloss.accuracy(x, target),  # noqa: B023
+                        lambda x: torch.amax(x, 1),
+                        lambda x: fastloss.accuracy(x, target, (1, 5)),  # noqa: B023
+                        lambda x: torch.topk(x, 5, 1),
                     ],
-                    seconds,
+                    rotated(logits),
+                    budget,
                 )
                 rows.append(Row(f"accuracy top-1 {shape}", "amax", ours, theirs, bar))
                 rows.append(Row(f"accuracy top-1 and 5 {shape}", "topk(5)", five, topk, 1.0))
@@ -127,7 +158,7 @@ def accuracy_rows(seconds: float) -> list[Row]:
     return rows
 
 
-def crossover_rows(seconds: float) -> list[Row]:
+def crossover_rows(budget: Budget) -> list[Row]:
     """The fused pass beside torch's operator where logits are few: which of the two should serve them."""
     rows = []
     for dtype, torch_dtype in _DTYPES.items():
@@ -141,15 +172,15 @@ def crossover_rows(seconds: float) -> list[Row]:
             (128, 1000),
             (8192, 10),
         ):
-            x = torch.randn(n, classes).to(torch_dtype).requires_grad_()
+            inputs = rotated(lambda: torch.randn(n, classes).to(torch_dtype).requires_grad_())  # noqa: B023
             target = torch.randint(classes, (n,))
 
             def fused(x: Tensor, target: Tensor) -> Tensor:
                 with fastloss.use_backend("eager"):
                     return fastloss.cross_entropy(x, target)
 
-            calls = [forward_backward(f, x, target) for f in (fused, F.cross_entropy)]
-            ours, theirs = interleaved(calls, seconds)
+            calls = [forward_backward(f, target) for f in (fused, F.cross_entropy)]
+            ours, theirs = interleaved(calls, inputs, budget)
             rows.append(Row(f"fused ({n}, {classes}) = {n * classes} {dtype}", "F.cross_entropy", ours, theirs, None))
             print(rows[-1], flush=True)
     return rows
@@ -178,20 +209,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table; exit code 1 if a bar is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each shape (default: %(default)s)")
+    parser.add_argument("--block", type=int, default=10, help="calls in a turn (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="beside torch.compile too")
     parser.add_argument("--crossover", action="store_true", help="only where fused and torch's operator meet")
     parser.add_argument("--op", choices=("cross_entropy", "accuracy"), help="only this one")
     parsed = parser.parse_args(arguments)
     print(f"fastloss {fastloss.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    budget = Budget(parsed.seconds, max(1, parsed.block))
     before = cpu_seconds()
     rows: list[Row] = []
     if parsed.crossover:
-        rows = crossover_rows(parsed.seconds)
+        rows = crossover_rows(budget)
     else:
         if parsed.op != "accuracy":
-            rows += cross_entropy_rows(parsed.seconds, parsed.compile)
+            rows += cross_entropy_rows(budget, parsed.compile)
         if parsed.op != "cross_entropy":
-            rows += accuracy_rows(parsed.seconds)
+            rows += accuracy_rows(budget)
     missed = [row for row in rows if row.bar is not None and row.ratio > row.bar]
     print(f"{len(missed)} bars missed; others used {others_share(before):.0%} of the CPU time")
     return 1 if missed else 0

@@ -31,13 +31,10 @@ def accuracy(
     if _share(ignored):
         counted = ~ignored
         label, invalid = inside_label(label, counted, classes)
+    if topk == (1,):
+        return reduce_accuracy((_top_1(logits, label),), counted, invalid, reduction)
     ranks = TargetRanks(logits, label, topk)
-    if topk != (1,):
-        for_each(
-            chunks(logits.shape, logits.dtype), lambda chunk: ranks.visit(chunk, chunk.of(logits)), logits.device
-        )
-    else:
-        ranks.right = (_top_1(logits, label),)
+    for_each(chunks(logits.shape, logits.dtype), lambda chunk: ranks.visit(chunk, chunk.of(logits)), logits.device)
     return reduce_accuracy(ranks.right, counted, invalid, reduction)
 
 
@@ -47,14 +44,15 @@ def _top_1(logits: Tensor, label: Tensor) -> Tensor:
     A few rows tell how to judge the rest. Where few are right, the row's maximum settles all but those few. Where
     most are, the greatest of the *other* classes settles all but ties.
     """
-    mine = logits.gather(1, label)
-    sample = slice(None, max(1, _SAMPLE_ROWS // max(logits.shape[2], 1)))
-    if _share(mine[sample] >= logits[sample].amax(1, keepdim=True)) > 0.25:
+    few = max(1, _SAMPLE_ROWS // max(logits.shape[2], 1))
+    sample = logits[:few]
+    if _share(sample.gather(1, label[:few]) >= sample.amax(1, keepdim=True)) > 0.25:
         if logits.dtype == compute_dtype(logits.dtype):
             return is_right_at_1(logits, label)
-        return _beats_others(logits, label, mine)
-    right = ~(mine < logits.amax(1, keepdim=True))  # or a NaN in the row
-    _settle_(right, logits, label, mine)
+        return _beats_others(logits, label, logits.gather(1, label))
+    best = logits.amax(1, keepdim=True)
+    right = ~(logits.gather(1, label) < best)  # or a NaN in the row
+    _settle_(right, logits, label)
     return right
 
 
@@ -70,17 +68,18 @@ def _beats_others(logits: Tensor, label: Tensor, mine: Tensor) -> Tensor:
 
     for_each(chunks(logits.shape, logits.dtype), visit, logits.device)
     right = mine > best
-    _settle_(right, logits, label, mine, ~(mine < best) & ~right)
+    _settle_(right, logits, label, ~(mine < best) & ~right)
     return right
 
 
-def _settle_(right: Tensor, logits: Tensor, label: Tensor, mine: Tensor, unsettled: Tensor | None = None) -> None:
-    """Judge the rows of ``unsettled`` (if None, of ``right``), NaNs among them, by what stands before their label."""
+def _settle_(right: Tensor, logits: Tensor, label: Tensor, unsettled: Tensor | None = None) -> None:
+    """Judge the few rows of ``unsettled`` (if None, of ``right``) by where their first maximum, or NaN, stands."""
     o, _, i = (right if unsettled is None else unsettled).nonzero(as_tuple=True)
     step = max(1, _PIECE_BYTES // logits.shape[1])
     for start in range(0, len(o), step):
         some_o, some_i = o[start : start + step], i[start : start + step]
-        right[some_o, :, some_i] = _before(logits, label, mine, some_o, some_i) == 0
+        first = logits[some_o, :, some_i].argmax(1, keepdim=True)
+        right[some_o, :, some_i] = first == label[some_o, :, some_i]
 
 
 def inside_label(target: Tensor, counted: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
@@ -189,7 +188,7 @@ def is_right_at_1(logits: Tensor, label: Tensor) -> Tensor:
     near.scatter_(1, row_label - start, -torch.inf)
     tied = torch.zeros_like(right)
     tied[o, :, i] = ~(torch.maximum(others, near.amax(1, keepdim=True)) < row_mine)  # or NaN
-    _settle_(right, logits, label, mine, tied)
+    _settle_(right, logits, label, tied)
     return right
 
 
