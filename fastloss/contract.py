@@ -5,7 +5,8 @@ run over both. Neither knows autograd, argument checks or shapes beyond one cano
 
 - ``logits`` is ``(outer, classes, inner)``, with any strides. A *row* is one ``logits[o, :, i]``, and row number
   ``o * inner + i``. ``(N, C)`` becomes ``(N, C, 1)``; ``(N, C, d1, …)`` becomes ``(N, C, d1·…)``.
-- ``target`` is ``(rows,)``, contiguous, int64 / int32 / uint8.
+- ``target`` is ``(rows,)``, contiguous, int64 / int32 / uint8. A *soft* target holds a value for each class, and is
+  ``(outer, classes, inner)`` like the logits, in any floating-point dtype and any strides.
 - A result "a row" is ``(rows,)``; reduced, it is ``()``.
 """
 
@@ -18,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "Forward", "LossOptions", "compute_dtype"]
+__all__ = ["Backend", "Forward", "LossOptions", "SoftForward", "compute_dtype"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class LossOptions:
     lse_square_scale: float = 0.0
     softcap: float | None = None
     topk: tuple[int, ...] = ()  # the accuracies to compute in the same pass; empty: none
+    from_logits: bool = True  # False: the input is probabilities (soft targets alone)
 
 
 class Forward(NamedTuple):
@@ -41,6 +43,15 @@ class Forward(NamedTuple):
     gradient: Tensor | None  # d(loss)/d(logits) at an upstream gradient of 1, laid out as logits
     saved: tuple[Tensor, ...]  # what this backend's `cross_entropy_backward` wants back
     scale: Tensor | None  # (): 1 / (sum of the counted rows' weights); given with a gradient for "mean"
+
+
+class SoftForward(NamedTuple):
+    """What a forward pass against soft targets gives."""
+
+    loss: Tensor  # () or (rows,), in the dtype that was asked for
+    gradient: Tensor | None  # d(loss)/d(input) at an upstream gradient of 1, laid out as the input
+    target_gradient: Tensor | None  # d(loss)/d(target), laid out as the target
+    saved: tuple[Tensor, ...]  # what this backend's `soft_cross_entropy_backward` wants back
 
 
 class Backend(Protocol):
@@ -75,6 +86,42 @@ class Backend(Protocol):
         inplace: bool,
     ) -> Tensor:
         """The gradient from the logits; ``upstream`` is ``()``, or ``(rows,)`` for reduction "none"."""
+        ...
+
+    def soft_cross_entropy_forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        *,
+        loss_dtype: torch.dtype,
+        gradient: bool,
+        target_gradient: bool,
+        inplace: bool,
+    ) -> SoftForward:
+        """The loss of soft targets t, with u = (1−ε) t + ε/C, and either gradient if asked for (a reduced loss then).
+
+        Of logits:        L = Σ_c w_c u_c (lse − z_c) + λ lse² Σ_c w_c t_c;  "mean" divides by the number of rows.
+        Of probabilities: L = −Σ_c w_c u_c log y_c (``options.from_logits`` is False), where 0 · log y is 0.
+        ``options.ignore_index`` and ``options.topk`` mean nothing here.
+        """
+        ...
+
+    def soft_cross_entropy_backward(
+        self,
+        upstream: Tensor,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        saved: Sequence[Tensor],
+        *,
+        gradient: bool,
+        target_gradient: bool,
+        inplace: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients from the input and the target; ``upstream`` is ``()``, or ``(rows,)`` for "none"."""
         ...
 
     def rescale(self, gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
