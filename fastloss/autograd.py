@@ -10,8 +10,9 @@ back: with G = s (A p − b),
 
     H V = s A (p ∘ V − p ⟨p, V⟩),     p = (G / s + b) / A
 
-(A and b as in ``fastloss/eager/cross_entropy.py``), itself written in differentiable ops, so that the third
-derivative follows. Where a softcap or the z-loss hides p, the logits are kept after all, for those derivatives.
+(A and b as in ``fastloss/eager/cross_entropy.py``; for soft targets S and w u), itself written in differentiable ops,
+so that the third derivative follows. Where a softcap or the z-loss hides p, the logits are kept after all, for those
+derivatives.
 
 *Computed in backward, from the logits* (reduction "none"; float16, where a gradient divided by N before the loss
 scale arrives would flush to zero). Derivatives past the first go through :mod:`fastloss.composite`.
@@ -19,6 +20,7 @@ scale arrives would flush to zero). Derivatives past the first go through :mod:`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,9 +44,22 @@ def fused_cross_entropy(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss (with a graph where ``input`` needs one) and the accuracies, all as ``()`` or ``(rows,)``.
 
-    ``input`` is ``(C,)`` or ``(N, C, …)``; ``target`` and what comes back "a row" are flat.
+    ``input`` is ``(C,)`` or ``(N, C, …)``; ``target``, unless it is soft and shaped like ``input``, and what comes
+    back "a row" are flat.
     """
-    if not (input.requires_grad and torch.is_grad_enabled()):
+    soft = target.is_floating_point()
+    if not ((input.requires_grad or target.requires_grad) and torch.is_grad_enabled()):
+        if soft:
+            return backend.soft_cross_entropy_forward(
+                as_rows(input),
+                as_rows(target),
+                weight,
+                options,
+                loss_dtype=loss_dtype,
+                gradient=False,
+                target_gradient=False,
+                inplace=False,
+            ).loss, ()
         result = backend.cross_entropy_forward(
             as_rows(input), target, weight, options, loss_dtype=loss_dtype, gradient=False, inplace=False
         )
@@ -55,7 +70,8 @@ def fused_cross_entropy(
             "fastloss: inplace=True would write the gradient over a leaf tensor that requires grad, or over a "
             "view of one; pass the output of an operation, or inplace=False"
         )
-    loss, _, *accuracy = _CrossEntropy.apply(input, target, weight, options, backend, loss_dtype, inplace)
+    function = _SoftCrossEntropy if soft else _CrossEntropy
+    loss, _, *accuracy = function.apply(input, target, weight, options, backend, loss_dtype, inplace)
     return loss, tuple(accuracy)
 
 
@@ -108,25 +124,15 @@ class _CrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
         of_loss, of_gradient = upstreams[:2]
-        # A batched upstream (is_grads_batched=True) takes the same road: out of place, in torch's own ops.
-        differentiable = torch.is_grad_enabled() or any(
-            u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in (of_loss, of_gradient)
-        )
+        differentiable = _is_differentiable(upstreams[:2])
         nothing = (None,) * 6
         if ctx.inplace and ctx.written:
-            if differentiable:
-                raise RuntimeError(
-                    "fastloss: the logits were overwritten (inplace=True), so there is no second derivative; "
-                    "use inplace=False with create_graph=True"
-                )
-            (gradient,) = ctx.saved_tensors
-            if of_loss is None:
-                return (None, *nothing)
-            return (ctx.backend.rescale(gradient, of_loss, inplace=not _graph_is_kept()), *nothing)
+            _refuse_second_derivative(upstreams[:2])
+            return (*_handed_over(ctx, ctx.saved_tensors, of_loss), *nothing)
 
         input, target, weight, gradient, scale, *saved = ctx.saved_tensors
         if differentiable and ctx.from_logits:
-            return (_differentiable_gradient(input, target, weight, ctx.options, of_loss), *nothing)
+            return (*_differentiable_gradients(ctx, input, target, weight, of_loss), *nothing[1:])
         if not ctx.written:
             if of_loss is None:
                 return (None, *nothing)
@@ -151,52 +157,201 @@ class _CrossEntropy(Function):
                 mine = not _graph_is_kept() and of_gradient is None
                 total = ctx.backend.rescale(gradient.detach(), of_loss, inplace=mine)
         if of_gradient is not None:
-            second = _second(ctx.options, target, weight, gradient, scale, of_gradient)
+            slopes = _hard_slopes(gradient, target, weight, ctx.options, scale)
+            second = _second(gradient, of_gradient, *slopes)
             total = second if total is None else total + second
         return (total, *nothing)
 
 
-def _second(
-    options: LossOptions, target: Tensor, weight: Tensor | None, gradient: Tensor, scale: Tensor | None, v: Tensor
-) -> Tensor:
-    """H V, from G, in differentiable ops: see the head of this file."""
+class _SoftCrossEntropy(Function):
+    """(input, soft target, …) → (loss, G or None): as :class:`_CrossEntropy`, with a gradient for the target too.
+
+    That one is written or computed together with G, but is no output: derivatives past the first of a target that
+    requires grad come from the logits, which are kept then.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        backend: Backend,
+        loss_dtype: torch.dtype,
+        inplace: bool,
+    ) -> tuple[Tensor | None, ...]:
+        of_input, of_target = ctx.needs_input_grad[:2]
+        logits, soft = as_rows(input), as_rows(target)
+        inplace = inplace and of_input and logits.data_ptr() == input.data_ptr()
+        ctx.options, ctx.backend, ctx.inplace = options, backend, inplace
+        ctx.set_materialize_grads(False)
+        ctx.written = options.reduction != "none" and torch.float16 not in (input.dtype, target.dtype)
+        hides_softmax = options.softcap is not None or options.lse_square_scale != 0 or not options.from_logits
+        overwrites = inplace and ctx.written
+        ctx.from_logits = not overwrites and (not ctx.written or hides_softmax or of_target)
+        result = backend.soft_cross_entropy_forward(
+            logits,
+            soft,
+            weight,
+            options,
+            loss_dtype=loss_dtype,
+            gradient=ctx.written and of_input,
+            target_gradient=ctx.written and of_target,
+            inplace=overwrites,
+        )
+        gradient = None if result.gradient is None else result.gradient.view(input.shape)
+        target_gradient = None if result.target_gradient is None else result.target_gradient.view(target.shape)
+        if overwrites:
+            torch.autograd.graph.increment_version(input)
+            ctx.save_for_backward(input.detach(), target_gradient)
+            return result.loss, None
+        ctx.save_for_backward(
+            input if ctx.from_logits else None, target, weight, gradient, target_gradient, *result.saved
+        )
+        return result.loss, gradient
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_loss, of_gradient = upstreams
+        nothing = (None,) * 5
+        if ctx.inplace and ctx.written:
+            _refuse_second_derivative(upstreams)
+            return (*_handed_over(ctx, ctx.saved_tensors, of_loss), *nothing)
+        input, target, weight, gradient, target_gradient, *saved = ctx.saved_tensors
+        differentiable = _is_differentiable(upstreams)
+        if differentiable and ctx.from_logits:
+            return (*_differentiable_gradients(ctx, input, target, weight, of_loss), *nothing)
+        if not ctx.written:
+            if of_loss is None:
+                return (None, None, *nothing)
+            of_input, of_target = ctx.needs_input_grad[:2]
+            inplace = ctx.inplace and not _graph_is_kept()
+            g, d = ctx.backend.soft_cross_entropy_backward(
+                of_loss,
+                as_rows(input),
+                as_rows(target),
+                weight,
+                ctx.options,
+                saved,
+                gradient=of_input,
+                target_gradient=of_target,
+                inplace=inplace,
+            )
+            if inplace:
+                torch.autograd.graph.increment_version(input)
+            return (
+                None if g is None else g.view(input.shape),
+                None if d is None else d.view(target.shape),
+                *nothing,
+            )
+        if differentiable or of_gradient is not None:
+            total = None if of_loss is None else gradient * of_loss
+            if of_gradient is not None:
+                second = _second(gradient, of_gradient, *_soft_slopes(gradient, target, weight, ctx.options))
+                total = second if total is None else total + second
+            return (total, None, *nothing)
+        return (*_handed_over(ctx, (gradient, target_gradient), of_loss), *nothing)
+
+
+def _handed_over(ctx: Any, written: Sequence[Tensor | None], upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients that the forward pass wrote, times ``upstream``."""
+    mine = not _graph_is_kept()
+    return tuple(
+        None if g is None or upstream is None else ctx.backend.rescale(g.detach(), upstream, inplace=mine)
+        for g in written
+    )
+
+
+def _is_differentiable(upstreams: Sequence[Tensor | None]) -> bool:
+    """Must backward itself be differentiable (``create_graph=True``)?
+
+    A batched upstream (``is_grads_batched=True``) takes the same road: out of place, in torch's own ops.
+    """
+    return torch.is_grad_enabled() or any(
+        u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in upstreams
+    )
+
+
+def _refuse_second_derivative(upstreams: Sequence[Tensor | None]) -> None:
+    if _is_differentiable(upstreams):
+        raise RuntimeError(
+            "fastloss: the logits were overwritten (inplace=True), so there is no second derivative; "
+            "use inplace=False with create_graph=True"
+        )
+
+
+def _hard_slopes(
+    gradient: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A, b and s of class indices, where G = s (A p − b): see the head of this file. A is 0 in ignored rows."""
     dtype = compute_dtype(gradient.dtype)
-    g, v = as_rows(gradient).to(dtype), as_rows(v).to(dtype)
-    outer, classes, inner = g.shape
+    outer, classes, inner = as_rows(gradient).shape
     target = target.view(outer, 1, inner).long()
     counted = target != options.ignore_index
     label = target * (counted & (target >= 0) & (target < classes))
-    w = torch.ones(classes, dtype=dtype, device=g.device) if weight is None else weight.to(dtype)
+    w = torch.ones(classes, dtype=dtype, device=gradient.device) if weight is None else weight.to(dtype)
     eps = options.label_smoothing
     hit, spread = w[label] * counted * (1 - eps), counted.to(dtype) * (eps / classes)
-    level = hit + spread * w.sum()  # A
     b = (spread * w.view(1, -1, 1)).scatter_add(1, label, hit)
-    s = torch.ones((), dtype=dtype, device=g.device) if scale is None else scale.to(dtype)
+    s = torch.ones((), dtype=dtype, device=gradient.device) if scale is None else scale.to(dtype)
+    return hit + spread * w.sum(), b, s
+
+
+def _soft_slopes(
+    gradient: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of soft targets: b_c = w_c u_c, and A their sum."""
+    dtype = compute_dtype(gradient.dtype)
+    b = as_rows(target).to(dtype)
+    outer, classes, inner = b.shape
+    eps = options.label_smoothing
+    b = b * (1 - eps) + eps / classes
+    if weight is not None:
+        b = b * weight.to(dtype).view(1, -1, 1)
+    s = 1.0 / (outer * inner) if options.reduction == "mean" else 1.0
+    return b.sum(1, keepdim=True), b, torch.full((), s, dtype=dtype, device=gradient.device)
+
+
+def _second(gradient: Tensor, v: Tensor, level: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    """H V, from G, in differentiable ops: see the head of this file."""
+    dtype = compute_dtype(gradient.dtype)
+    g, v = as_rows(gradient).to(dtype), as_rows(v).to(dtype)
     # A row of weight 0 has G = 0 and H = 0, whatever its p.
-    known = counted & (level != 0)
+    known = level != 0
     p = torch.where(known, (g / s + b) / torch.where(known, level, 1.0), 0.0)
     result = s * p * level * (v - (p * v).sum(1, keepdim=True))
     return result.view(gradient.shape).to(gradient.dtype)
 
 
-def _differentiable_gradient(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, upstream: Tensor | None
-) -> Tensor | None:
-    """The gradient as a function of ``input`` and ``upstream`` that autograd can differentiate again."""
+def _differentiable_gradients(
+    ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, upstream: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients as functions of ``input``, ``target`` and ``upstream`` that autograd can differentiate again."""
     if upstream is None:
-        return None
+        return None, None
     create_graph = torch.is_grad_enabled()
     if not create_graph:
-        input = input.detach().requires_grad_()
+        input = input.detach().requires_grad_(ctx.needs_input_grad[0])
+        target = target.detach().requires_grad_(ctx.needs_input_grad[1])
+    wanted = [t for t, needed in zip((input, target), ctx.needs_input_grad, strict=False) if needed]
     dtype = compute_dtype(input.dtype)
     with torch.enable_grad():
-        wide = input.to(dtype)
-        rows = wide if input.dim() == 1 else as_rows(wide).movedim(1, -1).flatten(0, 1)
-        labels = target if input.dim() > 1 else target.view(())
-        loss = composite.cross_entropy(rows, labels, None if weight is None else weight.to(dtype), options)
-        upstream = upstream.to(dtype).view(loss.shape)
-        (result,) = torch.autograd.grad(loss, input, upstream, create_graph=create_graph)
-    return result
+        rows, labels = _flat(input).to(dtype), target
+        if target.is_floating_point():
+            labels = _flat(target)
+        elif input.dim() == 1:
+            labels = target.view(())
+        loss = composite.cross_entropy(rows, labels, None if weight is None else weight.to(dtype), ctx.options)
+        results = iter(
+            torch.autograd.grad(loss, wanted, upstream.to(loss.dtype).view(loss.shape), create_graph=create_graph)
+        )
+    return tuple(next(results) if needed else None for needed in ctx.needs_input_grad[:2])  # type: ignore[return-value]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """``(rows, classes)``, or ``(classes,)`` as it is."""
+    return tensor if tensor.dim() == 1 else as_rows(tensor).movedim(1, -1).flatten(0, 1)
 
 
 def _graph_is_kept() -> bool:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from .contract import LossOptions
 
-__all__ = ["check_index_target", "check_labels", "check_logits", "checked_options", "checked_topk"]
+__all__ = [
+    "check_index_target",
+    "check_labels",
+    "check_logits",
+    "check_soft_target",
+    "checked_options",
+    "checked_topk",
+]
 
 _REDUCTIONS = ("none", "mean", "sum")
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
@@ -40,6 +47,7 @@ def checked_options(
     lse_square_scale: object,
     softcap: object,
     topk: tuple[int, ...] = (),
+    from_logits: object = True,
 ) -> LossOptions:
     """The words and numbers that are not tensors, as plain ints and floats."""
     if reduction not in _REDUCTIONS:
@@ -54,13 +62,16 @@ def checked_options(
         raise ValueError(f"fastloss: softcap is {softcap}; expected a positive finite number, or None for no cap")
     if not abs(scale) < float("inf"):
         raise ValueError(f"fastloss: lse_square_scale is {lse_square_scale}; expected a finite number")
+    if not from_logits and (cap is not None or scale != 0.0):
+        name, value = ("softcap", softcap) if cap is not None else ("lse_square_scale", lse_square_scale)
+        raise ValueError(f"fastloss: {name} is {value} beside from_logits=False; probabilities have no logits for it")
     try:
         ignored = operator.index(ignore_index)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"fastloss: ignore_index is {ignore_index!r}; expected an int") from None
     if not -(2**63) <= ignored < 2**63:
         raise ValueError(f"fastloss: ignore_index is {ignored}; expected a number of 64 bits")
-    return LossOptions(ignored, smoothing, str(reduction), scale, cap, topk)
+    return LossOptions(ignored, smoothing, str(reduction), scale, cap, topk, bool(from_logits))
 
 
 def _number(value: object, name: str) -> float:
@@ -75,17 +86,18 @@ def _number(value: object, name: str) -> float:
 def check_index_target(input: Tensor, target: object, weight: object) -> None:
     """Class indices that fit ``input``, and a class weight that does; looks at no element."""
     if not isinstance(target, Tensor):
-        raise TypeError(f"fastloss: target must be a Tensor of class indices, got {type(target).__name__}")
-    classes = input.shape[0] if input.dim() == 1 else input.shape[1]
+        raise TypeError(f"fastloss: target must be a Tensor, got {type(target).__name__}")
     expected = tuple(input.shape[:1] + input.shape[2:]) if input.dim() > 1 else ()
-    if target.shape == input.shape and target.is_floating_point():
-        raise NotImplementedError(
-            f"fastloss: target of shape {tuple(target.shape)} and dtype {target.dtype} holds class probabilities; "
-            f"expected class indices of shape {expected} (its argmax over the classes, if it is one-hot)"
-        )
     if target.dtype not in _LABEL_DTYPES:
         raise RuntimeError(
-            f"fastloss: target has dtype {target.dtype}; expected class indices in int64, int32 or uint8"
+            f"fastloss: target has dtype {target.dtype} and shape {tuple(target.shape)} beside an input of dtype "
+            f"{input.dtype} and shape {tuple(input.shape)}; expected class indices in int64, int32 or uint8, of "
+            f"shape {expected}, or class probabilities: floating point, in the shape of input"
+        )
+    if target.shape == input.shape and input.dim() > 1:
+        raise RuntimeError(
+            f"fastloss: target has dtype {target.dtype} and the shape of input, {tuple(input.shape)}; class "
+            f"probabilities must be floating point, as {input.dtype}; expected class indices are of shape {expected}"
         )
     if tuple(target.shape) != expected and not (input.dim() == 1 and tuple(target.shape) == (1,)):
         kind = ValueError if target.shape[:1] != input.shape[:1] else RuntimeError  # torch looks at the batch first
@@ -93,6 +105,37 @@ def check_index_target(input: Tensor, target: object, weight: object) -> None:
             f"fastloss: target has shape {tuple(target.shape)}; expected {expected} "
             f"for an input of shape {tuple(input.shape)}"
         )
+    _check_beside(input, target, weight)
+    if weight is None:
+        return
+    assert isinstance(weight, Tensor)
+    fitting = {input.dtype, torch.float32} if input.dtype.itemsize == 2 else {input.dtype}
+    if weight.dtype not in fitting:
+        raise RuntimeError(f"fastloss: weight has dtype {weight.dtype}; expected {input.dtype}, as input has")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("fastloss: weight requires grad, and the loss is not differentiable in it; detach it")
+
+
+def check_soft_target(input: Tensor, target: Tensor, weight: object, ignore_index: int) -> None:
+    """Class probabilities, of input's shape and floating point, that fit ``input``; looks at no element."""
+    if target.dtype.itemsize < 2 or not target.is_floating_point():
+        raise RuntimeError(
+            f"fastloss: target has dtype {target.dtype}; expected class probabilities in float16, bfloat16, float32 "
+            f"or float64, as input's {input.dtype}"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError(
+            f"fastloss: ignore_index is {ignore_index} beside class probabilities, which have no index to ignore; "
+            "expected a negative number (the default), or class indices as target"
+        )
+    _check_beside(input, target, weight)
+    if isinstance(weight, Tensor) and not weight.is_floating_point():
+        raise RuntimeError(f"fastloss: weight has dtype {weight.dtype}; expected {input.dtype}, as input has")
+
+
+def _check_beside(input: Tensor, target: Tensor, weight: object) -> None:
+    """``target`` and ``weight`` are where ``input`` is, and there is a weight for each class."""
+    classes = input.shape[min(1, input.dim() - 1)]
     if target.device != input.device:
         raise RuntimeError(f"fastloss: target is on {target.device}; expected {input.device}, where input is")
     if weight is None:
@@ -103,13 +146,8 @@ def check_index_target(input: Tensor, target: object, weight: object) -> None:
         raise RuntimeError(
             f"fastloss: weight has shape {tuple(weight.shape)}; expected one weight for each class: ({classes},)"
         )
-    fitting = {input.dtype, torch.float32} if input.dtype.itemsize == 2 else {input.dtype}
-    if weight.dtype not in fitting:
-        raise RuntimeError(f"fastloss: weight has dtype {weight.dtype}; expected {input.dtype}, as input has")
     if weight.device != input.device:
         raise RuntimeError(f"fastloss: weight is on {weight.device}; expected {input.device}, where input is")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("fastloss: weight requires grad, and the loss is not differentiable in it; detach it")
 
 
 def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:

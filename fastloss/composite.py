@@ -10,47 +10,102 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import LossOptions
+from .contract import LossOptions, compute_dtype
 
-__all__ = ["accuracy", "cross_entropy"]
+__all__ = ["accuracy", "cross_entropy", "is_soft"]
 
 
 def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
-    """The loss of class-index targets in ``input``'s dtype; shapes as in :func:`fastloss.cross_entropy`."""
+    """The loss in the dtype that torch gives it; shapes as in :func:`fastloss.cross_entropy`."""
+    if not options.from_logits:
+        return _of_probabilities(input, target, weight, options)
+    soft = is_soft(input, target)
     logits = input
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(input / options.softcap)
-    if weight is not None:
+    if weight is not None and not soft:
         weight = weight.to(logits.dtype)
-    if target.dtype not in (torch.int64, torch.uint8):
+    if not soft and target.dtype not in (torch.int64, torch.uint8):
         target = target.long()
     loss = F.cross_entropy(
         logits,
         target,
         weight,
-        ignore_index=options.ignore_index,
+        ignore_index=-100 if soft else options.ignore_index,
         reduction=options.reduction,
         label_smoothing=options.label_smoothing,
     )
     if not options.lse_square_scale:
         return loss
-    counted = target != options.ignore_index
-    label = torch.where(counted, target, 0).long()
-    row_weight = counted.to(logits.dtype) if weight is None else weight[label] * counted
-    lse = torch.logsumexp(logits, 1 if logits.dim() > 1 else 0)
+    lse = torch.logsumexp(logits, _class_dim(logits))
+    if soft:
+        mass = (target if weight is None else target * _by_class(weight, target)).sum(_class_dim(target))
+        return loss + _reduced(options.lse_square_scale * mass * lse.square(), None, options.reduction)
+    counted, row_weight = _row_weight(target, weight, logits.dtype, options)
     # The inner `where` keeps an ignored row's infinities out of the gradient of the outer one.
     squares = torch.where(counted, torch.where(counted, lse, 0.0).square() * row_weight, 0.0)
-    squares = options.lse_square_scale * squares
-    if options.reduction == "none":
-        return loss + squares
-    if options.reduction == "sum":
-        return loss + squares.sum()
-    return loss + squares.sum() / row_weight.sum()
+    return loss + _reduced(options.lse_square_scale * squares, row_weight, options.reduction)
+
+
+def is_soft(input: Tensor, target: Tensor) -> bool:
+    """Does ``target`` hold a value for each class? torch's rule: it has the input's shape, and is not of integers."""
+    return target.shape == input.shape and target.is_floating_point()
+
+
+def _of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+    """−Σ t log y. Of class indices N values are read and, in backward, one gradient is written: nothing to fuse."""
+    result_dtype = input.dtype
+    y, eps = input.to(compute_dtype(input.dtype)), options.label_smoothing
+    dim = _class_dim(input)
+    w = None if weight is None else _by_class(weight.to(y.dtype), input)
+    if is_soft(input, target):
+        result_dtype = torch.promote_types(input.dtype, target.dtype)
+        u = target * (1 - eps) + eps / input.shape[dim]
+        u = u if w is None else u * w
+        # Where u is 0 nothing is added, and log's infinite slope at 0 stays out of the gradient.
+        rows = -torch.where(u == 0, 0.0, u * torch.where(u == 0, 1.0, y).log()).sum(dim)
+        return _reduced(rows, None, options.reduction).to(result_dtype)
+    counted, row_weight = _row_weight(target, weight, y.dtype, options)
+    label = torch.where(counted, target, 0).long()
+    p_y = torch.where(counted, y.gather(dim, label.unsqueeze(dim)).squeeze(dim), 1.0)
+    rows = -(1 - eps) * row_weight * p_y.log()
+    if eps:
+        logs = y.log() if w is None else y.log() * w
+        rows = rows - torch.where(counted, eps / input.shape[dim] * logs.sum(dim), 0.0)
+    return _reduced(rows, row_weight, options.reduction).to(result_dtype)
+
+
+def _row_weight(
+    target: Tensor, weight: Tensor | None, dtype: torch.dtype, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """Which rows count, and w_y: 0 in the others."""
+    counted = target != options.ignore_index
+    if weight is None:
+        return counted, counted.to(dtype)
+    return counted, weight[torch.where(counted, target, 0).long()] * counted
+
+
+def _reduced(rows: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
+    """``row_weight`` is None where the mean is one over rows."""
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.mean() if row_weight is None else rows.sum() / row_weight.sum()
+
+
+def _class_dim(input: Tensor) -> int:
+    return 1 if input.dim() > 1 else 0
+
+
+def _by_class(weight: Tensor, input: Tensor) -> Tensor:
+    """The class weights, shaped to be multiplied with ``input``."""
+    return weight.view([-1] + [1] * (input.dim() - _class_dim(input) - 1))
 
 
 def accuracy(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
     """For each k of the options the accuracy of class-index targets, as :func:`fastloss.accuracy` has it."""
-    dim = 1 if input.dim() > 1 else 0
+    dim = _class_dim(input)
     classes = input.shape[dim]
     target = target.long().view(input.shape[:dim] + input.shape[dim + 1 :])
     counted = target != options.ignore_index

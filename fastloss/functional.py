@@ -49,7 +49,7 @@ def cross_entropy(
     from_logits: bool = True,
     inplace: bool = False,
 ) -> Tensor:
-    r"""Cross-entropy of logits and class indices, with its gradient from the same pass over the logits.
+    r"""Cross-entropy of logits and labels or class probabilities, with its gradient from the same pass over them.
 
     Takes the place of :func:`torch.nn.functional.cross_entropy`: everything before the ``*`` is that function's,
     argument for argument and meaning for meaning. With z the logits, y a row's label, w the class weights, W = Σ w,
@@ -57,26 +57,36 @@ def cross_entropy(
 
         w_y (1−ε) (lse(z) − z_y)  +  w_y λ lse(z)²  +  ε/C (W lse(z) − Σ_c w_c z_c)
 
-    and "mean" divides their sum by the sum of w_y over the rows that are not ignored.
+    and "mean" divides their sum by the sum of w_y over the rows that are not ignored. With a probability t_c for each
+    class, and u_c = (1−ε) t_c + ε/C, it is
+
+        Σ_c w_c u_c (lse(z) − z_c)  +  λ lse(z)² Σ_c w_c t_c
+
+    and "mean" divides by the number of rows.
 
     Args:
         input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, …)``; float16, bfloat16, float32 or float64; any strides.
         target: class indices in [0, C), or ``ignore_index``; ``()``, ``(N,)`` or ``(N, d1, …)``; int64, int32 or
-            uint8.
+            uint8. Or class probabilities (one-hot rows, mixtures, any weights) of ``input``'s shape, in any
+            floating-point dtype; one that requires grad gets its gradient.
         weight: a weight for each class, ``(C,)``, in ``input``'s dtype (or float32 beside 16-bit logits).
         size_average, reduce: torch's deprecated forms of ``reduction``.
-        ignore_index: a label whose rows count neither in the loss nor in its mean, and whose gradient is 0.
+        ignore_index: a label whose rows count neither in the loss nor in its mean, and whose gradient is 0. Class
+            probabilities have no such label: beside them it must be negative.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: ε, in [0, 1] (Szegedy et al. 2016, arXiv:1512.00567).
         lse_square_scale: λ of the z-loss λ · lse², weighted as the row is (PaLM, arXiv:2204.02311, §5).
         softcap: z = softcap · tanh(input / softcap) (Gemma 2, arXiv:2408.00118, §2).
-        from_logits: ``input`` is logits; the only form there is so far.
+        from_logits: if False, ``input`` is probabilities y, and log y takes the place of z − lse(z): a row's loss is
+            −w_y log y_y, or −Σ_c w_c t_c log y_c, where a class with t_c = 0 adds nothing, even at y_c = 0. Rows of y
+            are taken as they are, whatever they add up to. There is no ``softcap`` or ``lse_square_scale`` then.
         inplace: write the gradient over ``input``, which then no longer holds the logits: saves the gradient's
             memory. autograd raises its own error where the overwritten values are still needed.
 
     Returns:
-        The loss, ``()``, or of ``target``'s shape for "none"; in ``input``'s dtype (float32 for 16-bit logits under
-        autocast, as torch has it). No row counted: NaN for "mean", 0 for "sum".
+        The loss, ``()``, or of a label's shape for each row for "none"; in ``input``'s dtype (float32 for 16-bit
+        logits under autocast, as torch has it; beside class probabilities of a wider dtype, in that). No row counted:
+        NaN for "mean", 0 for "sum".
 
     Raises:
         TypeError, ValueError, RuntimeError: arguments that don't fit, as torch raises them.
@@ -92,6 +102,13 @@ def cross_entropy(
         >>> logits.grad
         tensor([[-0.1072,  0.0876,  0.0196],
                 [ 0.1503, -0.3339,  0.1836]])
+
+        The textbook form: the outputs of a softmax and one-hot labels.
+
+        >>> ys = torch.softmax(logits.detach(), 1)
+        >>> ts = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> cross_entropy(ys, ts, from_logits=False)
+        tensor(0.6716)
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
@@ -110,11 +127,13 @@ def cross_entropy(
             )
         except (RuntimeError, ValueError, IndexError, TypeError):
             # Say the same in this package's words, if they have any for it.
-            checks.checked_options(ignore_index, label_smoothing, reduction, 0.0, None)
-            _check_tensors(input, target, weight, ignore_index, from_logits)
+            options = checks.checked_options(ignore_index, label_smoothing, reduction, 0.0, None)
+            _check_tensors(input, target, weight, options)
             raise
-    options = checks.checked_options(ignore_index, label_smoothing, reduction, lse_square_scale, softcap)
-    return _loss_and_accuracy(input, target, weight, options, from_logits, inplace)[0]
+    options = checks.checked_options(
+        ignore_index, label_smoothing, reduction, lse_square_scale, softcap, from_logits=from_logits
+    )
+    return _loss_and_accuracy(input, target, weight, options, inplace)[0]
 
 
 def cross_entropy_with_accuracy(
@@ -136,7 +155,7 @@ def cross_entropy_with_accuracy(
     """:func:`cross_entropy` and :func:`accuracy` from one pass over the logits.
 
     Takes the arguments of the two; ``reduction`` is that of both. Class weights, smoothing and softcap do not touch
-    the accuracy.
+    the accuracy. Beside class probabilities, whose argmax is the label, the accuracy takes a pass of its own.
 
     Returns:
         ``(loss, accuracy)``, a NamedTuple, each as its own function returns it.
@@ -150,8 +169,10 @@ def cross_entropy_with_accuracy(
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     ks = checks.checked_topk(topk)
-    options = checks.checked_options(ignore_index, label_smoothing, reduction, lse_square_scale, softcap, ks)
-    loss, values = _loss_and_accuracy(input, target, weight, options, from_logits, inplace)
+    options = checks.checked_options(
+        ignore_index, label_smoothing, reduction, lse_square_scale, softcap, ks, from_logits
+    )
+    loss, values = _loss_and_accuracy(input, target, weight, options, inplace)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
 
 
@@ -212,72 +233,96 @@ def _is_small(input: Tensor, target: Tensor, weight: Tensor | None = None) -> bo
         and type(target) is Tensor
         and input.is_cpu
         and (input.numel() <= SMALL_ON_CPU or (input.dim() > 1 and input.shape[1] <= FEW_CLASSES))
-        and (target.dtype is torch.int64 or target.dtype is torch.uint8)
+        and (
+            target.dtype is torch.int64
+            or target.dtype is torch.uint8
+            or (target.dtype is input.dtype and target.shape == input.shape)
+        )
         and (weight is None or (isinstance(weight, Tensor) and weight.dtype is input.dtype))
         and not backend.is_forced()
     )
 
 
-def _check_tensors(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, from_logits: bool
-) -> None:
+def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
     """Everything about the tensors of a loss, the labels themselves where a look is free or asked for."""
+    _check_shapes(input, target, weight, options)
+    if not target.is_floating_point() and (target.is_cpu or backend.validates()):
+        checks.check_labels(target, input.shape[min(1, input.dim() - 1)], options.ignore_index)
+
+
+def _check_shapes(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
+    """Everything about the tensors but their elements."""
     checks.check_logits(input)
-    if not from_logits:
-        raise NotImplementedError(
-            "fastloss: from_logits=False (probabilities as input) is not served; pass logits, or log-probabilities"
-        )
-    checks.check_index_target(input, target, weight)
-    if target.is_cpu or backend.validates():
-        checks.check_labels(target, input.shape[min(1, input.dim() - 1)], ignore_index)
+    if isinstance(target, Tensor) and composite.is_soft(input, target):
+        checks.check_soft_target(input, target, weight, options.ignore_index)
+    else:
+        checks.check_index_target(input, target, weight)
 
 
 def _loss_and_accuracy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    from_logits: bool,
-    inplace: bool,
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, inplace: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     if _is_traced(input, target):
-        checks.check_logits(input)
-        checks.check_index_target(input, target, weight)
+        _check_shapes(input, target, weight, options)
         return _composed(input, target, weight, options)
-    _check_tensors(input, target, weight, options.ignore_index, from_logits)
-    target = target.view(()) if input.dim() == 1 else target
+    _check_tensors(input, target, weight, options)
+    soft = target.is_floating_point()
+    if not soft and input.dim() == 1:
+        target = target.view(())
     if not inplace and input.numel() > 0 and _is_small(input, target, weight):
         return _composed(input, target, weight, options)
-    half = input.dtype.itemsize == 2
-    loss_dtype = torch.float32 if half and torch.is_autocast_enabled(input.device.type) else input.dtype
     if inplace and torch._debug_has_internal_overlap(input) == 1:
         raise RuntimeError(
             f"fastloss: inplace=True needs an input whose elements have memory of their own; "
             f"got strides {input.stride()} for shape {tuple(input.shape)} (an expanded tensor: clone it)"
         )
-    if input.numel() == 0:
+    loss_dtype = _loss_dtype(input, target, weight)
+    served = input.numel() > 0 and (soft or options.from_logits)
+    if not served or (soft and weight is not None and weight.requires_grad and torch.is_grad_enabled()):
         loss, values = _composed(input, target, weight, options)
         return loss.to(loss_dtype), values
     loss, values = fused_cross_entropy(
         input,
-        target.reshape(-1).contiguous(),
+        target if soft else target.reshape(-1).contiguous(),
         None if weight is None else weight.contiguous(),
         options,
         backend.load(backend.choose(input)),
         loss_dtype,
         inplace,
     )
+    if soft:
+        values = _accuracies(input, target, options)
     if options.reduction == "none":
-        return loss.view(target.shape), tuple(value.view(target.shape) for value in values)
+        shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+        return loss.view(shape), tuple(value.view(shape) for value in values)
     return loss, values
+
+
+def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    """As torch has it: the input's, or a wider one of class probabilities and their weights; autocast's float32."""
+    dtype = input.dtype
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
+        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+    half = dtype.itemsize == 2
+    return torch.float32 if half and torch.is_autocast_enabled(input.device.type) else dtype
 
 
 def _composed(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and accuracies where no fused pass serves the loss."""
-    values = _accuracy(input.detach(), target, options, checked=True)
-    return composite.cross_entropy(input, target, weight, options), values
+    return composite.cross_entropy(input, target, weight, options), _accuracies(input, target, options)
+
+
+def _accuracies(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
+    """The accuracies beside a loss that did not give them; its arguments are checked."""
+    if not options.topk:
+        return ()
+    if composite.is_soft(input, target):
+        target = _labels_of(target)
+        options = dataclasses.replace(options, ignore_index=-1)  # argmax gives none to ignore
+    return _accuracy(input.detach(), target, options, checked=True)
 
 
 def _accuracy(input: Tensor, target: Tensor, options: LossOptions, *, checked: bool = False) -> tuple[Tensor, ...]:

@@ -41,7 +41,7 @@ def accuracy(
     outer, classes, inner = logits.shape
     rows, none = outer * inner, reduction == "none"
     tiles, k_pad = plan(logits), power_of_2(len(topk))
-    right = torch.empty((len(topk), rows) if none else (len(topk),), device=logits.device)
+    right = torch.empty((len(topk), rows) if none else (len(topk),), dtype=torch.float32, device=logits.device)
     counts = None if none else torch.empty((tiles.grid, 1 + k_pad), dtype=torch.int32, device=logits.device)
     with on_device(logits):
         _rank_kernel[(tiles.grid,)](

@@ -35,7 +35,6 @@ from .launch import (
     power_of_2,
 )
 from .rows import (
-    LN_2,
     LOG2_E,
     add_up_counts,
     before_label,
@@ -85,9 +84,10 @@ def cross_entropy_forward(
         return torch.empty(rows, dtype=dtype, device=device) if wanted else None
 
     loss = torch.empty(rows if none else (), dtype=loss_dtype, device=device)
-    right = torch.empty((len(options.topk), rows) if none else (len(options.topk),), device=device)
+    k = len(options.topk)
+    right = torch.empty((k, rows) if none else (k,), dtype=torch.float32, device=device)
     scale = torch.empty((), dtype=torch.float64, device=device) if mean else None
-    # The backward pass is wanted later only where the gradient is not written now; then M and the sum are kept.
+    # The backward pass is wanted later only where the gradient is not written now; then m and the sum are kept.
     row_max, row_sum = rowwise(not gradient, acc), rowwise(not gradient, acc)
     sums = None if none else torch.empty((tiles.grid, 2), dtype=torch.float64, device=device)
     counts = None if none else torch.empty((tiles.grid, 1 + k_pad), dtype=torch.int32, device=device)
@@ -303,10 +303,11 @@ def _slope(
 
 @triton.jit
 def _row_results(
-    s,  # Σ exp2(z log2(e) − M)
-    M,
+    s,  # Σ exp(z − m)
+    m,  # the row's maximum
     z_label,
-    wz,  # Σ_c w_c z_c, if SMOOTHING
+    wz,  # Σ_c w_c (z_c − r), if SMOOTHING
+    r,  # a number near the row's logits
     w_total,  # W
     weight,  # w_y
     counted,
@@ -315,16 +316,19 @@ def _row_results(
     classes,
     SMOOTHING: tl.constexpr,
 ):
-    """Each row's loss, and A, w_y (1−ε) and ε/C before any scale. In float64: rows are few beside logits."""
-    nll = (tl.log(s) - (z_label * LOG2_E - M) * LN_2).to(tl.float64)
-    lse = tl.log(s).to(tl.float64) + M.to(tl.float64) * LN_2
+    """Each row's loss, and A, w_y (1−ε) and ε/C before any scale. In float64: rows are few beside logits.
+
+    lse − z_y and lse − r are small where m, z_y and r are large alike: they are taken from differences.
+    """
+    log_s, m, r, z_label = tl.log(s).to(tl.float64), m.to(tl.float64), r.to(tl.float64), z_label.to(tl.float64)
     weight, wz, w_total = weight.to(tl.float64), wz.to(tl.float64), w_total.to(tl.float64)
+    lse = log_s + m
     hit = weight * (1.0 - eps)
-    loss = hit * nll + weight * z_scale * lse * lse
+    loss = hit * (log_s + (m - z_label)) + weight * z_scale * lse * lse
     level = hit + 2.0 * z_scale * weight * lse
     spread = eps / classes + weight * 0.0
     if SMOOTHING:
-        loss += spread * (w_total * lse - wz)
+        loss += spread * (w_total * (log_s + (m - r)) - wz)
         level += spread * w_total
     return tl.where(counted, loss, 0.0), level, hit, spread
 
@@ -378,8 +382,8 @@ def _forward_tile(
     loss_ptr,  # () or, for "none", (rows,)
     right_ptr,  # (K,) or (K, rows): accuracies
     scale_ptr,  # (): 1 / Σ w_y, for "mean"
-    row_max_ptr,  # (rows,): M, kept for a backward pass; or None
-    row_sum_ptr,  # (rows,): Σ exp2(z log2(e) − M), likewise
+    row_max_ptr,  # (rows,): m, kept for a backward pass; or None
+    row_sum_ptr,  # (rows,): Σ exp(z − m), likewise
     sums_ptr,  # (programs, 2): loss and weight of each program's rows
     counts_ptr,  # (programs, 1 + K_PAD): counted and right rows
     weighed_ptr,  # parts of Σ w_y, or None
@@ -450,20 +454,20 @@ def _forward_tile(
             z = tl.where(col_mask[None, :], t * cap[:, None], -float("inf"))
             t_label, _ = tanh(x_label / cap, ACC)
             z_label = t_label * cap
-        M = tl.max(z, axis=1) * LOG2_E
-        M = tl.where(M == -float("inf"), 0.0, M)
-        e = tl.exp2(z * LOG2_E - M[:, None])
+        m = tl.max(z, axis=1)
+        m = tl.where(m == -float("inf"), 0.0, m)
+        e = tl.exp2((z - m[:, None]) * LOG2_E)
         s = tl.sum(e, axis=1)
         wz, w_total = tl.zeros([ROWS], ACC), tl.zeros([ROWS], ACC) + classes
         if SMOOTHING:
-            weighted = z
+            weighted = z - m[:, None]
             if HAS_WEIGHT:
                 w = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(ACC)
-                weighted = z * w[None, :]
+                weighted *= w[None, :]
                 w_total = tl.zeros([ROWS], ACC) + tl.sum(w, axis=0)
             wz = tl.sum(tl.where(col_mask[None, :], weighted, 0.0), axis=1)
         loss, level, hit, spread = _row_results(
-            s, M, z_label, wz, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
+            s, m, z_label, wz, m, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
         )
         if REDUCTION == "none":
             tl.store(loss_ptr + row, loss.to(ACC), mask=in_range)
@@ -471,7 +475,7 @@ def _forward_tile(
             loss_sum += loss
             weight_sum += weight.to(tl.float64)
         if row_max_ptr is not None:
-            tl.store(row_max_ptr + row, M, mask=in_range)
+            tl.store(row_max_ptr + row, m, mask=in_range)
             tl.store(row_sum_ptr + row, s, mask=in_range)
         if gradient_ptr is not None:
             g = _slope(
@@ -516,9 +520,9 @@ def _forward_tile(
 
 @triton.jit
 def _visit(
-    M_group,  # (ROWS, groups): the running maximum of each group of classes, times log2(e)
-    s_group,  # (ROWS, groups): Σ exp2(z log2(e) − M_group)
-    wz_group,  # (ROWS, groups): Σ_c w_c z_c
+    m_group,  # (ROWS, groups): the running maximum of each group of classes
+    s_group,  # (ROWS, groups): Σ exp(z − m_group)
+    wz_group,  # (ROWS, groups): Σ_c w_c (z_c − r)
     rank_group,  # (ROWS, groups): classes before the label
     logits_ptr,
     weight_ptr,
@@ -529,6 +533,7 @@ def _visit(
     read,  # (ROWS,): whether the row's logits are read
     label,
     x_label,
+    r,
     cap,
     MASKED: tl.constexpr,
     RANK: tl.constexpr,
@@ -560,17 +565,18 @@ def _visit(
         if MASKED:
             z = tl.where(mask, z, -float("inf"))
     if SMOOTHING:
-        weighted = z
+        weighted = z - r[:, None]
         if HAS_WEIGHT:
-            weighted = z * tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)[None, :]
+            weighted *= tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)[None, :]
         if MASKED:
             weighted = tl.where(mask, weighted, 0.0)
         wz_group += tl.sum(tl.reshape(weighted, SPLIT), axis=2)
     z = tl.reshape(z, SPLIT)
-    M_new = tl.maximum(M_group, tl.max(z, axis=2) * LOG2_E)
-    M_safe = tl.where(M_new == -float("inf"), 0.0, M_new)
-    s_group = s_group * tl.exp2(M_group - M_safe) + tl.sum(tl.exp2(z * LOG2_E - M_safe[:, :, None]), axis=2)
-    return M_new, s_group, wz_group, rank_group
+    m_new = tl.maximum(m_group, tl.max(z, axis=2))
+    m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+    s_group *= tl.exp2((m_group - m_safe) * LOG2_E)
+    s_group += tl.sum(tl.exp2((z - m_safe[:, :, None]) * LOG2_E), axis=2)
+    return m_new, s_group, wz_group, rank_group
 
 
 @triton.jit
@@ -588,7 +594,7 @@ def _write_gradient(
     read,
     counted,
     label,
-    M,
+    m,
     level,  # over the sum of exponentials
     hit,
     spread,
@@ -614,7 +620,7 @@ def _write_gradient(
     if SOFTCAP:
         t, dz = tanh(x / cap[:, None], ACC)
         z = t * cap[:, None]
-    e = tl.exp2(z * LOG2_E - M[:, None])
+    e = tl.exp2((z - m[:, None]) * LOG2_E)
     g = _slope(e, dz, cols, label, level, hit, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING, SOFTCAP)
     g = tl.where(counted[:, None], g, 0.0)
     out = gradient_ptr + g_base[:, None] + class_offsets(cols, g_class, VEC)[None, :]
@@ -630,8 +636,8 @@ def _forward_loop(
     loss_ptr,  # () or, for "none", (rows,)
     right_ptr,  # (K,) or (K, rows): accuracies
     scale_ptr,  # (): 1 / Σ w_y, for "mean"
-    row_max_ptr,  # (rows,): M, kept for a backward pass; or None
-    row_sum_ptr,  # (rows,): Σ exp2(z log2(e) − M), likewise
+    row_max_ptr,  # (rows,): m, kept for a backward pass; or None
+    row_sum_ptr,  # (rows,): Σ exp(z − m), likewise
     sums_ptr,  # (programs, 2): loss and weight of each program's rows
     counts_ptr,  # (programs, 1 + K_PAD): counted and right rows
     weighed_ptr,  # parts of Σ w_y, or None
@@ -695,22 +701,27 @@ def _forward_loop(
         label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
         base = row_offsets(outer, within, x_outer, x_inner, VEC)
         x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
-        M_group = tl.full([ROWS, COLS // GROUP], -float("inf"), ACC)
+        z_label = x_label
+        if SOFTCAP:
+            t_label, _ = tanh(x_label / cap, ACC)
+            z_label = t_label * cap
+        r = tl.where(z_label - z_label == 0.0, z_label, 0.0)
+        m_group = tl.full([ROWS, COLS // GROUP], -float("inf"), ACC)
         s_group = tl.zeros([ROWS, COLS // GROUP], ACC)
         wz_group = tl.zeros([ROWS, COLS // GROUP], ACC)
         rank_group = tl.zeros([ROWS, COLS // GROUP], tl.int32)
         read = rows_to_read(counted, in_range, BY_INNER)
         if tl.max(counted.to(tl.int32), axis=0) > 0:
             for start in tl.range(0, full, COLS):
-                M_group, s_group, wz_group, rank_group = _visit(
-                    M_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, start, classes, x_class,
-                    read, label, x_label, cap, False, K > 0, gradient_ptr is not None,
+                m_group, s_group, wz_group, rank_group = _visit(
+                    m_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, start, classes, x_class,
+                    read, label, x_label, r, cap, False, K > 0, gradient_ptr is not None,
                     HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
                 )  # fmt: skip
             if full < classes:
-                M_group, s_group, wz_group, rank_group = _visit(
-                    M_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, full, classes, x_class,
-                    read, label, x_label, cap, True, K > 0, gradient_ptr is not None,
+                m_group, s_group, wz_group, rank_group = _visit(
+                    m_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, full, classes, x_class,
+                    read, label, x_label, r, cap, True, K > 0, gradient_ptr is not None,
                     HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
                 )  # fmt: skip
         if K > 0:
@@ -726,15 +737,11 @@ def _forward_loop(
                 counted_sum += counted.to(tl.int32)
                 invalid_sum += (weight != weight).to(tl.int32)
 
-        M = tl.max(M_group, axis=1)
-        M = tl.where(M == -float("inf"), 0.0, M)
-        s = tl.sum(s_group * tl.exp2(M_group - M[:, None]), axis=1)
-        z_label = x_label
-        if SOFTCAP:
-            t_label, _ = tanh(x_label / cap, ACC)
-            z_label = t_label * cap
+        m = tl.max(m_group, axis=1)
+        m = tl.where(m == -float("inf"), 0.0, m)
+        s = tl.sum(s_group * tl.exp2((m_group - m[:, None]) * LOG2_E), axis=1)
         loss, level, hit, spread = _row_results(
-            s, M, z_label, tl.sum(wz_group, axis=1), w_total, weight, counted, eps, z_scale, classes, SMOOTHING
+            s, m, z_label, tl.sum(wz_group, axis=1), r, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
         )
         if REDUCTION == "none":
             tl.store(loss_ptr + row, loss.to(ACC), mask=in_range)
@@ -742,7 +749,7 @@ def _forward_loop(
             loss_sum += loss
             weight_sum += weight.to(tl.float64)
         if row_max_ptr is not None:
-            tl.store(row_max_ptr + row, M, mask=in_range)
+            tl.store(row_max_ptr + row, m, mask=in_range)
             tl.store(row_sum_ptr + row, s, mask=in_range)
         if gradient_ptr is not None:
             g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
@@ -750,13 +757,13 @@ def _forward_loop(
             if full < classes:
                 _write_gradient(
                     logits_ptr, gradient_ptr, weight_ptr, base, g_base, full, classes, x_class, g_class,
-                    in_range, read, counted, label, M, level, hit, spread, cap,
+                    in_range, read, counted, label, m, level, hit, spread, cap,
                     True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS,
                 )  # fmt: skip
             for done in tl.range(0, full, COLS):  # from the end: what was read last is in the cache for sure
                 _write_gradient(
                     logits_ptr, gradient_ptr, weight_ptr, base, g_base, full - COLS - done, classes, x_class, g_class,
-                    in_range, read, counted, label, M, level, hit, spread, cap,
+                    in_range, read, counted, label, m, level, hit, spread, cap,
                     False, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS,
                 )  # fmt: skip
 
@@ -789,8 +796,8 @@ def _backward(
     gradient_ptr,  # as logits; may be the logits
     upstream_ptr,  # (rows,) or ()
     scale_ptr,  # (): 1 / Σ w_y, for "mean"; or None
-    row_max_ptr,  # (rows,): M
-    row_sum_ptr,  # (rows,): Σ exp2(z log2(e) − M)
+    row_max_ptr,  # (rows,): m
+    row_sum_ptr,  # (rows,): Σ exp(z − m)
     rows,
     classes,
     inner,
@@ -818,7 +825,7 @@ def _backward(
     eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, ACC)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, ROWS, BY_INNER)
     label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
-    M = tl.load(row_max_ptr + row, mask=in_range, other=0.0)
+    m = tl.load(row_max_ptr + row, mask=in_range, other=0.0)
     s = tl.load(row_sum_ptr + row, mask=in_range, other=1.0)
     scale = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride, mask=in_range, other=0.0).to(tl.float64)
     if scale_ptr is not None:
@@ -830,12 +837,12 @@ def _backward(
             cols = start + tl.arange(0, COLS)
             w_sum += tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)
         w_total = tl.zeros([ROWS], ACC) + tl.sum(w_sum, axis=0)
-    _, level, hit, spread = _row_results(s, M, M, M, w_total, weight, counted, eps, z_scale, classes, SMOOTHING)
+    _, level, hit, spread = _row_results(s, m, m, m, m, w_total, weight, counted, eps, z_scale, classes, SMOOTHING)
     base = row_offsets(outer, within, x_outer, x_inner, VEC)
     g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
     _write_gradient(
         logits_ptr, gradient_ptr, weight_ptr, base, g_base, tl.program_id(1) * COLS, classes, x_class, g_class,
-        in_range, rows_to_read(counted, in_range, BY_INNER), counted, label, M,
+        in_range, rows_to_read(counted, in_range, BY_INNER), counted, label, m,
         (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC), cap,
         True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS,
     )  # fmt: skip

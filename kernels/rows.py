@@ -5,8 +5,9 @@ Names used in all kernels:
 - ``ROWS`` × ``COLS``: the tile of logits that a program holds at once, as (rows, classes).
 - ``ACC``: the dtype of the arithmetic, float32, or float64 for float64 logits.
 - ``VEC``: how many neighbouring classes are known to be aligned together, so that one access takes them all.
-- M: a row's maximum times log2(e). Exponentials are ``exp2(z * log2(e) - M)``, one fused multiply-add each; since a
-  row's maximum and its other logits go through the same products, their rounding cancels in every ratio.
+- m: a row's maximum, or one so far. Exponentials are ``exp2((z - m) * log2(e))``. With ``z * log2(e) - m * log2(e)``,
+  one fused multiply-add, they would cost an instruction less, and fail where the second product overflows or rounds
+  by more than a few units: rows of -1e30, of the least float32.
 """
 
 from __future__ import annotations

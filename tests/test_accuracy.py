@@ -121,3 +121,31 @@ def test_the_loss_is_that_of_cross_entropy(place: Place) -> None:
 def test_accuracy_has_no_graph(place: Place) -> None:
     input = torch.randn(3, 4, device=place.device, requires_grad=True)
     assert not accuracy(input, torch.tensor([0, 1, 2], device=place.device)).requires_grad
+
+
+@pytest.mark.parametrize("right", [0.0, 0.02, 0.08, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_share_of_right_rows(place: Place, dtype: torch.dtype, right: float) -> None:
+    """However many are right, wherever they stand, ignored rows first: top-1 has several ways, all exact."""
+    x, target = torch.randn(300, 40).to(dtype), torch.randint(40, (300,))
+    hits = torch.rand(300) < right
+    hits[:20] = False
+    x[hits, target[hits]] = 9.0
+    x[hits.nonzero()[::7].squeeze(1), 0] = 9.0  # ties with a lower index
+    target[:40:2] = -100
+    shaped = [(x, target), (x.view(30, 10, 40).transpose(1, 2), target.view(30, 10)), (x.t()[None], target[None])]
+    for scores, labels in shaped:
+        ours = accuracy(scores.to(place.device), labels.to(place.device))
+        assert float(ours) == pytest.approx(reference.accuracy(scores, labels, 1), abs=1e-6)
+
+
+def test_accuracy_does_not_hang_on_the_default_dtype(place: Place) -> None:
+    torch.set_default_dtype(torch.float16)
+    try:
+        scores = torch.zeros(70000, 3, dtype=torch.float32, device=place.device)
+        labels = torch.zeros(70000, dtype=torch.int64, device=place.device)
+        value = accuracy(scores, labels)
+        assert value == 1
+        assert value.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

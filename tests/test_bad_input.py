@@ -211,30 +211,66 @@ OPTIONS: dict[str, Case] = {
         ]
     },
 }
-NOT_SERVED_YET: dict[str, Case] = {
-    "target is class probabilities": (
-        {"target": torch.rand(4, 10)},
-        OWN,
-        NotImplementedError,
-        ("target", "(4, 10)", "class probabilities", "class indices of shape (4,)"),
+SOFT: dict[str, Case] = {
+    "class probabilities of another shape": (
+        {"target": torch.rand(4, 9)},
+        RuntimeError,
+        RuntimeError,
+        ("target", "(4, 9)", "(4, 10)", "float32", "class probabilities"),
     ),
-    "target is class probabilities of one row": (
-        {"input": torch.randn(10), "target": torch.rand(10)},
-        OWN,
-        NotImplementedError,
-        ("target", "(10,)", "class probabilities", "class indices of shape ()"),
+    "class probabilities in integers": (
+        {"target": torch.ones(4, 10, dtype=torch.int64)},
+        RuntimeError,
+        RuntimeError,
+        ("target", "int64", "(4, 10)", "floating point"),
     ),
-    "target is class probabilities of images": (
-        {**images(), "target": torch.rand(2, 5, 3)},
-        OWN,
-        NotImplementedError,
-        ("target", "(2, 5, 3)", "class probabilities", "class indices of shape (2, 3)"),
+    "class probabilities in bool": (
+        {"target": torch.ones(4, 10, dtype=torch.bool)},
+        RuntimeError,
+        RuntimeError,
+        ("target", "bool", "float32", "floating point"),
     ),
-    "input is probabilities": (
-        {"from_logits": False},
+    "class probabilities in float8": (
+        {"target": torch.ones(4, 10).to(torch.float8_e5m2)},
+        RuntimeError,
+        RuntimeError,
+        ("target", "float8_e5m2", "float32"),
+    ),
+    "class probabilities elsewhere": (
+        {"target": torch.rand(4, 10, device="meta")},
         OWN,
-        NotImplementedError,
-        ("from_logits=False", "probabilities", "logits"),
+        RuntimeError,
+        ("target", "meta", "cpu"),
+    ),
+    "class probabilities and an ignore_index": (
+        {"target": torch.rand(4, 10), "ignore_index": 3},
+        RuntimeError,
+        RuntimeError,
+        ("ignore_index", "3", "class probabilities", "negative"),
+    ),
+    "class probabilities and a short weight": (
+        {"target": torch.rand(4, 10), "weight": torch.rand(9)},
+        RuntimeError,
+        RuntimeError,
+        ("weight", "(9,)", "(10,)"),
+    ),
+    "class probabilities and an integer weight": (
+        {"target": torch.rand(4, 10), "weight": ints(*range(10))},
+        OWN,
+        RuntimeError,
+        ("weight", "int64", "float32"),
+    ),
+    "a softcap of probabilities": (
+        {"from_logits": False, "softcap": 5.0},
+        OWN,
+        ValueError,
+        ("softcap", "5.0", "from_logits=False"),
+    ),
+    "a z-loss of probabilities": (
+        {"from_logits": False, "lse_square_scale": 0.1},
+        OWN,
+        ValueError,
+        ("lse_square_scale", "0.1", "from_logits=False"),
     ),
 }
 LABELS: dict[str, Case] = {
@@ -284,7 +320,7 @@ LABELS: dict[str, Case] = {
         ("target[0]", "0", "[0, 0)"),
     ),
 }
-CASES = {**SHAPES_DTYPES_DEVICES, **OPTIONS, **NOT_SERVED_YET, **LABELS}
+CASES = {**SHAPES_DTYPES_DEVICES, **OPTIONS, **SOFT, **LABELS}
 
 
 def refused(

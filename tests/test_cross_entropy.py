@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -275,3 +277,62 @@ def test_rows_that_weigh_nothing_have_no_mean(place: Place) -> None:
             label_smoothing=smoothing,
         )
         assert loss.isnan()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weight_and_smoothing_where_every_row_counts(place: Place, reduction: str) -> None:
+    """In full float64, too, where what is the same for all rows is a Python number."""
+    for dtype in (torch.float64, torch.float32):
+        input, weight = torch.randn(9, 12, dtype=dtype), torch.rand(12, dtype=dtype) + 0.1
+        compare(place, input, torch.randint(12, (9,)), weight, reduction=reduction, label_smoothing=0.3, ulps=1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+def test_logits_far_from_zero(place: Place, label_smoothing: float, dtype: torch.dtype) -> None:
+    """What is common to a row's logits is subtracted before anything is rounded."""
+    for offset in (80.0, 1000.0):
+        input, target = (torch.randn(40, 30) + offset).to(dtype), torch.randint(30, (40,))
+        compare(place, input, target, reduction="none", label_smoothing=label_smoothing, ulps=1.5)
+        compare(place, input, target, label_smoothing=label_smoothing, ulps=1.5)
+
+
+@pytest.mark.parametrize("extreme", [torch.finfo(torch.float32).min, 3e38, -1e30, 1e30])
+def test_a_row_of_one_extreme_value(place: Place, extreme: float) -> None:
+    input, target = torch.randn(6, 20), torch.randint(20, (6,))
+    input[3] = extreme
+    for label_smoothing in (0.0, 0.1):
+        ours = cross_entropy(
+            input.to(place.device), target.to(place.device), reduction="none", label_smoothing=label_smoothing
+        )
+        theirs = F.cross_entropy(input, target, reduction="none", label_smoothing=label_smoothing)
+        torch.testing.assert_close(ours.cpu(), theirs)
+
+
+def test_autocast_loss_of_16_bit_logits_is_as_exact_as_torchs(place: Place) -> None:
+    """There the row's loss is float32, and an error that 16 bits would hide shows."""
+    for dtype in (torch.bfloat16, torch.float16):
+        input, target = (torch.randn(300, 30) * 0.5 + 80).to(dtype), torch.randint(30, (300,))
+        exact = F.cross_entropy(input.double(), target, reduction="none")
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast(place.device.type, dtype=dtype):
+            ours = cross_entropy(input.to(place.device), target.to(place.device), reduction="none")
+            theirs = F.cross_entropy(input, target, reduction="none")
+        assert ours.dtype == torch.float32
+        reference.assert_no_worse(ours, theirs, exact, "loss")
+
+
+def test_a_processor_without_fused_multiply_add() -> None:
+    """torch's oldest code path rounds products first; large offsets must not feel it."""
+    code = """
+import torch, torch.nn.functional as F, fastloss
+assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+x, target = torch.randn(64, 100) + 1e4, torch.randint(100, (64,))
+gradients = []
+for f in (fastloss.cross_entropy, F.cross_entropy):
+    leaf = x.clone().requires_grad_()
+    f(leaf, target).backward()
+    gradients.append(leaf.grad)
+torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+"""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "FASTLOSS_BACKEND": "eager"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)

@@ -2,5 +2,13 @@
 
 from .accuracy import accuracy
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward, rescale
+from .soft_cross_entropy import soft_cross_entropy_backward, soft_cross_entropy_forward
 
-__all__ = ["accuracy", "cross_entropy_backward", "cross_entropy_forward", "rescale"]
+__all__ = [
+    "accuracy",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "rescale",
+    "soft_cross_entropy_backward",
+    "soft_cross_entropy_forward",
+]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..contract import compute_dtype
 
-__all__ = ["FEW", "Chunk", "Scratch", "chunks"]
+__all__ = ["FEW", "Chunk", "Scratch", "Value", "chunks", "row_dtype"]
+
+# A number for each row, (outer, 1, inner), or one for all of them: a float, or a scalar tensor.
+Value: TypeAlias = Tensor | float
 
 # Bytes that one chunk takes in the dtype of the arithmetic: a core's share of the caches, or a little more.
 # Smaller, and the cost of starting each operation shows; larger, and the passes over a chunk leave the cache.
@@ -34,8 +37,8 @@ class Chunk(NamedTuple):
             tensor = tensor.narrow(2, *self.inner)
         return tensor
 
-    def of_value(self, value: Tensor | float) -> Tensor | float:
-        """This chunk of a number for each row; one for all of them, a scalar tensor or a float, is itself."""
+    def of_value(self, value: Value) -> Value:
+        """This chunk of a number for each row; one for all of them is itself."""
         return self.of(value) if isinstance(value, Tensor) and value.dim() else value
 
 
@@ -54,6 +57,11 @@ def chunks(shape: torch.Size, dtype: torch.dtype, nbytes: int | None = None) -> 
     for o in range(0, outer, outer_step):
         for i in range(0, inner, inner_step):
             yield Chunk((o, min(outer_step, outer - o)), (i, min(inner_step, inner - i)))
+
+
+def row_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of a row's own numbers, which are few: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Scratch:

@@ -13,31 +13,26 @@ A chunk is read from memory once: its exponentials go straight into the gradient
 bfloat16, into one small float32 buffer that is rounded once into that slice), and everything else is done in place
 there. Besides the gradient no buffer grows with N·V.
 
-What is the same for all rows stays a Python number (:data:`Value`): without class weights and ignored rows, which is
-most calls, no operation is spent on it. At a thousand classes a call's many small operations cost as much as its
-passes over the logits.
+What is the same for all rows stays a Python number (:data:`fastloss.eager.chunks.Value`): without class weights and
+ignored rows, which is most calls, no operation is spent on it. At a thousand classes a call's many small operations
+cost as much as its passes over the logits.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..contract import Forward, LossOptions, compute_dtype
 from .accuracy import TargetRanks, inside_label, reduce_accuracy
-from .chunks import Chunk, Scratch, chunks
+from .chunks import Chunk, Scratch, Value, chunks, row_dtype
+from .softmax import LN_2, capped, exponents, is_resolved, sure_exponents, tanh_slope_
 from .workers import for_each
 
 __all__ = ["cross_entropy_backward", "cross_entropy_forward", "rescale"]
-
-_LOG2_E = 1.4426950408889634
-
-# A number for each row, (outer, 1, inner), or one for all of them.
-Value: TypeAlias = Tensor | float
 
 
 def cross_entropy_forward(
@@ -85,10 +80,9 @@ def cross_entropy_backward(
 ) -> Tensor:
     """See :class:`fastloss.contract.Backend`; nothing is saved, the softmax is computed again."""
     rows = _Rows(logits, target, weight, options)
-    scale: Value = upstream.to(rows.dtype)
-    if options.reduction == "none":
-        scale = upstream.to(rows.dtype).reshape(rows.shape)
-    elif options.reduction == "mean":
+    upstream = upstream.to(rows.dtype)
+    scale: Value = upstream.reshape(rows.shape) if options.reduction == "none" else upstream
+    if options.reduction == "mean":
         scale = scale * rows.mean_scale()
     result = logits if inplace else torch.empty_like(logits)
     _sweep(logits, rows, result, scale, ranks=None)
@@ -115,7 +109,7 @@ class _Rows:
         outer, classes, inner = logits.shape
         eps = options.label_smoothing
         self.options = options
-        self.dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+        self.dtype = row_dtype(logits.device)
         self.shape = (outer, 1, inner)
         target = target.view(self.shape).long()
         ignored = target == options.ignore_index
@@ -132,7 +126,7 @@ class _Rows:
             self.weight = self.class_weight[self.label] * self.weight
             self.total_weight = self.class_weight.sum()
         if self.invalid is not None:
-            self.weight = torch.as_tensor(self.weight).masked_fill(self.invalid, float("nan"))
+            self.weight = torch.where(self.invalid, float("nan"), self.weight)
         self.hit = self.weight * (1 - eps) if eps else self.weight  # w_y (1−ε)
 
     def mean_scale(self) -> Value:
@@ -141,13 +135,13 @@ class _Rows:
             return self.weight.sum().reciprocal()
         return 1.0 / self.label.numel()
 
-    def loss(self, nll: Tensor, lse: Tensor | None, weighted_sum: Tensor | None) -> Tensor:
-        """Each row's loss, from lse − z_y, lse and Σ_c w_c z_c; the last two where the options need them."""
+    def loss(self, nll: Tensor, lse: Tensor | None, spread: Tensor | None) -> Tensor:
+        """Each row's loss, from lse − z_y, lse and W lse − Σ_c w_c z_c; the last two where the options need them."""
         loss = self.hit * nll if isinstance(self.hit, Tensor) or self.hit != 1.0 else nll
         if lse is not None and self.options.lse_square_scale:
             loss += self.options.lse_square_scale * self.weight * lse.square()
-        if lse is not None and self.spread is not None and weighted_sum is not None:
-            loss += self.spread * (self.total_weight * lse - weighted_sum)
+        if self.spread is not None and spread is not None:
+            loss += self.spread * spread
         return loss if self.counted is None else loss.masked_fill_(~self.counted, 0)
 
 
@@ -178,17 +172,22 @@ def _sweep(
         if cap is not None:
             tanh = torch.div(z, cap, out=Scratch("tanh", dtype, device).like(x)).tanh_()
             z = torch.mul(tanh, cap, out=p)
-        sums.visit_logits(chunk, z)
-        total = sums.visit_softmax(chunk, _exponentials(z, p, bare=x.dtype != dtype and cap is None))
-        if not _is_resolved(total):
-            z = torch.mul(tanh, cap, out=p) if tanh is not None and cap is not None else p.copy_(x)
-            total = sums.visit_softmax(chunk, _softmax(z, p))
+        settled = False
+        if device.type == "cpu":  # elsewhere a look at the sums would make the host wait
+            exponents(z, p)
+            total = sums.visit_exponents(chunk, p)
+            settled = is_resolved(total)
+            if not settled:
+                z = torch.mul(tanh, cap, out=p) if tanh is not None and cap is not None else p.copy_(x)
+        if not settled:
+            sure_exponents(z, p)
+            total = sums.visit_exponents(chunk, p)
         if looks_early:
             sums.look_for_underflow(chunk)
         if gradient is not None and slopes is not None:
             slopes.gradient_(chunk, p, total, sums)
             if tanh is not None:
-                p.mul_(tanh.square_().neg_().add_(1))  # ∂z/∂x
+                tanh_slope_(p, tanh)  # ∂z/∂x
             if rows.counted is not None:
                 p.masked_fill_(~chunk.of(rows.counted), 0)  # whatever stands in an ignored row
             if not writes_p:
@@ -198,7 +197,7 @@ def _sweep(
     if not looks_early and sums.any_underflowed(sums.p_y):
         for_each(chunks(logits.shape, logits.dtype), sums.look_for_underflow, device)
     nll, lse = sums.nll_and_lse(Chunk((0, logits.shape[0]), (0, logits.shape[2])))
-    return rows.loss(nll, lse, sums.weighted)
+    return rows.loss(nll, lse, sums.spread)
 
 
 class _RowSums:
@@ -208,43 +207,43 @@ class _RowSums:
         dtype = compute_dtype(logits.dtype)
         self.logits, self.rows = logits, rows
         # The loss alone needs no lse; then the label's logits are left out, a cache miss each.
-        self.wants_lse = rows.spread is not None or rows.options.lse_square_scale != 0
+        self.wants_lse = rows.options.lse_square_scale != 0
         self.z_y = self._label_logits() if self.wants_lse or overwritten else None
         self.p_y = logits.new_empty(rows.shape, dtype=dtype)
         self.others = torch.empty_like(self.p_y)  # Σ_{c≠y} p_c
         self.least = torch.finfo(dtype).tiny / torch.finfo(dtype).eps  # of a p_y whose logarithm is right
-        self.weighted = torch.empty_like(self.p_y) if rows.spread is not None else None  # Σ_c w_c z_c
+        self.spread = None if rows.spread is None else torch.empty_like(rows.label, dtype=rows.dtype)  # W lse − Σ w z
         self._lock = threading.Lock()  # chunks are visited by several threads
         self.far_lse: Tensor | None = None  # lse where p_y has underflowed, NaN elsewhere
 
     def _label_logits(self) -> Tensor:
         z_y = self.logits.gather(1, self.rows.label).to(self.rows.dtype)
-        return _capped(z_y, self.rows.options.softcap)
+        return capped(z_y, self.rows.options.softcap)
 
-    def visit_logits(self, chunk: Chunk, z: Tensor) -> None:
-        if self.weighted is None:
-            return
-        if self.rows.class_weight is None:
-            value = z.sum(1, keepdim=True)
-        else:
-            with torch.autocast(z.device.type, enabled=False):
-                value = torch.matmul(self.rows.class_weight.to(z.dtype), z).unsqueeze(1)
-        chunk.of(self.weighted).copy_(value)
+    def visit_exponents(self, chunk: Chunk, p: Tensor) -> Tensor:
+        """Turn the exponents in ``p`` into exponentials, 0 at the label; gives what each row adds up to.
 
-    def visit_softmax(self, chunk: Chunk, p: Tensor) -> Tensor:
-        """Take p_y out of ``p`` (its entry is left 0), and the sum of the others; gives what each row adds up to.
-
-        The rows of ``p`` need not add up to 1: all below is relative to what they add up to. torch's softmax sums a
-        row's exponentials in few running sums; at 32000 classes that is off by tens of units in the last place,
-        ``Tensor.sum`` by one. And a sum without the label gives 1 − p_y and the loss without the cancellation at p_y
-        near 1.
+        What is kept of a row is relative to that sum, whatever was subtracted from its logits. The sum without the
+        label gives 1 − p_y, and the loss without the cancellation at p_y near 1.
         """
+        dot = None if self.spread is None else self._weighted_sum(p)
+        p.exp2_()
         label = chunk.of(self.rows.label)
         p_y, others = chunk.of(self.p_y), chunk.of(self.others)
         torch.gather(p, 1, label, out=p_y)
         p.scatter_(1, label, 0)
         torch.sum(p, 1, keepdim=True, out=others)
-        return others + p_y
+        total = others + p_y
+        if self.spread is not None and dot is not None:
+            log_total = total.to(self.rows.dtype).log()
+            chunk.of(self.spread).copy_(self.rows.total_weight * log_total - dot.to(self.rows.dtype) * LN_2)
+        return total
+
+    def _weighted_sum(self, p: Tensor) -> Tensor:
+        if self.rows.class_weight is None:
+            return p.sum(1, keepdim=True)
+        with torch.autocast(p.device.type, enabled=False):
+            return torch.matmul(self.rows.class_weight.to(p.dtype), p).unsqueeze(1)
 
     def any_underflowed(self, p_y: Tensor) -> bool:
         """May some be too small? Off the CPU a look would make the host wait, and the answer is a careful yes."""
@@ -264,7 +263,7 @@ class _RowSums:
                 self.z_y = self._label_logits()
             if self.far_lse is None:
                 self.far_lse = torch.full_like(self.z_y, float("nan"))
-        z = _capped(chunk.of(self.logits).to(self.p_y.dtype), self.rows.options.softcap)
+        z = capped(chunk.of(self.logits).to(self.p_y.dtype), self.rows.options.softcap)
         lse = z.logsumexp(1, keepdim=True)
         chunk.of(self.far_lse).copy_(torch.where(far, lse, float("nan")))
 
@@ -286,7 +285,7 @@ class _Slopes:
     """The coefficients of the gradient, times ``scale``: what each chunk needs is ready before the loop."""
 
     def __init__(self, rows: _Rows, scale: Value, dtype: torch.dtype) -> None:
-        self.rows = rows
+        self.rows, self.dtype = rows, dtype
         self.hit = rows.hit * scale  # w_y (1−ε)
         if isinstance(self.hit, Tensor):
             self.hit = self.hit.to(dtype)
@@ -299,6 +298,7 @@ class _Slopes:
     def gradient_(self, chunk: Chunk, p: Tensor, total: Tensor, sums: _RowSums) -> None:
         """p_c A − [c = y] w_y (1−ε) − ε/C w_c in place of ``p``, whose rows add up to ``total``."""
         label, others = chunk.of(self.rows.label), chunk.of(sums.others)
+        total = total.to(self.dtype)
         a = chunk.of_value(self.hit) / total
         at_label = (a * others).neg_()
         rest = None if self.rest is None else chunk.of_value(self.rest)  # A − w_y (1−ε)
@@ -316,46 +316,10 @@ class _Slopes:
                 p.sub_(spread.to(p.dtype) if isinstance(spread, Tensor) else spread)
                 at_label = at_label - spread
             else:
-                rounded = torch.as_tensor(spread).to(p.dtype)
+                rounded = spread.to(p.dtype) if isinstance(spread, Tensor) else p.new_full((), spread)
                 p.addcmul_(rounded, weight.to(p.dtype).view(1, -1, 1), value=-1)
                 at_label = at_label - spread * weight[label]
         p.scatter_(1, label, at_label.to(p.dtype))
-
-
-def _capped(x: Tensor, softcap: float | None) -> Tensor:
-    return x if softcap is None else torch.tanh(x / softcap) * softcap
-
-
-def _exponentials(z: Tensor, out: Tensor, *, bare: bool) -> Tensor:
-    """exp(z − m) for any m a row, into ``out``, which may be ``z``: the softmax but for a factor a row.
-
-    m is the row's maximum, or 0 if ``bare``: 16-bit logits resolve less than what a maximum subtracted first would
-    save. :func:`_is_resolved` tells whether that went well. exp2 is torch's fastest exponential.
-    """
-    if not z.is_cpu:
-        return _softmax(z, out)
-    if bare:
-        torch.mul(z, _LOG2_E, out=out)
-    else:
-        torch.add(z.amax(1, keepdim=True).mul_(-_LOG2_E), z, alpha=_LOG2_E, out=out)
-    return out.exp2_()
-
-
-def _is_resolved(total: Tensor) -> bool:
-    """Are the sums of a chunk's exponentials in a range where none that matters has over- or underflowed?"""
-    if not total.is_cpu:
-        return True
-    low, high = total.aminmax()
-    return low.item() > 1e-9 and high.item() < 1e37  # a NaN is neither
-
-
-def _softmax(z: Tensor, out: Tensor) -> Tensor:
-    """Softmax over the classes; torch's is the faster one where they are the last dimension."""
-    if z.shape[2] == 1:
-        torch.softmax(z.squeeze(2), 1, out=out.squeeze(2))
-    else:
-        torch.softmax(z, 1, out=out)
-    return out
 
 
 def _never(rows: Tensor) -> bool:
