@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import _reduction as legacy
 
-from . import backend, checks, composite
+from . import backend, checks, composite, operators
 from .autograd import as_rows, fused_cross_entropy
 from .contract import LossOptions
 
@@ -264,6 +264,8 @@ def _loss_and_accuracy(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     if _is_traced(input, target):
         _check_shapes(input, target, weight, options)
+        if _is_compiled(input, target, weight, options):
+            return _operated(input, target, weight, options)
         return _composed(input, target, weight, options)
     _check_tensors(input, target, weight, options)
     soft = target.is_floating_point()
@@ -293,7 +295,7 @@ def _loss_and_accuracy(
     if soft:
         values = _accuracies(input, target, options)
     if options.reduction == "none":
-        shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+        shape = _row_shape(input)
         return loss.view(shape), tuple(value.view(shape) for value in values)
     return loss, values
 
@@ -306,6 +308,41 @@ def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.d
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
     half = dtype.itemsize == 2
     return torch.float32 if half and torch.is_autocast_enabled(input.device.type) else dtype
+
+
+def _is_compiled(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> bool:
+    """Is this traced by a compiler, to be served by this package's operators?"""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+        and type(input) in _FUSED_TYPES
+        and type(target) in _FUSED_TYPES
+        and (target.is_floating_point() or options.from_logits)
+        and not (target.is_floating_point() and weight is not None and weight.requires_grad)
+        and not torch._C._are_functorch_transforms_active()
+        and input.numel() > 0
+    )
+
+
+def _operated(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Loss and accuracies by the operators that a compiler sees."""
+    soft = target.is_floating_point()
+    labels = target if soft else target.reshape(-1).contiguous()
+    weight = None if weight is None else weight.contiguous()
+    loss, values = operators.loss_and_accuracy(input, labels, weight, options, _loss_dtype(input, target, weight))
+    if soft:
+        values = _accuracies(input, target, options)
+    if options.reduction != "none":
+        return loss, values
+    shape = _row_shape(input)
+    return loss.view(shape), tuple(value.view(shape) for value in values)
+
+
+def _row_shape(input: Tensor) -> tuple[int, ...]:
+    """The shape of what has one value a row."""
+    return (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
 
 
 def _composed(
