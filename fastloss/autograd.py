@@ -20,6 +20,7 @@ scale arrives would flush to zero). Derivatives past the first go through :mod:`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +80,10 @@ def as_rows(input: Tensor) -> Tensor:
     """The canonical ``(outer, classes, inner)``: a view wherever strides allow one."""
     if input.dim() == 1:
         return input[None, :, None]
-    return input.unsqueeze(2) if input.dim() == 2 else input.flatten(2)
+    if input.dim() == 2:
+        return input.unsqueeze(2)
+    # Not flatten(2), which a batched upstream (is_grads_batched=True) has no rule for.
+    return input.reshape(*input.shape[:2], math.prod(input.shape[2:]))
 
 
 class _CrossEntropy(Function):

@@ -130,7 +130,7 @@ def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple
     soft = target.is_floating_point()
     rows = as_rows(input).shape[0] * as_rows(input).shape[2]
     per_row = (rows,) if options.reduction == "none" else ()
-    kept = 0 if written else _KEPT[backend.choose(input)][soft]
+    kept = 0 if written or not options.from_logits else _KEPT[backend.choose(input)][soft]
     kept_dtype = compute_dtype(input.dtype)
     if soft:
         kept_dtype = torch.promote_types(kept_dtype, compute_dtype(target.dtype))

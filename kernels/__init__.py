@@ -6,5 +6,13 @@ One file an op; ``rows`` holds what all of them say of a row, ``launch`` what al
 from .accuracy import accuracy
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .rescale import rescale
+from .soft_cross_entropy import soft_cross_entropy_backward, soft_cross_entropy_forward
 
-__all__ = ["accuracy", "cross_entropy_backward", "cross_entropy_forward", "rescale"]
+__all__ = [
+    "accuracy",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "rescale",
+    "soft_cross_entropy_backward",
+    "soft_cross_entropy_forward",
+]

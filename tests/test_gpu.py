@@ -5,6 +5,7 @@ The other files run there too, over the compiled kernels. All is skipped where t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from places import Place
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastloss import accuracy, backend, cross_entropy, cross_entropy_with_accuracy, use_backend
 from fastloss.autograd import as_rows
@@ -267,6 +268,114 @@ def test_several_streams_at_once(kernels: Place) -> None:
         for result, expected in zip(results, alone, strict=True):
             for mine, right in zip(result, expected, strict=True):
                 assert torch.equal(mine, right)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_cuda_graph_of_a_training_step(kernels: Place, inplace: bool) -> None:
+    """Model, loss, backward and optimizer in one graph: its replays train as the same steps without one."""
+    sizes = (64, 128, 1000)
+    first = nn.Sequential(nn.Linear(*sizes[:2]), nn.GELU(), nn.Linear(*sizes[1:])).to(kernels.device)
+    input = torch.randn(512, sizes[0], device=kernels.device)
+    target = torch.randint(sizes[-1], (512,), device=kernels.device)
+
+    def step_of(model: nn.Module, **options: Any) -> Callable[[], list[Tensor]]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+
+        def step() -> list[Tensor]:
+            optimizer.zero_grad(set_to_none=True)  # in the capture the gradients get memory of the graph's own
+            loss = cross_entropy(model(input), target, **options)
+            loss.backward()
+            optimizer.step()
+            return [loss.detach()]
+
+        return step
+
+    graphed, plain = copy.deepcopy(first), copy.deepcopy(first)
+    replay, (loss,) = captured(step_of(graphed, inplace=inplace))
+    with torch.no_grad():
+        for weight, start in zip(graphed.parameters(), first.parameters(), strict=True):
+            weight.copy_(start)  # `captured` has trained it already
+    step = step_of(plain)
+    for _ in range(5):
+        input.normal_()
+        target.random_(sizes[-1])
+        replay()
+        torch.testing.assert_close(loss, step()[0])
+    for weight, expected in zip(graphed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reduction"),
+    [
+        ((2048, 1000), torch.bfloat16, "mean"),
+        ((512, 32000), torch.float16, "mean"),
+        ((8, 19, 4099), torch.float32, "none"),
+    ],
+    ids=str,
+)
+def test_backward_from_another_stream(
+    kernels: Place, shape: tuple[int, ...], dtype: torch.dtype, reduction: str
+) -> None:
+    """The forward pass on a stream of its own, the backward pass asked for from the default one, without waiting."""
+    logits, target = make(kernels, shape, dtype)
+    upstream = upstream_for(target, reduction, dtype)
+    x = logits.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(cross_entropy(x, target, reduction=reduction), x, upstream)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    for _ in range(10):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            loss = cross_entropy(x, target, reduction=reduction)
+        # autograd runs it on `side`, where the forward pass was, and makes this stream wait for the result.
+        (gradient,) = torch.autograd.grad(loss, x, upstream)
+        assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reduction"),
+    [
+        ((4096, 10), torch.float32, "mean"),
+        ((512, 1000), torch.float16, "mean"),
+        ((130, 32000), torch.bfloat16, "sum"),
+        ((8, 19, 4099), torch.float32, "none"),
+    ],
+    ids=str,
+)
+def test_the_second_of_two_gpus(kernels: Place, shape: tuple[int, ...], dtype: torch.dtype, reduction: str) -> None:
+    """Tensors on a GPU that is not the current one: launched there, with results there, equal bit for bit; and no
+    memory taken on the current one.
+    """
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    if torch.cuda.get_device_properties(first).name != torch.cuda.get_device_properties(second).name:
+        pytest.skip("needs two GPUs of one kind")
+
+    def step(logits: Tensor, target: Tensor, weight: Tensor, upstream: Tensor) -> list[Tensor]:
+        x = logits.detach().requires_grad_()
+        loss, right = cross_entropy_with_accuracy(x, target, weight, reduction=reduction, topk=(1, 5))
+        (gradient,) = torch.autograd.grad(loss, x, upstream)
+        return [loss.detach(), gradient, *right, accuracy(logits, target, 5, reduction=reduction)]
+
+    with torch.cuda.device(first):
+        logits, target = make(Place(kernels.name, first), shape, dtype)
+        weight = torch.rand(shape[1], device=first).to(dtype)
+        arguments = (logits, target, weight, upstream_for(target, reduction, dtype))
+        there = tuple(a.to(second) for a in arguments)
+        expected = step(*arguments)
+        torch.cuda.synchronize(first)
+        torch.cuda.synchronize(second)
+        before = torch.cuda.memory_allocated(first)
+        torch.cuda.reset_peak_memory_stats(first)
+        results = step(*there)
+        torch.cuda.synchronize(second)
+        assert torch.cuda.max_memory_allocated(first) == before
+        assert torch.cuda.current_device() == first.index
+    for result, right in zip(results, expected, strict=True):
+        assert result.device == second
+        assert torch.equal(result.to(first), right)
 
 
 # ----------------------------------------------------------------------------- the host does not wait

@@ -154,3 +154,15 @@ def test_opcheck(place: Place, weighted: bool, reduction: str, kind: str) -> Non
                 _, _, _, _, scale, kept = operators.forward(x, t, w, *packed, torch.float32, True, needs)
                 upstream = torch.randn(rows, device=place.device)
                 torch.library.opcheck(operators.backward, (upstream, x, t, w, scale, kept, *packed, True, needs))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_probabilities_as_input(place: Place, reduction: str) -> None:
+    ys, ts = torch.rand(6, 5, device=place.device), torch.rand(6, 5, device=place.device)
+    for t in (ts, torch.randint(5, (6,), device=place.device)):
+        results = []
+        for function in (torch.compile(cross_entropy, fullgraph=True, backend="aot_eager"), cross_entropy):
+            y = ys.clone().requires_grad_()
+            loss = function(y, t, reduction=reduction, from_logits=False)
+            results.append((loss.detach(), torch.autograd.grad(loss.sum(), y)[0]))
+        torch.testing.assert_close(*results)

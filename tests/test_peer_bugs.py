@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from places import Place
 from torch import Tensor
 
@@ -285,6 +286,20 @@ def test_bug_04_at_the_size_where_it_was_met() -> None:
 # ----------------------------------------------------------------------------- 6: the gradient at the label
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_bug_05_compiled_loss_of_ignored_rows(place: Place, reduction: str) -> None:
+    """Under torch.compile an ignored row's loss was what lay in memory, never having been stored (Liger #1338)."""
+    torch._dynamo.reset()
+    logits, target = torch.randn(40, 30, device=place.device), torch.randint(30, (40,), device=place.device)
+    target[::3] = -100
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        garbage = torch.full((4096,), float("nan"), device=place.device)  # the memory that is handed out next
+        del garbage
+        ours = compiled(logits, target, reduction=reduction)
+        torch.testing.assert_close(ours, F.cross_entropy(logits, target, reduction=reduction))
+
+
 @pytest.mark.parametrize("gap", [6.0, 10.0])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -501,6 +516,42 @@ def test_bug_10_every_row_ignored(place: Place, reduction: str, options: dict[st
 
 
 # ----------------------------------------------------------------------------- 12: the wrong GPU
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_bug_11_smoothing_weight_and_ignored_rows_together(
+    place: Place, smoothing: float, ignore_index: int, reduction: str
+) -> None:
+    """Each of the three was right without the others (pytorch #73205, #69339, #104776).
+
+    By hand: ignored rows add nothing, smoothing weighs each class by its own weight, and the mean divides by the
+    weights of the labels that count.
+    """
+    logits, weight = torch.randn(14, 6, dtype=torch.float64), torch.rand(6, dtype=torch.float64) + 0.1
+    target = torch.randint(6, (14,))
+    target[::4] = ignore_index
+    log_p, expected, total = logits.log_softmax(1), [], 0.0
+    for row, label in zip(log_p, target.tolist(), strict=True):
+        if label == ignore_index:
+            expected.append(0.0)
+            continue
+        hard, spread = -weight[label] * row[label], -(weight * row).sum() / 6
+        expected.append(float((1 - smoothing) * hard + smoothing * spread))
+        total += float(weight[label])
+    by_hand = torch.tensor(expected, dtype=torch.float64)
+    if reduction != "none":
+        by_hand = by_hand.sum() / (total if reduction == "mean" else 1.0)
+    ours = cross_entropy(
+        logits.to(place.device),
+        target.to(place.device),
+        weight.to(place.device),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=smoothing,
+    )
+    torch.testing.assert_close(ours.cpu(), by_hand)
 
 
 @pytest.mark.gpu
@@ -817,3 +868,19 @@ def test_bug_16_label_out_of_range_makes_its_row_nan(
         assert not rows[4].count_nonzero()
         if reduction == "sum":
             torch.testing.assert_close(rows[good], gradient[good])
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_bug_17_second_derivative_beside_another_path(place: Place, reduction: str, soft: bool) -> None:
+    """A gradient penalty: the loss's own part of the second derivative was dropped, the other path's was not."""
+    x = torch.randn(5, 7, dtype=torch.float64, device=place.device, requires_grad=True)
+    target = torch.randint(7, (5,), device=place.device)
+    if soft:
+        target = torch.rand(5, 7, dtype=torch.float64, device=place.device)
+    results = []
+    for function in (cross_entropy, F.cross_entropy):
+        loss = function(x * x, target, reduction=reduction).sum() + (x**3).sum()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        results.append(torch.autograd.grad((loss + gradient.square().sum()), x)[0])
+    torch.testing.assert_close(*results)

@@ -1,0 +1,108 @@
+"""Host time: microseconds from the Python call to its return, for a few logits: ``python -m benchmarks.host``.
+
+On a GPU that is what it takes to check the arguments and to queue the launches (nothing is waited for); on a CPU the
+whole of the work, which for (8, 10) is next to none. Contenders take turns in one process and medians are compared.
+The bar holds on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastloss
+
+from .cpu import Budget, Row, forward_backward, interleaved
+
+_BAR = 1.5
+
+
+def rows(device: torch.device, budget: Budget) -> list[Row]:
+    """Loss alone, with its backward pass, and with accuracy, beside what one would write without fastloss."""
+    x = torch.randn(8, 10, device=device)
+    leaf = torch.randn(8, 10, device=device).requires_grad_()
+    target = torch.randint(10, (8,), device=device)
+    bar = _BAR if device.type == "cpu" else None
+    module, theirs = fastloss.CrossEntropyLoss(label_smoothing=0.1), torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+
+    def fused(x: Tensor, target: Tensor) -> Tensor:
+        with fastloss.use_backend("eager"):
+            return fastloss.cross_entropy(x, target)
+
+    contests: list[tuple[str, str, float | None, Tensor, Callable[..., object], Callable[..., object]]] = [
+        (
+            "forward",
+            "F.cross_entropy",
+            bar,
+            x,
+            lambda x: fastloss.cross_entropy(x, target),
+            lambda x: F.cross_entropy(x, target),
+        ),
+        (
+            "forward + backward",
+            "F.cross_entropy",
+            bar,
+            leaf,
+            forward_backward(fastloss.cross_entropy, target),
+            forward_backward(F.cross_entropy, target),
+        ),
+        (
+            "module, smoothed, forward + backward",
+            "nn.CrossEntropyLoss",
+            bar,
+            leaf,
+            forward_backward(module, target),
+            forward_backward(theirs, target),
+        ),
+        (
+            "accuracy",
+            "argmax, ==, mean",
+            None,
+            x,
+            lambda x: fastloss.accuracy(x, target),
+            lambda x: (x.argmax(1) == target).float().mean(),
+        ),
+    ]
+    if device.type == "cpu":  # what the calls above spare
+        contests.append(
+            (
+                "fused pass all the same, forward + backward",
+                "F.cross_entropy",
+                None,
+                leaf,
+                forward_backward(fused, target),
+                forward_backward(F.cross_entropy, target),
+            )
+        )
+    results = []
+    for name, other, limit, tensor, ours, their in contests:
+        mine, others = interleaved([ours, their], [tensor], budget)
+        results.append(Row(f"{name} (8, 10)", other, mine, others, limit))
+        print(
+            f"{results[-1].name:52} {1e3 * mine:8.1f} us  {other:>20} {1e3 * others:8.1f} us  "
+            f"ratio {mine / others:5.2f}" + ("" if limit is None else f"  ≤ {limit}"),
+            flush=True,
+        )
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; exit code 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each line (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parsed = parser.parse_args(arguments)
+    print(f"fastloss {fastloss.__version__}, torch {torch.__version__}, {parsed.device}")
+    results = rows(torch.device(parsed.device), Budget(parsed.seconds, 20))
+    missed = [row for row in results if row.bar is not None and row.ratio > row.bar]
+    print(f"{len(missed)} bars missed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""The programs of docs/recipes.md, run as they stand there, beside the same ones over PyTorch's own loss."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastloss
+from fastloss import functional
+
+RECIPES = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
+
+
+def recipe(title: str) -> Callable[..., dict[str, Any]]:
+    """The code under a heading: called with the names that it starts from, it gives all those that it then has."""
+    text = RECIPES.read_text(encoding="utf-8")
+    (section,) = re.findall(rf"^## {re.escape(title)}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    code = compile(block, f"{RECIPES.name}: {title}", "exec")
+
+    def run(**given: Any) -> dict[str, Any]:
+        names = {"__name__": "recipe", **given}
+        exec(code, names)
+        return names
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user has it: the backend is chosen by itself. What is written is written here, and nothing is fetched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FASTLOSS_BACKEND", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the logits that a fused pass served, so that torch's own operator is not held against itself."""
+    shapes: list[tuple[int, ...]] = []
+    original = functional.fused_cross_entropy
+
+    def counted(input: Tensor, *arguments: Any) -> Any:
+        shapes.append(tuple(input.shape))
+        return original(input, *arguments)
+
+    monkeypatch.setattr(functional, "fused_cross_entropy", counted)
+    return shapes
+
+
+def test_every_recipe_is_run_here() -> None:
+    titles = re.findall(r"^## (.*)$", RECIPES.read_text(encoding="utf-8"), re.MULTILINE)
+    assert titles == ["Hugging Face Trainer", "PyTorch Lightning", "Mixup"]
+
+
+# ----------------------------------------------------------------------------- Hugging Face
+
+
+def test_hugging_face_trainer(tmp_path: Path, fused: list[tuple[int, ...]]) -> None:
+    """The loss that is logged at each step and the weights at the end are those of the model's default loss, with
+    sequences of unequal lengths over two accumulated batches; the loss of an evaluation too.
+    """
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    steps, batch, length, classes = 4, 4, 48, 2048
+    config = transformers.LlamaConfig(
+        vocab_size=classes,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=length,
+    )
+    first = transformers.LlamaForCausalLM(config)
+    tokens = torch.randint(classes, (2 * steps * batch, length))
+    labels = tokens.clone()
+    for row, counted in zip(labels, torch.randint(5, length, (len(labels),)).tolist(), strict=True):
+        row[counted:] = -100  # as padding is marked; the share that counts differs from batch to batch
+    dataset = [{"input_ids": t, "labels": y} for t, y in zip(tokens, labels, strict=True)]
+
+    def arguments(name: str) -> Any:
+        return transformers.TrainingArguments(
+            str(tmp_path / name),
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            per_device_eval_batch_size=batch,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            seed=7,
+        )
+
+    ours = recipe("Hugging Face Trainer")(
+        model=copy.deepcopy(first), training_arguments=arguments("ours"), dataset=dataset
+    )["trainer"]
+    assert fused, "the batches are so small that torch's own operator served them"
+    theirs = transformers.Trainer(copy.deepcopy(first), arguments("theirs"), train_dataset=dataset)
+    theirs.train()
+
+    our_losses, their_losses = ([e["loss"] for e in t.state.log_history if "loss" in e] for t in (ours, theirs))
+    assert len(our_losses) == steps
+    assert our_losses == pytest.approx(their_losses, rel=1e-4)
+    their_weights = dict(theirs.model.named_parameters())
+    for name, weight in ours.model.named_parameters():
+        assert not torch.equal(weight.cpu(), dict(first.named_parameters())[name])
+        torch.testing.assert_close(weight, their_weights[name], rtol=1e-4, atol=1e-4)
+    ours_later, theirs_later = (t.evaluate(dataset[:batch])["eval_loss"] for t in (ours, theirs))
+    assert ours_later == pytest.approx(theirs_later, rel=1e-4)
+
+
+# ----------------------------------------------------------------------------- Lightning
+
+
+def test_lightning(tmp_path: Path, fused: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same program with torch's loss and torchmetrics' accuracies in the place of ours logs the same numbers at
+    each step and each epoch, and ends with the same weights.
+    """
+    lightning = pytest.importorskip("lightning")
+    metrics = pytest.importorskip("torchmetrics").functional.classification
+    epochs, steps, rows, classes = 2, 4, 1024, 300
+    first = nn.Linear(12, classes)
+    data = torch.utils.data.TensorDataset(torch.randn(steps * rows, 12), torch.randint(classes, (steps * rows,)))
+    loader = torch.utils.data.DataLoader(data, batch_size=rows)
+
+    class Log(lightning.Callback):
+        def __init__(self) -> None:
+            self.steps: list[dict[str, float]] = []
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def run(name: str) -> tuple[list[dict[str, float]], dict[str, float], nn.Module]:
+        log = Log()
+        trainer = lightning.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            default_root_dir=tmp_path / name,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[log],
+        )
+        names = recipe("PyTorch Lightning")(
+            trainer=trainer,
+            body=copy.deepcopy(first),
+            classes=classes,
+            training_data=loader,
+            validation_data=loader,
+        )
+        last = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return log.steps, last, names["classifier"].body
+
+    def top(k: int, logits: Tensor, target: Tensor) -> Tensor:
+        return metrics.multiclass_accuracy(logits, target, classes, average="micro", top_k=k)
+
+    def with_accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return F.cross_entropy(logits, target), tuple(top(k, logits, target) for k in topk)
+
+    our_steps, our_last, ours = run("ours")
+    assert fused, "the batches are so small that torch's own operator served them"
+    monkeypatch.setattr(fastloss, "cross_entropy_with_accuracy", with_accuracy)
+    monkeypatch.setattr(fastloss, "accuracy", lambda logits, target: top(1, logits, target))
+    their_steps, their_last, theirs = run("theirs")
+
+    assert len(our_steps) == len(their_steps) == epochs * steps
+    for mine, other in zip([*our_steps, our_last], [*their_steps, their_last], strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+        assert {"loss", "top1", "top5"} <= set(mine)
+    assert {"epoch_top1", "validation_top1"} <= set(our_last)
+    assert our_last["epoch_top1"] == pytest.approx(sum(step["top1"] for step in our_steps[-steps:]) / steps)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+# ----------------------------------------------------------------------------- mixup
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(64, 10), (512, 1000)])
+def test_mixup(rows: int, classes: int, fused: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets that are probabilities: each step's loss and accuracy, and the weights at the end, are torch's."""
+    batches = [(torch.randn(rows, 3, 4), torch.randint(classes, (rows,))) for _ in range(4)]
+    first = nn.Sequential(nn.Flatten(), nn.Linear(12, classes))
+
+    def run() -> tuple[list[tuple[float, float]], nn.Module]:
+        model = copy.deepcopy(first)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        torch.manual_seed(0)  # the same mixtures
+        return list(recipe("Mixup")()["train"](model, optimizer, batches, classes)), model
+
+    our_steps, ours = run()
+    assert fused or rows * classes <= functional.SMALL_ON_CPU
+    monkeypatch.setattr(fastloss, "cross_entropy", F.cross_entropy)
+    monkeypatch.setattr(fastloss, "accuracy", lambda x, y: (x.argmax(1) == y.argmax(1)).float().mean())
+    their_steps, theirs = run()
+    for mine, other in zip(our_steps, their_steps, strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+    for weight, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected)
+
+
+def test_mixup_mixes_inputs_and_labels_alike() -> None:
+    """Each image is its own one-hot label here: what becomes of the one becomes of the other."""
+    labels = torch.randint(7, (20,))
+    images, targets = recipe("Mixup")()["mixup"](F.one_hot(labels, 7).float(), labels, 7, alpha=1.0)
+    torch.testing.assert_close(images, targets)
+    torch.testing.assert_close(targets.sum(1), torch.ones(20))
+    assert len(targets.unique()) > 2
