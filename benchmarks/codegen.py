@@ -135,6 +135,11 @@ OPTIONS = {
     "none+accuracy": LossOptions(reduction="none", topk=(1, 5)),
     "softcap+z": LossOptions(softcap=30.0, lse_square_scale=1e-4),
 }
+STATISTICS = {
+    "statistics": LossOptions(),
+    "statistics-every": LossOptions(),
+    "statistics-every+weight+smoothing+softcap": LossOptions(label_smoothing=0.1, softcap=30.0),
+}
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -187,6 +192,24 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"{shape_name} {dtype_name} accuracy alone",
             partial(kernels.accuracy, logits, target, (1, 5), -100, "mean"),
         )
+        for form, options in STATISTICS.items():
+            weight = meta(shape[1], dtype=dtype) if "weight" in form else None
+            every, row = "every" in form, meta(target.numel(), dtype=torch.float64)
+            yield (
+                f"{shape_name} {dtype_name} {form} forward",
+                partial(
+                    kernels.row_statistics_forward,
+                    *(logits, target, weight, options),
+                    entropy=every,
+                    predicted=every,
+                    every_row=every,
+                ),
+            )
+            upstreams = (row, row, row if every else None, row if options.label_smoothing else None)
+            yield (
+                f"{shape_name} {dtype_name} {form} backward",
+                partial(kernels.row_statistics_backward, upstreams, logits, target, weight, options, row, row),
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -209,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
             with recorded(launches, label):
                 call()
     failures, seen = 0, set()
-    print(f"{'kernel':14} {'target':7} {'regs':>4} {'spill':>5} {'shared':>6}  accesses; made for")
+    print(f"{'kernel':19} {'target':7} {'regs':>4} {'spill':>5} {'shared':>6}  accesses; made for")
     for launch in launches:
         for name in parsed.target or TARGETS:
             constants = {k: str(v) for k, v in launch.options.items()}
@@ -227,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
             failures += bool(r.error or r.spills)
             widths = " ".join(f"{k}×{v}" for k, v in sorted(r.widths.items()))
             print(
-                f"{r.kernel:14} {r.target:7} {r.registers or '-':>4} {r.spills if r.spills is not None else '-':>5} "
+                f"{r.kernel:19} {r.target:7} {r.registers or '-':>4} {r.spills if r.spills is not None else '-':>5} "
                 f"{r.shared if r.shared is not None else '-':>6}  {r.error or widths}; {r.label}",
                 flush=True,
             )

@@ -22,14 +22,17 @@ from .functional import (  # noqa: E402
     cross_entropy_with_accuracy,
 )
 from .modules import CrossEntropyLoss  # noqa: E402
+from .statistics import LossStatistics, cross_entropy_with_statistics  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CrossEntropyLoss",
     "LossAndAccuracy",
+    "LossStatistics",
     "accuracy",
     "cross_entropy",
     "cross_entropy_with_accuracy",
+    "cross_entropy_with_statistics",
     "use_backend",
 ]

@@ -31,7 +31,7 @@ from torch.autograd import Function
 from . import composite
 from .contract import Backend, LossOptions, compute_dtype
 
-__all__ = ["fused_cross_entropy"]
+__all__ = ["as_rows", "fused_cross_entropy", "is_differentiable"]
 
 
 def fused_cross_entropy(
@@ -128,7 +128,7 @@ class _CrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
         of_loss, of_gradient = upstreams[:2]
-        differentiable = _is_differentiable(upstreams[:2])
+        differentiable = is_differentiable(upstreams[:2])
         nothing = (None,) * 6
         if ctx.inplace and ctx.written:
             _refuse_second_derivative(upstreams[:2])
@@ -223,7 +223,7 @@ class _SoftCrossEntropy(Function):
             _refuse_second_derivative(upstreams)
             return (*_handed_over(ctx, ctx.saved_tensors, of_loss), *nothing)
         input, target, weight, gradient, target_gradient, *saved = ctx.saved_tensors
-        differentiable = _is_differentiable(upstreams)
+        differentiable = is_differentiable(upstreams)
         if differentiable and ctx.from_logits:
             return (*_differentiable_gradients(ctx, input, target, weight, of_loss), *nothing)
         if not ctx.written:
@@ -267,7 +267,7 @@ def _handed_over(ctx: Any, written: Sequence[Tensor | None], upstream: Tensor | 
     )
 
 
-def _is_differentiable(upstreams: Sequence[Tensor | None]) -> bool:
+def is_differentiable(upstreams: Sequence[Tensor | None]) -> bool:
     """Must backward itself be differentiable (``create_graph=True``)?
 
     A batched upstream (``is_grads_batched=True``) takes the same road: out of place, in torch's own ops.
@@ -278,7 +278,7 @@ def _is_differentiable(upstreams: Sequence[Tensor | None]) -> bool:
 
 
 def _refuse_second_derivative(upstreams: Sequence[Tensor | None]) -> None:
-    if _is_differentiable(upstreams):
+    if is_differentiable(upstreams):
         raise RuntimeError(
             "fastloss: the logits were overwritten (inplace=True), so there is no second derivative; "
             "use inplace=False with create_graph=True"

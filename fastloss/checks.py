@@ -18,6 +18,7 @@ __all__ = [
     "check_labels",
     "check_logits",
     "check_soft_target",
+    "check_switches",
     "checked_options",
     "checked_topk",
 ]
@@ -180,3 +181,10 @@ def checked_topk(topk: int | Sequence[int]) -> tuple[int, ...]:
         if k < 1:
             raise ValueError(f"fastloss: topk holds {k}; expected every k to be at least 1")
     return ks
+
+
+def check_switches(**switches: object) -> None:
+    """Each is True or False: a number in the place of one was meant for another argument."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"fastloss: {name} is {value!r}; expected True or False")

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "Forward", "LossOptions", "SoftForward", "compute_dtype"]
+__all__ = ["Backend", "Forward", "LossOptions", "RowStatistics", "SoftForward", "compute_dtype"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,19 @@ class SoftForward(NamedTuple):
     gradient: Tensor | None  # d(loss)/d(input) at an upstream gradient of 1, laid out as the input
     target_gradient: Tensor | None  # d(loss)/d(target), laid out as the target
     saved: tuple[Tensor, ...]  # what this backend's `soft_cross_entropy_backward` wants back
+
+
+class RowStatistics(NamedTuple):
+    """What one visit to the logits z (after the softcap) tells of each row; ``(rows,)`` each.
+
+    Numbers are float64 (float32 on a device without it), so that a difference of two of them is as exact as they are.
+    """
+
+    lse: Tensor  # log Σ_c exp(z_c)
+    label_logit: Tensor  # z_y; any number where the row is ignored
+    entropy: Tensor | None  # H = lse − Σ_c p_c z_c of the softmax p, if asked for
+    weighted_sum: Tensor | None  # Σ_c w_c z_c, where options.label_smoothing is not 0; w = 1 without a weight
+    predicted: Tensor | None  # int64: the class of the greatest logit, the first of equal ones; NaN is the greatest
 
 
 class Backend(Protocol):
@@ -122,6 +135,44 @@ class Backend(Protocol):
         inplace: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients from the input and the target; ``upstream`` is ``()``, or ``(rows,)`` for "none"."""
+        ...
+
+    def row_statistics_forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        *,
+        entropy: bool,
+        predicted: bool,
+        every_row: bool,
+    ) -> RowStatistics:
+        """What the logits say of each row, for losses that are put together from it.
+
+        Of the options it heeds ``ignore_index``, ``softcap``, and whether ``label_smoothing`` is 0. Without
+        ``every_row`` what is given for ignored rows means nothing, and their logits need not be read.
+        A label out of bounds (off the CPU) is taken for 0: the layers above make such a row NaN.
+        """
+        ...
+
+    def row_statistics_backward(
+        self,
+        upstreams: Sequence[Tensor | None],
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        lse: Tensor,
+        entropy: Tensor | None,
+    ) -> Tensor:
+        """The gradient from the logits x, for ``upstreams`` of lse, z_y, H and Σ_c w_c z_c, each ``(rows,)`` or None.
+
+        (p_c g_lse − g_H p_c (log p_c + H) + [c = y] g_zy + g_wz w_c) ∂z_c/∂x_c,  where 0 · log 0 is 0;
+
+        and 0 in a row whose upstreams are all 0, whatever it holds. ``lse`` and, if there is a g_H, ``entropy`` are
+        the forward's.
+        """
         ...
 
     def rescale(self, gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:

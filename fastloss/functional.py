@@ -113,7 +113,7 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     plain = lse_square_scale == 0.0 and softcap is None and from_logits is True
-    if plain and not inplace and label_smoothing.__class__ is float and _is_small(input, target, weight):
+    if plain and not inplace and label_smoothing.__class__ is float and is_small(input, target, weight):
         try:
             if not 0.0 <= label_smoothing <= 1.0:
                 raise ValueError  # torch lets some of these pass
@@ -128,7 +128,7 @@ def cross_entropy(
         except (RuntimeError, ValueError, IndexError, TypeError):
             # Say the same in this package's words, if they have any for it.
             options = checks.checked_options(ignore_index, label_smoothing, reduction, 0.0, None)
-            _check_tensors(input, target, weight, options)
+            check_tensors(input, target, weight, options)
             raise
     options = checks.checked_options(
         ignore_index, label_smoothing, reduction, lse_square_scale, softcap, from_logits=from_logits
@@ -225,7 +225,7 @@ def accuracy(
     return values if isinstance(topk, Sequence) else values[0]
 
 
-def _is_small(input: Tensor, target: Tensor, weight: Tensor | None = None) -> bool:
+def is_small(input: Tensor, target: Tensor, weight: Tensor | None = None) -> bool:
     """Do torch's own operators serve these best: few logits on a CPU, with a target that they take?"""
     return (
         not torch.compiler.is_compiling()
@@ -243,7 +243,7 @@ def _is_small(input: Tensor, target: Tensor, weight: Tensor | None = None) -> bo
     )
 
 
-def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
+def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
     """Everything about the tensors of a loss, the labels themselves where a look is free or asked for."""
     _check_shapes(input, target, weight, options)
     if not target.is_floating_point() and (target.is_cpu or backend.validates()):
@@ -262,34 +262,34 @@ def _check_shapes(input: Tensor, target: Tensor, weight: Tensor | None, options:
 def _loss_and_accuracy(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, inplace: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    if _is_traced(input, target):
+    if is_traced(input, target):
         _check_shapes(input, target, weight, options)
         if _is_compiled(input, target, weight, options):
             return _operated(input, target, weight, options)
         return _composed(input, target, weight, options)
-    _check_tensors(input, target, weight, options)
+    check_tensors(input, target, weight, options)
     soft = target.is_floating_point()
     if not soft and input.dim() == 1:
         target = target.view(())
-    if not inplace and input.numel() > 0 and _is_small(input, target, weight):
+    if not inplace and input.numel() > 0 and is_small(input, target, weight):
         return _composed(input, target, weight, options)
     if inplace and torch._debug_has_internal_overlap(input) == 1:
         raise RuntimeError(
             f"fastloss: inplace=True needs an input whose elements have memory of their own; "
             f"got strides {input.stride()} for shape {tuple(input.shape)} (an expanded tensor: clone it)"
         )
-    loss_dtype = _loss_dtype(input, target, weight)
+    dtype = loss_dtype(input, target, weight)
     served = input.numel() > 0 and (soft or options.from_logits)
     if not served or (soft and weight is not None and weight.requires_grad and torch.is_grad_enabled()):
         loss, values = _composed(input, target, weight, options)
-        return loss.to(loss_dtype), values
+        return loss.to(dtype), values
     loss, values = fused_cross_entropy(
         input,
         target if soft else target.reshape(-1).contiguous(),
         None if weight is None else weight.contiguous(),
         options,
         backend.load(backend.choose(input)),
-        loss_dtype,
+        dtype,
         inplace,
     )
     if soft:
@@ -300,7 +300,7 @@ def _loss_and_accuracy(
     return loss, values
 
 
-def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
     """As torch has it: the input's, or a wider one of class probabilities and their weights; autocast's float32."""
     dtype = input.dtype
     if target.is_floating_point():
@@ -331,7 +331,7 @@ def _operated(
     soft = target.is_floating_point()
     labels = target if soft else target.reshape(-1).contiguous()
     weight = None if weight is None else weight.contiguous()
-    loss, values = operators.loss_and_accuracy(input, labels, weight, options, _loss_dtype(input, target, weight))
+    loss, values = operators.loss_and_accuracy(input, labels, weight, options, loss_dtype(input, target, weight))
     if soft:
         values = _accuracies(input, target, options)
     if options.reduction != "none":
@@ -365,11 +365,11 @@ def _accuracies(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Te
 def _accuracy(input: Tensor, target: Tensor, options: LossOptions, *, checked: bool = False) -> tuple[Tensor, ...]:
     if not options.topk:
         return ()
-    if _is_traced(input, target):
+    if is_traced(input, target):
         return composite.accuracy(input, target, options)
     if not checked and (target.is_cpu or backend.validates()):
         checks.check_labels(target, input.shape[min(1, input.dim() - 1)], options.ignore_index)
-    if input.numel() == 0 or (input.numel() <= SMALL_ON_CPU // 16 and _is_small(input, target)):
+    if input.numel() == 0 or (input.numel() <= SMALL_ON_CPU // 16 and is_small(input, target)):
         return composite.accuracy(input, target, options)
     served = backend.load(backend.choose(input))
     labels = target.reshape(-1).contiguous()
@@ -393,7 +393,7 @@ def _labels_of(target: Tensor) -> Tensor:
     return (target.to(torch.uint8) if target.dtype == torch.bool else target).argmax(dim)
 
 
-def _is_traced(input: Tensor, target: Tensor) -> bool:
+def is_traced(input: Tensor, target: Tensor) -> bool:
     """Must every step be a torch op: a transform, a trace, forward-mode derivatives, a tensor subclass?"""
     if (
         torch.compiler.is_compiling()

@@ -20,7 +20,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         label_smoothing: in [0, 1].
         lse_square_scale: λ of the z-loss λ · lse².
         softcap: bounds the logits by ``softcap * tanh(logits / softcap)``.
-        from_logits: the input is logits (the only form there is so far).
+        from_logits: if False, the input is probabilities.
         inplace: write the gradient over the logits.
 
     Example:
@@ -57,7 +57,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of ``input`` ``(N, C, …)`` and ``target`` ``(N, …)``."""
+        """The loss of ``input`` ``(N, C, …)`` and ``target`` ``(N, …)``, or class probabilities of ``input``'s shape."""
         return cross_entropy(
             input,
             target,

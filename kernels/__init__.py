@@ -7,12 +7,15 @@ from .accuracy import accuracy
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .rescale import rescale
 from .soft_cross_entropy import soft_cross_entropy_backward, soft_cross_entropy_forward
+from .statistics import row_statistics_backward, row_statistics_forward
 
 __all__ = [
     "accuracy",
     "cross_entropy_backward",
     "cross_entropy_forward",
     "rescale",
+    "row_statistics_backward",
+    "row_statistics_forward",
     "soft_cross_entropy_backward",
     "soft_cross_entropy_forward",
 ]

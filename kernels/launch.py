@@ -70,7 +70,8 @@ def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
     looped = cols > (64 if by_inner else LONGEST_TILE)
     if by_inner:
         cols = 32 if looped else cols
-        tile_rows, warps, group = min(64 if looped else min(4096 // cols, 128), max(power_of_2(inner), 16)), 4, cols
+        tile_rows = min(64 if looped else min(4096 // cols, 128), max(power_of_2(inner), 16))
+        warps, group = 8 if looped else 4, cols  # beside what a long row keeps, 16 logits a thread would spill
         number = outer * triton.cdiv(inner, tile_rows)
     else:
         if looped:

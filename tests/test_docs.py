@@ -11,6 +11,7 @@ import pytest
 MODULES = {
     "fastloss": {""},
     "fastloss.functional": {"accuracy", "cross_entropy", "cross_entropy_with_accuracy"},
+    "fastloss.statistics": {"cross_entropy_with_statistics"},
     "fastloss.modules": {"CrossEntropyLoss"},
     "fastloss.backend": {"use_backend"},
 }
