@@ -57,7 +57,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of ``input`` ``(N, C, …)`` and ``target`` ``(N, …)``, or class probabilities of ``input``'s shape."""
+        """The loss of ``input`` ``(N, C, …)`` and ``target`` ``(N, …)``, or class probabilities like ``input``."""
         return cross_entropy(
             input,
             target,

@@ -86,6 +86,9 @@ def row_statistics_forward(
             **tiles.constants(),
             **({"GROUP": tiles.group} if tiles.looped else {}),
         )
+    if weighted_sum is not None:
+        total = classes if weight is None else weight.sum(dtype=torch.float64)
+        weighted_sum += total * torch.where(label_logit.isfinite(), label_logit, 0.0)
     return RowStatistics(lse, label_logit, row_entropy, weighted_sum, row_predicted)
 
 
@@ -170,9 +173,15 @@ def _store_label_logit(
     SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """z_y. Before the visit, so that no register holds it on the way."""
-    x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
-    tl.store(label_logit_ptr + row, _capped(x_label, cap, SOFTCAP, ACC).to(tl.float64), mask=in_range)
+    """z_y. Before the visit, so that no register holds it on the way.
+
+    But for Σ_c w_c z_c, a float32 sum of what may be far from 0: that is taken of z_c − z_y, where z_y is finite.
+    """
+    z_label = _capped(
+        tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC), cap, SOFTCAP, ACC
+    )
+    tl.store(label_logit_ptr + row, z_label.to(tl.float64), mask=in_range)
+    return tl.where(z_label - z_label == 0.0, z_label, 0.0)
 
 
 @triton.jit
@@ -237,7 +246,9 @@ def _statistics_tile(
     col_mask = inside(cols, classes, VEC)
     pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
     x = tl.load(pointers, mask=read[:, None] & col_mask[None, :], other=-float("inf")).to(ACC)
-    _store_label_logit(label_logit_ptr, logits_ptr, base, label, row, counted, in_range, x_class, cap, SOFTCAP, ACC)
+    near = _store_label_logit(
+        label_logit_ptr, logits_ptr, base, label, row, counted, in_range, x_class, cap, SOFTCAP, ACC
+    )
 
     x_max = tl.max(x, axis=1)
     m = _capped(x_max, cap, SOFTCAP, ACC)
@@ -253,9 +264,9 @@ def _statistics_tile(
     if entropy_ptr is not None:
         u = tl.sum(e * tl.maximum(below, _LOG_OF_0), axis=1)
     if weighted_sum_ptr is not None:
-        weighted = z
+        weighted = z - near[:, None]
         if HAS_WEIGHT:
-            weighted = z * tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(ACC)[None, :]
+            weighted *= tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(ACC)[None, :]
         wz = tl.sum(tl.where(col_mask[None, :], weighted, 0.0), axis=1)
     if predicted_ptr is not None:
         first = tl.min(tl.where(x == x_max[:, None], cols[None, :], _NO_CLASS), axis=1)
@@ -270,7 +281,7 @@ def _visit(
     m_group,  # (ROWS, groups): the running maximum of each group of classes
     s_group,  # (ROWS, groups): Σ exp(z − m_group)
     u_group,  # (ROWS, groups): Σ exp(z − m_group) (z − m_group)
-    wz_group,  # (ROWS, groups): Σ_c w_c z_c
+    wz_group,  # (ROWS, groups): Σ_c w_c (z_c − near)
     first_group,  # (ROWS, groups): the first class of the group's greatest logit
     best_group,  # (ROWS, groups): that logit
     logits_ptr,
@@ -280,6 +291,7 @@ def _visit(
     classes,
     x_class,
     read,
+    near,
     cap,
     MASKED: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -315,9 +327,9 @@ def _visit(
         if MASKED:
             z = tl.where(mask, z, -float("inf"))
     if WEIGHTED_SUM:
-        weighted = z
+        weighted = z - near[:, None]
         if HAS_WEIGHT:
-            weighted = z * tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)[None, :]
+            weighted *= tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)[None, :]
         if MASKED:
             weighted = tl.where(mask, weighted, 0.0)
         wz_group += tl.sum(tl.reshape(weighted, SPLIT), axis=2)
@@ -372,7 +384,9 @@ def _statistics_loop(
     label, counted, _ = labels(target_ptr, row, in_range, target_ptr, classes, ignore_index, False, ACC)
     read = in_range if EVERY_ROW else rows_to_read(counted, in_range, BY_INNER)
     base = row_offsets(outer, within, x_outer, x_inner, VEC)
-    _store_label_logit(label_logit_ptr, logits_ptr, base, label, row, counted, in_range, x_class, cap, SOFTCAP, ACC)
+    near = _store_label_logit(
+        label_logit_ptr, logits_ptr, base, label, row, counted, in_range, x_class, cap, SOFTCAP, ACC
+    )
     m_group = tl.full([ROWS, COLS // GROUP], -float("inf"), ACC)
     s_group = tl.zeros([ROWS, COLS // GROUP], ACC)
     u_group, wz_group, best_group = s_group, s_group, m_group
@@ -382,14 +396,14 @@ def _statistics_loop(
         for start in tl.range(0, full, COLS):
             m_group, s_group, u_group, wz_group, first_group, best_group = _visit(
                 m_group, s_group, u_group, wz_group, first_group, best_group,
-                logits_ptr, weight_ptr, base, start, classes, x_class, read, cap, False,
+                logits_ptr, weight_ptr, base, start, classes, x_class, read, near, cap, False,
                 entropy_ptr is not None, weighted_sum_ptr is not None, predicted_ptr is not None,
                 HAS_WEIGHT, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
             )  # fmt: skip
         if full < classes:
             m_group, s_group, u_group, wz_group, first_group, best_group = _visit(
                 m_group, s_group, u_group, wz_group, first_group, best_group,
-                logits_ptr, weight_ptr, base, full, classes, x_class, read, cap, True,
+                logits_ptr, weight_ptr, base, full, classes, x_class, read, near, cap, True,
                 entropy_ptr is not None, weighted_sum_ptr is not None, predicted_ptr is not None,
                 HAS_WEIGHT, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
             )  # fmt: skip

@@ -529,3 +529,14 @@ def test_small_tensors_on_a_cpu_agree(part: str) -> None:
         by_us = cross_entropy_with_statistics(input, target, **options)
     torch.testing.assert_close(by_us.loss, by_default.loss)
     torch.testing.assert_close(getattr(by_us, part), getattr(by_default, part))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.1, 1.0])
+def test_smoothed_loss_far_from_zero(place: Place, label_smoothing: float) -> None:
+    """What is common to a row's logits is subtracted before they are added up."""
+    for classes in (30, 9001):
+        input, target = torch.randn(8, classes) + 1000, torch.randint(classes, (8,))
+        options: dict[str, Any] = {"reduction": "none", "label_smoothing": label_smoothing}
+        ours = cross_entropy_with_statistics(input.to(place.device), target.to(place.device), **options).loss
+        theirs, exact = (F.cross_entropy(x, target, **options) for x in (input, input.double()))
+        reference.assert_no_worse(ours, theirs, exact, "loss")

@@ -44,7 +44,7 @@ def row_statistics_forward(
     every_row: bool,
 ) -> RowStatistics:
     """See :class:`fastloss.contract.Backend`; every row is visited."""
-    outer, _, inner = logits.shape
+    outer, classes, inner = logits.shape
     rows, cap, device = (outer, 1, inner), options.softcap, logits.device
     dtype, wide = compute_dtype(logits.dtype), row_dtype(device)
     lse = logits.new_empty(rows, dtype=wide)
@@ -53,6 +53,7 @@ def row_statistics_forward(
     weighted_sum = torch.empty_like(lse) if options.label_smoothing else None
     row_predicted = logits.new_empty(rows, dtype=torch.int64) if predicted else None
     class_weight = None if weight is None else weight.to(dtype)
+    total_weight: Tensor | int = classes if weight is None else weight.sum(dtype=wide)
 
     def visit(chunk: Chunk) -> None:
         x = chunk.of(logits)
@@ -66,11 +67,13 @@ def row_statistics_forward(
         z = x if x.dtype == dtype else buffer.copy_(x)
         if cap is not None:
             z = torch.div(z, cap, out=buffer).tanh_().mul_(cap)
-        if weighted_sum is not None:
-            chunk.of(weighted_sum).copy_(_weighted_sum(z, class_weight))
         # Subtracted before anything else, where it is exact: lse − z_y is to be as exact as torch's own log-softmax.
         maximum.masked_fill_(maximum == -torch.inf, 0)
         below = torch.sub(z, maximum, out=buffer)
+        if weighted_sum is not None:
+            chunk.of(weighted_sum).copy_(
+                _weighted_sum(below, class_weight).to(wide) + total_weight * maximum.to(wide)
+            )
         e = below if row_entropy is None else Scratch("softmax", dtype, device).like(x).copy_(below)
         e.mul_(LOG2_E).exp2_()
         total = e.sum(1, keepdim=True).to(wide)
@@ -164,7 +167,7 @@ def _label(logits: Tensor, target: Tensor, options: LossOptions) -> Tensor:
 
 
 def _weighted_sum(z: Tensor, class_weight: Tensor | None) -> Tensor:
-    """Σ_c w_c z_c."""
+    """Σ_c w_c z_c, of z that is near 0 for the greatest: elsewhere float32 would lose their differences."""
     if class_weight is None:
         return z.sum(1, keepdim=True)
     with torch.autocast(z.device.type, enabled=False):
