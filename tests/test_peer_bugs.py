@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from places import Place
 from torch import Tensor
 
-from fastloss import accuracy, backend, cross_entropy, cross_entropy_with_accuracy, use_backend
+from fastloss import (
+    accuracy,
+    backend,
+    cross_entropy,
+    cross_entropy_with_accuracy,
+    cross_entropy_with_statistics,
+    use_backend,
+)
 from fastloss.autograd import as_rows
 from fastloss.contract import LossOptions
 
@@ -480,6 +487,26 @@ def test_bug_09_gradient_written_past_2_31(form: Place) -> None:
         for dtype in (torch.float64, torch.float16)
     )
     reference.assert_no_worse(logits.contiguous(), theirs, exact, "gradient")
+
+
+@pytest.mark.parametrize("layout", FAR_LAYOUTS)
+def test_bug_09_soft_targets_and_statistics_past_2_31(form: Place, layout: str) -> None:
+    """The other kernels, with logits far apart and then targets."""
+    far = far_apart(form, *FAR_LAYOUTS[layout])
+    near, other = far.clone(memory_format=torch.contiguous_format), torch.rand_like(far.contiguous())
+    torch.testing.assert_close(cross_entropy(far, other), F.cross_entropy(near, other), rtol=2e-3, atol=2e-3)
+    positive = far.abs_()
+    torch.testing.assert_close(
+        cross_entropy(other, positive, reduction="none"),
+        F.cross_entropy(other, near.abs(), reduction="none"),
+        rtol=2e-3,
+        atol=2e-2,
+    )
+    target = labels(form, far.shape[0], *far.shape[2:], classes=far.shape[1])
+    parts = cross_entropy_with_statistics(positive, target, entropy=True, predicted=True)
+    expected = cross_entropy_with_statistics(near.abs(), target, entropy=True, predicted=True)
+    assert torch.equal(parts.predicted, expected.predicted)
+    torch.testing.assert_close((parts.loss, parts.entropy), (expected.loss, expected.entropy))
 
 
 # ----------------------------------------------------------------------------- 10: every row ignored
