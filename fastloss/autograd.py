@@ -66,7 +66,11 @@ def fused_cross_entropy(
         )
         return result.loss, result.accuracy
     base = input._base if input._is_view() else None
-    if inplace and (input.is_leaf or (base is not None and base.is_leaf and base.requires_grad)):
+    if (
+        inplace
+        and input.requires_grad
+        and (input.is_leaf or (base is not None and base.is_leaf and base.requires_grad))
+    ):
         raise RuntimeError(
             "fastloss: inplace=True would write the gradient over a leaf tensor that requires grad, or over a "
             "view of one; pass the output of an operation, or inplace=False"
@@ -153,13 +157,9 @@ class _CrossEntropy(Function):
                 torch.autograd.graph.increment_version(input)
             return (result.view(input.shape), *nothing)
 
-        total: Tensor | None = None
-        if of_loss is not None:
-            if differentiable:
-                total = gradient * of_loss
-            else:
-                mine = not _graph_is_kept() and of_gradient is None
-                total = ctx.backend.rescale(gradient.detach(), of_loss, inplace=mine)
+        if not differentiable and of_gradient is None:
+            return (*_handed_over(ctx, (gradient,), of_loss), *nothing)
+        total = None if of_loss is None else gradient * of_loss
         if of_gradient is not None:
             slopes = _hard_slopes(gradient, target, weight, ctx.options, scale)
             second = _second(gradient, of_gradient, *slopes)

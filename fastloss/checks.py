@@ -90,7 +90,9 @@ def check_index_target(input: Tensor, target: object, weight: object) -> None:
         raise TypeError(f"fastloss: target must be a Tensor, got {type(target).__name__}")
     expected = tuple(input.shape[:1] + input.shape[2:]) if input.dim() > 1 else ()
     if target.dtype not in _LABEL_DTYPES:
-        raise RuntimeError(
+        # torch looks at the batch first, and takes anything in another shape for labels.
+        other_batch = input.dim() > 1 and target.shape[:1] != input.shape[:1]
+        raise (ValueError if other_batch else RuntimeError)(
             f"fastloss: target has dtype {target.dtype} and shape {tuple(target.shape)} beside an input of dtype "
             f"{input.dtype} and shape {tuple(input.shape)}; expected class indices in int64, int32 or uint8, of "
             f"shape {expected}, or class probabilities: floating point, in the shape of input"
@@ -111,6 +113,8 @@ def check_index_target(input: Tensor, target: object, weight: object) -> None:
         return
     assert isinstance(weight, Tensor)
     fitting = {input.dtype, torch.float32} if input.dtype.itemsize == 2 else {input.dtype}
+    if torch.is_autocast_enabled(input.device.type) and torch.float64 not in fitting:
+        fitting = {torch.float16, torch.bfloat16, torch.float32}
     if weight.dtype not in fitting:
         raise RuntimeError(f"fastloss: weight has dtype {weight.dtype}; expected {input.dtype}, as input has")
     if weight.requires_grad and torch.is_grad_enabled():
@@ -130,8 +134,6 @@ def check_soft_target(input: Tensor, target: Tensor, weight: object, ignore_inde
             "expected a negative number (the default), or class indices as target"
         )
     _check_beside(input, target, weight)
-    if isinstance(weight, Tensor) and not weight.is_floating_point():
-        raise RuntimeError(f"fastloss: weight has dtype {weight.dtype}; expected {input.dtype}, as input has")
 
 
 def _check_beside(input: Tensor, target: Tensor, weight: object) -> None:

@@ -12,18 +12,24 @@ from torch import Tensor
 
 from .contract import LossOptions, compute_dtype
 
-__all__ = ["accuracy", "cross_entropy", "is_soft"]
+__all__ = ["accuracy", "by_class", "cross_entropy", "is_soft", "reduced", "row_weight"]
 
 
-def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
-    """The loss in the dtype that torch gives it; shapes as in :func:`fastloss.cross_entropy`."""
-    if not options.from_logits:
-        return _of_probabilities(input, target, weight, options)
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The loss in ``dtype``, or in the one that torch gives it; shapes as in :func:`fastloss.cross_entropy`."""
     soft = is_soft(input, target)
-    logits = input
+    plain = options.softcap is None and not options.lse_square_scale and options.from_logits
+    if dtype is None:
+        dtype = torch.promote_types(input.dtype, target.dtype) if soft else input.dtype
+    # What is not one operator of torch is computed in float32, and rounded once.
+    logits = input if plain else input.to(compute_dtype(input.dtype))
+    if not options.from_logits:
+        return _of_probabilities(logits, target, weight, options).to(dtype)
     if options.softcap is not None:
-        logits = options.softcap * torch.tanh(input / options.softcap)
-    if weight is not None and not soft:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    if weight is not None and not soft and not torch.is_autocast_enabled(input.device.type):
         weight = weight.to(logits.dtype)
     if not soft and target.dtype not in (torch.int64, torch.uint8):
         target = target.long()
@@ -35,16 +41,22 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options:
         reduction=options.reduction,
         label_smoothing=options.label_smoothing,
     )
-    if not options.lse_square_scale:
+    if plain:
         return loss
+    if options.lse_square_scale:
+        loss = loss + _z_loss(logits, target, weight, options)
+    return loss.to(dtype)
+
+
+def _z_loss(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
     lse = torch.logsumexp(logits, _class_dim(logits))
-    if soft:
-        mass = (target if weight is None else target * _by_class(weight, target)).sum(_class_dim(target))
-        return loss + _reduced(options.lse_square_scale * mass * lse.square(), None, options.reduction)
-    counted, row_weight = _row_weight(target, weight, logits.dtype, options)
+    if is_soft(logits, target):
+        mass = (target if weight is None else target * by_class(weight, target)).sum(_class_dim(target))
+        return reduced(options.lse_square_scale * mass * lse.square(), None, options.reduction)
+    counted, weights = row_weight(target, weight, logits.dtype, options)
     # The inner `where` keeps an ignored row's infinities out of the gradient of the outer one.
-    squares = torch.where(counted, torch.where(counted, lse, 0.0).square() * row_weight, 0.0)
-    return loss + _reduced(options.lse_square_scale * squares, row_weight, options.reduction)
+    squares = torch.where(counted, torch.where(counted, lse, 0.0).square() * weights, 0.0)
+    return reduced(options.lse_square_scale * squares, weights, options.reduction)
 
 
 def is_soft(input: Tensor, target: Tensor) -> bool:
@@ -52,41 +64,38 @@ def is_soft(input: Tensor, target: Tensor) -> bool:
     return target.shape == input.shape and target.is_floating_point()
 
 
-def _of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+def _of_probabilities(y: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
     """−Σ t log y. Of class indices N values are read and, in backward, one gradient is written: nothing to fuse."""
-    result_dtype = input.dtype
-    y, eps = input.to(compute_dtype(input.dtype)), options.label_smoothing
-    dim = _class_dim(input)
-    w = None if weight is None else _by_class(weight.to(y.dtype), input)
-    if is_soft(input, target):
-        result_dtype = torch.promote_types(input.dtype, target.dtype)
-        u = target * (1 - eps) + eps / input.shape[dim]
+    dim, eps = _class_dim(y), options.label_smoothing
+    w = None if weight is None else by_class(weight.to(y.dtype), y)
+    if is_soft(y, target):
+        u = target * (1 - eps) + eps / y.shape[dim]
         u = u if w is None else u * w
         # Where u is 0 nothing is added, and log's infinite slope at 0 stays out of the gradient.
         rows = -torch.where(u == 0, 0.0, u * torch.where(u == 0, 1.0, y).log()).sum(dim)
-        return _reduced(rows, None, options.reduction).to(result_dtype)
-    counted, row_weight = _row_weight(target, weight, y.dtype, options)
+        return reduced(rows, None, options.reduction)
+    counted, weights = row_weight(target, weight, y.dtype, options)
     label = torch.where(counted, target, 0).long()
     p_y = torch.where(counted, y.gather(dim, label.unsqueeze(dim)).squeeze(dim), 1.0)
-    rows = -(1 - eps) * row_weight * p_y.log()
+    rows = -(1 - eps) * weights * p_y.log()
     if eps:
         logs = y.log() if w is None else y.log() * w
-        rows = rows - torch.where(counted, eps / input.shape[dim] * logs.sum(dim), 0.0)
-    return _reduced(rows, row_weight, options.reduction).to(result_dtype)
+        rows = rows - torch.where(counted, eps / y.shape[dim] * logs.sum(dim), 0.0)
+    return reduced(rows, weights, options.reduction)
 
 
-def _row_weight(
+def row_weight(
     target: Tensor, weight: Tensor | None, dtype: torch.dtype, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
     """Which rows count, and w_y: 0 in the others."""
     counted = target != options.ignore_index
     if weight is None:
         return counted, counted.to(dtype)
-    return counted, weight[torch.where(counted, target, 0).long()] * counted
+    return counted, weight.to(dtype)[torch.where(counted, target, 0).long()] * counted
 
 
-def _reduced(rows: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
-    """``row_weight`` is None where the mean is one over rows."""
+def reduced(rows: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
+    """The rows' values as they are, their sum, or their mean: over the rows' weights, or, if None, their number."""
     if reduction == "none":
         return rows
     if reduction == "sum":
@@ -98,7 +107,7 @@ def _class_dim(input: Tensor) -> int:
     return 1 if input.dim() > 1 else 0
 
 
-def _by_class(weight: Tensor, input: Tensor) -> Tensor:
+def by_class(weight: Tensor, input: Tensor) -> Tensor:
     """The class weights, shaped to be multiplied with ``input``."""
     return weight.view([-1] + [1] * (input.dim() - _class_dim(input) - 1))
 

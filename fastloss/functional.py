@@ -81,7 +81,8 @@ def cross_entropy(
             −w_y log y_y, or −Σ_c w_c t_c log y_c, where a class with t_c = 0 adds nothing, even at y_c = 0. Rows of y
             are taken as they are, whatever they add up to. There is no ``softcap`` or ``lse_square_scale`` then.
         inplace: write the gradient over ``input``, which then no longer holds the logits: saves the gradient's
-            memory. autograd raises its own error where the overwritten values are still needed.
+            memory. autograd raises its own error where the overwritten values are still needed; reading them again
+            without autograd gives the gradient. Compilers and function transforms do without it.
 
     Returns:
         The loss, ``()``, or of a label's shape for each row for "none"; in ``input``'s dtype (float32 for 16-bit
@@ -204,7 +205,7 @@ def accuracy(
 
     Raises:
         TypeError, ValueError, RuntimeError: arguments that don't fit.
-        IndexError: a label out of bounds, on a CPU; on a GPU the result is NaN.
+        IndexError: a label out of bounds, on a CPU; on a GPU the result is NaN. Compiled, such a row is wrong.
 
     Example:
         >>> scores = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
@@ -281,8 +282,7 @@ def _loss_and_accuracy(
     dtype = loss_dtype(input, target, weight)
     served = input.numel() > 0 and (soft or options.from_logits)
     if not served or (soft and weight is not None and weight.requires_grad and torch.is_grad_enabled()):
-        loss, values = _composed(input, target, weight, options)
-        return loss.to(dtype), values
+        return _composed(input, target, weight, options)
     loss, values = fused_cross_entropy(
         input,
         target if soft else target.reshape(-1).contiguous(),
@@ -349,7 +349,8 @@ def _composed(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and accuracies where no fused pass serves the loss."""
-    return composite.cross_entropy(input, target, weight, options), _accuracies(input, target, options)
+    loss = composite.cross_entropy(input, target, weight, options, loss_dtype(input, target, weight))
+    return loss, _accuracies(input, target, options)
 
 
 def _accuracies(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
@@ -405,4 +406,9 @@ def is_traced(input: Tensor, target: Tensor) -> bool:
         return True
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         return False
-    return type(input) not in _FUSED_TYPES or type(target) is not Tensor or input.is_meta
+    return (
+        type(input) not in _FUSED_TYPES
+        or type(target) is not Tensor
+        or input.is_meta
+        or not (input.layout is target.layout is torch.strided)
+    )

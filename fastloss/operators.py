@@ -164,8 +164,10 @@ def backward(
     """The gradients from the input and the target, and what the forward pass kept."""
     *packed, input_needs, target_needs = rest
     options = _unpacked(packed)
-    served = backend.load(backend.choose(input))
     saved = kept.unbind(0) if kept.dim() == 2 else ()
+    # The forward pass's own backend, whichever would be chosen now: it is known by what it kept.
+    name = backend.choose(input) if not options.from_logits else "triton" if saved else "eager"
+    served = backend.load(name)
     of_target = None
     upstream = upstream.contiguous()
     if target.is_floating_point():
@@ -221,6 +223,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate(ctx: Any, of_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     of_input = of_target = None
+    if torch.is_grad_enabled():  # create_graph=True
+        raise RuntimeError(
+            "fastloss: the compiled loss has no second derivative, as nothing compiled by AOTAutograd has; "
+            "call it outside of torch.compile with create_graph=True"
+        )
     if of_loss is not None and ctx.written:
         of_input, of_target = (g * of_loss for g in ctx.saved_tensors)
     elif of_loss is not None:

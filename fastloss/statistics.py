@@ -17,6 +17,7 @@ Tracing, function transforms, tiny tensors on a CPU and derivatives past the fir
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -152,10 +153,15 @@ def cross_entropy_with_statistics(
     return LossStatistics(
         loss,
         of_lse,
-        rows.lse.to(dtype).view(target.shape) if lse else None,
-        None if rows.entropy is None else rows.entropy.to(dtype).view(target.shape),
+        _given(rows.lse, dtype, target.shape) if lse else None,
+        None if rows.entropy is None else _given(rows.entropy, dtype, target.shape),
         *_predicted_and_correct(rows.predicted, target, options.ignore_index, wanted),
     )
+
+
+def _given(numbers: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """A row's numbers as the caller gets them: a copy, since the originals are needed in backward."""
+    return numbers.view(shape).to(dtype, copy=True)
 
 
 def _predicted_and_correct(
@@ -220,17 +226,7 @@ class _Losses:
         return self._reduced(value if self.weight is None else value * self.weight)
 
     def _reduced(self, value: Tensor) -> Tensor:
-        return _reduced(value, self.counted if self.weight is None else self.weight, self.options.reduction)
-
-
-def _reduced(value: Tensor, weight: Tensor, reduction: str) -> Tensor:
-    """The rows' values as they are, their sum, or their mean over the rows' weights."""
-    if reduction == "none":
-        return value
-    if reduction == "sum":
-        return value.sum()
-    total = weight.sum()
-    return value.sum() / torch.where(total == 0, float("nan"), total)  # rows that weigh nothing have no mean
+        return composite.reduced(value, self.counted if self.weight is None else self.weight, self.options.reduction)
 
 
 def _of_probabilities(
@@ -262,17 +258,17 @@ def _of_probabilities(
         rows = _row_statistics(input, labels.reshape(-1), None, options, wanted.entropy, argmax, True)
         dtype = compute_dtype(input.dtype)
         parts = _Rows(
-            rows.lse.to(dtype).view(shape),
-            None if rows.entropy is None else rows.entropy.to(dtype).view(shape),
+            _given(rows.lse, dtype, shape),
+            None if rows.entropy is None else _given(rows.entropy, dtype, shape),
             *_predicted_and_correct(rows.predicted, labels, -1, wanted),
         )
     z_loss = None
     if wanted.z_loss and parts.lse is not None:
         share = target.to(parts.lse.dtype)
         if weight is not None:
-            share = share * _along(weight.to(parts.lse.dtype), input)
+            share = share * composite.by_class(weight.to(parts.lse.dtype), input)
         value = options.lse_square_scale * parts.lse.square() * share.sum(dim)
-        z_loss = _reduced(value, torch.ones_like(value), options.reduction).to(loss.dtype)
+        z_loss = composite.reduced(value, None, options.reduction).to(loss.dtype)
     return LossStatistics(loss, z_loss, parts.lse if wanted.lse else None, *parts[1:])
 
 
@@ -292,17 +288,13 @@ def _composed(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: _Wanted
 ) -> LossStatistics:
     """All of it from torch's own differentiable operations, for what no fused pass serves."""
-    loss = composite.cross_entropy(input, target, weight, options)
+    loss = composite.cross_entropy(input, target, weight, options, functional.loss_dtype(input, target, weight))
     parts = _composed_rows(input, target, options, wanted)
     z_loss = None
     if wanted.z_loss and parts.lse is not None:
-        labels = target.long()
-        counted = labels != options.ignore_index
-        row_weight = counted.to(parts.lse.dtype)
-        if weight is not None:
-            row_weight = weight.to(parts.lse.dtype)[labels * counted] * row_weight
+        counted, row_weight = composite.row_weight(target, weight, parts.lse.dtype, options)
         value = options.lse_square_scale * torch.where(counted, parts.lse, 0.0).square() * row_weight
-        z_loss = _reduced(value, row_weight, options.reduction).to(loss.dtype)
+        z_loss = composite.reduced(value, row_weight, options.reduction).to(loss.dtype)
     return LossStatistics(loss, z_loss, parts.lse if wanted.lse else None, *parts[1:])
 
 
@@ -343,12 +335,7 @@ class _PlainRows:
 
     def weighted_sum(self, weight: Tensor | None) -> Tensor:
         z = self.logits()
-        return (z if weight is None else z * _along(weight.to(z.dtype), z)).sum(self.dim)
-
-
-def _along(weight: Tensor, input: Tensor) -> Tensor:
-    """A number for each class, to be multiplied with something of ``input``'s shape."""
-    return weight.view([-1] + [1] * max(0, input.dim() - 2))
+        return (z if weight is None else z * composite.by_class(weight.to(z.dtype), z)).sum(self.dim)
 
 
 # ------------------------------------------------------------------------------------------------- the autograd node

@@ -254,11 +254,11 @@ SOFT: dict[str, Case] = {
         RuntimeError,
         ("weight", "(9,)", "(10,)"),
     ),
-    "class probabilities and an integer weight": (
-        {"target": torch.rand(4, 10), "weight": ints(*range(10))},
-        OWN,
-        RuntimeError,
-        ("weight", "int64", "float32"),
+    "class probabilities of another batch": (
+        {"target": torch.rand(3, 10)},
+        ValueError,
+        ValueError,
+        ("target", "(3, 10)", "(4, 10)", "float32"),
     ),
     "a softcap of probabilities": (
         {"from_logits": False, "softcap": 5.0},

@@ -336,3 +336,36 @@ torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
 """
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "FASTLOSS_BACKEND": "eager"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e6, 1e8])
+def test_a_label_whose_probability_underflows_far_from_zero(place: Place, offset: float) -> None:
+    input = torch.tensor([[offset, offset, offset, offset - 96.0]]).repeat(3, 1)
+    compare(place, input, torch.tensor([3, 3, 0]), reduction="none")
+    compare(place, input, torch.tensor([3, 3, 0]))
+
+
+def test_losses_of_rows_may_be_written_over(place: Place) -> None:
+    """As torch's may: a mask is multiplied into them, say."""
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(6, 5, dtype=dtype, device=place.device, requires_grad=True)
+        loss = cross_entropy(x, torch.arange(6, device=place.device) % 5, reduction="none")
+        loss *= torch.arange(6, dtype=dtype, device=place.device)
+        loss.sum().backward()
+        parts = fastloss.cross_entropy_with_statistics(
+            x, torch.zeros(6, dtype=torch.int64, device=place.device), lse=True
+        )
+        assert parts.lse is not None
+        parts.lse.mul_(2)
+        (parts.loss + parts.lse.sum()).backward()
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_any_dtype_under_autocast(place: Place, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    x, t, w = torch.randn(6, 5).to(dtype), torch.arange(6) % 5, torch.rand(5).to(weight_dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast(place.device.type, dtype=torch.bfloat16):
+        ours = cross_entropy(x.to(place.device), t.to(place.device), w.to(place.device))
+        theirs = F.cross_entropy(x, t, w)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours.cpu(), theirs)

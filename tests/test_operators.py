@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from places import Place
 from torch import Tensor, nn
 
-from fastloss import CrossEntropyLoss, accuracy, cross_entropy, cross_entropy_with_accuracy, operators
+from fastloss import CrossEntropyLoss, accuracy, cross_entropy, cross_entropy_with_accuracy, operators, use_backend
 
 KINDS = ["labels", "probabilities"]
 
@@ -166,3 +166,35 @@ def test_probabilities_as_input(place: Place, reduction: str) -> None:
             loss = function(y, t, reduction=reduction, from_logits=False)
             results.append((loss.detach(), torch.autograd.grad(loss.sum(), y)[0]))
         torch.testing.assert_close(*results)
+
+
+def test_no_second_derivative_is_an_error(place: Place) -> None:
+    """Not a wrong number: whoever needs one calls the loss uncompiled."""
+    for reduction in ("mean", "none"):
+        x = torch.randn(6, 5, device=place.device, requires_grad=True)
+        compiled = torch.compile(cross_entropy, fullgraph=True, backend="eager")
+        loss = compiled(x, torch.arange(6, device=place.device) % 5, reduction=reduction).sum()
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_backward_by_the_backend_of_the_forward_pass() -> None:
+    x, t = torch.randn(6, 5, requires_grad=True), torch.arange(6) % 5
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(F.cross_entropy(x, t, reduction="none").sum(), x)[0]
+    for first, second in (("eager", "triton"), ("triton", "eager")):
+        if not torch.cuda.is_available():
+            torch._dynamo.reset()
+            with use_backend(first):
+                loss = compiled(x, t, reduction="none").sum()
+            with use_backend(second):
+                torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
+
+
+def test_compiled_autograd_goes_around_the_backends() -> None:
+    x, t = torch.randn(6, 5, requires_grad=True), torch.rand(6, 5)
+    with use_backend("eager"):
+        loss = cross_entropy(x * 1, t, reduction="none").sum()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            loss.backward()
+    torch.testing.assert_close(x.grad, torch.autograd.grad(F.cross_entropy(x, t, reduction="sum"), x)[0])

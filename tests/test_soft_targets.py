@@ -324,3 +324,36 @@ def test_targets_of_integers_in_the_shape_of_the_input(place: Place) -> None:
     """One-hot labels as integers are the likeliest mistake; the error says what to do."""
     with pytest.raises(RuntimeError, match=r"class probabilities must be floating point"):
         fastloss.cross_entropy(torch.randn(3, 4, device=place.device), torch.eye(4, device=place.device)[:3].long())
+
+
+def test_inplace_where_only_the_target_needs_a_gradient(place: Place) -> None:
+    """Nothing is written over then, and nothing refused."""
+    x, t = torch.randn(6, 5, device=place.device), torch.rand(6, 5, device=place.device, requires_grad=True)
+    before = x.clone()
+    ours = torch.autograd.grad(cross_entropy(x, t, inplace=True), t)[0]
+    torch.testing.assert_close(ours, torch.autograd.grad(F.cross_entropy(x, t), t)[0])
+    assert torch.equal(x, before)
+
+
+def test_integer_weights_and_sparse_targets(place: Place) -> None:
+    """torch takes both."""
+    x, t = torch.randn(6, 5, device=place.device), torch.rand(6, 5, device=place.device)
+    w = torch.arange(5, device=place.device)
+    torch.testing.assert_close(cross_entropy(x, t, w), F.cross_entropy(x, t, w))
+    if place.device.type == "cpu":
+        torch.testing.assert_close(cross_entropy(x, t.to_sparse()), F.cross_entropy(x, t.to_sparse()))
+
+
+@pytest.mark.parametrize("options", [{"from_logits": False}, {"softcap": 5.0}, {"lse_square_scale": 0.1}], ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+def test_dtype_and_digits_under_autocast(soft: bool, options: dict[str, Any]) -> None:
+    """float32, rounded once, whichever road the size of the logits takes."""
+    for n, backend in ((6, "auto"), (600, "auto"), (6, "eager")):
+        x = torch.randn(n, 1000).softmax(1).bfloat16()
+        t = torch.rand(n, 1000).bfloat16() if soft else torch.randint(1000, (n,))
+        with torch.autocast("cpu", dtype=torch.bfloat16), fastloss.use_backend(backend):
+            ours = cross_entropy(x, t, **options)
+        assert ours.dtype == torch.float32
+        with fastloss.use_backend("eager"):
+            exact = cross_entropy(x.double(), t.double() if soft else t, **options)
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-5)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastloss import accuracy, cross_entropy
+from fastloss.eager import workers
 from fastloss.eager.workers import for_each
 
 CPU = torch.device("cpu")
@@ -106,3 +109,31 @@ def test_one_thread_gives_the_same_bits() -> None:
     torch.set_num_threads(1)
     one = loss_and_gradient()
     assert all(torch.equal(a, b) for a, b in zip(several, one, strict=True))
+
+
+def test_a_pool_that_is_taken_away_while_work_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread with another number of threads ends this pool: what was begun is waited for all the same."""
+    torch.set_num_threads(2)
+    pool = workers._pool(2)
+    done: list[int] = []
+    submitted, real = 0, pool.submit
+
+    def submit(work: Callable[[], None]) -> Any:
+        nonlocal submitted
+        submitted += 1
+        if submitted == 2:
+            time.sleep(0.05)
+            workers._pool(3)
+        return real(work)
+
+    monkeypatch.setattr(pool, "submit", submit)
+
+    def work(piece: int) -> None:
+        time.sleep(0.3 if piece == 1 else 0.02)
+        done.append(piece)
+
+    try:
+        for_each(range(8), work, CPU)
+        assert sorted(done) == list(range(8))
+    finally:
+        torch.set_num_threads(2)

@@ -64,6 +64,13 @@ def row_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+class _Kept(threading.local):
+    """Each thread's own buffers, by their use and dtype."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
 class Scratch:
     """One buffer, used again for every chunk, and on a CPU by the next call of the same thread.
 
@@ -72,11 +79,11 @@ class Scratch:
     """
 
     KEPT_BYTES = 1 << 25
-    _kept = threading.local()
+    _kept = _Kept()
 
     def __init__(self, use: str, dtype: torch.dtype, device: torch.device) -> None:
-        self._use, self._dtype, self._device = f"{use} {dtype}", dtype, device
-        self._flat: Tensor | None = getattr(self._kept, self._use, None) if device.type == "cpu" else None
+        self._use, self._dtype, self._device = (use, dtype), dtype, device
+        self._flat: Tensor | None = self._kept.buffers.get(self._use) if device.type == "cpu" else None
 
     def like(self, tensor: Tensor) -> Tensor:
         """A contiguous view of the buffer, of ``tensor``'s shape; not initialised."""
@@ -85,5 +92,5 @@ class Scratch:
             with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
                 self._flat = torch.empty(n, dtype=self._dtype, device=self._device)
             if self._device.type == "cpu" and self._flat.nbytes <= self.KEPT_BYTES:
-                setattr(self._kept, self._use, self._flat)
+                self._kept.buffers[self._use] = self._flat
         return self._flat[:n].view(tensor.shape)

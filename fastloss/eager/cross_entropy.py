@@ -65,7 +65,8 @@ def cross_entropy_forward(
     kept = None
     if gradient and options.reduction == "mean":
         kept = scale if isinstance(scale, Tensor) else loss.new_full((), scale)
-    return Forward(loss.to(loss_dtype), accuracy, result, saved=(), scale=kept)
+    # A copy in any case: what an autograd.Function returns must not be a view.
+    return Forward(loss.to(loss_dtype, copy=True), accuracy, result, saved=(), scale=kept)
 
 
 def cross_entropy_backward(
@@ -214,7 +215,9 @@ class _RowSums:
         self.least = torch.finfo(dtype).tiny / torch.finfo(dtype).eps  # of a p_y whose logarithm is right
         self.spread = None if rows.spread is None else torch.empty_like(rows.label, dtype=rows.dtype)  # W lse − Σ w z
         self._lock = threading.Lock()  # chunks are visited by several threads
-        self.far_lse: Tensor | None = None  # lse where p_y has underflowed, NaN elsewhere
+        # lse − z_y and lse where p_y has underflowed, NaN elsewhere
+        self.far_nll: Tensor | None = None
+        self.far_lse: Tensor | None = None
 
     def _label_logits(self) -> Tensor:
         z_y = self.logits.gather(1, self.rows.label).to(self.rows.dtype)
@@ -261,11 +264,14 @@ class _RowSums:
         with self._lock:
             if self.z_y is None:
                 self.z_y = self._label_logits()
-            if self.far_lse is None:
-                self.far_lse = torch.full_like(self.z_y, float("nan"))
+            if self.far_nll is None or self.far_lse is None:
+                self.far_nll, self.far_lse = (torch.full_like(self.z_y, float("nan")) for _ in range(2))
         z = capped(chunk.of(self.logits).to(self.p_y.dtype), self.rows.options.softcap)
-        lse = z.logsumexp(1, keepdim=True)
-        chunk.of(self.far_lse).copy_(torch.where(far, lse, float("nan")))
+        for numbers, value in (
+            (self.far_nll, -z.log_softmax(1).gather(1, chunk.of(self.rows.label))),  # of differences, not of lse
+            (self.far_lse, z.logsumexp(1, keepdim=True)),
+        ):
+            chunk.of(numbers).copy_(torch.where(far, value, float("nan")))
 
     def nll_and_lse(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
         """lse − z_y = −log p_y; and lse, where anything wants it."""
@@ -274,9 +280,9 @@ class _RowSums:
             return nll, None
         z_y = chunk.of(self.z_y)
         lse = z_y + nll
-        if self.far_lse is not None:
-            far_lse = chunk.of(self.far_lse)
-            nll = torch.where(far_lse.isnan(), nll, far_lse - z_y)
+        if self.far_nll is not None and self.far_lse is not None:
+            far_nll, far_lse = chunk.of(self.far_nll), chunk.of(self.far_lse)
+            nll = torch.where(far_nll.isnan(), nll, far_nll)
             lse = torch.where(far_lse.isnan(), lse, far_lse)
         return nll, lse
 

@@ -48,7 +48,8 @@ def soft_cross_entropy_forward(
     results = _results(input, target, gradient, target_gradient, inplace)
     losses = _sweep(input, target, weight, options, scale, *results)
     loss = losses.flatten() if options.reduction == "none" else losses.sum() * scale
-    return SoftForward(loss.to(loss_dtype), *results, saved=())
+    # A copy in any case: what an autograd.Function returns must not be a view.
+    return SoftForward(loss.to(loss_dtype, copy=True), *results, saved=())
 
 
 def soft_cross_entropy_backward(

@@ -55,12 +55,13 @@ def for_each(pieces: Iterable[T], work: Callable[[T], object], device: torch.dev
                     waiting.clear()
                     raise
 
+    running = []
     try:
         pool = _pool(torch.get_num_threads())
-        running = [pool.submit(run) for _ in range(workers)]
-    except RuntimeError:  # no thread can be started: the interpreter is ending, or the system refuses
+        for _ in range(workers):
+            running.append(pool.submit(run))
+    except RuntimeError:  # no more threads: the interpreter is ending, the system refuses, another thread wants them
         run()
-        return
     try:
         wait(running)
     except BaseException:  # Ctrl-C: leave no one behind who writes to memory of ours
