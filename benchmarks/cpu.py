@@ -208,7 +208,7 @@ def cpu_seconds() -> tuple[float, float]:
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; exit code 1 if a bar is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each shape (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for each shape (default: %(default)s)")
     parser.add_argument("--block", type=int, default=10, help="calls in a turn (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="beside torch.compile too")
     parser.add_argument("--crossover", action="store_true", help="only where fused and torch's operator meet")
