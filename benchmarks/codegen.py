@@ -135,6 +135,12 @@ OPTIONS = {
     "none+accuracy": LossOptions(reduction="none", topk=(1, 5)),
     "softcap+z": LossOptions(softcap=30.0, lse_square_scale=1e-4),
 }
+SOFT = {
+    "soft": LossOptions(),
+    "soft-weight+smoothing": LossOptions(label_smoothing=0.1),
+    "soft-softcap+z": LossOptions(softcap=30.0, lse_square_scale=1e-4),
+    "soft-probabilities": LossOptions(from_logits=False),
+}
 STATISTICS = {
     "statistics": LossOptions(),
     "statistics-every": LossOptions(),
@@ -192,6 +198,44 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"{shape_name} {dtype_name} accuracy alone",
             partial(kernels.accuracy, logits, target, (1, 5), -100, "mean"),
         )
+        for form, options in SOFT.items():
+            weight = meta(shape[1], dtype=dtype) if "weight" in form else None
+
+            def soft_forward(
+                gradient: bool,
+                target_gradient: bool,
+                logits: torch.Tensor = logits,
+                weight: torch.Tensor | None = weight,
+                options: LossOptions = options,
+            ) -> Any:
+                return kernels.soft_cross_entropy_forward(
+                    *(logits, logits, weight, options),
+                    loss_dtype=logits.dtype,
+                    gradient=gradient,
+                    target_gradient=target_gradient,
+                    inplace=False,
+                )
+
+            def soft_backward(
+                forward: Any = soft_forward,
+                logits: torch.Tensor = logits,
+                weight: torch.Tensor | None = weight,
+                options: LossOptions = options,
+            ) -> Any:
+                saved = forward(False, False).saved
+                one = meta(dtype=logits.dtype)
+                return kernels.soft_cross_entropy_backward(
+                    *(one, logits, logits, weight, options, saved),
+                    gradient=True,
+                    target_gradient=False,
+                    inplace=False,
+                )
+
+            label = f"{shape_name} {dtype_name} {form}"
+            yield f"{label} forward", partial(soft_forward, False, False)
+            yield f"{label} forward+gradient", partial(soft_forward, True, False)
+            yield f"{label} forward+gradients", partial(soft_forward, True, True)
+            yield f"{label} backward", soft_backward
         for form, options in STATISTICS.items():
             weight = meta(shape[1], dtype=dtype) if "weight" in form else None
             every, row = "every" in form, meta(target.numel(), dtype=torch.float64)
