@@ -13,13 +13,18 @@ run over both. Neither knows autograd, argument checks or shapes beyond one cano
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "Forward", "LossOptions", "RowStatistics", "SoftForward", "compute_dtype"]
+__all__ = ["Backend", "Forward", "LossOptions", "RowStatistics", "SoftForward", "compute_dtype", "may_keep_memory"]
+
+
+# May a backend keep small device tensors from one call to the next?
+may_keep_memory: ContextVar[bool] = ContextVar("fastloss_may_keep_memory", default=True)
 
 
 @dataclass(frozen=True)

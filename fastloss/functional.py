@@ -280,7 +280,7 @@ def _loss_and_accuracy(
             f"got strides {input.stride()} for shape {tuple(input.shape)} (an expanded tensor: clone it)"
         )
     dtype = loss_dtype(input, target, weight)
-    served = input.numel() > 0 and (soft or options.from_logits)
+    served = input.numel() > 0 and (soft or options.from_logits) and not has_too_many_rows(input)
     if not served or (soft and weight is not None and weight.requires_grad and torch.is_grad_enabled()):
         return _composed(input, target, weight, options)
     loss, values = fused_cross_entropy(
@@ -321,7 +321,13 @@ def _is_compiled(input: Tensor, target: Tensor, weight: Tensor | None, options: 
         and not (target.is_floating_point() and weight is not None and weight.requires_grad)
         and not torch._C._are_functorch_transforms_active()
         and input.numel() > 0
+        and not has_too_many_rows(input)
     )
+
+
+def has_too_many_rows(input: Tensor) -> bool:
+    """More than the kernels can count in 32 bits, with a tile to spare; logits may be any number."""
+    return not input.is_cpu and input.dim() > 1 and input.numel() // max(input.shape[1], 1) > (1 << 31) - (1 << 13)
 
 
 def _operated(

@@ -1,8 +1,9 @@
 """The loss as operators of torch, ``torch.ops.fastloss``: what ``torch.compile`` sees of it.
 
 A compiler can't look into kernels and chunks, and need not: it is told the shapes of the results (the fake
-implementations) and the derivative (a formula in terms of the operators). Which backend serves a call is decided when
-the compiled program runs, by the tensors that it then gets.
+implementations) and the derivative (a formula in terms of the operators). Which backend serves a call is decided by
+the tensors when the compiled program runs; one that is asked for (``use_backend``) must be so when it is compiled,
+too, since the shapes of what a forward pass keeps depend on it.
 
 Outside of compiled programs nothing goes through here: :mod:`fastloss.autograd` is lighter, and has second
 derivatives.
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from . import backend, checks
 from .autograd import as_rows
-from .contract import LossOptions, compute_dtype
+from .contract import LossOptions, compute_dtype, may_keep_memory
 
 __all__ = ["loss_and_accuracy"]
 
@@ -86,6 +87,14 @@ def forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) ->
 
     What a call has no use for is empty.
     """
+    kept = may_keep_memory.set(False)
+    try:
+        return _forward(input, target, weight, *rest)
+    finally:
+        may_keep_memory.reset(kept)
+
+
+def _forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *packed, loss_dtype, input_needs, target_needs = rest
     options = _unpacked(packed)
     served = backend.load(backend.choose(input))

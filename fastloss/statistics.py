@@ -138,7 +138,12 @@ def cross_entropy_with_statistics(
     else:
         functional.check_tensors(input, target, weight, options)
     target = target.view(()) if input.dim() == 1 else target
-    if traced or input.numel() == 0 or functional.is_small(input, target, weight):
+    if (
+        traced
+        or input.numel() == 0
+        or functional.has_too_many_rows(input)
+        or functional.is_small(input, target, weight)
+    ):
         return _composed(input, target, weight, options, wanted)
 
     every_row = lse or entropy or predicted

@@ -68,7 +68,7 @@ def accuracy(
     return tuple(right.unbind(0))
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _rank_kernel(
     logits_ptr,  # (outer, classes, inner), any strides
     target_ptr,  # (rows,)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastloss.contract import Forward, LossOptions, compute_dtype
 
+from . import launch
 from .launch import (
     FUSED,
     Tiles,
@@ -58,7 +59,8 @@ __all__ = ["cross_entropy_backward", "cross_entropy_forward"]
 
 # Up to this many rows each program adds up all weights itself; past it, a launch of its own does it once.
 _WEIGHED_BY_EACH = 2048
-_WEIGH_BLOCK = 4096
+_WEIGH_BLOCK = 2048
+_WEIGH_PARTS = 64  # one number whatever the rows, so that a batch of another size compiles nothing anew
 
 
 def cross_entropy_forward(
@@ -120,7 +122,7 @@ def cross_entropy_forward(
             K=len(options.topk),
             K_PAD=k_pad,
             G_PAD=power_of_2(tiles.grid),
-            WEIGH_BLOCK=min(_WEIGH_BLOCK, power_of_2(rows)),
+            WEIGH_BLOCK=_WEIGH_BLOCK,
             **_constants(logits, weight, options, tiles),
             **({"GROUP": tiles.group} if tiles.looped else {}),
         )
@@ -149,7 +151,8 @@ def cross_entropy_backward(
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
     tiles = tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4)
-    grid = (tiles.number, triton.cdiv(logits.shape[1], tiles.cols))
+    tiles, blocks = launch.in_blocks(tiles, logits.shape[1])
+    grid = (tiles.number, blocks)
     with on_device(logits):
         _backward[grid](
             logits,
@@ -190,16 +193,14 @@ def _constants(logits: Tensor, weight: Tensor | None, options: LossOptions, tile
 def _weigh(target: Tensor, weight: Tensor | None, classes: int, options: LossOptions) -> Tensor:
     """The sum of the counted rows' weights, in a few parts: a gradient of a mean needs it before it is written."""
     rows = target.numel()
-    # A power of 2, since a kernel reads them all at once; the last of them may weigh nothing.
-    parts = min(power_of_2(triton.cdiv(rows, _WEIGH_BLOCK)), 256)
-    weighed = torch.empty(parts, dtype=torch.float64, device=target.device)
+    weighed = torch.empty(_WEIGH_PARTS, dtype=torch.float64, device=target.device)
     with on_device(target):
-        _weigh_kernel[(parts,)](
+        _weigh_kernel[(_WEIGH_PARTS,)](
             target,
             weight,
             weighed,
             rows,
-            triton.cdiv(rows, parts),
+            triton.cdiv(rows, _WEIGH_PARTS),
             classes,
             options.ignore_index,
             HAS_WEIGHT=weight is not None,
@@ -211,7 +212,7 @@ def _weigh(target: Tensor, weight: Tensor | None, classes: int, options: LossOpt
     return weighed
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _weigh_kernel(
     target_ptr,  # (rows,)
     weight_ptr,  # (classes,) or None
@@ -373,7 +374,7 @@ def _end(
             add_up_counts(counts_ptr, right_ptr, K, K_PAD, G_PAD, MEAN)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _forward_tile(
     logits_ptr,  # (outer, classes, inner), any strides
     target_ptr,  # (rows,)
@@ -627,7 +628,7 @@ def _write_gradient(
     tl.store(out, g, mask=out_mask, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _forward_loop(
     logits_ptr,  # (outer, classes, inner), any strides
     target_ptr,  # (rows,)
@@ -788,7 +789,7 @@ def _forward_loop(
         )
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _backward(
     logits_ptr,  # (outer, classes, inner), any strides
     target_ptr,  # (rows,)

@@ -15,7 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["FUSED", "Tiles", "arithmetic", "counter", "on_device", "plan", "power_of_2", "spread", "vector_width"]
+from fastloss.contract import may_keep_memory
+
+__all__ = [
+    "FUSED",
+    "Tiles",
+    "arithmetic",
+    "counter",
+    "in_blocks",
+    "on_device",
+    "plan",
+    "power_of_2",
+    "spread",
+    "vector_width",
+]
 
 # A whole row is held in registers up to this many classes: 16 warps of 16 logits a thread. Compiled for sm_90, twice
 # as many still fit without spills in the plain forms, but not with class weights and smoothing; the second visit of
@@ -23,6 +36,7 @@ __all__ = ["FUSED", "Tiles", "arithmetic", "counter", "on_device", "plan", "powe
 LONGEST_TILE = 8192
 # Every launch says so itself: a multiplication and an addition may be fused. Triton's own default changes in 3.10.
 FUSED = {"enable_fp_fusion": True}
+_MOST_BLOCKS = 65535
 # Programs of the interpreter's grids: few, so that each serves several tiles and the adding up is exercised.
 _INTERPRETED_PROCESSORS = 3
 
@@ -89,6 +103,16 @@ def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
     return Tiles(tile_rows, cols, warps, looped, by_inner, group, vec, number, grid)
 
 
+def in_blocks(tiles: Tiles, classes: int) -> tuple[Tiles, int]:
+    """For programs that each take one tile of some rows and some classes: how many cover all classes.
+
+    That is a grid's second dimension, which has 16 bits; for millions of classes the tiles grow.
+    """
+    while triton.cdiv(classes, tiles.cols) > _MOST_BLOCKS:
+        tiles = tiles._replace(cols=2 * tiles.cols)
+    return tiles, triton.cdiv(classes, tiles.cols)
+
+
 def vector_width(*tensors: Tensor, classes: int) -> int:
     """How many neighbouring classes can be taken by one 128-bit access, in every one of these 3-D tensors."""
     width = 16 // max(t.element_size() for t in tensors)
@@ -123,11 +147,10 @@ def counter(device: torch.device) -> Tensor:
     """An int32 zero that the programs of one launch count up, and the last of them sets back to zero.
 
     Launches on one stream follow each other and can share it. A CUDA graph may be replayed beside anything, so a
-    captured launch gets its own.
+    captured launch gets its own; so does one in a compiled program, whose memory may belong to a pool in which
+    nothing is to stay behind.
     """
-    if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or not may_keep_memory.get() or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
     return _stream_counter(device.index, torch.cuda.current_stream(device).cuda_stream)
 

@@ -182,7 +182,11 @@ def ks_of(ks, K: tl.constexpr, K_PAD: tl.constexpr):
 
 @triton.jit
 def last_to_end(counter_ptr):
-    """Is this the last of the grid's programs to come here? Then all that the others stored before is visible."""
+    """Is this the last of the grid's programs to come here? Then all that the others stored before is visible.
+
+    On AMD the barrier orders the first wave's stores alone: what is added up must be stored by it, that is as scalars
+    or in vectors of at most 64 elements (32 on RDNA).
+    """
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
     return arrived == tl.num_programs(0) - 1

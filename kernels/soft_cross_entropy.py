@@ -144,8 +144,8 @@ def soft_cross_entropy_backward(
         else:
             # No row is held whole here: each program takes one tile of some rows and some classes.
             cols = min(tiles.cols, max(16, _BACKWARD_TILE // tiles.rows))
-            tiles = tiles._replace(cols=cols, warps=4)
-            _backward[(tiles.number, triton.cdiv(input.shape[1], cols))](
+            tiles, blocks = launch.in_blocks(tiles._replace(cols=cols, warps=4), input.shape[1])
+            _backward[(tiles.number, blocks)](
                 *tensors,
                 *saved,
                 *shape,
@@ -317,7 +317,7 @@ def _end(
         tl.store(loss_ptr, _narrowed(loss, loss_ptr))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_tile(
     input_ptr,  # (outer, classes, inner), any strides
     target_ptr,  # of that shape, with any other strides
@@ -555,7 +555,7 @@ def _write_gradients(
         tl.store(out, _narrowed(h, target_gradient_ptr), mask=mask, eviction_policy="evict_first")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_loop(
     input_ptr,  # (outer, classes, inner), any strides
     target_ptr,  # of that shape, with any other strides
@@ -675,7 +675,7 @@ def _forward_loop(
         _end(loss_ptr, sums_ptr, counter_ptr, tl.sum(loss_sum, axis=0), rows, G_PAD, REDUCTION == "mean")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     input_ptr,  # (outer, classes, inner), any strides
     target_ptr,  # of that shape, with any other strides
@@ -799,7 +799,7 @@ def _visit_probabilities(
     return tl.where(wu == 0.0, 0.0, wu * log_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _probabilities(
     input_ptr,  # (outer, classes, inner), any strides: probabilities
     target_ptr,  # of that shape, with any other strides

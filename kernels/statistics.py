@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastloss.contract import LossOptions, RowStatistics
 
-from .launch import arithmetic, on_device, plan
+from .launch import arithmetic, in_blocks, on_device, plan
 from .rows import (
     LOG2_E,
     class_offsets,
@@ -106,9 +106,9 @@ def row_statistics_backward(
     result = torch.empty_like(logits)
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
-    tiles = tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4)
+    tiles, blocks = in_blocks(tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4), classes)
     with on_device(logits):
-        _statistics_gradient[(tiles.number, triton.cdiv(classes, tiles.cols))](
+        _statistics_gradient[(tiles.number, blocks)](
             logits,
             target,
             weight,
@@ -209,7 +209,7 @@ def _store_row(
         tl.store(predicted_ptr + row, first.to(tl.int64), mask=in_range)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _statistics_tile(
     logits_ptr,  # (outer, classes, inner), any strides
     target_ptr,  # (rows,)
@@ -346,7 +346,7 @@ def _visit(
     return m_new, s_group, u_group, wz_group, first_group, best_group
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _statistics_loop(
     logits_ptr,  # the arguments are those of _statistics_tile
     target_ptr,
@@ -433,7 +433,7 @@ def _upstream(upstream_ptr, row, in_range):
     return tl.load(upstream_ptr + row, mask=in_range, other=0.0).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _statistics_gradient(
     logits_ptr,  # (outer, classes, inner), any strides
     target_ptr,  # (rows,)

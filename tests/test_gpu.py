@@ -592,3 +592,22 @@ def test_the_hook_sees_compilations(kernels: Place, monkeypatch: pytest.MonkeyPa
         inplace=False,
     )
     assert compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("soft", [False, True])
+def test_compiled_into_cuda_graphs(kernels: Place, soft: bool) -> None:
+    """``mode="reduce-overhead"``: memory comes from the graphs' own pool, where nothing may stay behind."""
+    torch._dynamo.reset()
+    compiled = torch.compile(cross_entropy, mode="reduce-overhead", fullgraph=True)
+    for n in (300, 41):
+        for _ in range(5):
+            x = torch.randn(n, 1000, device=kernels.device, requires_grad=True)
+            t = torch.randint(1000, (n,), device=kernels.device)
+            if soft:
+                t = torch.rand(n, 1000, device=kernels.device)
+            torch.compiler.cudagraph_mark_step_begin()
+            loss = compiled(x, t)
+            (gradient,) = torch.autograd.grad(loss, x)
+            torch.testing.assert_close(loss, F.cross_entropy(x, t))
+            torch.testing.assert_close(gradient, torch.autograd.grad(F.cross_entropy(x, t), x)[0])
