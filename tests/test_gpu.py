@@ -594,7 +594,6 @@ def test_the_hook_sees_compilations(kernels: Place, monkeypatch: pytest.MonkeyPa
     assert compiled
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("soft", [False, True])
 def test_compiled_into_cuda_graphs(kernels: Place, soft: bool) -> None:
     """``mode="reduce-overhead"``: memory comes from the graphs' own pool, where nothing may stay behind."""
