@@ -317,7 +317,7 @@ def _end(
         tl.store(loss_ptr, _narrowed(loss, loss_ptr))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _forward_tile(
     input_ptr,  # (outer, classes, inner), any strides
     target_ptr,  # of that shape, with any other strides
@@ -555,7 +555,7 @@ def _write_gradients(
         tl.store(out, _narrowed(h, target_gradient_ptr), mask=mask, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _forward_loop(
     input_ptr,  # (outer, classes, inner), any strides
     target_ptr,  # of that shape, with any other strides
@@ -675,7 +675,7 @@ def _forward_loop(
         _end(loss_ptr, sums_ptr, counter_ptr, tl.sum(loss_sum, axis=0), rows, G_PAD, REDUCTION == "mean")
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _backward(
     input_ptr,  # (outer, classes, inner), any strides
     target_ptr,  # of that shape, with any other strides
@@ -799,7 +799,7 @@ def _visit_probabilities(
     return tl.where(wu == 0.0, 0.0, wu * log_y)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _probabilities(
     input_ptr,  # (outer, classes, inner), any strides: probabilities
     target_ptr,  # of that shape, with any other strides
