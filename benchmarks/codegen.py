@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastloss.contract import LossOptions
+from fastloss.contract import LossOptions, SGDBatch, SGDControls, SGDRule
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -256,6 +256,52 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             )
 
 
+# An SGD step's forms: dtype of the parameters and of the momentum, rounding, and what else.
+SGD = {
+    "sgd float32 plain": (torch.float32, None, "nearest", ""),
+    "sgd float32 momentum": (torch.float32, torch.float32, "nearest", ""),
+    "sgd float32 momentum+4groups": (torch.float32, torch.float32, "nearest", "4groups"),
+    "sgd float32 momentum+5groups": (torch.float32, torch.float32, "nearest", "5groups"),
+    "sgd float32 momentum+amp+clip": (torch.float32, torch.float32, "nearest", "amp+clip"),
+    "sgd float32 momentum+amp+begun+strided+tensors": (
+        torch.float32,
+        torch.float32,
+        "nearest",
+        "amp+begun+strided+tensors",
+    ),
+    "sgd float64 momentum": (torch.float64, torch.float64, "nearest", ""),
+    "sgd bfloat16 momentum": (torch.bfloat16, torch.bfloat16, "nearest", ""),
+    "sgd bfloat16 float32-momentum": (torch.bfloat16, torch.float32, "nearest", ""),
+    "sgd bfloat16 master": (torch.bfloat16, torch.float32, "master", ""),
+    "sgd bfloat16 kahan": (torch.bfloat16, torch.bfloat16, "kahan", ""),
+    "sgd bfloat16 stochastic": (torch.bfloat16, torch.bfloat16, "stochastic", ""),
+    "sgd float16 stochastic": (torch.float16, torch.float16, "stochastic", ""),
+}
+
+
+def sgd_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """An optimizer's launches. They are recorded from tensors that exist: their addresses are in a table."""
+    from fastloss import kernels
+
+    for label, (dtype, momentum_dtype, rounding, extras) in SGD.items():
+        param, grad = torch.empty(64, 64, dtype=dtype), torch.empty(64, 64, dtype=dtype)
+        if "strided" in extras:
+            grad = grad.T
+        momentum = None if momentum_dtype is None else torch.empty(64, 64, dtype=momentum_dtype)
+        companion = {"master": param.float(), "kahan": param.clone()}.get(rounding)
+        begun = {0: torch.zeros(1, dtype=torch.uint8)} if "begun" in extras else {}
+        batch = SGDBatch([param], [momentum], [companion], [0], rounding, begun)
+        scalar = torch.ones(())
+        lr = scalar if "tensors" in extras else 0.1
+        groups = next((n for n in (4, 5) if f"{n}groups" in extras), 1)
+        rule = SGDRule(lr, 0.9 if momentum is not None else 0.0, 0.0, 1e-4, False, False, False)
+        scale = scalar if "amp" in extras else None
+        controls = SGDControls(scale, scale, scalar.double() if "clip" in extras else None, 1.0)
+        yield f"{label} step", partial(kernels.sgd_step, batch, [grad], [rule] * groups, controls)
+        if "clip" in extras or dtype == torch.bfloat16:
+            yield f"{label} squares", partial(kernels.sgd_squares, batch, [grad], scalar.double())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print one line a compiled kernel; exit code 1 if any spills or fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
@@ -271,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     launch_module._processors = lambda device: PROCESSORS  # type: ignore[assignment]
     launch_module._l2_bytes = lambda device: L2_BYTES  # type: ignore[assignment]
     launches: list[Launch] = []
-    for label, call in cases(parsed.quick):
+    for label, call in itertools.chain(cases(parsed.quick), sgd_cases()):
         if parsed.only in label:
             with recorded(launches, label):
                 call()
@@ -305,7 +351,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _specialized(launch: Launch) -> Iterator[Any]:
     """Which pointers are absent and which integers are 1 or multiples of 16: what Triton specializes on."""
     for argument in launch.arguments:
-        if isinstance(argument, int):
+        if isinstance(argument, tuple):
+            yield tuple(isinstance(part, torch.Tensor) for part in argument)
+        elif isinstance(argument, int):
             yield (argument == 1, argument % 16 == 0, argument >= 1 << 31)
         else:
             yield (argument is None, str(getattr(argument, "dtype", "")))

@@ -22,11 +22,13 @@ from .functional import (  # noqa: E402
     cross_entropy_with_accuracy,
 )
 from .modules import CrossEntropyLoss  # noqa: E402
+from .optim import SGD  # noqa: E402
 from .statistics import LossStatistics, cross_entropy_with_statistics  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SGD",
     "CrossEntropyLoss",
     "LossAndAccuracy",
     "LossStatistics",

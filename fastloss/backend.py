@@ -16,7 +16,17 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .contract import Backend
 
-__all__ = ["BACKENDS", "choose", "is_forced", "load", "reason", "triton_version", "use_backend", "validates"]
+__all__ = [
+    "BACKENDS",
+    "choose",
+    "is_forced",
+    "load",
+    "reason",
+    "triton_version",
+    "use_backend",
+    "validates",
+    "wanted",
+]
 
 BACKENDS = ("auto", "triton", "eager")
 
@@ -65,10 +75,10 @@ def choose(tensor: Tensor) -> str:
         RuntimeError: Triton is asked for and can't serve the tensor.
         ValueError: ``FASTLOSS_BACKEND`` holds an unknown name.
     """
-    wanted = _wanted()
-    if wanted == "eager":
+    name = wanted()
+    if name == "eager":
         return "eager"
-    if wanted == "auto":
+    if name == "auto":
         return "triton" if tensor.is_cuda and triton_version() is not None else "eager"
     obstacle = _obstacle_to_triton(tensor.device)
     if obstacle is not None:
@@ -78,11 +88,11 @@ def choose(tensor: Tensor) -> str:
 
 def reason(device: torch.device) -> str:
     """One line: which backend serves tensors on ``device``, and why."""
-    wanted = _wanted()
+    name = wanted()
     source = "use_backend()" if _forced.get() is not None else "FASTLOSS_BACKEND"
-    if wanted == "eager":
+    if name == "eager":
         return f"eager: {source} asks for it"
-    if wanted == "triton":
+    if name == "triton":
         obstacle = _obstacle_to_triton(device)
         return f"triton: {source} asks for it" + ("" if obstacle is None else f", but {obstacle}")
     if device.type != "cuda":
@@ -98,7 +108,8 @@ def load(name: str) -> Backend:
     return cast("Backend", importlib.import_module("fastloss.kernels" if name == "triton" else "fastloss.eager"))
 
 
-def _wanted() -> str:
+def wanted() -> str:
+    """The backend that was asked for: a name of :data:`BACKENDS`."""
     return _forced.get() or _checked(os.environ.get("FASTLOSS_BACKEND", "auto"), "FASTLOSS_BACKEND")
 
 

@@ -14,13 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "Forward", "LossOptions", "RowStatistics", "SoftForward", "compute_dtype", "may_keep_memory"]
+__all__ = [
+    "FLAG_ELEMENTS",
+    "Backend",
+    "Forward",
+    "LossOptions",
+    "RowStatistics",
+    "SGDBatch",
+    "SGDControls",
+    "SGDRule",
+    "SoftForward",
+    "compute_dtype",
+    "may_keep_memory",
+]
 
 
 # May a backend keep small device tensors from one call to the next?
@@ -70,6 +82,50 @@ class RowStatistics(NamedTuple):
     entropy: Tensor | None  # H = lse − Σ_c p_c z_c of the softmax p, if asked for
     weighted_sum: Tensor | None  # Σ_c w_c z_c, where options.label_smoothing is not 0; w = 1 without a weight
     predicted: Tensor | None  # int64: the class of the greatest logit, the first of equal ones; NaN is the greatest
+
+
+class SGDRule(NamedTuple):
+    """The hyper-parameters of one parameter group. A tensor has one element, and is read on its own device."""
+
+    lr: float | Tensor
+    momentum: float | Tensor
+    dampening: float
+    weight_decay: float | Tensor
+    nesterov: bool
+    maximize: bool
+    decoupled: bool  # weight decay scales the parameter by 1 − lr · weight_decay; else it is added to the gradient
+
+
+class SGDControls(NamedTuple):
+    """What one step says of all of its tensors at once; tensors are ``()``, on the batch's device."""
+
+    grad_scale: Tensor | None = None  # gradients are divided by it, and stored so, as torch.amp.GradScaler expects
+    found_inf: Tensor | None = None  # float32; the step does nothing if it is not 0
+    squares: Tensor | None = None  # float64: Σ g² over all gradients as they come; with it, clip to max_norm
+    max_norm: float = 0.0
+
+
+# A momentum buffer's flags: one byte for so many elements.
+FLAG_ELEMENTS = 4096
+
+
+@dataclass(eq=False)
+class SGDBatch:
+    """Tensors that one SGD step treats together: one device, one dtype of parameters, one way of rounding.
+
+    All lists are of one length, an entry a parameter. Parameters overlap neither each other nor themselves.
+    """
+
+    params: list[Tensor]
+    momentum: list[Tensor | None]  # None: this parameter's rule has no momentum
+    companions: list[Tensor | None]  # float32 master weights or Kahan compensation, after `rounding`
+    rules: list[int]  # which of the step's rules is the parameter's
+    rounding: str  # "nearest", "stochastic", "master" or "kahan"
+    # For some of the parameters, uint8, an element for FLAG_ELEMENTS of the parameter's: has the momentum buffer
+    # begun? (Of the others it has.) One that has not becomes the gradient, without dampening, at the first step that
+    # is not skipped; that step sets the flags.
+    begun: dict[int, Tensor]
+    memory: dict[str, Any] = field(default_factory=dict)  # what the backend keeps from step to step
 
 
 class Backend(Protocol):
@@ -182,6 +238,19 @@ class Backend(Protocol):
 
     def rescale(self, gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
         """``gradient * factor``, ``factor`` a scalar on the device; in place it costs nothing where that is 1."""
+        ...
+
+    def sgd_squares(self, batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
+        """``squares`` ``()`` float64 += Σ g² over all gradients."""
+        ...
+
+    def sgd_step(self, batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], controls: SGDControls) -> None:
+        """One step of SGD for every parameter θ with gradient g (of its shape; any strides and floating dtype):
+
+        g ← ± clip · g / grad_scale,  g ← g + λ θ,  m ← μ m + (1 − τ) g,  θ ← θ − γ · (m, or g + μ m with nesterov).
+
+        In float32 (float64 for float64 parameters); what is stored is rounded once.
+        """
         ...
 
     def accuracy(

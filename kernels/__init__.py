@@ -6,6 +6,7 @@ One file an op; ``rows`` holds what all of them say of a row, ``launch`` what al
 from .accuracy import accuracy
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .rescale import rescale
+from .sgd import sgd_squares, sgd_step
 from .soft_cross_entropy import soft_cross_entropy_backward, soft_cross_entropy_forward
 from .statistics import row_statistics_backward, row_statistics_forward
 
@@ -16,6 +17,8 @@ __all__ = [
     "rescale",
     "row_statistics_backward",
     "row_statistics_forward",
+    "sgd_squares",
+    "sgd_step",
     "soft_cross_entropy_backward",
     "soft_cross_entropy_forward",
 ]

@@ -1,0 +1,316 @@
+"""SGD by torch's fused operator, in forms in which it is fast and right.
+
+Torch's operator takes one tensor after the other, a microsecond each whatever their size, and is right for tensors of
+float32 and float64 that are laid out alike. So
+
+- small tensors are gathered into one, side by side; their momentum buffers lie there for good;
+- what has another dtype, or is to be clipped, is stepped in float32, a piece at a time that stays in a cache;
+- large tensors of one kind go to the operator as they are.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import SGDBatch, SGDControls, SGDRule, compute_dtype
+from .rounding import round_stochastically
+
+__all__ = ["sgd_squares", "sgd_step"]
+
+# Tensors up to this many elements are gathered: copying them costs less than a call of the operator for each.
+_SMALL = 16384
+# Elements of a large tensor that are stepped at a time: their float32 copies stay in a cache.
+_PIECE = 1 << 18
+_NORM_EPSILON = 1e-6
+
+
+def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
+    """See :class:`fastloss.contract.Backend`."""
+    wide = compute_dtype(batch.params[0].dtype)
+    for gathered, large in _parts(batch).values():
+        if gathered is not None:
+            flat = gathered.gather(_chosen(grads, gathered.indices), wide)
+            squares += torch.linalg.vector_norm(flat).double().square()
+        if large:
+            norms = torch._foreach_norm([grads[i] for i in large], 2, dtype=wide)
+            squares += torch.stack(norms).double().square().sum()
+
+
+def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], controls: SGDControls) -> None:
+    """See :class:`fastloss.contract.Backend`."""
+    if controls.found_inf is not None and controls.found_inf.item() != 0:
+        return
+    if controls.grad_scale is not None:
+        _unscale(grads, controls.grad_scale)
+    clip = _clip_factor(controls)
+    first = {i for i, flags in batch.begun.items() if not flags.any()}
+    for number, (gathered, large) in _parts(batch).items():
+        rule = _Numbers.of(rules[number])
+        if gathered is not None:
+            if rule.dampening != 0 and not first.isdisjoint(gathered.indices):
+                large = sorted([*gathered.indices, *large])
+            else:
+                _step_gathered(batch, gathered, grads, rule, clip)
+        later = [i for i in large if i not in first]
+        for some in (later, [i for i in large if i in first]):
+            if some:
+                _step_large(batch, some, grads, rule, clip, first=some is not later)
+    for i in first:
+        batch.begun[i].fill_(1)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """A rule whose tensors have been read: they are on the CPU, or the CPU has to wait for them."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+    decoupled: bool
+
+    @staticmethod
+    def of(rule: SGDRule) -> _Numbers:
+        values: list[Any] = [value.item() if isinstance(value, Tensor) else value for value in rule]
+        return _Numbers(*values)
+
+
+@dataclass(eq=False)
+class _Gathered:
+    """Small tensors of one rule, and their places side by side in flat tensors."""
+
+    indices: list[int]
+    params: list[Tensor]
+    momentum: Tensor | None  # the buffers themselves, as one
+    companions: Tensor | None
+    ends: list[tuple[Tensor, int]]  # the first and the last of those, and where they were
+    vectors: bool  # all of them have one dimension
+    flat: dict[tuple[str, torch.dtype], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+
+    def has_moved(self) -> bool:
+        """Did somebody give the buffers other memory, as those do who bring them to another device and back?"""
+        return any(buffer.data_ptr() != address for buffer, address in self.ends)
+
+    def gather(self, tensors: list[Tensor], dtype: torch.dtype, name: str = "grads") -> Tensor:
+        """The tensors side by side, in ``dtype``."""
+        flat, views = self.room(name, dtype)
+        with torch.inference_mode():  # costs a fifth less than no_grad
+            if self.vectors:
+                torch.cat(tensors, out=flat)  # half of the time of the other
+            else:
+                torch._foreach_copy_(views, tensors)
+        return flat
+
+    def scatter(self, views: list[Tensor]) -> None:
+        """Write to the parameters."""
+        with torch.inference_mode():
+            torch._foreach_copy_(self.params, views)
+        torch.autograd.graph.increment_version(self.params)  # which that mode does not
+
+    def room(self, name: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        if (name, dtype) not in self.flat:
+            flat = torch.empty(sum(p.numel() for p in self.params), dtype=dtype, device=self.params[0].device)
+            self.flat[name, dtype] = flat, _views(flat, self.params)
+        return self.flat[name, dtype]
+
+
+def _parts(batch: SGDBatch) -> dict[int, tuple[_Gathered | None, list[int]]]:
+    """For each rule what is gathered and what is not, from the step before if nothing has moved."""
+    parts: dict[int, tuple[_Gathered | None, list[int]]] | None = batch.memory.get("parts")
+    if parts is None or any(gathered is not None and gathered.has_moved() for gathered, _ in parts.values()):
+        parts = batch.memory["parts"] = _new_parts(batch)
+    return parts
+
+
+def _new_parts(batch: SGDBatch) -> dict[int, tuple[_Gathered | None, list[int]]]:
+    of_rule: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    for i, (param, number) in enumerate(zip(batch.params, batch.rules, strict=True)):
+        if param.numel():
+            small = (param.numel() <= _SMALL and param.device.type == "cpu") or not _is_dense(param)
+            of_rule[number][0 if small else 1].append(i)
+            for buffer in (batch.momentum[i], batch.companions[i]):
+                if buffer is not None and not small and buffer.stride() != param.stride():
+                    buffer.data = torch.empty_like(param, dtype=buffer.dtype).copy_(buffer)
+    return {number: (_gathered(batch, small) if small else None, large) for number, (small, large) in of_rule.items()}
+
+
+def _gathered(batch: SGDBatch, indices: list[int]) -> _Gathered:
+    params = [batch.params[i] for i in indices]
+    momentum = [m for i in indices if (m := batch.momentum[i]) is not None]
+    companions = [c for i in indices if (c := batch.companions[i]) is not None]
+    flat = _side_by_side(momentum), _side_by_side(companions)
+    ends = [(buffer, buffer.data_ptr()) for some in (momentum, companions) for buffer in some[:1] + some[-1:]]
+    return _Gathered(indices, params, *flat, ends, all(param.dim() == 1 for param in params))
+
+
+def _side_by_side(buffers: list[Tensor]) -> Tensor | None:
+    """Move buffers into one flat tensor. They stay the tensors that they are."""
+    if not buffers:
+        return None
+    flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+    for buffer, view in zip(buffers, _views(flat, buffers), strict=True):
+        buffer.data = view
+    return flat
+
+
+def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    pieces = flat.split([tensor.numel() for tensor in like])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
+
+
+def _step_gathered(batch: SGDBatch, gathered: _Gathered, grads: list[Tensor], rule: _Numbers, clip: float) -> None:
+    wide = compute_dtype(batch.params[0].dtype)
+    grad = gathered.gather(_chosen(grads, gathered.indices), wide)
+    if batch.rounding == "master":
+        assert gathered.companions is not None
+        _advance([gathered.companions], [grad], _listed(gathered.momentum), rule, clip, scratch=True)
+        result, views = gathered.companions, _views(gathered.companions, gathered.params)
+    elif batch.rounding == "nearest":
+        result, views = gathered.room("params", wide)
+        gathered.gather(gathered.params, wide, "params")
+        _advance([result], [grad], _listed(gathered.momentum), rule, clip, scratch=True)
+    else:
+        result, views = gathered.room("params", batch.params[0].dtype)
+        gathered.gather(gathered.params, result.dtype, "params")
+        _advance_rounded(result, grad, gathered.momentum, gathered.companions, batch.rounding, rule, clip)
+    gathered.scatter(views)
+
+
+def _step_large(
+    batch: SGDBatch, indices: list[int], grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
+) -> None:
+    direct = []
+    for i in indices:
+        param, grad, momentum = batch.params[i], grads[i], batch.momentum[i]
+        if grad.stride() != param.stride():
+            grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+        alike = param.dtype == compute_dtype(param.dtype) == grad.dtype
+        if alike and clip == 1.0 and (momentum is None or momentum.dtype == param.dtype):
+            direct.append((param, grad, momentum))
+        else:
+            _step_by_pieces(batch, i, grad, rule, clip, first=first)
+    if direct:
+        params, chosen, buffers = (list(tensors) for tensors in zip(*direct, strict=True))
+        _advance(params, chosen, [m for m in buffers if m is not None], rule, first=first)
+
+
+def _step_by_pieces(batch: SGDBatch, i: int, grad: Tensor, rule: _Numbers, clip: float, *, first: bool) -> None:
+    tensors = (batch.params[i], grad, batch.momentum[i], batch.companions[i])
+    flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
+    for start in range(0, grad.numel(), _PIECE):
+        param, piece, momentum, companion = (t if t is None else t[start : start + _PIECE] for t in flat)
+        assert param is not None
+        assert piece is not None
+        wide = compute_dtype(param.dtype)
+        if batch.rounding == "master":
+            assert companion is not None
+            _advance([companion], [piece.to(wide)], _listed(momentum), rule, clip, first=first)
+            param.copy_(companion)
+        elif param.dtype == wide:
+            _advance([param], [piece.to(wide)], _listed(momentum), rule, clip, first=first)
+        else:
+            _advance_rounded(param, piece.to(wide), momentum, companion, batch.rounding, rule, clip, first=first)
+
+
+def _advance_rounded(
+    param: Tensor,
+    grad: Tensor,
+    momentum: Tensor | None,
+    compensation: Tensor | None,
+    rounding: str,
+    rule: _Numbers,
+    clip: float,
+    *,
+    first: bool = False,
+) -> None:
+    """One flat tensor of 16 bits: stepped in float32 and rounded."""
+    wide = param.float()
+    if compensation is not None:
+        wide += compensation
+    _advance([wide], [grad], _listed(momentum), rule, clip, first=first)
+    if rounding == "stochastic":
+        param.copy_(round_stochastically(wide, param.dtype))
+    else:
+        param.copy_(wide)
+    if compensation is not None:
+        compensation.copy_(wide.sub_(param))
+
+
+def _advance(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum: list[Tensor],
+    rule: _Numbers,
+    clip: float = 1.0,
+    *,
+    first: bool = False,
+    scratch: bool = False,
+) -> None:
+    """The step itself, of float32 or float64 parameters; ``scratch``: the gradients may be written to."""
+    if clip != 1.0:
+        grads = [grad.mul_(clip) for grad in grads] if scratch else [grad * clip for grad in grads]
+    if rule.decoupled and rule.weight_decay != 0:
+        torch._foreach_mul_(params, 1.0 - rule.lr * rule.weight_decay)
+    buffers = [m.to(p.dtype) for m, p in zip(momentum, params, strict=True)] if momentum else []
+    torch._fused_sgd_(
+        params,
+        grads,
+        buffers,
+        weight_decay=0.0 if rule.decoupled else rule.weight_decay,
+        momentum=rule.momentum,
+        lr=rule.lr,
+        dampening=rule.dampening,
+        nesterov=rule.nesterov,
+        maximize=rule.maximize,
+        is_first_step=first,
+    )
+    for buffer, value in zip(momentum, buffers, strict=True):
+        if value is not buffer:
+            buffer.copy_(value)
+
+
+def _chosen(tensors: list[Tensor], indices: list[int]) -> list[Tensor]:
+    return tensors if len(indices) == len(tensors) else [tensors[i] for i in indices]
+
+
+def _listed(tensor: Tensor | None) -> list[Tensor]:
+    return [] if tensor is None else [tensor]
+
+
+def _unscale(grads: list[Tensor], grad_scale: Tensor) -> None:
+    unused = torch.zeros((), device=grad_scale.device)
+    of_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        of_dtype[grad.dtype].append(grad)
+    inverse = grad_scale.double().reciprocal().float()
+    for some in of_dtype.values():
+        torch._amp_foreach_non_finite_check_and_unscale_(some, unused, inverse)
+
+
+def _clip_factor(controls: SGDControls) -> float:
+    if controls.squares is None:
+        return 1.0
+    norm = controls.squares.sqrt()
+    if controls.grad_scale is not None:
+        norm = norm / controls.grad_scale
+    factor: float = (controls.max_norm / (norm + _NORM_EPSILON)).clamp(max=1.0).item()
+    return factor
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Do its elements fill a stretch of memory, in some order?"""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

@@ -1,0 +1,5 @@
+"""Optimizers: today, SGD."""
+
+from .sgd import SGD
+
+__all__ = ["SGD"]

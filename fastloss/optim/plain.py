@@ -1,0 +1,127 @@
+"""SGD in torch's own operators, one parameter after the other.
+
+For what the backends don't serve: sparse and complex gradients, tensor subclasses, parameters that overlap, other
+devices; and for programs that differentiate or compile the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import SGDRule, compute_dtype
+from ..eager.rounding import round_stochastically
+
+__all__ = ["squares", "step", "unscale"]
+
+
+def squares(grad: Tensor) -> Tensor:
+    """Σ |g|², ``()``, float64 where the device has it."""
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    norm = torch.linalg.vector_norm(values)
+    if hasattr(norm, "full_tensor"):  # a DTensor's
+        norm = norm.full_tensor()
+    return norm.square() if norm.device.type == "mps" else norm.double().square()
+
+
+def unscale(grad: Tensor, grad_scale: Tensor) -> None:
+    """g ← g / grad_scale, in float32 and rounded once."""
+    values = grad._values() if grad.is_sparse else grad
+    values = torch.view_as_real(values) if values.is_complex() else values
+    inverse = grad_scale.double().reciprocal().float().to(values.device)
+    unused = torch.zeros((), device=values.device)
+    torch._amp_foreach_non_finite_check_and_unscale_([values], unused, inverse)
+
+
+def step(
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    rule: SGDRule,
+    rounding: str,
+    *,
+    clip: Tensor | None = None,
+    out_of_place: bool = False,
+) -> None:
+    """One step of one parameter; its buffers are in ``state``, and are made where they are missing.
+
+    Args:
+        param: any tensor that torch's operators work on.
+        grad: of its shape; may be sparse.
+        state: holds ``momentum_buffer``, and ``master_param`` or ``kahan_comp`` after ``rounding``.
+        rule: of its group.
+        rounding: as in :class:`fastloss.contract.SGDBatch`.
+        clip: the gradient is multiplied by it.
+        out_of_place: the buffers are to be new tensors, so that autograd can go back through many steps.
+    """
+    wide = _wide(param, state, rounding)
+    grad = grad if grad.dtype == wide.dtype or grad.is_complex() else grad.to(wide.dtype)
+    if clip is not None:
+        grad = grad * clip.to(device=grad.device, dtype=grad.dtype)
+    if rule.maximize:
+        grad = -grad
+    lr, momentum, decay = (_on(value, wide) for value in (rule.lr, rule.momentum, rule.weight_decay))
+
+    if rule.decoupled:
+        if isinstance(decay, Tensor) or decay != 0:
+            wide.mul_(1 - lr * decay)
+    elif isinstance(decay, Tensor):
+        grad = grad + (wide.clone() if decay.requires_grad else wide) * decay
+    elif decay != 0:
+        grad = grad.add(wide, alpha=decay)
+
+    if isinstance(momentum, Tensor) or momentum != 0:
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            value = state["momentum_buffer"] = grad.clone()
+        elif out_of_place:
+            value = state["momentum_buffer"] = buffer * momentum + grad * (1 - rule.dampening)
+        else:
+            value = buffer.to(grad.dtype).mul_(momentum).add_(grad, alpha=1 - rule.dampening)
+            if value is not buffer:
+                buffer.copy_(value)
+        grad = grad + value * momentum if rule.nesterov else value
+
+    if isinstance(lr, Tensor):
+        if lr.requires_grad:
+            wide.addcmul_(grad, lr, value=-1)
+        else:
+            wide.sub_(grad * lr)
+    else:
+        wide.add_(grad, alpha=-lr)
+    _store(param, wide, state, rounding)
+
+
+def _wide(param: Tensor, state: dict[str, Any], rounding: str) -> Tensor:
+    """The parameter as it is computed with: itself, or in float32 if it is of 16 bits."""
+    if not param.is_floating_point() or param.dtype.itemsize >= 4:
+        return param
+    if rounding == "master":
+        if "master_param" not in state:
+            state["master_param"] = param.detach().float()
+        master: Tensor = state["master_param"]
+        return master
+    wide = param.to(compute_dtype(param.dtype))
+    return wide.add_(state["kahan_comp"]) if rounding == "kahan" and "kahan_comp" in state else wide
+
+
+def _store(param: Tensor, wide: Tensor, state: dict[str, Any], rounding: str) -> None:
+    if wide is param:
+        return
+    if rounding == "stochastic":
+        param.copy_(round_stochastically(wide, param.dtype))
+        return
+    param.copy_(wide)
+    if rounding == "kahan":
+        state["kahan_comp"] = (wide - param).to(param.dtype)
+
+
+def _on(value: float | Tensor, param: Tensor) -> Any:
+    """A hyper-parameter where the parameter is, so that the host never waits for it."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.device == param.device or value.requires_grad:
+        return value.reshape(())
+    return value.item() if value.device.type == "cpu" else value.reshape(()).to(param.device)

@@ -1,0 +1,171 @@
+"""Which tensors step together, and whether they are still where they were.
+
+A plan is made when something changed: a parameter got its first gradient, a group was added, a checkpoint loaded. In
+every other step the plan is only checked, by a few passes over lists that run in C: about 0.2 µs a parameter.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import SGDBatch
+
+__all__ = ["Batch", "Plan", "gradients", "is_sharded", "local", "over_shards", "overlapping", "serves", "shards_of"]
+
+_SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_gradient_of = operator.attrgetter("grad")
+_layout_of = operator.attrgetter("layout")
+_address_of = torch.Tensor.data_ptr
+
+
+@dataclass(eq=False)
+class Batch:
+    """Tensors that a backend steps together, and the numbers that their parameters have in the plan."""
+
+    tensors: SGDBatch
+    backend: str
+    indices: list[int]
+
+    def take(self, grads: list[Tensor]) -> list[Tensor]:
+        """The batch's gradients among all."""
+        return grads if len(self.indices) == len(grads) else [grads[i] for i in self.indices]
+
+
+@dataclass(eq=False)
+class Plan:
+    """How the parameters of an optimizer are stepped, as long as everything stays where it is.
+
+    What it remembers is compared by identity; gradients alone may move, and are not held on to.
+    """
+
+    settings: list[Any]  # what the groups say that the plan depends on
+    params: list[Tensor]  # of all groups, in their order
+    group_of: list[int]  # of each
+    layouts: list[torch.layout | None]  # of their gradients; None where there is none
+    batches: list[Batch] = field(default_factory=list)
+    plain: list[int] = field(default_factory=list)  # stepped one by one, by torch's operators
+    repeated: set[int] = field(default_factory=set)  # of those: named by the groups before, and stepped once more
+    sharded: dict[int, Tensor] = field(default_factory=dict)  # DTensors among the batches: their local shards
+    states: list[dict[str, Any]] = field(default_factory=list)  # every parameter's state
+    holders: list[dict[str, Any]] = field(default_factory=list)  # states[i][keys[i]] is kept[i]
+    keys: list[str] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+    stored: list[Tensor] = field(default_factory=list)  # parameters whose memory is stepped
+    addresses: list[int] = field(default_factory=list)
+
+    def keep(self, state: dict[str, Any], key: str) -> None:
+        """The plan uses this tensor: it is to be noticed when another takes its place."""
+        self.holders.append(state)
+        self.keys.append(key)
+        self.kept.append(state[key])
+
+    def remember(self, states: Iterable[dict[str, Any]]) -> None:
+        """The plan is complete."""
+        self.states = list(states)
+        self.stored = [self.params[i] for batch in self.batches for i in batch.indices if i not in self.sharded]
+        self.addresses = list(map(_address_of, self.stored))
+
+    def holds(
+        self,
+        settings: list[Any],
+        groups: Iterable[dict[str, Any]],
+        states: Iterable[dict[str, Any]],
+        layouts: list[torch.layout | None],
+    ) -> bool:
+        """Is everything as it was when the plan was made?"""
+        try:
+            return (
+                self.settings == settings
+                and self.layouts == layouts
+                and _identical(chain.from_iterable(group["params"] for group in groups), self.params)
+                and _identical(states, self.states)
+                and _identical(map(operator.getitem, self.holders, self.keys), self.kept)
+                and list(map(_address_of, self.stored)) == self.addresses
+                and all(local(self.params[i]) is shard for i, shard in self.sharded.items())
+            )
+        except KeyError:  # somebody removed a buffer
+            return False
+
+
+def gradients(params: Iterable[Tensor]) -> tuple[list[Tensor | None], list[torch.layout | None]]:
+    """The gradients and their layouts; None where there is none."""
+    grads = list(map(_gradient_of, params))
+    try:
+        return grads, list(map(_layout_of, grads))
+    except AttributeError:
+        return grads, [None if grad is None else grad.layout for grad in grads]
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Is it a DTensor? (Asked without an import of torch.distributed.)"""
+    return type(param) is not Tensor and hasattr(param, "to_local") and hasattr(param, "device_mesh")
+
+
+def local(param: Tensor, like: Tensor | None = None) -> Tensor:
+    """A DTensor's local shard; with ``like``, that of the tensor brought into the placement of ``like``."""
+    sharded: Any = param
+    if like is not None and sharded.placements != like.placements:  # type: ignore[attr-defined]
+        sharded = sharded.redistribute(placements=like.placements)  # type: ignore[attr-defined]
+    shard: Tensor = sharded.to_local()
+    return shard
+
+
+def shards_of(param: Any) -> tuple[Any, ...] | None:
+    """The mesh of a DTensor and those of its dimensions that cut the tensor up; None for other tensors."""
+    if not is_sharded(param):
+        return None
+    return param.device_mesh, tuple(d for d, placement in enumerate(param.placements) if placement.is_shard())
+
+
+def over_shards(squares: Tensor, param: Any) -> Tensor:
+    """Squares of the local shards of parameters placed like ``param``, added up over all shards."""
+    shards = shards_of(param)
+    if shards is None or not shards[1]:
+        return squares
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh, cut = shards
+    placements = [Partial() if d in cut else Replicate() for d in range(mesh.ndim)]
+    return DTensor.from_local(squares, mesh, placements, run_check=False).full_tensor()
+
+
+def serves(param: Tensor) -> bool:
+    """Can the backends step this tensor, if its gradient is dense?"""
+    return (
+        type(param).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and param.layout == torch.strided
+        and param.dtype in _SERVED_DTYPES
+        and param.device.type in ("cpu", "cuda")
+        and not param.is_neg()
+        and not any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True))
+    )
+
+
+def overlapping(tensors: Sequence[Tensor]) -> set[int]:
+    """Which of the tensors may share memory with another of them."""
+    spans = []
+    for i, tensor in enumerate(tensors):
+        if tensor.numel():
+            reach = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            spans.append((start, start + reach * tensor.element_size(), i))
+    shared: set[int] = set()
+    furthest, owner = -1, -1
+    for start, end, i in sorted(spans):
+        if start < furthest:
+            shared |= {i, owner}
+        if end > furthest:
+            furthest, owner = end, i
+    return shared
+
+
+def _identical(some: Iterable[Any], others: Sequence[Any]) -> bool:
+    some = list(some)
+    return len(some) == len(others) and all(map(operator.is_, some, others))

@@ -1,0 +1,510 @@
+"""SGD as a ``torch.optim.Optimizer``: the state and the rules. The arithmetic is the backends'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from .. import backend as backends
+from ..contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule
+from . import plain
+from .checkpoint import check_loaded, restore_dtypes
+from .plan import Batch, Plan, gradients, is_sharded, local, over_shards, overlapping, serves, shards_of
+
+__all__ = ["SGD"]
+
+# What clip_grad_norm_ of torch adds to the norm that it divides by.
+_NORM_EPSILON = 1e-6
+_COMPANION = {"master": "master_param", "kahan": "kahan_comp"}
+
+
+class SGD(Optimizer):
+    r"""Stochastic gradient descent: ``torch.optim.SGD`` in one launch (a batched step on a CPU), and with more in it.
+
+    Each step, for a parameter θ with gradient g, learning rate γ, momentum μ, dampening τ and weight decay λ:
+
+    .. math::
+        g &\leftarrow \pm g + \lambda \theta \\
+        b &\leftarrow \mu b + (1 - \tau) g, \quad\text{at a parameter's first step } b \leftarrow g \\
+        \theta &\leftarrow \theta - \gamma b, \quad\text{with nesterov } \theta - \gamma (g + \mu b)
+
+    as in torch (the nesterov form is that of Sutskever et al., "On the importance of initialization and momentum in
+    deep learning", 2013). Numbers are computed in float32 (float64 for float64) and rounded where they are stored.
+
+    Args:
+        params: tensors, named tensors or dicts that define parameter groups, as for every optimizer of torch.
+            Any floating dtype and strides; sparse and complex gradients, and tensor subclasses, go through torch's
+            own operators, and a DTensor's shard is stepped where it lies.
+        lr: learning rate γ. This, ``momentum`` and ``weight_decay`` may be a one-element tensor; on the parameters'
+            device it is read there, without a sync, so that a captured CUDA graph follows its changes.
+        momentum: μ.
+        dampening: τ.
+        weight_decay: λ.
+        nesterov: needs a momentum, and no dampening.
+        maximize: climb instead of descend.
+        foreach, fused: taken for the sake of programs written for ``torch.optim.SGD``. There is one implementation,
+            and it has no need to choose.
+        differentiable: let autograd go through the step, by torch's operators.
+        decoupled_weight_decay: θ ← θ (1 − γ λ) before the step, instead of λ θ in the gradient (Loshchilov and
+            Hutter, "Decoupled Weight Decay Regularization", 2019).
+        max_norm: clip the gradients of all groups together to this Euclidean norm, as
+            ``torch.nn.utils.clip_grad_norm_`` does, within the step: ``p.grad`` is left as it was, and the host does
+            not wait. :attr:`grad_norm` has the norm.
+        momentum_dtype: of the momentum buffers; None is each parameter's own. float32 keeps what bfloat16 loses.
+        master_weights: for float16 and bfloat16 parameters, keep float32 weights in the state, step those, and round
+            them to the parameter.
+        kahan_sum: for float16 and bfloat16 parameters, keep what rounding took away in a second number of that dtype,
+            and add it again in the next step (Kahan, "Further remarks on reducing truncation errors", 1965).
+        stochastic_rounding: round float16 and bfloat16 parameters up or down at random, right on average.
+
+    The last three exclude each other. Parameters of other dtypes are stepped as ever under them.
+
+    With :class:`torch.amp.GradScaler` the step itself divides the gradients by the scale, and does nothing if one of
+    them has overflowed, without the host waiting to know; ``p.grad`` holds the unscaled gradient then.
+
+    Raises:
+        ValueError: a negative or not one-element ``lr``, ``momentum``, ``weight_decay`` or ``max_norm``; nesterov
+            without momentum or with dampening; options that exclude each other; no parameters at all.
+        TypeError: ``params`` is a tensor, ``momentum_dtype`` no floating dtype.
+
+    Example:
+        >>> import fastloss, torch
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = fastloss.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+        >>> fastloss.cross_entropy(model(torch.randn(3, 4)), torch.tensor([0, 1, 1])).backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+    """
+
+    # torch.amp.GradScaler hands its scale and its finding to step(), as attributes.
+    _step_supports_amp_scaling = True
+
+    _plan: Plan | None
+    _begun: dict[Tensor, Tensor]  # of parameters, see SGDBatch.begun
+    _versions: dict[Tensor, int]  # of parameters with master weights, after the last step
+    _squares: Tensor | None
+    _scale: Tensor | None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float | Tensor = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_norm: float | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        kahan_sum: bool = False,
+        stochastic_rounding: bool = False,
+    ) -> None:
+        if foreach and fused:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "max_norm": max_norm,
+            "momentum_dtype": momentum_dtype,
+            "master_weights": master_weights,
+            "kahan_sum": kahan_sum,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        _check(defaults)
+        self._forget()
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------------------------------------------- the step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss anew, with gradients, and returns it.
+
+        Returns:
+            What ``closure`` returned, None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        differentiable = self.defaults["differentiable"]
+        with torch.set_grad_enabled(differentiable):
+            if differentiable or torch.compiler.is_compiling():
+                self._step_by_operators(differentiable)
+            else:
+                self._step()
+        return loss
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients, unscaled and before clipping, at the last step with ``max_norm``.
+
+        ``()`` float32 on the device; None if there was no such step.
+        """
+        return None if self._squares is None else _norm(self._squares, self._scale).float()
+
+    def _step(self) -> None:
+        plan, grads = self._planned()
+        if not plan.batches and not plan.plain:
+            return
+        for i in plan.sharded:
+            grads[i] = local(grads[i], like=plan.params[i])
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and (plan.plain or all(batch.backend == "eager" for batch in plan.batches)):
+            # On a CPU the number is at hand. Torch's operators can't be called off by a number elsewhere: they wait.
+            if found_inf.item() != 0:
+                return
+            found_inf = None
+        self._follow_changed_parameters(plan)
+        rules = [_rule(group) for group in self.param_groups]
+        max_norm = self._max_norm()
+        squares = None if max_norm is None else self._sum_of_squares(plan, grads)
+        if squares is not None:
+            self._squares, self._scale = squares, scale
+        controls = _Everywhere(SGDControls(scale, found_inf, squares, max_norm or 0.0))
+        for batch in plan.batches:
+            device = batch.tensors.params[0].device
+            backends.load(batch.backend).sgd_step(batch.tensors, batch.take(grads), rules, controls.on(device))
+        for i in plan.plain:
+            self._step_plainly(plan, i, grads[i], rules, controls)
+        for batch in plan.batches:
+            if batch.tensors.rounding == "master":
+                self._versions.update((param, param._version) for param in batch.tensors.params)
+        if self._begun and found_inf is None:
+            self._begun = {}
+            for batch in plan.batches:
+                batch.tensors.begun = {}
+
+    def _step_plainly(self, plan: Plan, i: int, grad: Tensor, rules: list[SGDRule], controls: _Everywhere) -> None:
+        param, group = plan.params[i], self.param_groups[plan.group_of[i]]
+        here = controls.on(grad.device)
+        if here.grad_scale is not None:
+            plain.unscale(grad, here.grad_scale)
+        clip = None if here.squares is None else _clip_factor(_norm(here.squares, here.grad_scale), here.max_norm)
+        state = self.state.get(param, {})
+        plain.step(param, grad, state, rules[plan.group_of[i]], _rounding(group, param), clip=clip)
+        if state:
+            self.state[param] = state
+
+    def _sum_of_squares(self, plan: Plan, grads: list[Any]) -> Tensor:
+        """Σ g² over all gradients as they come, ``()`` on the device of the first."""
+        total: Tensor | None = None
+        for batch in plan.batches:
+            device = batch.tensors.params[0].device
+            found = torch.zeros((), dtype=torch.float64, device=device)
+            backends.load(batch.backend).sgd_squares(batch.tensors, batch.take(grads), found)
+            found = over_shards(found, plan.params[batch.indices[0]])
+            total = found if total is None else total + found.to(total.device)
+        for i in plan.plain:
+            if i not in plan.repeated:
+                found = plain.squares(grads[i])
+                total = found if total is None else total + found.to(total.device)
+        assert total is not None  # a step without gradients has ended before
+        return total
+
+    def _step_by_operators(self, differentiable: bool) -> None:
+        """The step in torch's operators alone, for autograd and for compilers to see."""
+        max_norm = self._max_norm()
+        clip = None
+        if max_norm is not None:
+            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            if grads:
+                norms = [torch.linalg.vector_norm(grad) for grad in grads]
+                clip = _clip_factor(torch.linalg.vector_norm(torch.stack(norms)), max_norm)
+        for group in self.param_groups:
+            rule = _rule(group)
+            for param in group["params"]:
+                if param.grad is not None:
+                    rounding = _rounding(group, param)
+                    has_state = rounding in _COMPANION or isinstance(rule.momentum, Tensor) or rule.momentum != 0
+                    state = self.state[param] if has_state else {}
+                    plain.step(param, param.grad, state, rule, rounding, clip=clip, out_of_place=differentiable)
+
+    # ------------------------------------------------------------------------------------------------- the plan
+
+    def _planned(self) -> tuple[Plan, list[Any]]:
+        """A plan that holds now, and the gradients of all parameters."""
+        groups, plan = self.param_groups, self._plan
+        settings: list[Any] = [
+            (
+                isinstance(group["momentum"], Tensor) or group["momentum"] != 0,
+                group["momentum_dtype"],
+                group["master_weights"],
+                group["kahan_sum"],
+                group["stochastic_rounding"],
+            )
+            for group in groups
+        ]
+        settings.append(backends.wanted())
+        if plan is not None:
+            grads, layouts = gradients(plan.params)
+            if plan.holds(settings, groups, self.state.values(), layouts):
+                return plan, grads
+        params = [param for group in groups for param in group["params"]]
+        grads, layouts = gradients(params)
+        self._plan = plan = self._new_plan(settings, params, layouts)
+        return plan, grads
+
+    def _new_plan(self, settings: list[Any], params: list[Tensor], layouts: list[torch.layout | None]) -> Plan:
+        group_of = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
+        plan = Plan(settings, params, group_of, layouts)
+        memory: dict[int, Tensor] = {}
+        seen: set[Tensor] = set()
+        for i, (param, layout) in enumerate(zip(params, layouts, strict=True)):
+            if layout is None:
+                continue
+            stored = local(param) if is_sharded(param) else param
+            if param in seen:
+                plan.repeated.add(i)
+            elif layout == torch.strided and serves(stored):
+                memory[i] = stored
+            seen.add(param)
+        numbers = list(memory)
+        for position in overlapping(list(memory.values())):
+            del memory[numbers[position]]
+        plan.plain = [i for i, layout in enumerate(layouts) if layout is not None and i not in memory]
+        self._settle([params[i] for i in plan.plain])
+
+        together: dict[Any, Batch] = {}
+        for i, stored in memory.items():
+            param, group = params[i], self.param_groups[group_of[i]]
+            rounding, name = _rounding(group, stored), backends.choose(stored)
+            key = (name, stored.device, stored.dtype, rounding, shards_of(param))
+            if key not in together:
+                together[key] = Batch(SGDBatch([], [], [], [], rounding, {}), name, [])
+            batch = together[key]
+            if stored is not param:
+                plan.sharded[i] = stored
+            batch.indices.append(i)
+            batch.tensors.params.append(stored)
+            batch.tensors.rules.append(group_of[i])
+            has_momentum = settings[group_of[i]][0]
+            batch.tensors.momentum.append(
+                self._buffer(plan, i, stored, "momentum_buffer", group["momentum_dtype"]) if has_momentum else None
+            )
+            batch.tensors.companions.append(
+                self._buffer(plan, i, stored, _COMPANION[rounding]) if rounding in _COMPANION else None
+            )
+            if param in self._begun:
+                batch.tensors.begun[len(batch.tensors.params) - 1] = self._begun[param]
+        plan.batches = list(together.values())
+        plan.remember(self.state.values())
+        return plan
+
+    def _buffer(self, plan: Plan, i: int, stored: Tensor, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A parameter's buffer, made where it is missing, as the backend is to see it."""
+        param = plan.params[i]
+        state = self.state[param]
+        if state.get(key) is None:
+            if stored.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"fastloss.SGD: the {key} of a parameter of shape {tuple(param.shape)} would be made inside a "
+                    "CUDA graph, and anew by every replay; take a step with the same parameters before capturing"
+                )
+            if key == "master_param":
+                state[key] = param.detach().float()
+            else:
+                state[key] = torch.zeros_like(param, dtype=dtype or param.dtype, requires_grad=False)
+            dampening = self.param_groups[plan.group_of[i]]["dampening"]
+            if key == "momentum_buffer" and (dampening != 0 or getattr(self, "found_inf", None) is not None):
+                # Nobody knows yet whether the buffer begins with this step. (Without dampening and overflows it does
+                # not matter: μ · 0 + g is g.)
+                flags = -(-stored.numel() // FLAG_ELEMENTS)
+                self._begun[param] = torch.zeros(flags, dtype=torch.uint8, device=stored.device)
+        plan.keep(state, key)
+        buffer: Tensor = state[key]
+        return buffer if stored is param else local(buffer)
+
+    def _follow_changed_parameters(self, plan: Plan) -> None:
+        """A parameter that somebody wrote to since the last step is the truth, not its master weights."""
+        if not any(group["master_weights"] for group in self.param_groups):
+            return
+        for batch in plan.batches:
+            if batch.tensors.rounding == "master":
+                for param, master in zip(batch.tensors.params, batch.tensors.companions, strict=True):
+                    assert master is not None  # with this rounding every parameter has one
+                    if self._versions.get(param, param._version) != param._version:
+                        master.copy_(torch.where(master.to(param.dtype) == param, master, param))
+
+    def _max_norm(self) -> float | None:
+        values = {group["max_norm"] for group in self.param_groups}
+        if len(values) > 1:
+            raise ValueError(
+                "max_norm must be the same in all parameter groups, whose gradients are clipped together; got "
+                + ", ".join(map(str, values))
+            )
+        value: float | None = values.pop()
+        return value
+
+    def _forget(self) -> None:
+        """What is not part of the optimizer's state, and is made anew."""
+        self._plan = None
+        self._begun = {}
+        self._versions = {}
+        self._squares = self._scale = None
+
+    # ---------------------------------------------------------------------------------------- groups, checkpoints
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As for every optimizer of torch; a group that does not fit leaves the optimizer as it was."""
+        if isinstance(param_group, dict):
+            _check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self._plan = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of ``torch.optim.SGD``, which can load it; ``master_param`` and ``kahan_comp`` come beside the momentum.
+
+        On a GPU, after steps under a GradScaler, it waits to know which of them overflowed.
+        """
+        self._settle(list(self._begun))
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of another SGD, of this class or of torch's.
+
+        Buffers take the dtype that this optimizer keeps them in, without a detour through the parameter's.
+
+        Raises:
+            ValueError: the groups are not as many or not as long as this optimizer's; a buffer has another shape than
+                its parameter; a hyper-parameter is out of range. The optimizer is left as it was.
+        """
+        final: dict[str, Any] = {}
+
+        def check(_: Optimizer, loaded: dict[str, Any]) -> None:
+            check_loaded(loaded, self.param_groups)
+            for group in loaded["param_groups"]:
+                _check({**self.defaults, **group})
+            final.update(loaded)
+
+        hook = self.register_load_state_dict_pre_hook(check)  # the last of them sees what will be loaded
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        restore_dtypes(self, final)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle(list(self._begun))
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._forget()
+
+    def _settle(self, params: list[Tensor]) -> None:
+        """Remove the momentum buffers of those parameters that have not made a step: all were skipped."""
+        for param in params:
+            flags = self._begun.pop(param, None)
+            if flags is not None:
+                self._plan = None
+                if not flags.any():
+                    del self.state[param]["momentum_buffer"]
+                    if not self.state[param]:
+                        del self.state[param]
+
+
+class _Everywhere:
+    """A step's controls on every device that needs them."""
+
+    def __init__(self, controls: SGDControls) -> None:
+        self._controls = controls
+        self._copies: dict[torch.device, SGDControls] = {}
+
+    def on(self, device: torch.device) -> SGDControls:
+        if device not in self._copies:
+            scale, found_inf, squares, max_norm = self._controls
+            self._copies[device] = SGDControls(
+                _moved(scale, device), _moved(found_inf, device), _moved(squares, device), max_norm
+            )
+        return self._copies[device]
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True)
+
+
+def _norm(squares: Tensor, scale: Tensor | None) -> Tensor:
+    norm = squares.sqrt()
+    return norm if scale is None else norm / scale.to(norm.device)
+
+
+def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    return (max_norm / (norm + _NORM_EPSILON)).clamp(max=1.0)
+
+
+def _rule(group: dict[str, Any]) -> SGDRule:
+    return SGDRule(
+        group["lr"],
+        group["momentum"],
+        group["dampening"],
+        group["weight_decay"],
+        group["nesterov"],
+        group["maximize"],
+        group["decoupled_weight_decay"],
+    )
+
+
+def _rounding(group: dict[str, Any], param: Tensor) -> str:
+    """How what is stored in the parameter is rounded; see :class:`fastloss.contract.SGDBatch`."""
+    if param.dtype not in (torch.float16, torch.bfloat16):
+        return "nearest"
+    if group["master_weights"]:
+        return "master"
+    if group["kahan_sum"]:
+        return "kahan"
+    return "stochastic" if group["stochastic_rounding"] else "nearest"
+
+
+def _check(group: dict[str, Any]) -> None:
+    """What a parameter group may say."""
+    named = {"lr": "learning rate", "momentum": "momentum value", "weight_decay": "weight_decay value"}
+    for name, words in named.items():
+        value = group[name]
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or a one-element tensor, got {type(value).__name__} {value!r}")
+        if value < 0.0:
+            raise ValueError(f"Invalid {words}: {value}; expected 0 or more")
+    if not isinstance(group["dampening"], (int, float)):
+        raise TypeError(f"dampening must be a number, got {type(group['dampening']).__name__}")
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(
+            "Nesterov momentum requires a momentum and zero dampening; "
+            f"got momentum {group['momentum']}, dampening {group['dampening']}"
+        )
+    max_norm, dtype = group["max_norm"], group["momentum_dtype"]
+    if max_norm is not None and not max_norm >= 0.0:
+        raise ValueError(f"Invalid max_norm value: {max_norm}; expected 0 or more, or None for no clipping")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"momentum_dtype must be a floating torch.dtype or None, got {dtype!r}")
+    chosen = [name for name in ("master_weights", "kahan_sum", "stochastic_rounding") if group[name]]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} exclude each other; choose one")

@@ -1,0 +1,557 @@
+"""SGD: every tensor of a kind in one launch, and the norm of all gradients in another.
+
+The tensors lie anywhere. A table on the device holds a line of addresses for each of them, and a list of *items* says
+which chunk of which tensor a program serves. Both are uploaded when something has moved, and not before.
+
+Bytes for each float32 parameter with momentum: read θ, g and m, write θ and m, 20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastloss.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule
+
+from .launch import FUSED, arithmetic, counter, on_device, power_of_2, spread
+from .rows import fp64, last_to_end
+
+__all__ = ["sgd_squares", "sgd_step"]
+
+# Elements of a chunk, which one program serves: the unit of SGDBatch.begun's flags.
+CHUNK = tl.constexpr(FLAG_ELEMENTS)
+# Elements of a chunk that a program holds at a time: 8 a thread.
+BLOCK = tl.constexpr(1024)
+_WARPS = 4
+# Columns of the table.
+THETA, GRAD, MOMENTUM, COMPANION, BEGUN, NUMEL, RULE, LAYOUT = (tl.constexpr(i) for i in range(8))
+_COLUMNS = tl.constexpr(8)
+# What the column LAYOUT says: all addresses are multiples of 16, and all strides agree; or the strides are in the
+# table of strides; or neither.
+ALIGNED, STRIDED = tl.constexpr(1), tl.constexpr(2)
+# The table of strides: sizes, strides of θ and strides of g, from the buffers' fastest dimension to their slowest.
+# Neighbouring dimensions that all tensors walk through alike are one, so that hardly any tensor has this many.
+DIMS = tl.constexpr(6)
+# Numbers of a rule, and of how many rules they are passed to the kernel one by one.
+_NUMBERS = tl.constexpr(len(SGDRule._fields))
+_MOST_PASSED = 4
+_NORM_EPSILON = tl.constexpr(1e-6)
+
+_TRITON = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+# ------------------------------------------------------------------------------------------------------- the tables
+
+
+@dataclass(eq=False)
+class Launch:
+    """Tensors of a batch whose gradients and buffers have the same dtypes, and their tables."""
+
+    indices: list[int]
+    momentum: list[Tensor]
+    companions: list[Tensor]
+    addresses: list[list[int]] = field(default_factory=list)  # of gradients and buffers, at the last upload
+    strides: list[tuple[int, ...]] = field(default_factory=list)  # of gradients
+    lines: Tensor | None = None  # the table on the host
+    table: Tensor | None = None
+    items: Tensor | None = None
+    geometry: Tensor | None = None  # the table of strides, where there is one
+    begun: dict[int, Tensor] | None = None
+    rules: tuple[Any, ...] = ()
+    rules_table: Tensor | None = None
+    reserve: Tensor | None = None  # pinned memory, ready for an upload inside a CUDA graph
+
+
+def _launches(batch: SGDBatch, grads: list[Tensor]) -> dict[Any, Launch]:
+    """The batch's launches with their tables as they must be now, by dtype of gradient and momentum."""
+    dtypes = [grad.dtype for grad in grads]
+    if batch.memory.get("dtypes") != dtypes:
+        batch.memory.update(dtypes=dtypes, launches=_divided(batch, dtypes))
+    launches: dict[Any, Launch] = batch.memory["launches"]
+    for launch in launches.values():
+        _bring_up_to_date(launch, batch, [grads[i] for i in launch.indices])
+    return launches
+
+
+def _divided(batch: SGDBatch, dtypes: list[torch.dtype]) -> dict[Any, Launch]:
+    launches: dict[Any, Launch] = {}
+    without = [m.dtype for m in batch.momentum if m is not None][:1] or [batch.params[0].dtype]
+    for i, (dtype, momentum, companion) in enumerate(zip(dtypes, batch.momentum, batch.companions, strict=True)):
+        if not batch.params[i].numel():
+            continue
+        # Parameters without momentum go with any of those that have one.
+        kind = dtype, without[0] if momentum is None else momentum.dtype
+        launch = launches.setdefault(kind, Launch([], [], []))
+        launch.indices.append(i)
+        launch.momentum += [] if momentum is None else [momentum]
+        launch.companions += [] if companion is None else [companion]
+    return launches
+
+
+def _bring_up_to_date(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
+    strides = list(map(Tensor.stride, grads))
+    if launch.lines is None or launch.strides != strides or launch.begun is not batch.begun:
+        _lay_out(launch, batch, grads)
+        launch.strides, launch.begun, launch.addresses = strides, batch.begun, []
+    of_momentum = list(map(Tensor.data_ptr, launch.momentum))
+    of_companions = list(map(Tensor.data_ptr, launch.companions))
+    addresses = [list(map(Tensor.data_ptr, grads)), of_momentum, of_companions]
+    if launch.addresses == addresses:
+        return
+    assert launch.lines is not None
+    lines, momentum, companions = launch.lines, iter(of_momentum), iter(of_companions)
+    lines[:, GRAD.value] = torch.tensor(addresses[0])
+    lines[:, MOMENTUM.value] = torch.tensor(
+        [0 if batch.momentum[i] is None else next(momentum) for i in launch.indices]
+    )
+    lines[:, COMPANION.value] = torch.tensor(
+        [0 if batch.companions[i] is None else next(companions) for i in launch.indices]
+    )
+    used = lines[:, [THETA.value, GRAD.value, MOMENTUM.value, COMPANION.value]]
+    layout = lines[:, LAYOUT.value]
+    layout[layout != STRIDED.value] = 0
+    layout[(layout == 0) & (used % 16 == 0).all(dim=1)] = ALIGNED.value
+    launch.table = _uploaded(lines, batch.params[0].device, launch)
+    launch.addresses = addresses
+
+
+def _lay_out(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
+    """The parts of the tables that don't change when gradients move."""
+    device = batch.params[0].device
+    params = [batch.params[i] for i in launch.indices]
+    sizes = torch.tensor([param.numel() for param in params])
+    lines = torch.zeros(len(params), _COLUMNS.value, dtype=torch.int64)
+    lines[:, THETA.value] = torch.tensor([param.data_ptr() for param in params])
+    lines[:, NUMEL.value] = sizes
+    lines[:, RULE.value] = torch.tensor([batch.rules[i] for i in launch.indices])
+    for line, i in enumerate(launch.indices):
+        if i in batch.begun:
+            lines[line, BEGUN.value] = batch.begun[i].data_ptr()
+    geometry = torch.ones(len(params), 3, DIMS.value, dtype=torch.int64)
+    for line, (i, param, grad) in enumerate(zip(launch.indices, params, grads, strict=True)):
+        walk = _walk(param)
+        for buffer in (batch.momentum[i], batch.companions[i]):
+            if buffer is not None and not _follows(buffer, walk):
+                buffer.data = _laid_out(buffer, walk)
+        if not (_follows(param, walk) and _follows(grad, walk)):
+            lines[line, LAYOUT.value] = STRIDED.value
+            _write_geometry(geometry[line], walk, param, grad)
+    chunks = (sizes + FLAG_ELEMENTS - 1) // FLAG_ELEMENTS
+    tensor = torch.repeat_interleave(torch.arange(len(params)), chunks)
+    chunk = torch.arange(len(tensor)) - torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
+    launch.lines = lines
+    launch.items = _uploaded(torch.stack([tensor, chunk], dim=1).to(torch.int32), device, launch)
+    strided = bool((lines[:, LAYOUT.value] == STRIDED.value).any())
+    launch.geometry = _uploaded(geometry, device, launch) if strided else None
+
+
+def _walk(param: Tensor) -> list[int]:
+    """A parameter's dimensions longer than 1, from the one with the least stride to the one with the greatest."""
+    return sorted((d for d, size in enumerate(param.shape) if size > 1), key=param.stride)
+
+
+def _follows(tensor: Tensor, walk: Sequence[int]) -> bool:
+    """Does the walk meet the tensor's elements one after the other, without gaps?"""
+    expected = 1
+    for d in walk:
+        if tensor.stride(d) != expected:
+            return False
+        expected *= tensor.shape[d]
+    return True
+
+
+def _laid_out(tensor: Tensor, walk: Sequence[int]) -> Tensor:
+    """A copy whose elements lie in the order of the walk."""
+    strides, step = [1] * tensor.dim(), 1
+    for d in walk:
+        strides[d], step = step, step * tensor.shape[d]
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _write_geometry(line: Tensor, walk: Sequence[int], param: Tensor, grad: Tensor) -> None:
+    runs: list[list[int]] = []  # [size, stride of θ, stride of g]
+    for d in walk:
+        size, steps = param.shape[d], (param.stride(d), grad.stride(d))
+        if runs and steps == (runs[-1][0] * runs[-1][1], runs[-1][0] * runs[-1][2]):
+            runs[-1][0] *= size
+        else:
+            runs.append([size, *steps])
+    if len(runs) > DIMS.value:
+        raise ValueError(
+            f"fastloss.SGD: a gradient of strides {grad.stride()} and a parameter of shape {tuple(param.shape)} and "
+            f"strides {param.stride()} have {len(runs)} dimensions that can't be joined; {DIMS.value} can be stepped"
+        )
+    for d, run in enumerate(runs):
+        line[:, d] = torch.tensor(run)
+
+
+def _uploaded(host: Tensor, device: torch.device, launch: Launch) -> Tensor:
+    """On the device, without waiting for it."""
+    if device.type != "cuda":
+        return host.clone()
+    if not torch.cuda.is_current_stream_capturing():
+        if host is launch.lines and (launch.reserve is None or launch.reserve.shape != host.shape):
+            launch.reserve = torch.empty_like(host).pin_memory()
+        return host.pin_memory().to(device, non_blocking=True)
+    # Every replay of the graph will read the host's copy again: it is never written again, and lives on.
+    source = launch.reserve if launch.reserve is not None and launch.reserve.shape == host.shape else None
+    source = host.pin_memory() if source is None else source.copy_(host)
+    launch.reserve = None
+    copy = source.to(device, non_blocking=True)
+    _of_graphs.append((source, copy))
+    return copy
+
+
+_of_graphs: list[tuple[Tensor, Tensor]] = []
+
+
+def _passed(launch: Launch, rules: Sequence[SGDRule], device: torch.device, wide: torch.dtype) -> tuple[Any, Any]:
+    """The rules as the kernel's arguments: some numbers (or tensors of one), or a table on the device.
+
+    Arguments are float32; float64 parameters, and optimizers of many groups, read a table.
+    """
+    if len(rules) <= _MOST_PASSED and wide == torch.float32:
+        padded = [*rules, *[rules[0]] * (power_of_2(len(rules)) - len(rules))]
+        return tuple(_number(value, device) for rule in padded for value in rule), None
+    numbers = tuple(_number(value, device) for rule in rules for value in rule)
+    if any(isinstance(value, Tensor) for value in numbers):
+        parts = [torch.as_tensor(v, dtype=torch.float64, device=device).reshape(()) for v in numbers]
+        return (), torch.stack(parts)
+    if launch.rules != numbers or launch.rules_table is None:
+        launch.rules, launch.rules_table = (
+            numbers,
+            _uploaded(torch.tensor(numbers, dtype=torch.float64), device, launch),
+        )
+    return (), launch.rules_table
+
+
+def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value.device.type == "cpu" and device.type != "cpu":
+        return float(value.item())
+    return value.to(device)
+
+
+# ------------------------------------------------------------------------------------------------------ the launches
+
+
+def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], controls: SGDControls) -> None:
+    """See :class:`fastloss.contract.Backend`."""
+    first = batch.params[0]
+    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+    with on_device(first):
+        for (grad_dtype, momentum_dtype), launch in _launches(batch, grads).items():
+            numbers, table = _passed(launch, rules, first.device, wide)
+            seed = None
+            if batch.rounding == "stochastic":
+                seed = torch.randint(2**31 - 1, (1,), device=first.device)
+            assert launch.items is not None
+            _step_kernel[(len(launch.items),)](
+                launch.table,
+                launch.items,
+                launch.geometry,
+                numbers,
+                table,
+                controls.grad_scale,
+                controls.found_inf,
+                controls.squares,
+                float(controls.max_norm),
+                seed,
+                THETA_TYPE=_TRITON[first.dtype],
+                GRAD_TYPE=_TRITON[grad_dtype],
+                MOMENTUM_TYPE=_TRITON[momentum_dtype],
+                ACC=arithmetic(first.dtype),
+                RULES=len(numbers) // _NUMBERS.value,
+                TENSORS=sum(isinstance(number, Tensor) << bit for bit, number in enumerate(numbers)),
+                HAS_MOMENTUM=bool(launch.momentum),
+                HAS_BEGUN=bool(batch.begun),
+                ROUNDING=batch.rounding,
+                num_warps=_WARPS,
+                **FUSED,
+            )
+    torch.autograd.graph.increment_version(batch.params)
+    if controls.grad_scale is not None:
+        torch.autograd.graph.increment_version(grads)
+
+
+def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
+    """See :class:`fastloss.contract.Backend`."""
+    first = batch.params[0]
+    with on_device(first):
+        for (grad_dtype, _), launch in _launches(batch, grads).items():
+            assert launch.items is not None
+            grid = spread(len(launch.items), first.device)
+            partial = torch.empty(grid, dtype=torch.float64, device=first.device)
+            _squares_kernel[(grid,)](
+                launch.table,
+                launch.items,
+                launch.geometry,
+                partial,
+                squares,
+                counter(first.device),
+                len(launch.items),
+                GRAD_TYPE=_TRITON[grad_dtype],
+                ACC=arithmetic(first.dtype),
+                G_PAD=power_of_2(grid),
+                num_warps=_WARPS,
+                **FUSED,
+            )
+
+
+# ------------------------------------------------------------------------------------------------------- the kernels
+
+
+@triton.jit(do_not_specialize=["items"])
+def _squares_kernel(
+    table_ptr,  # int64 (tensors, columns)
+    items_ptr,  # int32 (items, 2): tensor, chunk
+    geometry_ptr,  # int64 (tensors, 3, DIMS), or None
+    partial_ptr,  # float64 (programs,)
+    squares_ptr,  # float64 ()
+    counter_ptr,
+    items,
+    GRAD_TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    G_PAD: tl.constexpr,
+):
+    """squares += Σ g² over all tensors. Reads each gradient once."""
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], ACC)
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
+        line_ptr, _, start, end, layout = _item(table_ptr, items_ptr, item)
+        address = tl.load(line_ptr + GRAD)
+        for offset in tl.range(start, end, BLOCK):
+            if (layout == ALIGNED) & (offset + BLOCK <= end):
+                g = tl.load(_pointer(address, GRAD_TYPE, True) + offset + lane).to(ACC)
+            else:
+                at = offset + lane
+                if geometry_ptr is not None:
+                    _, at = _places(geometry_ptr, items_ptr, item, at, layout)
+                g = tl.load(_pointer(address, GRAD_TYPE, False) + at, mask=lane < end - offset, other=0.0).to(ACC)
+            total += g * g
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total.to(tl.float64), axis=0))
+    if last_to_end(counter_ptr):
+        program = tl.arange(0, G_PAD)
+        sums = tl.load(partial_ptr + program, mask=program < tl.num_programs(0), other=0.0, cache_modifier=".cg")
+        tl.store(squares_ptr, tl.load(squares_ptr) + tl.sum(sums, axis=0))
+        tl.store(counter_ptr, 0)
+
+
+@triton.jit
+def _step_kernel(
+    table_ptr,  # int64 (tensors, columns)
+    items_ptr,  # int32 (items, 2): tensor, chunk
+    geometry_ptr,  # int64 (tensors, 3, DIMS), or None
+    rules,  # the numbers of RULES rules, each a scalar or a pointer to one
+    rules_ptr,  # float64 (rules, numbers), where RULES is 0
+    scale_ptr,  # or None
+    found_inf_ptr,  # or None
+    squares_ptr,  # float64 (), or None: no clipping
+    max_norm: fp64,
+    seed_ptr,  # int64 (1,), for stochastic rounding
+    THETA_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    MOMENTUM_TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    RULES: tl.constexpr,
+    TENSORS: tl.constexpr,  # a bit for each number of the rules: is it a pointer?
+    HAS_MOMENTUM: tl.constexpr,
+    HAS_BEGUN: tl.constexpr,
+    ROUNDING: tl.constexpr,
+):
+    """One step of one chunk:  g ← ± clip · g / scale + λ θ,  m ← μ m + (1 − τ) g,  θ ← θ − γ (m or g + μ m).
+
+    Reads θ, g, m and writes θ, m (and g, where there is a scale) once.
+    """
+    active = True
+    if found_inf_ptr is not None:
+        active = tl.load(found_inf_ptr) == 0.0
+    if active:
+        line_ptr, chunk, start, end, layout = _item(table_ptr, items_ptr, tl.program_id(0))
+        number = tl.load(line_ptr + RULE)
+        lr = _rule(rules, rules_ptr, number, 0, RULES, TENSORS)
+        momentum = _rule(rules, rules_ptr, number, 1, RULES, TENSORS)
+        keep = 1.0 - _rule(rules, rules_ptr, number, 2, RULES, TENSORS)
+        decay = _rule(rules, rules_ptr, number, 3, RULES, TENSORS)
+        nesterov = _rule(rules, rules_ptr, number, 4, RULES, TENSORS) != 0.0
+        sign = 1.0 - 2.0 * _rule(rules, rules_ptr, number, 5, RULES, TENSORS)
+        decoupled = _rule(rules, rules_ptr, number, 6, RULES, TENSORS)
+        shrink = (1.0 - lr * decay * decoupled).to(ACC)
+        decay = (decay * (1.0 - decoupled)).to(ACC)
+
+        inverse = tl.full([], 1.0, tl.float64)
+        if scale_ptr is not None:
+            inverse = 1.0 / tl.load(scale_ptr).to(tl.float64)
+        clip = sign.to(tl.float64)
+        if squares_ptr is not None:
+            factor = max_norm / (tl.sqrt(tl.load(squares_ptr)) * inverse + _NORM_EPSILON)
+            clip = clip * tl.where(factor > 1.0, 1.0, factor)  # NaN stays
+
+        first = False
+        if HAS_BEGUN:
+            begun = tl.load(line_ptr + BEGUN)
+            flag_ptr = begun.to(tl.pointer_type(tl.uint8)) + chunk
+            first = tl.load(flag_ptr, mask=begun != 0, other=1) == 0
+            tl.debug_barrier()  # all threads have read it
+            tl.store(flag_ptr, tl.full([], 1, tl.uint8), mask=begun != 0)
+
+        numbers = (
+            lr.to(ACC), momentum.to(ACC), keep.to(ACC), decay, shrink, nesterov, first, inverse.to(ACC), clip.to(ACC)
+        )  # fmt: skip
+        addresses = (
+            tl.load(line_ptr + THETA), tl.load(line_ptr + GRAD),
+            tl.load(line_ptr + MOMENTUM), tl.load(line_ptr + COMPANION),
+        )  # fmt: skip
+        for offset in tl.range(start, end, BLOCK):
+            if (layout == ALIGNED) & (offset + BLOCK <= end):
+                _block(
+                    addresses, geometry_ptr, items_ptr, offset, end, layout, numbers, scale_ptr, seed_ptr, True,
+                    THETA_TYPE, GRAD_TYPE, MOMENTUM_TYPE, ACC, HAS_MOMENTUM, ROUNDING,
+                )  # fmt: skip
+            else:
+                _block(
+                    addresses, geometry_ptr, items_ptr, offset, end, layout, numbers, scale_ptr, seed_ptr, False,
+                    THETA_TYPE, GRAD_TYPE, MOMENTUM_TYPE, ACC, HAS_MOMENTUM, ROUNDING,
+                )  # fmt: skip
+
+
+@triton.jit
+def _block(
+    addresses, geometry_ptr, items_ptr, offset, end, layout, numbers, scale_ptr, seed_ptr, WHOLE: tl.constexpr,
+    THETA_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, MOMENTUM_TYPE: tl.constexpr, ACC: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, ROUNDING: tl.constexpr,
+):  # fmt: skip
+    """A block of a chunk. ``WHOLE``: all of its elements exist, one after the other, and are aligned."""
+    theta_address, grad_address, momentum_address, companion_address = addresses
+    lr, momentum, keep, decay, shrink, nesterov, first, inverse, clip = numbers
+    COMPANION_TYPE: tl.constexpr = tl.float32 if ROUNDING == "master" else THETA_TYPE
+    lane = tl.arange(0, BLOCK)
+    mask = None if WHOLE else lane < end - offset
+    theta_ptr = _pointer(theta_address, THETA_TYPE, WHOLE)
+    grad_ptr = _pointer(grad_address, GRAD_TYPE, WHOLE)
+    if WHOLE or geometry_ptr is None:
+        theta_ptr += offset + lane
+        grad_ptr += offset + lane
+    else:
+        theta_at, grad_at = _places(geometry_ptr, items_ptr, tl.program_id(0), offset + lane, layout)
+        theta_ptr += theta_at
+        grad_ptr += grad_at
+
+    g = tl.load(grad_ptr, mask=mask).to(ACC)
+    if scale_ptr is not None:
+        g = g * inverse
+        tl.store(grad_ptr, g.to(GRAD_TYPE), mask=mask)
+    g = g * clip
+    if ROUNDING == "master" or ROUNDING == "kahan":
+        companion_ptr = _pointer(companion_address, COMPANION_TYPE, WHOLE) + offset + lane
+    if ROUNDING == "master":
+        theta = tl.load(companion_ptr, mask=mask)
+    else:
+        theta = tl.load(theta_ptr, mask=mask).to(ACC)
+    if ROUNDING == "kahan":
+        theta += tl.load(companion_ptr, mask=mask).to(ACC)
+
+    g = tl.where(decay != 0.0, g + decay * theta, g)
+    theta = theta * shrink
+    if HAS_MOMENTUM:
+        if momentum_address != 0:
+            momentum_ptr = _pointer(momentum_address, MOMENTUM_TYPE, WHOLE) + offset + lane
+            m = tl.load(momentum_ptr, mask=mask).to(ACC)
+            m = tl.where(first, g, momentum * m + keep * g)
+            tl.store(momentum_ptr, m.to(MOMENTUM_TYPE), mask=mask)
+            g = tl.where(nesterov, g + momentum * m, m)
+    theta -= lr * g
+
+    if ROUNDING == "stochastic":
+        within = (tl.full([], offset, tl.int64) % CHUNK).to(tl.int32)  # the interpreter's offset is Python's
+        noise = tl.randint(tl.load(seed_ptr), tl.program_id(0) * CHUNK + within + lane)
+        stored = _stochastically(theta, noise, THETA_TYPE)
+    else:
+        stored = theta.to(THETA_TYPE)
+    tl.store(theta_ptr, stored, mask=mask)
+    if ROUNDING == "master":
+        tl.store(companion_ptr, theta, mask=mask)
+    if ROUNDING == "kahan":
+        tl.store(companion_ptr, (theta - stored.to(ACC)).to(COMPANION_TYPE), mask=mask)
+
+
+@triton.jit
+def _item(table_ptr, items_ptr, item):
+    """The line of an item's tensor, the item's chunk, the first and the last element of it, and the layout."""
+    line_ptr = table_ptr + tl.load(items_ptr + 2 * item).to(tl.int64) * _COLUMNS
+    chunk = tl.load(items_ptr + 2 * item + 1).to(tl.int64)
+    start = chunk * CHUNK
+    end = tl.minimum(start + CHUNK, tl.load(line_ptr + NUMEL))
+    return line_ptr, chunk, start, end, tl.load(line_ptr + LAYOUT)
+
+
+@triton.jit
+def _rule(rules, rules_ptr, number, NUMBER: tl.constexpr, RULES: tl.constexpr, TENSORS: tl.constexpr):
+    """One number of rule ``number``."""
+    if RULES == 0:
+        value = tl.load(rules_ptr + number * _NUMBERS + NUMBER)
+    else:
+        value = _scalar(rules[NUMBER], TENSORS >> NUMBER & 1)
+        for other in tl.static_range(1, RULES):
+            another = _scalar(rules[other * _NUMBERS + NUMBER], TENSORS >> (other * _NUMBERS + NUMBER) & 1)
+            value = tl.where(number == other, another, value)
+    return value
+
+
+@triton.jit
+def _scalar(value, IS_TENSOR: tl.constexpr):
+    if IS_TENSOR:
+        value = tl.load(value)
+    return tl.full([], value, tl.float32)
+
+
+@triton.jit
+def _pointer(address, TYPE: tl.constexpr, ALIGNED_TO_16: tl.constexpr):
+    """A pointer from the table; the compiler is told where it is a multiple of 16."""
+    if ALIGNED_TO_16:
+        return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(TYPE)), 16)
+    return address.to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def _places(geometry_ptr, items_ptr, item, index, layout):
+    """Where those elements of θ and of g lie that stand at these places of the buffers."""
+    theta_at = index
+    grad_at = index
+    if layout == STRIDED:
+        line_ptr = geometry_ptr + tl.load(items_ptr + 2 * item).to(tl.int64) * (3 * DIMS)
+        theta_at = tl.zeros_like(index)
+        grad_at = tl.zeros_like(index)
+        for d in tl.static_range(DIMS):
+            size = tl.load(line_ptr + d)
+            along = index % size
+            index = index // size
+            theta_at += along * tl.load(line_ptr + DIMS + d)
+            grad_at += along * tl.load(line_ptr + 2 * DIMS + d)
+    return theta_at, grad_at
+
+
+@triton.jit
+def _stochastically(x, noise, TYPE: tl.constexpr):
+    """Round to one of the two neighbours in 16 bits, the nearer the likelier; see eager/rounding.py."""
+    DROPPED: tl.constexpr = 16 if TYPE == tl.bfloat16 else 13
+    noise = noise.to(tl.uint32) >> (32 - DROPPED)
+    bits = x.to(tl.uint32, bitcast=True) + noise
+    rounded = ((bits >> DROPPED) << DROPPED).to(tl.float32, bitcast=True)
+    rounded = tl.where(tl.abs(x) < float("inf"), rounded, x)
+    if TYPE == tl.float16:
+        on_grid = tl.floor(x * 16777216.0 + noise.to(tl.float32) * (1.0 / 8192.0)) * (1.0 / 16777216.0)
+        rounded = tl.where(tl.abs(x) < 0.00006103515625, on_grid, rounded)
+    return rounded.to(TYPE)
