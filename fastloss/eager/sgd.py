@@ -33,12 +33,12 @@ _NORM_EPSILON = 1e-6
 def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     """See :class:`fastloss.contract.Backend`."""
     wide = compute_dtype(batch.params[0].dtype)
-    for gathered, large in _parts(batch).values():
-        if gathered is not None:
-            flat = gathered.gather(_chosen(grads, gathered.indices), wide)
+    for part in _parts(batch):
+        if part.gathered is not None:
+            flat = part.gathered.gather(_chosen(grads, part.gathered.indices), wide)
             squares += torch.linalg.vector_norm(flat).double().square()
-        if large:
-            norms = torch._foreach_norm([grads[i] for i in large], 2, dtype=wide)
+        if part.large:
+            norms = torch._foreach_norm([grads[i] for i in part.large], 2, dtype=wide)
             squares += torch.stack(norms).double().square().sum()
 
 
@@ -49,20 +49,14 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
     if controls.grad_scale is not None:
         _unscale(grads, controls.grad_scale)
     clip = _clip_factor(controls)
-    first = {i for i, flags in batch.begun.items() if not flags.any()}
-    for number, (gathered, large) in _parts(batch).items():
-        rule = _Numbers.of(rules[number])
-        if gathered is not None:
-            if rule.dampening != 0 and not first.isdisjoint(gathered.indices):
-                large = sorted([*gathered.indices, *large])
-            else:
-                _step_gathered(batch, gathered, grads, rule, clip)
-        later = [i for i in large if i not in first]
-        for some in (later, [i for i in large if i in first]):
-            if some:
-                _step_large(batch, some, grads, rule, clip, first=some is not later)
-    for i in first:
-        batch.begun[i].fill_(1)
+    for part in _parts(batch):
+        rule = _Numbers.of(rules[part.rule])
+        if part.gathered is not None:
+            _step_gathered(batch, part.gathered, grads, rule, clip, first=part.first)
+        if part.large:
+            _step_large(batch, part.large, grads, rule, clip, first=part.first)
+    for flags in batch.begun.values():
+        flags.fill_(1)
 
 
 @dataclass(frozen=True)
@@ -122,24 +116,39 @@ class _Gathered:
         return self.flat[name, dtype]
 
 
-def _parts(batch: SGDBatch) -> dict[int, tuple[_Gathered | None, list[int]]]:
-    """For each rule what is gathered and what is not, from the step before if nothing has moved."""
-    parts: dict[int, tuple[_Gathered | None, list[int]]] | None = batch.memory.get("parts")
-    if parts is None or any(gathered is not None and gathered.has_moved() for gathered, _ in parts.values()):
-        parts = batch.memory["parts"] = _new_parts(batch)
+@dataclass(eq=False)
+class _Part:
+    """The tensors of one rule whose momentum buffers begin with this step, or those whose have begun."""
+
+    rule: int
+    first: bool
+    gathered: _Gathered | None
+    large: list[int]
+
+
+def _parts(batch: SGDBatch) -> list[_Part]:
+    """What is gathered and what is not: as in the step before, if nothing has changed."""
+    first = {i for i, flags in batch.begun.items() if not flags.any()}
+    parts: list[_Part] = batch.memory.get("parts", [])
+    if not parts or batch.memory["first"] != first or any(p.gathered and p.gathered.has_moved() for p in parts):
+        parts = _new_parts(batch, first)
+        batch.memory.update(parts=parts, first=first)
     return parts
 
 
-def _new_parts(batch: SGDBatch) -> dict[int, tuple[_Gathered | None, list[int]]]:
-    of_rule: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+def _new_parts(batch: SGDBatch, first: set[int]) -> list[_Part]:
+    of_kind: dict[tuple[int, bool], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for i, (param, number) in enumerate(zip(batch.params, batch.rules, strict=True)):
         if param.numel():
             small = (param.numel() <= _SMALL and param.device.type == "cpu") or not _is_dense(param)
-            of_rule[number][0 if small else 1].append(i)
+            of_kind[number, i in first][0 if small else 1].append(i)
             for buffer in (batch.momentum[i], batch.companions[i]):
                 if buffer is not None and not small and buffer.stride() != param.stride():
                     buffer.data = torch.empty_like(param, dtype=buffer.dtype).copy_(buffer)
-    return {number: (_gathered(batch, small) if small else None, large) for number, (small, large) in of_rule.items()}
+    return [
+        _Part(rule, is_first, _gathered(batch, small) if small else None, large)
+        for (rule, is_first), (small, large) in of_kind.items()
+    ]
 
 
 def _gathered(batch: SGDBatch, indices: list[int]) -> _Gathered:
@@ -166,21 +175,25 @@ def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
 
 
-def _step_gathered(batch: SGDBatch, gathered: _Gathered, grads: list[Tensor], rule: _Numbers, clip: float) -> None:
+def _step_gathered(
+    batch: SGDBatch, gathered: _Gathered, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
+) -> None:
     wide = compute_dtype(batch.params[0].dtype)
     grad = gathered.gather(_chosen(grads, gathered.indices), wide)
+    momentum = _listed(gathered.momentum)
     if batch.rounding == "master":
         assert gathered.companions is not None
-        _advance([gathered.companions], [grad], _listed(gathered.momentum), rule, clip, scratch=True)
         result, views = gathered.companions, _views(gathered.companions, gathered.params)
+        _advance([result], [grad], momentum, rule, clip, first=first, scratch=True)
     elif batch.rounding == "nearest":
         result, views = gathered.room("params", wide)
         gathered.gather(gathered.params, wide, "params")
-        _advance([result], [grad], _listed(gathered.momentum), rule, clip, scratch=True)
+        _advance([result], [grad], momentum, rule, clip, first=first, scratch=True)
     else:
         result, views = gathered.room("params", batch.params[0].dtype)
         gathered.gather(gathered.params, result.dtype, "params")
-        _advance_rounded(result, grad, gathered.momentum, gathered.companions, batch.rounding, rule, clip)
+        compensation = gathered.companions
+        _advance_rounded(result, grad, gathered.momentum, compensation, batch.rounding, rule, clip, first=first)
     gathered.scatter(views)
 
 

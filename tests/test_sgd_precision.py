@@ -1,0 +1,312 @@
+"""SGD on 16-bit parameters: what rounding loses, and what each option keeps.
+
+On a GPU and by the eager backend the parameters are bfloat16; Triton's interpreter rounds that by its own rules, and
+gets float16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from places import Place
+from torch import Tensor
+
+import fastloss
+from fastloss.eager.rounding import round_stochastically
+
+KEEPING = {
+    "master": {"master_weights": True},
+    "kahan": {"kahan_sum": True},
+    "stochastic": {"stochastic_rounding": True},
+}
+keeping = pytest.mark.parametrize("options", KEEPING.values(), ids=KEEPING.keys())
+
+
+def short(place: Place) -> torch.dtype:
+    return torch.float16 if place.interpreted else torch.bfloat16
+
+
+def eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def descend(params: list[Tensor], steps: int, **options: Any) -> tuple[list[Tensor], fastloss.SGD]:
+    """Minimise ½ Σ (θ − 2)² from ``params``; the gradients are the θ − 2 of the parameters, in their dtype."""
+    leaves = [torch.nn.Parameter(param.clone()) for param in params]
+    optimizer = fastloss.SGD(leaves, **options)
+    for _ in range(steps):
+        for leaf in leaves:
+            leaf.grad = leaf.detach() - 2
+        optimizer.step()
+    return [leaf.detach() for leaf in leaves], optimizer
+
+
+def start(place: Place, *, shapes: tuple[tuple[int, ...], ...] = ((40,), (9, 7))) -> list[Tensor]:
+    """Numbers in [1, 1.5], where neighbours are eps apart."""
+    return [(1 + torch.rand(shape) / 2).to(place.device, short(place)) for shape in shapes]
+
+
+def loss(params: list[Tensor]) -> float:
+    return sum(float((param.double() - 2).square().sum()) for param in params)
+
+
+# -------------------------------------------------------------------------------------- plain stalls, options learn
+
+
+def test_without_an_option_small_steps_are_lost(place: Place) -> None:
+    params = start(place)
+    learned, _ = descend(params, 30, lr=eps(short(place)) / 4)
+    for before, after in zip(params, learned, strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@keeping
+def test_with_an_option_small_steps_add_up(place: Place, options: dict[str, bool]) -> None:
+    params, lr, steps = start(place), eps(short(place)) / 4, 60
+    learned, _ = descend(params, steps, lr=lr, **options)
+    exact = loss(params) * (1 - lr) ** (2 * steps)
+    # Of what is to be learned, less than a tenth is missing; stochastic rounding of a hundred numbers is right on
+    # average, and the average has a spread.
+    share = (loss(params) - loss(learned)) / (loss(params) - exact)
+    assert share == pytest.approx(1.0, abs=0.35 if "stochastic_rounding" in options else 0.1)
+
+
+@keeping
+def test_with_momentum_too(place: Place, options: dict[str, bool]) -> None:
+    params = start(place)
+    plain, _ = descend(params, 40, lr=eps(short(place)) / 40, momentum=0.9)
+    learned, _ = descend(params, 40, lr=eps(short(place)) / 40, momentum=0.9, momentum_dtype=torch.float32, **options)
+    wide, _ = descend([p.double() for p in params], 40, lr=eps(short(place)) / 40, momentum=0.9)
+    exact = loss(params) - loss(wide)
+    assert abs(loss(params) - loss(plain)) < 0.1 * exact
+    assert loss(params) - loss(learned) == pytest.approx(exact, rel=0.35 if "stochastic_rounding" in options else 0.1)
+
+
+def test_a_short_momentum_stops_growing_and_a_float32_one_does_not(place: Place) -> None:
+    """Under a constant gradient m → g / (1 − μ); in 16 bits it stops where the increments are below half a unit."""
+    momentum = 1 - eps(short(place)) / 4
+    ends = {}
+    for dtype in (None, torch.float32):
+        leaf = torch.nn.Parameter(torch.ones(16, device=place.device, dtype=short(place)))
+        optimizer = fastloss.SGD([leaf], lr=0.0, momentum=momentum, momentum_dtype=dtype)
+        optimizer.state[leaf]["momentum_buffer"] = torch.full_like(leaf, 300.0, dtype=dtype or leaf.dtype)
+        for _ in range(50):
+            leaf.grad = torch.full_like(leaf, 0.1)
+            optimizer.step()
+        ends[dtype] = optimizer.state[leaf]["momentum_buffer"].double().mean().item()
+    gradient = torch.tensor(0.1, dtype=short(place)).item()
+    exact = 300.0
+    for _ in range(50):
+        exact = momentum * exact + gradient
+    assert ends[None] == 300.0
+    assert ends[torch.float32] == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_classifier_of_16_bits_learns_with_each_option_alone(dtype: torch.dtype) -> None:
+    """Logistic regression at a learning rate at which the plain one stands still."""
+    inputs = torch.randn(256, 20)
+    labels = (inputs @ torch.randn(20, 3)).argmax(dim=1)
+    first = torch.randn(3, 20)
+    losses = {}
+    for name, options in {"plain": {}, **KEEPING}.items():
+        weight = torch.nn.Parameter(first.clone().to(dtype))
+        optimizer = fastloss.SGD([weight], lr=2e-3 if dtype == torch.bfloat16 else 2e-4, **options)
+        steps = 300 if dtype == torch.bfloat16 else 1000
+        for _ in range(steps):
+            optimizer.zero_grad()
+            value = fastloss.cross_entropy(inputs @ weight.float().T, labels)
+            value.backward()
+            optimizer.step()
+        losses[name] = value.item()
+    wide = torch.nn.Parameter(first.clone().to(dtype).double())
+    optimizer = fastloss.SGD([wide], lr=2e-3 if dtype == torch.bfloat16 else 2e-4)
+    before = fastloss.cross_entropy(inputs.double() @ wide.T, labels).item()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        value = fastloss.cross_entropy(inputs.double() @ wide.T, labels)
+        value.backward()
+        optimizer.step()
+    learned = before - value.item()
+    assert before - losses["plain"] < 0.5 * learned
+    for name in KEEPING:
+        assert before - losses[name] > 0.8 * learned, name
+
+
+# -------------------------------------------------------------------------------------------------- one step, exactly
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, torch.float32])
+@pytest.mark.parametrize("rounding", ["nearest", "master", "kahan"])
+def test_a_step_is_computed_in_float32_and_rounded_once(
+    place: Place, rounding: str, momentum_dtype: torch.dtype | None
+) -> None:
+    dtype = torch.float16  # which the interpreter rounds as a GPU does
+    shapes = ((40,), (9, 7), (5000,), (20000,))
+    params = [torch.randn(shape).to(place.device, dtype) for shape in shapes]
+    leaves = [torch.nn.Parameter(param.clone()) for param in params]
+    optimizer = fastloss.SGD(
+        leaves,
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=0.01,
+        nesterov=True,
+        momentum_dtype=momentum_dtype,
+        **KEEPING.get(rounding, {}),
+    )
+    wide = [param.double() for param in params]
+    buffers = [torch.zeros_like(w) for w in wide]
+    for _ in range(3):
+        for leaf in leaves:
+            leaf.grad = torch.randn_like(leaf)
+        before = [leaf.detach().double() for leaf in leaves]
+        optimizer.step()
+        for i, leaf in enumerate(leaves):
+            state = optimizer.state[leaf]
+            theta = wide[i] if rounding != "nearest" else before[i]
+            grad = leaf.grad.double() + 0.01 * theta
+            buffers[i] = 0.9 * buffers[i] + grad
+            wide[i] = theta - 0.1 * (grad + 0.9 * buffers[i])
+            # One rounding of the result, and float32's errors before it.
+            unit = torch.finfo(dtype).eps / 2
+            torch.testing.assert_close(leaf.double(), wide[i], rtol=1.001 * unit, atol=1e-6)
+            stored = state["momentum_buffer"]
+            assert stored.dtype == (momentum_dtype or dtype)
+            torch.testing.assert_close(
+                stored.double(), buffers[i], rtol=1.001 * torch.finfo(stored.dtype).eps / 2 + 1e-6, atol=1e-6
+            )
+            buffers[i] = stored.double()
+            if rounding == "master":
+                assert state["master_param"].dtype == torch.float32
+                torch.testing.assert_close(state["master_param"].double(), wide[i], rtol=1e-6, atol=1e-6)
+                assert torch.equal(state["master_param"].to(dtype), leaf)
+                wide[i] = state["master_param"].double()
+            elif rounding == "kahan":
+                assert state["kahan_comp"].dtype == dtype
+                kept = leaf.double() + state["kahan_comp"].double()
+                torch.testing.assert_close(kept, wide[i], rtol=2 * unit**2, atol=1e-6)
+                wide[i] = kept
+
+
+def test_stochastic_rounding_takes_one_of_the_two_neighbours_and_is_right_on_average(place: Place) -> None:
+    dtype = torch.float16
+    target = torch.tensor([1.0, 1.0 + eps(dtype) * 0.3, -3.0 - eps(dtype) * 0.5, 1e-5, 3.7e-7, -2.0e-8, 0.0])
+    count = 4000
+    start = torch.zeros(len(target), count, dtype=dtype, device=place.device)
+    leaf = torch.nn.Parameter(start)
+    optimizer = fastloss.SGD([leaf], lr=1.0, stochastic_rounding=True)
+    leaf.grad = None
+    optimizer.param_groups[0]["lr"] = -1.0  # θ ← 0 + g, and g has more digits than θ
+    grad = target[:, None].expand(-1, count).contiguous().to(place.device)
+    leaf.grad_dtype = None
+    leaf.grad = grad
+    optimizer.step()
+    wide = target.double()
+    up, down = leaf.detach().max(dim=1).values.double().cpu(), leaf.detach().min(dim=1).values.double().cpu()
+    step = (up - down).clamp(min=1e-30)
+    assert torch.all(down <= wide)
+    assert torch.all(wide <= up)
+    nearest = target.to(dtype)
+    below = torch.nextafter(nearest, torch.tensor(-torch.inf, dtype=dtype)).double()
+    above = torch.nextafter(nearest, torch.tensor(torch.inf, dtype=dtype)).double()
+    assert torch.all((down >= below) & (up <= above))
+    mean = leaf.detach().double().mean(dim=1).cpu()
+    assert torch.all((mean - wide).abs() <= 5 * step / (2 * count**0.5) + 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_leaves_what_is_exact_and_what_is_no_number(dtype: torch.dtype) -> None:
+    numbers = torch.randn(1000).to(dtype)
+    numbers = torch.cat([numbers, torch.tensor([0.0, -0.0, float("inf"), -float("inf")], dtype=dtype)])
+    numbers = torch.cat([numbers, torch.finfo(dtype).tiny * torch.arange(8).to(dtype) / 8])
+    assert torch.equal(round_stochastically(numbers.float(), dtype), numbers)
+    assert round_stochastically(torch.tensor([float("nan")]), dtype).isnan().all()
+
+
+def test_stochastic_rounding_follows_the_seed_and_differs_from_step_to_step(place: Place) -> None:
+    params = start(place)
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(torch.cat([p.flatten() for p in descend(params, 3, lr=0.01, stochastic_rounding=True)[0]]))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+# ------------------------------------------------------------------------------------------------ state and mixtures
+
+
+@keeping
+def test_parameters_of_32_bits_are_stepped_as_ever(place: Place, options: dict[str, bool]) -> None:
+    leaf = torch.nn.Parameter(torch.randn(30, device=place.device))
+    other = torch.nn.Parameter(leaf.detach().clone())
+    ours, theirs = (
+        fastloss.SGD([leaf], lr=0.1, momentum=0.9, **options),
+        torch.optim.SGD([other], lr=0.1, momentum=0.9),
+    )
+    for _ in range(3):
+        leaf.grad = torch.randn_like(leaf)
+        other.grad = leaf.grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(leaf, other)
+    assert set(ours.state[leaf]) == {"momentum_buffer"}
+
+
+@pytest.mark.parametrize("options", [KEEPING["master"], KEEPING["kahan"]], ids=["master", "kahan"])
+def test_a_checkpoint_keeps_every_bit(place: Place, options: dict[str, bool], tmp_path: Any) -> None:
+    """``Optimizer.load_state_dict`` alone would cast all of it to the parameters' 16 bits."""
+    params = start(place)
+    settings: dict[str, Any] = dict(lr=1e-3, momentum=0.9, momentum_dtype=torch.float32, **options)
+    learned, optimizer = descend(params, 5, **settings)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    leaves = [torch.nn.Parameter(p.clone()) for p in learned]
+    again = fastloss.SGD(leaves, **settings)
+    again.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    olds = [p for group in optimizer.param_groups for p in group["params"]]
+    for old, new in zip(olds, leaves, strict=True):
+        for key, value in optimizer.state[old].items():
+            assert again.state[new][key].dtype == value.dtype
+            assert torch.equal(again.state[new][key], value), key
+        gradient = torch.randn_like(new)
+        old.grad, new.grad = gradient, gradient.clone()
+    optimizer.step()
+    again.step()
+    for old, new in zip(olds, leaves, strict=True):
+        assert torch.equal(old, new)
+
+
+def test_a_short_momentum_of_torch_becomes_a_float32_one(place: Place) -> None:
+    leaf = torch.nn.Parameter(torch.randn(30, device=place.device).to(torch.float16))
+    theirs = torch.optim.SGD([leaf], lr=0.1, momentum=0.9)
+    leaf.grad = torch.randn_like(leaf)
+    theirs.step()
+    ours = fastloss.SGD([leaf], lr=0.1, momentum=0.9, momentum_dtype=torch.float32)
+    ours.load_state_dict(theirs.state_dict())
+    buffer = ours.state[leaf]["momentum_buffer"]
+    assert buffer.dtype == torch.float32
+    assert torch.equal(buffer, theirs.state[leaf]["momentum_buffer"].float())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_weights_that_were_written_over_are_the_truth(place: Place, whole: bool) -> None:
+    """A model's load_state_dict after some steps is not undone by the master weights."""
+    leaf = torch.nn.Parameter(torch.randn(30, device=place.device).to(short(place)))
+    optimizer = fastloss.SGD([leaf], lr=1e-3, master_weights=True)
+    for _ in range(3):
+        leaf.grad = torch.randn_like(leaf)
+        optimizer.step()
+    kept = optimizer.state[leaf]["master_param"].clone()
+    with torch.no_grad():
+        leaf[slice(None) if whole else slice(10)] = 5.0
+    leaf.grad = torch.zeros_like(leaf)
+    optimizer.step()
+    master = optimizer.state[leaf]["master_param"]
+    if whole:
+        assert torch.equal(master, torch.full_like(master, 5.0))
+    else:
+        assert torch.equal(master[10:], kept[10:])  # to the last bit
+        assert torch.equal(master[:10], torch.full_like(master[:10], 5.0))
+    assert torch.equal(leaf, master.to(leaf.dtype))
