@@ -1,4 +1,4 @@
-"""fastloss: cross-entropy and accuracy in one pass over the logits.
+"""fastloss: cross-entropy and accuracy in one pass over the logits, and SGD in one launch.
 
 >>> import torch
 >>> from fastloss import cross_entropy, accuracy

@@ -14,6 +14,7 @@ MODULES = {
     "fastloss.statistics": {"cross_entropy_with_statistics"},
     "fastloss.modules": {"CrossEntropyLoss"},
     "fastloss.backend": {"use_backend"},
+    "fastloss.optim.sgd": {"SGD"},
 }
 
 
