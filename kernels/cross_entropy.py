@@ -279,6 +279,7 @@ def _slope(
     p,  # (ROWS, COLS): softmax
     dz,  # (ROWS, COLS): ∂z/∂x = 1 − tanh²(x / softcap), if SOFTCAP
     cols,
+    start,  # the first of them
     label,
     level,  # A, times the scale
     hit,  # w_y (1−ε), times the scale
@@ -290,7 +291,12 @@ def _slope(
     SOFTCAP: tl.constexpr,
 ):
     """∂L/∂x = (p A − [c = y] w_y (1−ε) − ε/C w_c) ∂z/∂x."""
-    g = p * level[:, None] - tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
+    g = p * level[:, None]
+    at = tl.max(label, axis=0)
+    if p.shape[0] > 1:
+        g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
+    elif (at >= start) & (at < start + p.shape[1]):  # of a single row's blocks one holds the label
+        g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
     if SMOOTHING:
         if HAS_WEIGHT:
             w = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(p.dtype)
@@ -483,6 +489,7 @@ def _forward_tile(
                 e,
                 dz,
                 cols,
+                0,
                 label,
                 (level * scale / s).to(ACC),
                 (hit * scale).to(ACC),
@@ -607,6 +614,7 @@ def _write_gradient(
     ACC: tl.constexpr,
     VEC: tl.constexpr,
     COLS: tl.constexpr,
+    BY_INNER: tl.constexpr,
 ):
     """The gradient of one block of rows whose softmax is known. Reads the block once, writes it once."""
     cols = start + tl.arange(0, COLS)
@@ -622,8 +630,12 @@ def _write_gradient(
         t, dz = tanh(x / cap[:, None], ACC)
         z = t * cap[:, None]
     e = tl.exp2((z - m[:, None]) * LOG2_E)
-    g = _slope(e, dz, cols, label, level, hit, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING, SOFTCAP)
-    g = tl.where(counted[:, None], g, 0.0)
+    # A row that does not count gets 0: nothing of it is read, so that e is finite, and its factors are 0. Where its
+    # neighbours share its accesses it is read, and may hold anything.
+    level, hit, spread = tl.where(counted, level, 0.0), tl.where(counted, hit, 0.0), tl.where(counted, spread, 0.0)
+    g = _slope(e, dz, cols, start, label, level, hit, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING, SOFTCAP)
+    if BY_INNER:
+        g = tl.where(counted[:, None], g, 0.0)
     out = gradient_ptr + g_base[:, None] + class_offsets(cols, g_class, VEC)[None, :]
     tl.store(out, g, mask=out_mask, eviction_policy="evict_first")
 
@@ -759,13 +771,13 @@ def _forward_loop(
                 _write_gradient(
                     logits_ptr, gradient_ptr, weight_ptr, base, g_base, full, classes, x_class, g_class,
                     in_range, read, counted, label, m, level, hit, spread, cap,
-                    True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS,
+                    True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS, BY_INNER,
                 )  # fmt: skip
             for done in tl.range(0, full, COLS):  # from the end: what was read last is in the cache for sure
                 _write_gradient(
                     logits_ptr, gradient_ptr, weight_ptr, base, g_base, full - COLS - done, classes, x_class, g_class,
                     in_range, read, counted, label, m, level, hit, spread, cap,
-                    False, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS,
+                    False, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS, BY_INNER,
                 )  # fmt: skip
 
     if REDUCTION != "none":
@@ -845,5 +857,5 @@ def _backward(
         logits_ptr, gradient_ptr, weight_ptr, base, g_base, tl.program_id(1) * COLS, classes, x_class, g_class,
         in_range, rows_to_read(counted, in_range, BY_INNER), counted, label, m,
         (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC), cap,
-        True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS,
+        True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS, BY_INNER,
     )  # fmt: skip
