@@ -12,14 +12,9 @@ several inputs that together are larger than the caches: a training step's logit
 from __future__ import annotations
 
 import argparse
-import itertools
-import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +22,13 @@ from torch import Tensor
 
 import fastloss
 
+from .measure import Budget, cpu_seconds, header, interleaved, others_share, verdict
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 _SMALL_BYTES = 1 << 20
 _ROTATED_BYTES = 1 << 27
-
-
-class Budget(NamedTuple):
-    """How long a shape is measured, and how many calls a contender makes in a turn."""
-
-    seconds: float
-    block: int
 
 
 @dataclass
@@ -56,29 +46,10 @@ class Row:
         return self.ours_ms / self.theirs_ms
 
     def __str__(self) -> str:
-        bar = "" if self.bar is None else f"≤ {self.bar:.2f} {'ok' if self.ratio <= self.bar else 'MISSED'}"
         return (
             f"{self.name:44} {self.ours_ms:9.3f} ms  {self.theirs:>16} {self.theirs_ms:9.3f} ms  "
-            f"ratio {self.ratio:5.3f}  {bar}"
+            f"ratio {self.ratio:5.3f}  {verdict(self.ratio, self.bar)}"
         )
-
-
-def interleaved(calls: Sequence[Callable[[Tensor], object]], inputs: Sequence[Tensor], budget: Budget) -> list[float]:
-    """The median time of each call in ms; every round makes a block of each, until the time is up."""
-    times: list[list[float]] = [[] for _ in calls]
-    following = itertools.cycle(inputs)
-    for call in calls:
-        call(next(following))
-        call(next(following))
-    end = time.perf_counter() + budget.seconds
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for call, mine in zip(calls, times, strict=True):
-            for _ in range(budget.block):
-                x = next(following)
-                start = time.perf_counter()
-                call(x)
-                mine.append(time.perf_counter() - start)
-    return [1e3 * statistics.median(mine) for mine in times]
 
 
 def rotated(make: Callable[[], Tensor]) -> list[Tensor]:
@@ -186,25 +157,6 @@ def crossover_rows(budget: Budget) -> list[Row]:
     return rows
 
 
-def others_share(before: tuple[float, float]) -> float:
-    """The share of the machine's CPU time, since ``before``, that went to other processes."""
-    busy, mine = cpu_seconds()
-    total = busy - before[0]
-    return max(0.0, 1 - (mine - before[1]) / total) if total > 0 else 0.0
-
-
-def cpu_seconds() -> tuple[float, float]:
-    """CPU time that the machine, and this process, have spent so far."""
-    times = os.times()
-    mine = times.user + times.system + times.children_user + times.children_system
-    try:
-        with open("/proc/stat") as stat:
-            user, nice, system, _, _, irq, softirq, steal = map(int, stat.readline().split()[1:9])
-    except (OSError, ValueError):
-        return mine, mine
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), mine
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; exit code 1 if a bar is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
@@ -214,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--crossover", action="store_true", help="only where fused and torch's operator meet")
     parser.add_argument("--op", choices=("cross_entropy", "accuracy"), help="only this one")
     parsed = parser.parse_args(arguments)
-    print(f"fastloss {fastloss.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(header(f"{torch.get_num_threads()} threads"))
     budget = Budget(parsed.seconds, max(1, parsed.block))
     before = cpu_seconds()
     rows: list[Row] = []

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import fastloss
 
-from .cpu import Budget, Row, forward_backward, interleaved
+from .cpu import Row, forward_backward
+from .measure import Budget, header, interleaved
 
 _BAR = 1.5
 
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each line (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parsed = parser.parse_args(arguments)
-    print(f"fastloss {fastloss.__version__}, torch {torch.__version__}, {parsed.device}")
+    print(header(parsed.device))
     results = rows(torch.device(parsed.device), Budget(parsed.seconds, 20))
     missed = [row for row in results if row.bar is not None and row.ratio > row.bar]
     print(f"{len(missed)} bars missed")

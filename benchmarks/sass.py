@@ -1,0 +1,99 @@
+"""What NVIDIA's disassembly says of a kernel's hot loops: instructions and special-function operations an element.
+
+A *hot* loop is an innermost loop with 128-bit accesses to device memory that no predicate guards: the loops that a
+kernel runs through for full, aligned blocks. What such a loop jumps over in all but a few of its rounds (a branch
+forward, around code without such accesses) is told apart: ``usual`` leaves it out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["Loop", "hot_loops"]
+
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
+_WIDE = re.compile(r"^(LDG|STG)\b.*\.128\b")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions of one round of a loop, for each thread."""
+
+    instructions: int  # all that stand in it
+    usual: int  # those of a round that jumps over what is rare
+    special: int  # MUFU operations among the usual ones
+    loads: int  # 128-bit ones
+    stores: int
+
+    @property
+    def reads_and_writes(self) -> bool:
+        return self.loads > 0 and self.stores > 0
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    address: int
+    predicate: str
+    name: str
+    target: int | None  # of a branch
+
+
+def hot_loops(disassembly: str) -> list[Loop]:
+    """The hot loops of a kernel, in the order of the code."""
+    code = [
+        _Instruction(int(address, 16), predicate, name, _target(name, operands))
+        for address, predicate, name, operands in _LINE.findall(disassembly)
+    ]
+    place = {instruction.address: i for i, instruction in enumerate(code)}
+    ranges = sorted(
+        {
+            (place[instruction.target], i)
+            for i, instruction in enumerate(code)
+            if instruction.target is not None and instruction.target <= instruction.address
+            and place.get(instruction.target, i) != i
+        }
+    )
+    innermost = [(a, b) for a, b in ranges if not any((c, d) != (a, b) and a <= c and d <= b for c, d in ranges)]
+    loops = []
+    for first, last in innermost:
+        body = code[first : last + 1]
+        if any(_WIDE.match(i.name) and not i.predicate for i in body) or _guarded_by_the_row(body):
+            usual = _without_detours(body, place, first)
+            loops.append(
+                Loop(
+                    len(body),
+                    len(usual),
+                    sum(i.name.startswith("MUFU") for i in usual),
+                    sum(i.name.startswith("LDG") and ".128" in i.name for i in body),
+                    sum(i.name.startswith("STG") and ".128" in i.name for i in body),
+                )
+            )
+    return loops
+
+
+def _target(name: str, operands: str) -> int | None:
+    if not name.startswith("BRA"):
+        return None
+    address = re.search(r"0x([0-9a-f]+)\s*$", operands.strip())
+    return int(address[1], 16) if address else None
+
+
+def _guarded_by_the_row(body: list[_Instruction]) -> bool:
+    """Are all wide accesses guarded by one predicate, that of a row which counts, and none narrower guarded so?"""
+    wide = {i.predicate for i in body if _WIDE.match(i.name)}
+    return len(wide) == 1
+
+
+def _without_detours(body: list[_Instruction], place: dict[int, int], first: int) -> list[_Instruction]:
+    """One round that takes each branch forward, unless wide accesses would be jumped over."""
+    usual, i = [], 0
+    while i < len(body):
+        instruction = body[i]
+        usual.append(instruction)
+        i += 1
+        if instruction.target is not None and instruction.target > instruction.address:
+            landing = place[instruction.target] - first
+            if landing <= len(body) and not any(_WIDE.match(skipped.name) for skipped in body[i:landing]):
+                i = landing
+    return usual

@@ -1,0 +1,149 @@
+"""The tables of README.md and docs/, from the records: ``python -m benchmarks.tables``.
+
+What stands between a line ``<!-- numbers: RECORD -->`` (or ``<!-- numbers: RECORD PART -->``) and the next empty line
+is made from that record in benchmarks/results and written there; ``--check`` only compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .measure import ROOT
+
+DOCUMENTS = ("README.md", "docs/performance.md")
+NOT_RECORDED = "*Not recorded yet.*"
+
+_PLACE = re.compile(r"^(<!-- numbers: (\S+)(?: (\S+))? -->\n)((?:.+\n)*)", re.MULTILINE)
+_PEER = re.compile(
+    r"forward \+ backward (?P<shape>\(.*\) \w+) +(?P<ours>\S+ ms) +"
+    r"(?P<peer>\S+) +(?P<theirs>\S+ ms) +ratio +(?P<ratio>\S+)"
+)
+_SET = re.compile(r"(?P<set>[\w, ]+): (?P<count>\d+) tensors, (?P<floats>\S+ M) ")
+_STEP = re.compile(
+    r"(?P<name>\S.*?) {2,}(?P<ms>\S+ ms) +(?P<speed>\S+ GB/s) +(?P<share>\S+%) of a copy"
+    r"(?: +host +(?P<host>\S+) us a tensor)?(?P<rest>.*)"
+)
+_RATIO = re.compile(r"ratio +(\S+)")
+_BYTES = re.compile(r"at (\d+) bytes each")
+
+_OURS = "fastloss.SGD"
+_PEERS = ("fused=True", "foreach=True", "foreach=False")
+
+
+def cross_entropy(record: Sequence[str]) -> str:
+    """Forward and backward of cross-entropy beside torch's operator and the compiler."""
+    rows: dict[str, dict[str, str]] = {}
+    for line in record:
+        if found := _PEER.match(line):
+            row = rows.setdefault(found["shape"], {"fastloss": found["ours"]})
+            row[found["peer"]] = f"{found['theirs']} | {found['ratio']}"
+    return _table(
+        ["forward + backward", "fastloss", "`F.cross_entropy`", "ratio", "torch.compile", "ratio"],
+        [
+            [shape, row["fastloss"], row["F.cross_entropy"], row.get("torch.compile", "– | –")]
+            for shape, row in rows.items()
+        ],
+    )
+
+
+def sgd(record: Sequence[str]) -> str:
+    """A step beside each of torch's."""
+    rows = []
+    for heading, lines in _sets(record):
+        ours = lines.get(_OURS)
+        if ours is None:
+            continue
+        row = [f"{heading['set']}: {heading['count']}, {heading['floats']}"]
+        row += [ours["host"], ours["ms"], ours["speed"], ours["share"] + _wrong(ours)]
+        for peer in _PEERS:
+            line = lines[f"torch {peer}"]
+            ratio = _RATIO.search(line["rest"])
+            row += [line["ms"], ratio[1] if ratio else "wrong"]
+        rows.append(row)
+    head = ["tensors, parameters", "host, µs a tensor", "fastloss", "bytes", "of a copy's"]
+    return _table([*head, *(name for peer in _PEERS for name in (f"`{peer}`", "ratio"))], rows)
+
+
+def variants(record: Sequence[str]) -> str:
+    """Fastloss alone, in all its forms."""
+    rows = []
+    for heading, lines in _sets(record):
+        for line in lines.values():
+            if size := _BYTES.search(line["rest"]):
+                name = heading["set"].removeprefix("variants, ")
+                speed = [line["speed"], line["share"] + _wrong(line)]
+                rows.append([name, line["name"], size[1], line["ms"], *speed])
+    return _table(["tensors", "form", "bytes a parameter", "a step", "bytes", "of a copy's"], rows)
+
+
+TABLES: dict[tuple[str, str | None], Callable[[Sequence[str]], str]] = {
+    ("benchmarks/results/cpu.md", None): cross_entropy,
+    ("benchmarks/results/sgd-cpu.md", None): sgd,
+    ("benchmarks/results/sgd-cpu.md", "variants"): variants,
+}
+
+
+def filled(text: str, root: Path) -> str:
+    """The document with its tables as the records under ``root`` have them."""
+
+    def place(found: re.Match[str]) -> str:
+        record, part = found[2], found[3]
+        make = TABLES.get((record, part))
+        if make is None:
+            known = "; ".join(" ".join(filter(None, key)) for key in TABLES)
+            raise ValueError(f"no table is made from {record} {part or ''}; known: {known}")
+        path = root / record
+        if not path.exists():
+            return f"{found[1]}{NOT_RECORDED}\n"
+        return found[1] + make(path.read_text(encoding="utf-8").splitlines())
+
+    return _PLACE.sub(place, text)
+
+
+def _sets(record: Sequence[str]) -> list[tuple[re.Match[str], dict[str, re.Match[str]]]]:
+    """Each line that names a set, and the lines below it by their contenders' names."""
+    sets: list[tuple[re.Match[str], dict[str, re.Match[str]]]] = []
+    for line in record:
+        if heading := _SET.match(line):
+            sets.append((heading, {}))
+        elif sets and (step := _STEP.match(line)):
+            sets[-1][1][step["name"]] = step
+    return sets
+
+
+def _wrong(line: re.Match[str]) -> str:
+    return " (wrong)" if "WRONG" in line["rest"] else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return f"{NOT_RECORDED}\n"
+    lines = [f"| {' | '.join(row)} |\n" for row in (head, *rows)]
+    lines.insert(1, f"|{'---|' * len(head)}\n")
+    return "".join(lines)
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    """Write the tables; with ``--check``, exit code 1 if a table is not its record's."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args(arguments).check
+    differing = 0
+    for name in DOCUMENTS:
+        path = root / name
+        old = path.read_text(encoding="utf-8")
+        new = filled(old, root)
+        if new != old:
+            differing += 1
+            print(f"{name}: {'its tables are not those of the records' if check else 'written'}")
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    return 1 if check and differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""The programs that measure: what they print and refuse, and that the documents show what was recorded."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "benchmarks" / "sgd.py").exists(), reason="needs the repository's benchmarks"
+)
+
+TINY = ["--device", "cpu", "--scale", "1000", "--seconds", "0", "--block", "1"]
+STEP = re.compile(
+    r"(?P<name>\S.*?) {2,} *(?P<ms>\d+\.\d{3}) ms +(?P<speed>\d+\.\d\d) GB/s +(?P<share>\d+)% of a copy"
+    r"  host +(?P<host>\d+\.\d{3}) us a tensor(  ratio +(?P<ratio>\d+\.\d{3})|  (?P<wrong>WRONG: off by \S+ x .*))?"
+)
+FORM = re.compile(
+    r"\S.*? {2,} *\d+\.\d{3} ms +\d+\.\d\d GB/s +\d+% of a copy(  (?P<wrong>WRONG.*))?  at \d+ bytes each"
+)
+TORCH = ["torch fused=True", "torch foreach=True", "torch foreach=False"]
+
+
+@pytest.fixture
+def sgd(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return benchmark("sgd", monkeypatch)
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return benchmark("tables", monkeypatch)
+
+
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As a user runs it, on the backend that serves by default."""
+    monkeypatch.delenv("FASTLOSS_BACKEND", raising=False)
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def by_set(lines: list[str]) -> dict[str, list[str]]:
+    """The lines of each table under the name that its first line gives."""
+    tables: dict[str, list[str]] = {}
+    for line in lines:
+        if heading := re.match(r"((?:variants, )?\w+): \d+ tensors, ", line):
+            tables[heading[1]] = []
+        elif tables and " bars missed" not in line:
+            list(tables.values())[-1].append(line)
+    return tables
+
+
+# -------------------------------------------------------------------------------------------------------------- SGD
+
+
+def test_sgd_prints_every_contender_of_every_set(sgd: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sgd.main([*TINY, "--variants"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tables = by_set(lines)
+    assert list(tables) == ["resnet50", "large", "small", *(f"variants, {name}" for name in sgd.SETS)]
+    assert "a copy moves" in next(line for line in lines if line.startswith("resnet50: 161 tensors"))
+    for name in sgd.SETS:
+        steps = [STEP.fullmatch(line) for line in tables[name]]
+        assert all(steps), tables[name]
+        assert [step["name"] for step in steps if step] == ["fastloss.SGD", *TORCH]
+        assert [step["ratio"] is None for step in steps if step] == [True, False, False, False]
+        forms = [FORM.fullmatch(line) for line in tables[f"variants, {name}"]]
+        assert len(forms) == len(sgd.VARIANTS)
+        assert all(form and not form["wrong"] for form in forms), tables[f"variants, {name}"]
+    assert re.fullmatch(r"0 bars missed; others used \d+% of the CPU time", lines[-1])
+
+
+def test_sgd_marks_a_contender_that_is_wrong(
+    sgd: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One whose learning rate is a thousandth too high, and one that makes NaN; the others are as right as before."""
+    off = {**sgd._OPTIONS, "lr": 1.001 * sgd._OPTIONS["lr"]}
+    monkeypatch.setitem(sgd.CONTENDERS, "torch, off", partial(torch.optim.SGD, **off))
+    monkeypatch.setitem(sgd.CONTENDERS, "torch, NaN", partial(torch.optim.SGD, lr=float("nan")))
+    assert sgd.main([*TINY, "--set", "large"]) == 0  # it is torch's affair
+    steps = [STEP.fullmatch(line) for line in by_set(capsys.readouterr().out.splitlines())["large"]]
+    wrong = {step["name"]: step["wrong"] for step in steps if step}
+    assert [name for name in wrong if wrong[name]] == ["torch, off", "torch, NaN"]
+    assert wrong["torch, NaN"].startswith("WRONG: off by inf x")
+
+
+def test_sgd_fails_if_fastloss_is_wrong(
+    sgd: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    off = {**sgd._OPTIONS, "momentum": 0.899}
+    monkeypatch.setitem(sgd.CONTENDERS, sgd.OURS, partial(torch.optim.SGD, **off))
+    assert sgd.main([*TINY, "--set", "small"]) == 1
+    assert "fastloss WRONG in 1 lines" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_sgd_in_bfloat16_counts_its_bytes(sgd: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sgd.main([*TINY, "--set", "resnet50", "--dtype", "bfloat16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("resnet50: 161 tensors, ") and "bfloat16, 10 bytes each" in line for line in lines)
+    right = [line for line in by_set(lines)["resnet50"] if "fused=True" not in line]  # torch 2.13's is wrong
+    assert not any("WRONG" in line for line in right), right
+
+
+@pytest.mark.parametrize("name", ["mom", "decay", "nesterov"])
+def test_sgd_check_sees_small_mistakes(sgd: Any, name: str) -> None:
+    changed = {"mom": {"momentum": 0.9001}, "decay": {"weight_decay": 0.9e-4}, "nesterov": {"nesterov": True}}[name]
+    makes = [partial(torch.optim.SGD, **{**sgd._OPTIONS, **change}) for change in ({}, changed)]
+    kind = sgd.Kind(torch.float32, torch.device("cpu"))
+    right, wrong = sgd.deviations(makes, [(300, 7), (64,), (1, 1)], kind)
+    assert right < 1 < wrong
+
+
+def test_sgd_check_knows_clipping(sgd: Any) -> None:
+    makes = [partial(sgd.fastloss.SGD, **sgd._OPTIONS, max_norm=max_norm) for max_norm in (1.0, 1.01, None)]
+    kind = sgd.Kind(torch.float32, torch.device("cpu"))
+    right, *wrong = sgd.deviations(makes, [(300, 7), (64,)], kind, max_norm=1.0)
+    assert right < 1 < min(wrong)
+
+
+def test_sgd_sets_are_those_that_the_bars_are_for(sgd: Any) -> None:
+    sizes = {name: [torch.Size(shape).numel() for shape in make(1)] for name, make in sgd.SETS.items()}
+    assert {name: (len(size), sum(size)) for name, size in sizes.items()} == {
+        "resnet50": (161, 25_557_032),  # as torchvision.models.resnet50 has them
+        "large": (12, 50_000_000),
+        "small": (2000, 512_000),
+    }
+    assert {name for name, _ in sgd._BARS} <= set(sgd.SETS)
+    assert {contender for _, contender in sgd._BARS} <= set(sgd.CONTENDERS)
+
+
+def test_sgd_counts_missed_bars(sgd: Any) -> None:
+    def line(ratio: float, host: float, deviation: float = 0.5) -> Any:
+        bars = {"ratio": 0.5, "host": 1.0}
+        return sgd.Line("x", 1.0, 10.0, 20.0, deviation, host, None if deviation > 1 else ratio, bars)
+
+    assert [line(0.4, 0.9).missed, line(0.6, 0.9).missed, line(0.6, 1.1).missed] == [0, 1, 2]
+    assert "ratio 0.600 ≤ 0.50 MISSED" in str(line(0.6, 0.9))
+    assert "us a tensor ≤ 1.00 ok" in str(line(0.6, 0.9))
+    assert line(0.6, 0.9, deviation=2.0).missed == 0
+    assert line(0.6, 0.9, deviation=float("nan")).wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "huge"], ["'huge'", "resnet50", "large", "small"]),
+        (["--dtype", "float8"], ["'float8'", "float32", "bfloat16"]),
+        (["--device", "tpu"], ["'tpu'", "cpu", "cuda"]),
+        (["--block", "0"], ["--block", "1 or more"]),
+        (["--scale", "0"], ["--scale", "1 or more"]),
+        (["--seconds", "nan"], ["--seconds", "nan"]),
+        (["--seconds", "-1"], ["--seconds", "-1"]),
+        (["--output", "nowhere/at/all.md"], ["--output", "nowhere"]),
+    ],
+)
+def test_sgd_refuses(sgd: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        sgd.main([*TINY, *arguments])
+    assert exit_.value.code == 2
+    *_, message = capsys.readouterr().err.splitlines()
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_sgd_refuses_a_gpu_that_is_not_there() -> None:
+    command = [sys.executable, "-m", "benchmarks.sgd", "--device", "cuda"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--device" in done.stderr.splitlines()[-1]
+
+
+# --------------------------------------------------------------------------------------------- records and documents
+
+
+def test_documents_show_the_records(tables: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_every_record_of_tables_has_its_place(tables: Any) -> None:
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in tables.DOCUMENTS)
+    for record, part in tables.TABLES:
+        assert f"<!-- numbers: {' '.join(filter(None, (record, part)))} -->\n" in text
+
+
+def test_tables_are_made_from_a_record(
+    sgd: Any, tables: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the program that prints to the document that shows."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    record = tmp_path / "benchmarks" / "results" / "sgd-cpu.md"
+    record.unlink(missing_ok=True)
+    tables.main([], tmp_path)
+    before = (tmp_path / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert before.count(tables.NOT_RECORDED) == 2
+    assert tables.main(["--check"], tmp_path) == 0
+
+    wrong = partial(torch.optim.SGD, **{**sgd._OPTIONS, "lr": 0.2})
+    monkeypatch.setitem(sgd.CONTENDERS, "torch foreach=True", wrong)
+    sgd.main([*TINY, "--variants", "--output", str(record)])
+    text = record.read_text(encoding="utf-8")
+    assert "python -m benchmarks.sgd --device cpu --scale 1000" in text
+    assert str(tmp_path) not in text
+    assert tables.main(["--check"], tmp_path) == 1
+    assert (tmp_path / "docs" / "performance.md").read_text(encoding="utf-8") == before
+    assert tables.main([], tmp_path) == 0
+    assert tables.main(["--check"], tmp_path) == 0
+
+    document = (tmp_path / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert tables.NOT_RECORDED not in document
+    printed = by_set(text.splitlines())
+    for name in sgd.SETS:
+        steps = [STEP.fullmatch(line) for line in printed[name]]
+        fast, fused, foreach, _ = (step.groupdict() for step in steps if step)
+        (row,) = (line for line in document.splitlines() if line.startswith(f"| {name}: "))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[1:5] == [fast["host"], f"{fast['ms']} ms", f"{fast['speed']} GB/s", f"{fast['share']}%"]
+        assert cells[5:9] == [f"{fused['ms']} ms", fused["ratio"], f"{foreach['ms']} ms", "wrong"]
+        assert document.count(f"| {name} | float32") == 3
+        assert document.count(f"| {name} | bfloat16") == 6
+
+
+def test_an_unknown_record_is_named(tables: Any) -> None:
+    with pytest.raises(ValueError, match="from benchmarks/results/none"):
+        tables.filled("<!-- numbers: benchmarks/results/none.md -->\n", ROOT)
