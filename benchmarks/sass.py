@@ -50,7 +50,8 @@ def hot_loops(disassembly: str) -> list[Loop]:
         {
             (place[instruction.target], i)
             for i, instruction in enumerate(code)
-            if instruction.target is not None and instruction.target <= instruction.address
+            if instruction.target is not None
+            and instruction.target <= instruction.address
             and place.get(instruction.target, i) != i
         }
     )

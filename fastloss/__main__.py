@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fastloss", description="Cross-entropy and accuracy in one pass over the logits."
+        prog="python -m fastloss", description="Cross-entropy, accuracy and SGD in one pass each."
     )
     parser.add_argument("--version", action="version", version=f"fastloss {fastloss.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="{demo,info}", title="commands")
@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train beside plain PyTorch and compare: under a minute, measured here and now",
         description="Trains one network twice on scikit-learn's scans of digits, with fastloss and in plain "
-        "PyTorch; then compares the loss alone at language-model size. Prints both and draws them.",
+        "PyTorch; then the loss alone at language-model size and SGD's step alone. Prints all of it and draws it.",
     )
     demo.add_argument(
         "--output",

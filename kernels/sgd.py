@@ -226,7 +226,11 @@ def _passed(launch: Launch, rules: Sequence[SGDRule], device: torch.device, wide
         return tuple(_number(value, device) for rule in padded for value in rule), None
     numbers = tuple(_number(value, device) for rule in rules for value in rule)
     if any(isinstance(value, Tensor) for value in numbers):
-        parts = [torch.as_tensor(v, dtype=torch.float64, device=device).reshape(()) for v in numbers]
+        parts = [
+            # torch.as_tensor would copy the number from the host, which waits, and can't be captured in a graph
+            v.double().reshape(()) if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=device)
+            for v in numbers
+        ]
         return (), torch.stack(parts)
     if launch.rules != numbers or launch.rules_table is None:
         launch.rules, launch.rules_table = (

@@ -58,7 +58,14 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def test_every_recipe_is_run_here() -> None:
     titles = re.findall(r"^## (.*)$", RECIPES.read_text(encoding="utf-8"), re.MULTILINE)
-    assert titles == ["Hugging Face Trainer", "PyTorch Lightning", "Mixup"]
+    assert titles == [
+        "Hugging Face Trainer",
+        "PyTorch Lightning",
+        "Mixup",
+        "SGD in Hugging Face's Trainer",
+        "SGD in PyTorch Lightning",
+        "SGD over FSDP2",
+    ]
 
 
 # ----------------------------------------------------------------------------- Hugging Face
@@ -220,3 +227,171 @@ def test_mixup_mixes_inputs_and_labels_alike() -> None:
     torch.testing.assert_close(images, targets)
     torch.testing.assert_close(targets.sum(1), torch.ones(20))
     assert len(targets.unique()) > 2
+
+
+# ----------------------------------------------------------------------------- SGD
+
+
+class ClippedSGD(torch.optim.SGD):
+    """Torch's own, with torch's own clipping before each step, for recipes that ask for ``max_norm``."""
+
+    def __init__(self, params: Any, *, max_norm: float, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.norms: list[float] = []
+        self.max_norm = max_norm
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [param for group in self.param_groups for param in group["params"]]
+        self.norms.append(float(nn.utils.clip_grad_norm_(params, self.max_norm)))
+        super().step()
+        return loss
+
+
+def test_sgd_in_hugging_face_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses and rates that are logged, and the weights at the end, are those of torch's optimizer. Gradients are
+    accumulated over two batches, and some have to be clipped.
+    """
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    steps, batch, length, classes = 6, 2, 16, 64
+    config = transformers.LlamaConfig(
+        vocab_size=classes,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=length,
+    )
+    first = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        first.lm_head.weight.mul_(10)
+    tokens = torch.randint(classes, (2 * steps * batch, length))
+    dataset = [{"input_ids": t, "labels": t} for t in tokens]
+
+    def run(name: str) -> Any:
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / name),
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=2,
+            max_grad_norm=0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            seed=7,
+        )
+        return recipe("SGD in Hugging Face's Trainer")(
+            model=copy.deepcopy(first), training_arguments=arguments, dataset=dataset
+        )
+
+    ours = run("ours")
+    assert type(ours["optimizer"]) is fastloss.SGD
+    assert ours["optimizer"].grad_norm is not None
+    monkeypatch.setattr(fastloss, "SGD", ClippedSGD)
+    theirs = run("theirs")
+    assert max(theirs["optimizer"].norms) > 1
+    for key in ("loss", "learning_rate"):
+        mine, other = ([e[key] for e in n["trainer"].state.log_history if key in e] for n in (ours, theirs))
+        assert len(mine) == steps
+        assert mine == pytest.approx(other, rel=1e-4)
+    for weight, expected in zip(ours["model"].parameters(), theirs["model"].parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sgd_in_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate climbs and falls, and each step's loss and the weights at the end are those of torch's optimizer."""
+    lightning = pytest.importorskip("lightning")
+    steps, rows, classes = 10, 16, 7
+    first = nn.Linear(12, classes)
+    data = torch.utils.data.TensorDataset(10 * torch.randn(steps * rows, 12), torch.randint(classes, (steps * rows,)))
+    loader = torch.utils.data.DataLoader(data, batch_size=rows)
+
+    class Log(lightning.Callback):
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+            self.rates: list[float] = []
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            self.losses.append(float(trainer.callback_metrics["loss"]))
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def run(name: str) -> tuple[Log, nn.Module, Any]:
+        log = Log()
+        trainer = lightning.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            default_root_dir=tmp_path / name,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[log],
+        )
+        body = copy.deepcopy(first)
+        recipe("SGD in PyTorch Lightning")(trainer=trainer, body=body, training_data=loader)
+        return log, body, trainer.optimizers[0]
+
+    log, ours, optimizer = run("ours")
+    assert type(optimizer) is fastloss.SGD
+    monkeypatch.setattr(fastloss, "SGD", ClippedSGD)
+    other, theirs, clipped = run("theirs")
+    assert max(clipped.norms) > 1
+    assert max(log.rates) == pytest.approx(0.1)
+    assert log.rates[0] < 0.1 > log.rates[-1]
+    assert log.rates == pytest.approx(other.rates)
+    assert len(log.losses) == steps
+    assert log.losses == pytest.approx(other.losses, rel=1e-4)
+    for mine, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_lightning_leaves_clipping_to_sgd(tmp_path: Path) -> None:
+    """What the recipe says of Lightning's own clipping under automatic mixed precision."""
+    lightning = pytest.importorskip("lightning")
+    data = torch.utils.data.TensorDataset(torch.randn(8, 12), torch.randint(7, (8,)))
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        precision="bf16-mixed",  # Lightning gives a CPU no other; the plugin is that of 16-mixed
+        gradient_clip_val=1.0,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        recipe("SGD in PyTorch Lightning")(
+            trainer=trainer, body=nn.Linear(12, 7), training_data=torch.utils.data.DataLoader(data, batch_size=2)
+        )
+
+
+def test_sgd_over_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process here; ``test_sgd_worlds.py`` has it in two."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    batches = [(10 * torch.randn(8, 6), torch.randint(5, (8,))) for _ in range(4)]
+    first = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 5))
+
+    def run() -> tuple[list[Tensor], Any]:
+        names = recipe("SGD over FSDP2")(model=copy.deepcopy(first), batches=batches, device="cpu")
+        return [p.full_tensor().detach() for p in names["model"].parameters()], names["optimizer"]
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        ours, optimizer = run()
+        assert type(optimizer) is fastloss.SGD
+        monkeypatch.setattr(fastloss, "SGD", ClippedSGD)
+        theirs, clipped = run()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert max(clipped.norms) > 1
+    for mine, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, expected)

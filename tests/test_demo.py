@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastloss
 from fastloss import demo
-from fastloss.demo import data, loss_at_scale, measure, training
+from fastloss.demo import data, loss_at_scale, measure, optimizer_step, training
 from fastloss.demo.contenders import PYTORCH
 from fastloss.demo.loss_at_scale import TIMES, Case
 
@@ -41,7 +42,9 @@ def size_of_png(path: Path) -> tuple[int, int]:
 
 def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "demo.png"
-    settings = demo.Settings(output, epochs=2, cases=CASES, seconds_a_case=0.01, device=CPU)
+    settings = demo.Settings(
+        output, epochs=2, cases=CASES, seconds_a_case=0.01, optimizer_width=8, seconds_of_optimizer=0.01, device=CPU
+    )
     outcome = demo.run(settings)
 
     assert min(size_of_png(output)) > 1000
@@ -57,6 +60,11 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         for measured in (result.pytorch, result.fastloss):
             assert f"{measured.loss.median * 1e3:.1f} ms" in printed
             assert f"{measured.errors.gradient:.1e}" in printed
+    for compared in outcome.optimizer.compared:
+        assert compared.name in printed
+        for seconds, error in zip(compared.seconds, compared.errors, strict=True):
+            assert f"{seconds * 1e3:.2f} ms" in printed
+            assert f"{error:.1e}" in printed
 
 
 def test_the_split_is_real_stratified_and_disjoint(split: data.Split) -> None:
@@ -78,6 +86,15 @@ def test_both_runs_learn_and_agree(short: training.Training) -> None:
         assert run.held_out[-1] > 0.5
         assert len(run.losses) == len(run.seconds) == 3 * (1347 // training.BATCH)
         assert run.peak_bytes > 0
+
+
+def test_each_run_has_the_optimizer_of_its_side(short: training.Training) -> None:
+    assert type(short.pytorch.optimizer) is torch.optim.SGD
+    assert type(short.fastloss.optimizer) is fastloss.SGD
+    theirs, ours = (run.optimizer.param_groups[0] for run in (short.pytorch, short.fastloss))
+    assert {name: ours[name] for name in ("lr", "momentum", "weight_decay")} == {
+        name: theirs[name] for name in ("lr", "momentum", "weight_decay")
+    }
 
 
 def test_the_same_seed_gives_the_same_run(split: data.Split, short: training.Training) -> None:
@@ -125,6 +142,39 @@ def test_logits_are_random_and_follow_the_seed() -> None:
     assert not torch.equal(first, other)
     assert first.detach().std() == pytest.approx(loss_at_scale.SPREAD, rel=0.1)
     assert target.unique().numel() > 32
+
+
+def test_the_optimizers_tensors_are_a_resnet50s() -> None:
+    shapes = optimizer_step.resnet50_shapes()
+    assert len(shapes) == 161
+    assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032  # torchvision's resnet50
+    assert len(optimizer_step.resnet50_shapes(8)) == 161
+
+
+def test_the_optimizers_width_shrinks_with_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, width in ((1 << 40, 64), (1 << 30, 32), (0, optimizer_step.NARROWEST)):
+        monkeypatch.setattr(optimizer_step, "free_bytes", lambda device, free=free: free)
+        assert optimizer_step.width_that_fits(CPU) == width
+
+
+def test_the_optimizers_step_is_checked_against_float64() -> None:
+    shares: list[float] = []
+    result = optimizer_step.compare_steps(CPU, width=8, seed=3, budget=1e-9, tell=shares.append)
+    assert (result.tensors, result.rounds, shares[-1]) == (161, 5, 1.0)
+    assert [each.clipped for each in result.compared] == [False, False, True, True]
+    for each in result.compared:
+        assert min(each.seconds) > 0
+        assert 0 < max(each.errors) < torch.finfo(torch.float32).eps
+
+
+def test_the_reference_of_the_optimizer_finds_a_wrong_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(100, 100), (8,)]  # norm 5
+    right = optimizer_step._errors(shapes, CPU, seed=0)
+    assert max(right.values()) < torch.finfo(torch.float32).eps
+    monkeypatch.setattr(fastloss.SGD, "_max_norm", lambda self: None)  # clips no more
+    wrong = optimizer_step._errors(shapes, CPU, seed=0)
+    assert wrong["clipped fastloss"] > 100 * right["clipped fastloss"]
+    assert wrong["fastloss"] == right["fastloss"]
 
 
 def test_cases_shrink_with_the_memory() -> None:

@@ -1,4 +1,4 @@
-"""The demo: one network trained twice, with fastloss and in plain PyTorch, and the loss alone at scale.
+"""The demo: one network trained twice, with fastloss and in plain PyTorch; the loss and the optimizer alone at scale.
 
 Every number it prints or draws is measured in that run. The modules, in the order in which they are used:
 
@@ -6,6 +6,7 @@ Every number it prints or draws is measured in that run. The modules, in the ord
 - :mod:`.measure`: time and memory of one step;
 - :mod:`.data`, :mod:`.training`: the two runs on real scans of digits;
 - :mod:`.loss_at_scale`: the loss alone, at language-model size;
+- :mod:`.optimizer_step`: SGD's step alone, over the tensors of a ResNet-50;
 - :mod:`.report`, :mod:`.picture`: the tables and the PNG.
 
 The packages of the extra ``fastloss[demo]`` are imported where they are used, so that :func:`missing_extras`
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .loss_at_scale import Case, LossAtScale, cases_for, compare
+from .optimizer_step import OptimizerStep, compare_steps, width_that_fits
 from .training import Training, train_side_by_side
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class Settings:
     epochs: int = 30
     cases: Sequence[Case] | None = None  # None: what fits this machine
     seconds_a_case: float = 3.0  # of timing; it takes longer where five rounds do
+    optimizer_width: int | None = None  # None: a ResNet-50's, or the widest that fits this machine
+    seconds_of_optimizer: float = 1.5  # of timing
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Outcome:
 
     training: Training
     at_scale: tuple[LossAtScale, ...]
+    optimizer: OptimizerStep
 
 
 def missing_extras() -> list[str]:
@@ -80,7 +85,9 @@ def run(settings: Settings) -> Outcome:
     console.print(report.training(training))
     at_scale = _compare(settings, device, console)
     console.print(report.at_scale(at_scale, device))
-    outcome = Outcome(training, at_scale)
+    optimizer = _compare_steps(settings, device, console)
+    console.print(report.optimizer(optimizer, device))
+    outcome = Outcome(training, at_scale, optimizer)
     picture.draw(outcome, settings.output, caption=report.machine(device))
     console.print(f"The picture: {settings.output}", highlight=False, markup=False, soft_wrap=True)
     return outcome
@@ -105,6 +112,19 @@ def _compare(settings: Settings, device: torch.device, console: Console) -> tupl
             results.append(compare(case, device, seed=settings.seed, budget=settings.seconds_a_case, tell=done))
             done(1.0)
     return tuple(results)
+
+
+def _compare_steps(settings: Settings, device: torch.device, console: Console) -> OptimizerStep:
+    from . import report
+
+    width = settings.optimizer_width or width_that_fits(device)
+    with report.progress(console) as bar:
+        done = functools.partial(_set_share, bar, bar.add_task("SGD's step alone", total=1.0))
+        result = compare_steps(
+            device, width=width, seed=settings.seed, budget=settings.seconds_of_optimizer, tell=done
+        )
+        done(1.0)
+    return result
 
 
 def _set_share(bar: Progress, task: TaskID, share: float) -> None:

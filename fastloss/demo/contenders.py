@@ -1,12 +1,14 @@
-"""What is compared: the loss and the top-1 accuracy, in plain PyTorch and in fastloss."""
+"""What is compared: the loss, the top-1 accuracy and SGD, in plain PyTorch and in fastloss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Optimizer
 
 import fastloss
 
@@ -14,11 +16,12 @@ __all__ = ["FASTLOSS", "PYTORCH", "Contender"]
 
 
 class Contender(NamedTuple):
-    """One way to the same numbers, from logits ``(N, C)`` and labels ``(N,)``."""
+    """One way to the same numbers: of a loss, from logits ``(N, C)`` and labels ``(N,)``, and of an optimizer."""
 
     name: str
     loss: Callable[[Tensor, Tensor], Tensor]
     loss_and_accuracy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    sgd: Callable[..., Optimizer]
 
 
 def _pytorch_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -40,5 +43,5 @@ def _fastloss_loss_and_accuracy(logits: Tensor, target: Tensor) -> tuple[Tensor,
     return loss, accuracy
 
 
-PYTORCH = Contender("PyTorch", _pytorch_loss, _pytorch_loss_and_accuracy)
-FASTLOSS = Contender("fastloss", _fastloss_loss, _fastloss_loss_and_accuracy)
+PYTORCH = Contender("PyTorch", _pytorch_loss, _pytorch_loss_and_accuracy, torch.optim.SGD)
+FASTLOSS = Contender("fastloss", _fastloss_loss, _fastloss_loss_and_accuracy, fastloss.SGD)

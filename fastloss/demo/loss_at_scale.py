@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .contenders import FASTLOSS, PYTORCH, Contender
-from .measure import Neighbours, Step, interleaved, peak_bytes
+from .measure import Neighbours, Step, free_bytes, interleaved, peak_bytes
 
 __all__ = ["TIMES", "Case", "Errors", "LossAtScale", "Measured", "Timed", "cases_for", "compare"]
 
@@ -104,7 +104,7 @@ class LossAtScale:
 
 def cases_for(device: torch.device) -> tuple[Case, ...]:
     """Every vocabulary in every dtype, with as many tokens as there is memory for."""
-    free = _free_bytes(device)
+    free = free_bytes(device)
     wanted = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
     return tuple(
         Case(_tokens_that_fit(wanted, classes * dtype.itemsize, free), classes, dtype)
@@ -132,14 +132,6 @@ def compare(
         losses, losses_and_accuracies = _timed(logits, target, budget=budget, tell=tell)
     pytorch, fastloss = map(Measured, losses, losses_and_accuracies, errors, accuracies)
     return LossAtScale(case, pytorch, fastloss, accuracy, neighbours.share)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def _tokens_that_fit(wanted: int, bytes_a_token: int, free: int) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.autograd.profiler import profile
 
-__all__ = ["Neighbours", "Step", "interleaved", "peak_bytes", "seconds"]
+__all__ = ["Neighbours", "Step", "free_bytes", "interleaved", "peak_bytes", "seconds"]
 
 Step = Callable[[], object]
 
@@ -43,6 +43,15 @@ class Neighbours:
         # Linux counts a guest's time in "user" and "nice" as well.
         everything = sum(cpus.values()) - cpus.get("guest", 0.0) - cpus.get("guest_nice", 0.0)
         return everything, idle, time.process_time()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def seconds(step: Step, device: torch.device) -> float:

@@ -1,10 +1,10 @@
-"""What was measured, as one PNG: the two runs above, the loss alone at language-model size below."""
+"""What was measured, as one PNG: the two runs above, the loss and the optimizer alone below."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -13,23 +13,26 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from .loss_at_scale import TIMES, LossAtScale, Timed
+from .loss_at_scale import TIMES, LossAtScale
+from .optimizer_step import Compared, OptimizerStep
+from .report import tensors_of
 from .training import Training
 
 if TYPE_CHECKING:
     from . import Outcome
 
-__all__ = ["draw"]
+__all__ = ["FAINT", "FASTLOSS", "PYTORCH", "STYLE", "draw", "title"]
 
 PYTORCH = "#f2a65a"
 FASTLOSS = "#1d4ed8"
 INK = "#1f2937"
 FAINT = "#6b7280"
 GRID = "#e5e7eb"
-BAR_WIDTH = 0.36  # of the distance between two cases
+BAR_WIDTH = 0.4  # of the distance between two pairs
+LEFT, RIGHT = 0.052, 0.974  # of the panels, as shares of the picture's width
 NOTABLE_SHARE = 0.1  # of the CPUs: where less goes to other programs, nothing is said
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 11,
     "text.color": INK,
@@ -56,27 +59,31 @@ _STYLE: Any = {
 
 def draw(outcome: Outcome, path: Path, *, caption: str) -> None:
     """Write the picture to ``path``, a PNG; ``caption`` names the machine."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(14, 9.2), dpi=120, facecolor="white")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(16, 9.2), dpi=120, facecolor="white")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(2, 2)
-        figure.subplots_adjust(left=0.06, right=0.97, top=0.805, bottom=0.115, hspace=0.54, wspace=0.17)
-        _draw_losses(panels[0, 0], outcome.training)
-        _draw_held_out(panels[0, 1], outcome.training)
-        _draw_times(panels[1, 0], outcome.at_scale)
-        _draw_peaks(panels[1, 1], outcome.at_scale)
+        above = figure.add_gridspec(1, 2, left=LEFT, right=RIGHT, top=0.805, bottom=0.54, wspace=0.15)
+        pairs = [len(outcome.at_scale), len(outcome.at_scale), len(_steps_shown(outcome.optimizer))]
+        below = figure.add_gridspec(
+            1, 3, left=LEFT, right=RIGHT, top=0.38, bottom=0.115, wspace=0.1, width_ratios=[max(n, 3) for n in pairs]
+        )
+        _draw_losses(figure.add_subplot(above[0]), outcome.training)
+        _draw_held_out(figure.add_subplot(above[1]), outcome.training)
+        _draw_times(figure.add_subplot(below[0]), outcome.at_scale)
+        _draw_peaks(figure.add_subplot(below[1]), outcome.at_scale)
+        _draw_steps(figure.add_subplot(below[2]), outcome.optimizer)
         _draw_head(figure)
-        figure.text(0.06, 0.03, caption + _noise(outcome.at_scale), fontsize=9.5, color=FAINT)
+        figure.text(LEFT, 0.03, caption + _noise(outcome), fontsize=9.5, color=FAINT)
         figure.savefig(path, format="png")
 
 
 def _draw_head(figure: Figure) -> None:
-    figure.text(0.06, 0.945, "fastloss beside PyTorch", fontsize=24, fontweight="bold")
+    figure.text(LEFT, 0.945, "fastloss beside PyTorch", fontsize=24, fontweight="bold")
     figure.text(
-        0.06,
+        LEFT,
         0.913,
         "Above, one small network trained twice from one seed on scans of handwritten digits. "
-        "Below, the loss alone at language-model size.",
+        "Below, the loss alone at language-model size, and SGD's step alone.",
         fontsize=11.5,
         color=FAINT,
     )
@@ -91,15 +98,15 @@ def _draw_head(figure: Figure) -> None:
     )
 
 
-def _noise(results: Sequence[LossAtScale]) -> str:
+def _noise(outcome: Outcome) -> str:
     """A word on the machine's other programs, if they were in the way."""
-    share = max((result.neighbours for result in results), default=0.0)
+    share = max([outcome.optimizer.neighbours, *(result.neighbours for result in outcome.at_scale)])
     return f" · other programs took up to {share:.0%} of the CPUs" if share >= NOTABLE_SHARE else ""
 
 
-def _title(axes: Axes, title: str, detail: str) -> None:
+def title(axes: Axes, what: str, detail: str) -> None:
     """What is seen, and under it, in grey, how it was got."""
-    axes.set_title(title)
+    axes.set_title(what)
     axes.annotate(
         detail, (0, 1), (0, 9), xycoords="axes fraction", textcoords="offset points", fontsize=10, color=FAINT
     )
@@ -111,7 +118,7 @@ def _draw_losses(axes: Axes, training: Training) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlim(0, len(steps))
     axes.set_xlabel("step")
-    _title(
+    title(
         axes,
         f"Training loss: {_difference(training.largest_difference)}",
         "each step's loss; PyTorch's line is drawn broad, fastloss's thin, on top of it",
@@ -133,7 +140,7 @@ def _draw_held_out(axes: Axes, training: Training) -> None:
     axes.set_xlabel("epoch")
     a, b = (f"{run.held_out[-1]:.1%}" for run in (training.pytorch, training.fastloss))
     equal, scans = training.equal_predictions, training.held_out
-    _title(
+    title(
         axes,
         f"Held-out accuracy: {a} for both" if a == b else f"Held-out accuracy: {a} and {b}",
         f"after each epoch; at the end the two agree on {equal} of {scans} scans",
@@ -147,45 +154,67 @@ def _two_lines(axes: Axes, x: Sequence[int], pytorch: Sequence[float], fastloss:
 
 
 def _draw_times(axes: Axes, results: Sequence[LossAtScale]) -> None:
-    _bars(axes, results, lambda timed: timed.median * 1e3, unit="ms", better="faster", worse="slower")
+    pairs = [(result.pytorch.loss_and_accuracy, result.fastloss.loss_and_accuracy) for result in results]
+    _bars(axes, _sizes(results), [(a.median * 1e3, b.median * 1e3) for a, b in pairs], _MILLISECONDS)
     rounds = min((result.rounds for result in results), default=0)
-    _title(
+    title(
         axes,
         "Time of cross-entropy with top-1 accuracy",
-        f"forward and backward, by tokens {TIMES} classes; median of {rounds} or more interleaved runs",
+        f"forward and backward, tokens {TIMES} classes; median of {rounds} or more turns",
     )
 
 
 def _draw_peaks(axes: Axes, results: Sequence[LossAtScale]) -> None:
-    _bars(axes, results, lambda timed: timed.peak_bytes / 1e6, unit="MB", better="less", worse="more")
-    _title(axes, "Peak memory of the same", "bytes of tensors, beyond the logits and the labels")
+    pairs = [(result.pytorch.loss_and_accuracy, result.fastloss.loss_and_accuracy) for result in results]
+    _bars(axes, _sizes(results), [(a.peak_bytes / 1e6, b.peak_bytes / 1e6) for a, b in pairs], _MEGABYTES)
+    title(axes, "Peak memory of the same", "bytes of tensors, beyond the logits and the labels")
 
 
-def _bars(
-    axes: Axes,
-    results: Sequence[LossAtScale],
-    value_of: Callable[[Timed], float],
-    *,
-    unit: str,
-    better: str,
-    worse: str,
-) -> None:
-    """A pair of bars for each case, their values on them, and over them what that says of fastloss."""
-    pairs = [
-        (value_of(result.pytorch.loss_and_accuracy), value_of(result.fastloss.loss_and_accuracy))
-        for result in results
-    ]
+def _draw_steps(axes: Axes, result: OptimizerStep) -> None:
+    shown = _steps_shown(result)
+    names = [each.name.replace(" (", "\n(") + (",\nclipped" if each.clipped else "") for each in shown]
+    pairs = [(each.seconds[0] * 1e3, each.seconds[1] * 1e3) for each in shown]
+    _bars(axes, names, pairs, _MILLISECONDS)
+    title(axes, "Time of SGD's step, beside torch's", tensors_of(result).replace("million parameters", "M numbers"))
+
+
+def _steps_shown(result: OptimizerStep) -> tuple[Compared, ...]:
+    """Not PyTorch's slower way a second time."""
+    return result.default, result.fused, result.clipped_fused
+
+
+def _sizes(results: Sequence[LossAtScale]) -> list[str]:
+    return [f"{result.case.size}\n{result.case.dtype_name}" for result in results]
+
+
+class _Unit(NamedTuple):
+    name: str
+    better: str
+    worse: str
+
+
+_MILLISECONDS = _Unit("ms", "faster", "slower")
+_MEGABYTES = _Unit("MB", "less", "more")
+
+
+def _bars(axes: Axes, names: Sequence[str], pairs: Sequence[tuple[float, float]], unit: _Unit) -> None:
+    """PyTorch's and fastloss's bar for each name, their values on them, and over them what that says of fastloss."""
     tallest = max(map(max, pairs), default=1.0)
     for i, pair in enumerate(pairs):
         for side, value, color in zip((-0.5, 0.5), pair, (PYTORCH, FASTLOSS), strict=True):
             x = i + side * BAR_WIDTH
             axes.bar(x, value, BAR_WIDTH * 0.94, color=color)
-            axes.text(x, value + tallest * 0.02, f"{value:.0f} {unit}", ha="center", fontsize=9, color=FAINT)
-        words, color = _verdict(*pair, better=better, worse=worse)
+            axes.text(x, value + tallest * 0.02, _value(value, unit), ha="center", fontsize=9, color=FAINT)
+        words, color = _verdict(*pair, better=unit.better, worse=unit.worse)
         axes.text(i, max(pair) + tallest * 0.115, words, ha="center", fontweight="bold", color=color)
     axes.set_ylim(0, tallest * 1.22)
-    axes.set_xticks(range(len(results)), [f"{result.case.size}\n{result.case.dtype_name}" for result in results])
+    axes.set_xticks(range(len(names)), names, fontsize=10)
     axes.set_yticks([])
+
+
+def _value(value: float, unit: _Unit) -> str:
+    digits = 0 if value >= 10 else 1 if value >= 1 else 2
+    return f"{value:.{digits}f} {unit.name}"
 
 
 def _verdict(pytorch: float, fastloss: float, *, better: str, worse: str) -> tuple[str, str]:

@@ -107,7 +107,7 @@ def _new_run(contender: Contender, split: Split, seed: int) -> Run:
             nn.GELU(),
             nn.Linear(HIDDEN, int(split.train_digit.max()) + 1),
         ).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    optimizer = contender.sgd(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     return Run(contender, model, optimizer)
 
 

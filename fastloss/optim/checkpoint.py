@@ -55,7 +55,7 @@ def restore_dtypes(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
             dtype = param.dtype
             if key == "master_param":
                 dtype = torch.float32
-            elif key == "momentum_buffer":
+            elif key == "momentum_buffer" and param.is_floating_point():
                 dtype = group["momentum_dtype"] or dtype
             if buffer.dtype != param.dtype or dtype != param.dtype:
                 optimizer.state[param][key] = buffer.detach().to(param.device, dtype, copy=True)

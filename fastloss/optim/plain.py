@@ -14,16 +14,19 @@ from torch import Tensor
 from ..contract import SGDRule, compute_dtype
 from ..eager.rounding import round_stochastically
 
-__all__ = ["squares", "step", "unscale"]
+__all__ = ["norm", "step", "unscale"]
 
 
-def squares(grad: Tensor) -> Tensor:
-    """Σ |g|², ``()``, float64 where the device has it."""
+def norm(grad: Tensor) -> Tensor:
+    """|g|, ``()``, float64 where the device has it; over all shards of a DTensor."""
     values = grad.coalesce().values() if grad.is_sparse else grad
-    norm = torch.linalg.vector_norm(values)
-    if hasattr(norm, "full_tensor"):  # a DTensor's
-        norm = norm.full_tensor()
-    return norm.square() if norm.device.type == "mps" else norm.double().square()
+    wide = compute_dtype(values.dtype) if values.is_floating_point() else None  # complex numbers have 32 bits or more
+    result = torch.linalg.vector_norm(values, dtype=wide)
+    if hasattr(result, "full_tensor"):  # a DTensor's
+        result = result.full_tensor()
+    elif type(result) is not Tensor:  # another subclass's: the backends take plain tensors
+        result = torch.full((), result.item(), dtype=result.dtype, device=result.device)
+    return result if result.device.type == "mps" else result.double()
 
 
 def unscale(grad: Tensor, grad_scale: Tensor) -> None:
@@ -43,6 +46,7 @@ def step(
     rounding: str,
     *,
     clip: Tensor | None = None,
+    momentum_dtype: torch.dtype | None = None,
     out_of_place: bool = False,
 ) -> None:
     """One step of one parameter; its buffers are in ``state``, and are made where they are missing.
@@ -54,6 +58,7 @@ def step(
         rule: of its group.
         rounding: as in :class:`fastloss.contract.SGDBatch`.
         clip: the gradient is multiplied by it.
+        momentum_dtype: of a momentum buffer that is made here; None is the parameter's own.
         out_of_place: the buffers are to be new tensors, so that autograd can go back through many steps.
     """
     wide = _wide(param, state, rounding)
@@ -75,9 +80,12 @@ def step(
     if isinstance(momentum, Tensor) or momentum != 0:
         buffer = state.get("momentum_buffer")
         if buffer is None:
-            value = state["momentum_buffer"] = grad.clone()
+            value = grad.clone()
+            dtype = param.dtype if momentum_dtype is None or param.is_complex() else momentum_dtype
+            state["momentum_buffer"] = value.to(dtype)
         elif out_of_place:
-            value = state["momentum_buffer"] = buffer * momentum + grad * (1 - rule.dampening)
+            value = buffer * momentum + grad * (1 - rule.dampening)
+            state["momentum_buffer"] = value.to(buffer.dtype)
         else:
             value = buffer.to(grad.dtype).mul_(momentum).add_(grad, alpha=1 - rule.dampening)
             if value is not buffer:

@@ -23,6 +23,7 @@ _SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _gradient_of = operator.attrgetter("grad")
 _layout_of = operator.attrgetter("layout")
 _address_of = torch.Tensor.data_ptr
+_forms_of = (operator.attrgetter("dtype"), torch.Tensor.size, torch.Tensor.stride)
 
 
 @dataclass(eq=False)
@@ -59,6 +60,7 @@ class Plan:
     kept: list[Tensor] = field(default_factory=list)
     stored: list[Tensor] = field(default_factory=list)  # parameters whose memory is stepped
     addresses: list[int] = field(default_factory=list)
+    forms: list[list[Any]] = field(default_factory=list)  # dtypes, shapes and strides, which `.data =` can change too
 
     def keep(self, state: dict[str, Any], key: str) -> None:
         """The plan uses this tensor: it is to be noticed when another takes its place."""
@@ -71,6 +73,7 @@ class Plan:
         self.states = list(states)
         self.stored = [self.params[i] for batch in self.batches for i in batch.indices if i not in self.sharded]
         self.addresses = list(map(_address_of, self.stored))
+        self.forms = [list(map(form, self.stored)) for form in _forms_of]
 
     def holds(
         self,
@@ -88,6 +91,7 @@ class Plan:
                 and _identical(states, self.states)
                 and _identical(map(operator.getitem, self.holders, self.keys), self.kept)
                 and list(map(_address_of, self.stored)) == self.addresses
+                and [list(map(form, self.stored)) for form in _forms_of] == self.forms
                 and all(local(self.params[i]) is shard for i, shard in self.sharded.items())
             )
         except KeyError:  # somebody removed a buffer
@@ -121,7 +125,7 @@ def shards_of(param: Any) -> tuple[Any, ...] | None:
     """The mesh of a DTensor and those of its dimensions that cut the tensor up; None for other tensors."""
     if not is_sharded(param):
         return None
-    return param.device_mesh, tuple(d for d, placement in enumerate(param.placements) if placement.is_shard())
+    return param.device_mesh, tuple(d for d, placement in enumerate(param.placements) if not placement.is_replicate())
 
 
 def over_shards(squares: Tensor, param: Any) -> Tensor:

@@ -86,8 +86,9 @@ class SGD(Optimizer):
     _plan: Plan | None
     _begun: dict[Tensor, Tensor]  # of parameters, see SGDBatch.begun
     _versions: dict[Tensor, int]  # of parameters with master weights, after the last step
-    _squares: Tensor | None
-    _scale: Tensor | None
+    # Squares and scale of the last step with max_norm. In a dict: what a compiled step sets as an attribute of an
+    # optimizer, torch.compile forgets.
+    _clipped: dict[str, Tensor | None]
 
     def __init__(
         self,
@@ -163,7 +164,8 @@ class SGD(Optimizer):
 
         ``()`` float32 on the device; None if there was no such step.
         """
-        return None if self._squares is None else _norm(self._squares, self._scale).float()
+        squares = self._clipped["squares"]
+        return None if squares is None else _norm(squares, self._clipped["scale"]).float()
 
     def _step(self) -> None:
         plan, grads = self._planned()
@@ -182,7 +184,7 @@ class SGD(Optimizer):
         max_norm = self._max_norm()
         squares = None if max_norm is None else self._sum_of_squares(plan, grads)
         if squares is not None:
-            self._squares, self._scale = squares, scale
+            self._clipped["squares"], self._clipped["scale"] = squares, scale
         controls = _Everywhere(SGDControls(scale, found_inf, squares, max_norm or 0.0))
         for batch in plan.batches:
             device = batch.tensors.params[0].device
@@ -204,7 +206,8 @@ class SGD(Optimizer):
             plain.unscale(grad, here.grad_scale)
         clip = None if here.squares is None else _clip_factor(_norm(here.squares, here.grad_scale), here.max_norm)
         state = self.state.get(param, {})
-        plain.step(param, grad, state, rules[plan.group_of[i]], _rounding(group, param), clip=clip)
+        rule, dtype = rules[plan.group_of[i]], group["momentum_dtype"]
+        plain.step(param, grad, state, rule, _rounding(group, param), clip=clip, momentum_dtype=dtype)
         if state:
             self.state[param] = state
 
@@ -219,28 +222,46 @@ class SGD(Optimizer):
             total = found if total is None else total + found.to(total.device)
         for i in plan.plain:
             if i not in plan.repeated:
-                found = plain.squares(grads[i])
+                found = plain.norm(grads[i]).square()
                 total = found if total is None else total + found.to(total.device)
         assert total is not None  # a step without gradients has ended before
         return total
 
     def _step_by_operators(self, differentiable: bool) -> None:
         """The step in torch's operators alone, for autograd and for compilers to see."""
+        if self._begun:  # buffers made by steps that may have been called off
+            self._settle(list(self._begun))
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if not grads or (found_inf is not None and found_inf.item() != 0):
+            return
         max_norm = self._max_norm()
         clip = None
         if max_norm is not None:
-            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            if grads:
-                norms = [torch.linalg.vector_norm(grad) for grad in grads]
-                clip = _clip_factor(torch.linalg.vector_norm(torch.stack(norms)), max_norm)
+            norms = torch.stack([plain.norm(grad).to(grads[0].device) for grad in grads])
+            norm = torch.linalg.vector_norm(norms)
+            self._clipped["squares"], self._clipped["scale"] = norm.detach().square(), scale
+            clip = _clip_factor(norm if scale is None else norm / scale.to(norm.device), max_norm)
+        if scale is not None:
+            with torch.no_grad():
+                for grad in grads:
+                    plain.unscale(grad, scale)
         for group in self.param_groups:
-            rule = _rule(group)
+            rule, dtype = _rule(group), group["momentum_dtype"]
             for param in group["params"]:
                 if param.grad is not None:
                     rounding = _rounding(group, param)
                     has_state = rounding in _COMPANION or isinstance(rule.momentum, Tensor) or rule.momentum != 0
-                    state = self.state[param] if has_state else {}
-                    plain.step(param, param.grad, state, rule, rounding, clip=clip, out_of_place=differentiable)
+                    plain.step(
+                        param,
+                        param.grad,
+                        self.state[param] if has_state else {},
+                        rule,
+                        rounding,
+                        clip=clip,
+                        momentum_dtype=dtype,
+                        out_of_place=differentiable,
+                    )
 
     # ------------------------------------------------------------------------------------------------- the plan
 
@@ -363,7 +384,7 @@ class SGD(Optimizer):
         self._plan = None
         self._begun = {}
         self._versions = {}
-        self._squares = self._scale = None
+        self._clipped = {"squares": None, "scale": None}
 
     # ---------------------------------------------------------------------------------------- groups, checkpoints
 
