@@ -25,6 +25,8 @@ __all__ = ["sgd_squares", "sgd_step"]
 
 # Tensors up to this many elements are gathered: copying them costs less than a call of the operator for each.
 _SMALL = 16384
+# So many of them are worth the gathering.
+_FEW = 16
 # Elements of a large tensor that are stepped at a time: their float32 copies stay in a cache.
 _PIECE = 1 << 18
 # Elements whose squares are added up in float32.
@@ -38,7 +40,7 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     for part in _parts(batch):
         if part.gathered is not None:
             squares += _squares(part.gathered.gather(_chosen(grads, part.gathered.indices), wide), wide)
-        for i in part.large:
+        for i in part.large.indices if part.large is not None else ():
             grad = grads[i]
             dense = grad.as_strided((grad.numel(),), (1,)) if _is_dense(grad) else grad.reshape(-1)
             squares += _squares(dense, wide)
@@ -66,7 +68,7 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
         rule = _Numbers.of(rules[part.rule])
         if part.gathered is not None:
             _step_gathered(batch, part.gathered, grads, rule, clip, first=part.first)
-        if part.large:
+        if part.large is not None:
             _step_large(batch, part.large, grads, rule, clip, first=part.first)
     for flags in batch.begun.values():
         flags.fill_(1)
@@ -130,38 +132,83 @@ class _Gathered:
 
 
 @dataclass(eq=False)
+class _Large:
+    """Tensors of one rule that are stepped where they lie: each is a stretch of memory, and so are its buffers."""
+
+    indices: list[int]
+    params: list[Tensor]
+    momentum: list[Tensor]
+    strides: list[tuple[int, ...]]  # of the parameters and their buffers
+    direct: bool  # parameters and buffers are of the dtype that is computed in, and rounded as that rounds
+
+
+@dataclass(eq=False)
 class _Part:
     """The tensors of one rule whose momentum buffers begin with this step, or those whose have begun."""
 
     rule: int
     first: bool
     gathered: _Gathered | None
-    large: list[int]
+    large: _Large | None
+
+    def holds(self) -> bool:
+        """Is everything where it was?"""
+        return (self.gathered is None or not self.gathered.has_moved()) and (
+            self.large is None or list(map(Tensor.stride, self.large.params)) == self.large.strides
+        )
 
 
 def _parts(batch: SGDBatch) -> list[_Part]:
     """What is gathered and what is not: as in the step before, if nothing has changed."""
     first = {i for i, flags in batch.begun.items() if not flags.any()}
     parts: list[_Part] = batch.memory.get("parts", [])
-    if not parts or batch.memory["first"] != first or any(p.gathered and p.gathered.has_moved() for p in parts):
+    if not parts or batch.memory["first"] != first or not all(part.holds() for part in parts):
         parts = _new_parts(batch, first)
         batch.memory.update(parts=parts, first=first)
     return parts
 
 
 def _new_parts(batch: SGDBatch, first: set[int]) -> list[_Part]:
-    of_kind: dict[tuple[int, bool], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    of_kind: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for i, (param, number) in enumerate(zip(batch.params, batch.rules, strict=True)):
         if param.numel():
-            small = (param.numel() <= _SMALL and param.device.type == "cpu") or not _is_dense(param)
-            of_kind[number, i in first][0 if small else 1].append(i)
-            for buffer in (batch.momentum[i], batch.companions[i]):
-                if buffer is not None and not small and buffer.stride() != param.stride():
-                    buffer.data = torch.empty_like(param, dtype=buffer.dtype).copy_(buffer)
-    return [
-        _Part(rule, is_first, _gathered(batch, small) if small else None, large)
-        for (rule, is_first), (small, large) in of_kind.items()
-    ]
+            of_kind[number, i in first].append(i)
+    parts = []
+    for (rule, is_first), indices in of_kind.items():
+        gathered, large = _divided(batch, indices)
+        parts.append(
+            _Part(
+                rule,
+                is_first,
+                _gathered(batch, gathered) if gathered else None,
+                _large(batch, large) if large else None,
+            )
+        )
+    return parts
+
+
+def _divided(batch: SGDBatch, indices: list[int]) -> tuple[list[int], list[int]]:
+    """What is gathered: what is small, if that is much and on a CPU; and what is no stretch of memory."""
+    dense = [i for i in indices if _is_dense(batch.params[i])]
+    small = {i for i in dense if batch.params[i].numel() <= _SMALL and batch.params[i].device.type == "cpu"}
+    direct = batch.params[0].dtype == compute_dtype(batch.params[0].dtype)
+    if direct and len(small) < _FEW:
+        small = set()
+    large = [i for i in dense if i not in small]
+    chosen = set(large)
+    return [i for i in indices if i not in chosen], large
+
+
+def _large(batch: SGDBatch, indices: list[int]) -> _Large:
+    params = [batch.params[i] for i in indices]
+    for i, param in zip(indices, params, strict=True):
+        for buffer in (batch.momentum[i], batch.companions[i]):
+            if buffer is not None and buffer.stride() != param.stride():
+                buffer.data = torch.empty_like(param, dtype=buffer.dtype).copy_(buffer)
+    momentum = [m for i in indices if (m := batch.momentum[i]) is not None]
+    wide = compute_dtype(params[0].dtype)
+    direct = batch.rounding == "nearest" and all(t.dtype == wide for t in params + momentum)
+    return _Large(indices, params, momentum, [param.stride() for param in params], direct)
 
 
 def _gathered(batch: SGDBatch, indices: list[int]) -> _Gathered:
@@ -211,21 +258,19 @@ def _step_gathered(
 
 
 def _step_large(
-    batch: SGDBatch, indices: list[int], grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
+    batch: SGDBatch, large: _Large, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
 ) -> None:
-    direct = []
-    for i in indices:
-        param, grad, momentum = batch.params[i], grads[i], batch.momentum[i]
-        if grad.stride() != param.stride():
-            grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-        alike = param.dtype == compute_dtype(param.dtype) == grad.dtype
-        if alike and clip == 1.0 and (momentum is None or momentum.dtype == param.dtype):
-            direct.append((param, grad, momentum))
-        else:
+    chosen = _chosen(grads, large.indices)
+    if list(map(Tensor.stride, chosen)) != large.strides:
+        chosen = [
+            grad if grad.stride() == param.stride() else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+            for grad, param in zip(chosen, large.params, strict=True)
+        ]
+    if large.direct and clip == 1.0 and all(grad.dtype == large.params[0].dtype for grad in chosen):
+        _advance(large.params, chosen, large.momentum, rule, first=first)
+    else:
+        for i, grad in zip(large.indices, chosen, strict=True):
             _step_by_pieces(batch, i, grad, rule, clip, first=first)
-    if direct:
-        params, chosen, buffers = (list(tensors) for tensors in zip(*direct, strict=True))
-        _advance(params, chosen, [m for m in buffers if m is not None], rule, first=first)
 
 
 def _step_by_pieces(batch: SGDBatch, i: int, grad: Tensor, rule: _Numbers, clip: float, *, first: bool) -> None:
@@ -285,7 +330,8 @@ def _advance(
         grads = [grad.mul_(clip) for grad in grads] if scratch else [grad * clip for grad in grads]
     if rule.decoupled and rule.weight_decay != 0:
         torch._foreach_mul_(params, 1.0 - rule.lr * rule.weight_decay)
-    buffers = [m.to(p.dtype) for m, p in zip(momentum, params, strict=True)] if momentum else []
+    wide = params[0].dtype
+    buffers = [m if m.dtype == wide else m.to(wide) for m in momentum]
     torch._fused_sgd_(
         params,
         grads,

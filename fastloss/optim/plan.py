@@ -23,7 +23,12 @@ _SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _gradient_of = operator.attrgetter("grad")
 _layout_of = operator.attrgetter("layout")
 _address_of = torch.Tensor.data_ptr
-_forms_of = (operator.attrgetter("dtype"), torch.Tensor.size, torch.Tensor.stride)
+# What `.data =` can change without a change of address, as far as a backend does not look itself: the kernels' tables
+# hold all of it; the eager backend reads strides anew in every step, and needs to know of sizes and dtypes.
+_FORMS_OF = {
+    "eager": (operator.attrgetter("nbytes"),),
+    "triton": (operator.attrgetter("dtype"), torch.Tensor.size, torch.Tensor.stride),
+}
 
 
 @dataclass(eq=False)
@@ -60,7 +65,7 @@ class Plan:
     kept: list[Tensor] = field(default_factory=list)
     stored: list[Tensor] = field(default_factory=list)  # parameters whose memory is stepped
     addresses: list[int] = field(default_factory=list)
-    forms: list[list[Any]] = field(default_factory=list)  # dtypes, shapes and strides, which `.data =` can change too
+    forms: list[list[Any]] = field(default_factory=list)  # of those, see _FORMS_OF
 
     def keep(self, state: dict[str, Any], key: str) -> None:
         """The plan uses this tensor: it is to be noticed when another takes its place."""
@@ -73,7 +78,7 @@ class Plan:
         self.states = list(states)
         self.stored = [self.params[i] for batch in self.batches for i in batch.indices if i not in self.sharded]
         self.addresses = list(map(_address_of, self.stored))
-        self.forms = [list(map(form, self.stored)) for form in _forms_of]
+        self.forms = self._forms()
 
     def holds(
         self,
@@ -91,11 +96,15 @@ class Plan:
                 and _identical(states, self.states)
                 and _identical(map(operator.getitem, self.holders, self.keys), self.kept)
                 and list(map(_address_of, self.stored)) == self.addresses
-                and [list(map(form, self.stored)) for form in _forms_of] == self.forms
+                and self._forms() == self.forms
                 and all(local(self.params[i]) is shard for i, shard in self.sharded.items())
             )
         except KeyError:  # somebody removed a buffer
             return False
+
+    def _forms(self) -> list[list[Any]]:
+        names = sorted({batch.backend for batch in self.batches})
+        return [list(map(form, self.stored)) for name in names for form in _FORMS_OF[name]]
 
 
 def gradients(params: Iterable[Tensor]) -> tuple[list[Tensor | None], list[torch.layout | None]]:
