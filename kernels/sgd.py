@@ -73,6 +73,11 @@ class Launch:
     reserve: Tensor | None = None  # pinned memory, ready for an upload inside a CUDA graph
 
 
+def _resolved(grads: list[Tensor]) -> list[Tensor]:
+    """Without those that are negated when they are read, which autograd makes of complex conjugates."""
+    return [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else grads
+
+
 def _launches(batch: SGDBatch, grads: list[Tensor]) -> dict[Any, Launch]:
     """The batch's launches with their tables as they must be now, by dtype of gradient and momentum."""
     dtypes = [grad.dtype for grad in grads]
@@ -253,7 +258,8 @@ def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
 
 def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], controls: SGDControls) -> None:
     """See :class:`fastloss.contract.Backend`."""
-    first = batch.params[0]
+    first, given = batch.params[0], grads
+    grads = _resolved(grads)
     wide = torch.float64 if first.dtype == torch.float64 else torch.float32
     with on_device(first):
         for (grad_dtype, momentum_dtype), launch in _launches(batch, grads).items():
@@ -288,11 +294,14 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
     torch.autograd.graph.increment_version(batch.params)
     if controls.grad_scale is not None:
         torch.autograd.graph.increment_version(grads)
+        if grads is not given:
+            torch._foreach_copy_(given, grads)
 
 
 def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     """See :class:`fastloss.contract.Backend`."""
     first = batch.params[0]
+    grads = _resolved(grads)
     with on_device(first):
         for (grad_dtype, _), launch in _launches(batch, grads).items():
             assert launch.items is not None
@@ -409,7 +418,7 @@ def _step_kernel(
             flag_ptr = begun.to(tl.pointer_type(tl.uint8)) + chunk
             first = tl.load(flag_ptr, mask=begun != 0, other=1) == 0
             tl.debug_barrier()  # all threads have read it
-            tl.store(flag_ptr, tl.full([], 1, tl.uint8), mask=begun != 0)
+            tl.store(flag_ptr, tl.full([], 1, tl.uint8), mask=(begun != 0) & (momentum != 0.0))
 
         numbers = (
             lr.to(ACC), momentum.to(ACC), keep.to(ACC), decay, shrink, nesterov, first, inverse.to(ACC), clip.to(ACC)
@@ -470,7 +479,7 @@ def _block(
     g = tl.where(decay != 0.0, g + decay * theta, g)
     theta = theta * shrink
     if HAS_MOMENTUM:
-        if momentum_address != 0:
+        if (momentum_address != 0) & (momentum != 0.0):  # a tensor's value: the host has not read it
             momentum_ptr = _pointer(momentum_address, MOMENTUM_TYPE, WHOLE) + offset + lane
             m = tl.load(momentum_ptr, mask=mask).to(ACC)
             m = tl.where(first, g, momentum * m + keep * g)
@@ -509,7 +518,9 @@ def _rule(rules, rules_ptr, number, NUMBER: tl.constexpr, RULES: tl.constexpr, T
     else:
         value = _scalar(rules[NUMBER], TENSORS >> NUMBER & 1)
         for other in tl.static_range(1, RULES):
-            another = _scalar(rules[other * _NUMBERS + NUMBER], TENSORS >> (other * _NUMBERS + NUMBER) & 1)
+            another = _scalar(
+                rules[other * _NUMBERS + NUMBER], tl.constexpr(TENSORS) >> (other * _NUMBERS + NUMBER) & 1
+            )
             value = tl.where(number == other, another, value)
     return value
 

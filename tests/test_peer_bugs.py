@@ -1,5 +1,7 @@
 """Bugs that users of other fused losses met: one test each, numbered as in the survey that gathered them.
 
+From 21 on: those of the fused SGD in torch 2.13.
+
 Left out here: 5, 11 and 17 to 20, which belong to ``torch.compile``, to the options' own cases, to double backward
 and to operations of their own.
 """
@@ -21,6 +23,7 @@ from places import Place
 from torch import Tensor
 
 from fastloss import (
+    SGD,
     accuracy,
     backend,
     cross_entropy,
@@ -911,3 +914,108 @@ def test_bug_17_second_derivative_beside_another_path(place: Place, reduction: s
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         results.append(torch.autograd.grad((loss + gradient.square().sum()), x)[0])
     torch.testing.assert_close(*results)
+
+
+# ----------------------------------------------------------------------------- 21 to 24: torch's fused SGD
+
+
+def scaled_step(optimizer: torch.optim.Optimizer, overflow: bool, device: torch.device) -> None:
+    """As torch.amp.GradScaler steps an optimizer that looks at the scale itself."""
+    optimizer.grad_scale = torch.tensor(4.0, device=device)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.tensor(float(overflow), device=device)  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("looked_at", [False, True])
+@pytest.mark.parametrize("size", [5, 20000])
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+def test_bug_21_overflow_at_the_first_step(place: Place, dampening: float, size: int, looked_at: bool) -> None:
+    """The step was skipped, its momentum buffer was not: it stayed as it was allocated, uninitialised, and was taken
+    for a momentum by every step after. Here the first step that is not skipped is the first, whoever looks at the
+    state before.
+    """
+    theirs = torch.randn(size, dtype=torch.float64, device=place.device)
+    ours, before = theirs.clone(), theirs.clone()
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": dampening}
+    optimizer, other = SGD([ours], **options), torch.optim.SGD([theirs], foreach=False, **options)
+    for _ in range(2):
+        ours.grad = torch.full_like(ours, float("inf"))
+        scaled_step(optimizer, True, place.device)
+        assert torch.equal(ours, before)
+        if looked_at:
+            assert not optimizer.state_dict()["state"]
+    for overflow in (False, False, True, False):
+        gradient = torch.randn_like(theirs)
+        ours.grad, theirs.grad = gradient * 4, gradient
+        scaled_step(optimizer, overflow, place.device)
+        if not overflow:
+            other.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    mine, others = optimizer.state_dict()["state"], other.state_dict()["state"]
+    torch.testing.assert_close(mine[0]["momentum_buffer"], others[0]["momentum_buffer"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("size", [1003, 20000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bug_22_parameters_of_16_bits_stay_or_drift_on_a_cpu(dtype: torch.dtype, size: int, momentum: float) -> None:
+    """On a CPU the fused step of 16-bit parameters lost what it had computed. After many small steps ours are as near
+    to float64 as those of torch's ``foreach``.
+    """
+    start = torch.randn(size).to(dtype)
+    ours, theirs, exact = start.clone(), start.clone(), start.double()
+    options: dict[str, Any] = {"lr": 0.05, "momentum": momentum, "weight_decay": 0.01}
+    with use_backend("eager"):
+        optimizers = [
+            SGD([ours], **options),
+            torch.optim.SGD([theirs], foreach=True, **options),
+            torch.optim.SGD([exact], foreach=False, **options),
+        ]
+        for _ in range(60):
+            gradient = (torch.randn(size) + 0.3).to(dtype)
+            ours.grad, theirs.grad, exact.grad = gradient, gradient.clone(), gradient.double()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert (ours != start).double().mean() > 0.95
+    errors = [(param.double() - exact).square().mean().sqrt().item() for param in (ours, theirs)]
+    assert errors[0] <= 1.1 * errors[1], errors
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("shape", [(6, 4), (160, 120)])
+@pytest.mark.parametrize("transposed", ["parameter", "gradient"])
+def test_bug_23_gradient_in_another_memory_layout(
+    place: Place, transposed: str, shape: tuple[int, int], momentum: float
+) -> None:
+    """The gradient's elements were taken in the order of memory, not of the parameter's indices."""
+    start = torch.randn(shape, dtype=torch.float64, device=place.device)
+    theirs, ours = start.clone(), start.clone()
+    if transposed == "parameter":
+        ours = start.t().contiguous().t()
+    options: dict[str, Any] = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.1}
+    optimizer, other = SGD([ours], **options), torch.optim.SGD([theirs], foreach=False, **options)
+    for _ in range(3):
+        gradient = torch.randn_like(theirs)
+        ours.grad = gradient.t().contiguous().t() if transposed == "gradient" else gradient.clone()
+        theirs.grad = gradient
+        optimizer.step()
+        other.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [5, 20000])
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+def test_bug_24_first_gradient_after_those_of_the_others(place: Place, dampening: float, size: int) -> None:
+    """The step stopped with an error: one parameter had no momentum yet, and the others had."""
+    theirs = [torch.randn(size, dtype=torch.float64, device=place.device) for _ in range(3)]
+    ours = [param.clone() for param in theirs]
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": dampening}
+    optimizer, other = SGD(ours, **options), torch.optim.SGD(theirs, foreach=False, **options)
+    for without in ([1, 2], [1], [0], [], []):
+        for i, (mine, their) in enumerate(zip(ours, theirs, strict=True)):
+            gradient = None if i in without else torch.randn_like(their)
+            mine.grad, their.grad = gradient, gradient
+        optimizer.step()
+        other.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

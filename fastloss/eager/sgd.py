@@ -100,13 +100,14 @@ class _Gathered:
     params: list[Tensor]
     momentum: Tensor | None  # the buffers themselves, as one
     companions: Tensor | None
-    ends: list[tuple[Tensor, int]]  # the first and the last of those, and where they were
+    buffers: list[Tensor]  # the single ones of both
+    addresses: list[int]  # where those were
     vectors: bool  # all of them have one dimension
     flat: dict[tuple[str, torch.dtype], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
     def has_moved(self) -> bool:
         """Did somebody give the buffers other memory, as those do who bring them to another device and back?"""
-        return any(buffer.data_ptr() != address for buffer, address in self.ends)
+        return list(map(Tensor.data_ptr, self.buffers)) != self.addresses
 
     def gather(self, tensors: list[Tensor], dtype: torch.dtype, name: str = "grads") -> Tensor:
         """The tensors side by side, in ``dtype``."""
@@ -216,8 +217,9 @@ def _gathered(batch: SGDBatch, indices: list[int]) -> _Gathered:
     momentum = [m for i in indices if (m := batch.momentum[i]) is not None]
     companions = [c for i in indices if (c := batch.companions[i]) is not None]
     flat = _side_by_side(momentum), _side_by_side(companions)
-    ends = [(buffer, buffer.data_ptr()) for some in (momentum, companions) for buffer in some[:1] + some[-1:]]
-    return _Gathered(indices, params, *flat, ends, all(param.dim() == 1 for param in params))
+    buffers = momentum + companions
+    addresses = list(map(Tensor.data_ptr, buffers))
+    return _Gathered(indices, params, *flat, buffers, addresses, all(param.dim() == 1 for param in params))
 
 
 def _side_by_side(buffers: list[Tensor]) -> Tensor | None:
@@ -260,7 +262,7 @@ def _step_gathered(
 def _step_large(
     batch: SGDBatch, large: _Large, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
 ) -> None:
-    chosen = _chosen(grads, large.indices)
+    chosen = _resolved(_chosen(grads, large.indices))
     if list(map(Tensor.stride, chosen)) != large.strides:
         chosen = [
             grad if grad.stride() == param.stride() else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
@@ -271,6 +273,7 @@ def _step_large(
     else:
         for i, grad in zip(large.indices, chosen, strict=True):
             _step_by_pieces(batch, i, grad, rule, clip, first=first)
+    torch.autograd.graph.increment_version(large.params)  # which torch's operator does not
 
 
 def _step_by_pieces(batch: SGDBatch, i: int, grad: Tensor, rule: _Numbers, clip: float, *, first: bool) -> None:
@@ -349,6 +352,11 @@ def _advance(
             buffer.copy_(value)
 
 
+def _resolved(grads: list[Tensor]) -> list[Tensor]:
+    """Without gradients that are negated when they are read, which torch's fused operators don't take."""
+    return [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else grads
+
+
 def _chosen(tensors: list[Tensor], indices: list[int]) -> list[Tensor]:
     return tensors if len(indices) == len(tensors) else [tensors[i] for i in indices]
 
@@ -360,11 +368,14 @@ def _listed(tensor: Tensor | None) -> list[Tensor]:
 def _unscale(grads: list[Tensor], grad_scale: Tensor) -> None:
     unused = torch.zeros((), device=grad_scale.device)
     of_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for grad in grads:
+    plain = _resolved(grads)
+    for grad in plain:
         of_dtype[grad.dtype].append(grad)
     inverse = grad_scale.double().reciprocal().float()
     for some in of_dtype.values():
         torch._amp_foreach_non_finite_check_and_unscale_(some, unused, inverse)
+    if plain is not grads:
+        torch._foreach_copy_(grads, plain)
 
 
 def _clip_factor(controls: SGDControls) -> float:

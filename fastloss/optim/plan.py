@@ -17,9 +17,20 @@ from torch import Tensor
 
 from ..contract import SGDBatch
 
-__all__ = ["Batch", "Plan", "gradients", "is_sharded", "local", "over_shards", "overlapping", "serves", "shards_of"]
+__all__ = [
+    "SERVED_DTYPES",
+    "Batch",
+    "Plan",
+    "gradients",
+    "is_sharded",
+    "local",
+    "over_shards",
+    "overlapping",
+    "serves",
+    "shards_of",
+]
 
-_SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _gradient_of = operator.attrgetter("grad")
 _layout_of = operator.attrgetter("layout")
 _address_of = torch.Tensor.data_ptr
@@ -154,10 +165,10 @@ def serves(param: Tensor) -> bool:
     return (
         type(param).__torch_dispatch__ is Tensor.__torch_dispatch__
         and param.layout == torch.strided
-        and param.dtype in _SERVED_DTYPES
+        and param.dtype in SERVED_DTYPES
         and param.device.type in ("cpu", "cuda")
         and not param.is_neg()
-        and not any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True))
+        and not _overlaps_itself(param)
     )
 
 
@@ -177,6 +188,17 @@ def overlapping(tensors: Sequence[Tensor]) -> set[int]:
         if end > furthest:
             furthest, owner = end, i
     return shared
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """May two of its elements be one in memory?"""
+    reach = 0
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=operator.itemgetter(1)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
 
 
 def _identical(some: Iterable[Any], others: Sequence[Any]) -> bool:

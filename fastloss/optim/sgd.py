@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,7 +14,18 @@ from .. import backend as backends
 from ..contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule
 from . import plain
 from .checkpoint import check_loaded, restore_dtypes
-from .plan import Batch, Plan, gradients, is_sharded, local, over_shards, overlapping, serves, shards_of
+from .plan import (
+    SERVED_DTYPES,
+    Batch,
+    Plan,
+    gradients,
+    is_sharded,
+    local,
+    over_shards,
+    overlapping,
+    serves,
+    shards_of,
+)
 
 __all__ = ["SGD"]
 
@@ -168,6 +180,7 @@ class SGD(Optimizer):
         return None if squares is None else _norm(squares, self._clipped["scale"]).float()
 
     def _step(self) -> None:
+        max_norm = self._max_norm()
         plan, grads = self._planned()
         if not plan.batches and not plan.plain:
             return
@@ -181,7 +194,6 @@ class SGD(Optimizer):
             found_inf = None
         self._follow_changed_parameters(plan)
         rules = [_rule(group) for group in self.param_groups]
-        max_norm = self._max_norm()
         squares = None if max_norm is None else self._sum_of_squares(plan, grads)
         if squares is not None:
             self._clipped["squares"], self._clipped["scale"] = squares, scale
@@ -189,7 +201,11 @@ class SGD(Optimizer):
         for batch in plan.batches:
             device = batch.tensors.params[0].device
             backends.load(batch.backend).sgd_step(batch.tensors, batch.take(grads), rules, controls.on(device))
+        # As in torch, each place in which a parameter is listed begins its momentum.
+        begin = {i for i in plan.repeated if "momentum_buffer" not in self.state.get(plan.params[i], {})}
         for i in plan.plain:
+            if i in begin:
+                self.state.get(plan.params[i], {}).pop("momentum_buffer", None)
             self._step_plainly(plan, i, grads[i], rules, controls)
         for batch in plan.batches:
             if batch.tensors.rounding == "master":
@@ -206,7 +222,7 @@ class SGD(Optimizer):
             plain.unscale(grad, here.grad_scale)
         clip = None if here.squares is None else _clip_factor(_norm(here.squares, here.grad_scale), here.max_norm)
         state = self.state.get(param, {})
-        rule, dtype = rules[plan.group_of[i]], group["momentum_dtype"]
+        rule, dtype = _read(rules[plan.group_of[i]]), group["momentum_dtype"]
         plain.step(param, grad, state, rule, _rounding(group, param), clip=clip, momentum_dtype=dtype)
         if state:
             self.state[param] = state
@@ -270,7 +286,7 @@ class SGD(Optimizer):
         groups, plan = self.param_groups, self._plan
         settings: list[Any] = [
             (
-                isinstance(group["momentum"], Tensor) or group["momentum"] != 0,
+                _has_momentum(group["momentum"]),
                 group["momentum_dtype"],
                 group["master_weights"],
                 group["kahan_sum"],
@@ -293,15 +309,18 @@ class SGD(Optimizer):
         plan = Plan(settings, params, group_of, layouts)
         memory: dict[int, Tensor] = {}
         seen: set[Tensor] = set()
+        twice: set[Tensor] = set()
         for i, (param, layout) in enumerate(zip(params, layouts, strict=True)):
             if layout is None:
                 continue
             stored = local(param) if is_sharded(param) else param
             if param in seen:
                 plan.repeated.add(i)
+                twice.add(param)
             elif layout == torch.strided and serves(stored):
                 memory[i] = stored
             seen.add(param)
+        memory = {i: stored for i, stored in memory.items() if params[i] not in twice}
         numbers = list(memory)
         for position in overlapping(list(memory.values())):
             del memory[numbers[position]]
@@ -354,8 +373,16 @@ class SGD(Optimizer):
                 # not matter: μ · 0 + g is g.)
                 flags = -(-stored.numel() // FLAG_ELEMENTS)
                 self._begun[param] = torch.zeros(flags, dtype=torch.uint8, device=stored.device)
-        plan.keep(state, key)
         buffer: Tensor = state[key]
+        if not isinstance(buffer, Tensor) or buffer.shape != param.shape or buffer.device != param.device:
+            raise ValueError(
+                f"fastloss.SGD: a parameter of shape {tuple(param.shape)} on {param.device} has "
+                f"{_described(buffer)} as its {key}; expected a tensor of its shape, on its device"
+            )
+        dtype = _kept_in(key, buffer, param)
+        if buffer.dtype != dtype:
+            buffer = state[key] = buffer.detach().to(dtype)
+        plan.keep(state, key)
         return buffer if stored is param else local(buffer)
 
     def _follow_changed_parameters(self, plan: Plan) -> None:
@@ -401,23 +428,26 @@ class SGD(Optimizer):
         On a GPU, after steps under a GradScaler, it waits to know which of them overflowed.
         """
         self._settle(list(self._begun))
+        self._separate()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of another SGD, of this class or of torch's.
 
-        Buffers take the dtype that this optimizer keeps them in, without a detour through the parameter's.
+        Buffers take the dtype that this optimizer keeps them in, without a detour through the parameter's. Options
+        that the other does not know stay as they are.
 
         Raises:
             ValueError: the groups are not as many or not as long as this optimizer's; a buffer has another shape than
                 its parameter; a hyper-parameter is out of range. The optimizer is left as it was.
         """
         final: dict[str, Any] = {}
+        before = [dict(group) for group in self.param_groups]
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
             check_loaded(loaded, self.param_groups)
-            for group in loaded["param_groups"]:
-                _check({**self.defaults, **group})
+            for ours, theirs in zip(before, loaded["param_groups"], strict=True):
+                _check({**ours, **theirs})
             final.update(loaded)
 
         hook = self.register_load_state_dict_pre_hook(check)  # the last of them sees what will be loaded
@@ -425,10 +455,13 @@ class SGD(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        for group, ours, theirs in zip(self.param_groups, before, final["param_groups"], strict=True):
+            group.update((name, ours[name]) for name in self.defaults if name not in theirs)
         restore_dtypes(self, final)
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle(list(self._begun))
+        self._separate()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -437,6 +470,14 @@ class SGD(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._forget()
+
+    def _separate(self) -> None:
+        """Give every buffer on the CPU memory of its own: what several share, pickle writes once for each."""
+        for state in self.state.values():
+            for buffer in state.values():
+                on_cpu = type(buffer) is Tensor and buffer.device.type == "cpu"
+                if on_cpu and buffer.untyped_storage().nbytes() > buffer.nbytes:
+                    buffer.data = buffer.clone()
 
     def _settle(self, params: list[Tensor]) -> None:
         """Remove the momentum buffers of those parameters that have not made a step: all were skipped."""
@@ -491,6 +532,30 @@ def _rule(group: dict[str, Any]) -> SGDRule:
     )
 
 
+def _has_momentum(momentum: float | Tensor) -> bool:
+    """As torch asks it; of a number on a GPU, which the host would have to wait for, the kernels ask it again."""
+    return bool(momentum != 0) if not isinstance(momentum, Tensor) or momentum.device.type == "cpu" else True
+
+
+def _read(rule: SGDRule) -> SGDRule:
+    """A rule whose tensors on the CPU are numbers."""
+    values: list[Any] = [v.item() if isinstance(v, Tensor) and v.device.type == "cpu" else v for v in rule]
+    return SGDRule(*values)
+
+
+def _kept_in(key: str, buffer: Tensor, param: Tensor) -> torch.dtype:
+    """The dtype in which a buffer is stepped: of momentum any that the backends know."""
+    if key == "master_param":
+        return torch.float32
+    return buffer.dtype if key == "momentum_buffer" and buffer.dtype in SERVED_DTYPES else param.dtype
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"a {type(value).__name__}"
+
+
 def _rounding(group: dict[str, Any], param: Tensor) -> str:
     """How what is stored in the parameter is rounded; see :class:`fastloss.contract.SGDBatch`."""
     if param.dtype not in (torch.float16, torch.bfloat16):
@@ -510,11 +575,11 @@ def _check(group: dict[str, Any]) -> None:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        elif isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number or a one-element tensor, got {type(value).__name__} {value!r}")
         if value < 0.0:
             raise ValueError(f"Invalid {words}: {value}; expected 0 or more")
-    if not isinstance(group["dampening"], (int, float)):
+    if not isinstance(group["dampening"], Real):
         raise TypeError(f"dampening must be a number, got {type(group['dampening']).__name__}")
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
@@ -524,8 +589,8 @@ def _check(group: dict[str, Any]) -> None:
     max_norm, dtype = group["max_norm"], group["momentum_dtype"]
     if max_norm is not None and not max_norm >= 0.0:
         raise ValueError(f"Invalid max_norm value: {max_norm}; expected 0 or more, or None for no clipping")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"momentum_dtype must be a floating torch.dtype or None, got {dtype!r}")
+    if dtype is not None and dtype not in SERVED_DTYPES:
+        raise TypeError(f"momentum_dtype must be a floating torch.dtype of 16, 32 or 64 bits, or None; got {dtype!r}")
     chosen = [name for name in ("master_weights", "kahan_sum", "stochastic_rounding") if group[name]]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} exclude each other; choose one")
