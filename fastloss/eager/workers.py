@@ -27,15 +27,15 @@ MOST_WORKERS = 16
 T = TypeVar("T")
 
 
-def for_each(pieces: Iterable[T], work: Callable[[T], object], device: torch.device) -> None:
+def for_each(pieces: Iterable[T], work: Callable[[T], object], device: torch.device, few: int = FEW) -> None:
     """``work(piece)`` for every piece, in no fixed order, on as many cores as ``torch.get_num_threads`` allows.
 
-    ``work`` runs without autograd. On devices other than the CPU, or with one thread, it runs here; for few pieces
-    too, where waking the workers would cost more than the joins of torch's own threads.
+    ``work`` runs without autograd. On devices other than the CPU, or with one thread, it runs here; for less than
+    ``few`` pieces too, where waking the workers would cost more than the joins of torch's own threads.
     """
     waiting = deque(pieces)
     workers = min(torch.get_num_threads(), MOST_WORKERS, len(waiting))
-    if workers < 2 or len(waiting) < FEW or device.type != "cpu":
+    if workers < 2 or len(waiting) < few or device.type != "cpu":
         with torch.no_grad():
             for piece in waiting:
                 work(piece)
