@@ -2,7 +2,12 @@
 
 Every launch that the package would make for a list of shapes, dtypes and options is recorded on meta tensors and
 compiled for each target. For NVIDIA targets ptxas reports registers and spilled bytes, and the disassembly shows how
-wide the accesses to device memory are. No GPU is needed, and none is asked.
+wide the accesses to device memory are, and what a round of each hot loop (see ``sass.py``) costs: instructions and
+special-function operations an element, and the share of an H100's issue slots that they take if its accesses go
+at the full bandwidth of its memory. No GPU is needed, and none is asked.
+
+The exit code is 1 if something spills or doesn't compile, if a hot loop has an access narrower than 128 bits, or if a
+kernel is over its budget.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,14 +34,18 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastloss.contract import LossOptions, SGDBatch, SGDControls, SGDRule
 
+from .sass import Loop, hot_loops
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# The GPU that grids are planned for: an H100.
+# The GPU that grids are planned for: an H100. Each of its processors issues four warps' instructions a cycle.
 PROCESSORS, L2_BYTES = 132, 50 << 20
+INSTRUCTIONS_PER_SECOND = PROCESSORS * 4 * 32 * 1.755e9
+BYTES_PER_SECOND = 3e12  # what is reached of its 3.35
 
 
 @dataclass
@@ -60,7 +69,67 @@ class Compiled:
     spills: int | None = None  # bytes
     shared: int | None = None  # bytes
     widths: dict[str, int] = field(default_factory=dict)  # "LDG.128" → how many stand in the code
+    loops: list[Loop] = field(default_factory=list)
+    elements: int = 1  # that a thread takes in a round of those
     error: str | None = None
+
+    @property
+    def instructions(self) -> float:
+        """An element, over all hot loops: a kernel that visits its logits twice has two."""
+        return sum(loop.usual for loop in self.loops) / self.elements
+
+    @property
+    def special(self) -> float:
+        """MUFU operations an element, of the loop that has the most."""
+        return max((loop.special for loop in self.loops), default=0) / self.elements
+
+    @property
+    def slots(self) -> float:
+        """The share of the issue slots, of the loop that needs the most, at the full bandwidth."""
+        return max(
+            (
+                loop.usual / (16 * (loop.loads + loop.stores)) * BYTES_PER_SECOND / INSTRUCTIONS_PER_SECOND
+                for loop in self.loops
+            ),
+            default=0.0,
+        )
+
+    @property
+    def faults(self) -> list[str]:
+        """What the report counts against it."""
+        if self.error:
+            return [self.error]
+        found = [f"spills {self.spills} bytes"] if self.spills else []
+        narrow = sum(loop.narrow for loop in self.loops)
+        found += [f"{narrow} narrow accesses in hot loops"] if narrow else []
+        budget = BUDGETS.get(self.label)
+        if budget is not None and self.loops:
+            for name, value in zip(Budget._fields, (self.instructions, self.special, self.slots), strict=True):
+                most: float | None = getattr(budget, name)
+                found += [f"{value:.2f} {name}, over {most}"] if most is not None and value > most else []
+        return found
+
+
+class Budget(NamedTuple):
+    """The most that a kernel may need."""
+
+    instructions: float | None = None  # an element
+    special: float | None = None  # an element
+    slots: float | None = None  # share of all
+
+
+# On sm_90. The first two are for every element read once, or read and written; at 3 TB/s the H100 can issue 19.8
+# instructions for each bfloat16 element that it reads, 39 for one that it reads and writes.
+BUDGETS = {
+    "8192x32000 bfloat16 plain forward": Budget(instructions=16, special=1.2),
+    "8192x32000 bfloat16 accuracy forward": Budget(instructions=16, special=1.2),
+    "8192x32000 bfloat16 accuracy forward+gradient": Budget(instructions=26, special=1.2),
+    "4096x128256 bfloat16 accuracy forward+gradient": Budget(instructions=26, special=1.2),
+    "sgd float32 momentum step": Budget(slots=0.5),
+    "sgd float32 momentum+amp+clip step": Budget(slots=0.5),
+    "sgd bfloat16 momentum step": Budget(slots=0.5),
+    "sgd bfloat16 master step": Budget(slots=0.5),
+}
 
 
 @contextmanager
@@ -82,10 +151,11 @@ def compile_for(launch: Launch, target: GPUTarget) -> Any:
     """Compile a recorded launch for a target, as a launch on it would."""
     backend = make_backend(target)
     kernel = launch.kernel
+    chosen = {name: value for name, value in launch.options.items() if name != "maxnreg" or target.backend == "cuda"}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(*launch.arguments, **launch.options, debug=False)
+    bound, specialization, options = binder(*launch.arguments, **chosen, debug=False)
     options, signature, constexprs, attrs = kernel._pack_args(
-        backend, {**launch.options, "debug": False}, bound, specialization, options
+        backend, {**chosen, "debug": False}, bound, specialization, options
     )
     return triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
 
@@ -111,6 +181,8 @@ def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
             width = re.search(r"\.(64|128|U8|U16|S16|S8|256)\b", modifiers)
             key = f"{kind}.{width[1] if width else '32'}"
             result.widths[key] = result.widths.get(key, 0) + 1
+        if _goes_block_by_block(launch):
+            result.loops, result.elements = hot_loops(sass), _elements(launch)
     else:
         text = compiled.asm["amdgcn"]
         result.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
@@ -119,6 +191,25 @@ def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
             key = f"{'LDG' if 'load' in kind else 'STG'}.{width}"
             result.widths[key] = result.widths.get(key, 0) + 1
     return result
+
+
+def _goes_block_by_block(launch: Launch) -> bool:
+    """Has the kernel a loop over the blocks of a row or chunk? In the others the hot loop goes from row to row."""
+    options = launch.options
+    return bool(options["LOOPED"]) if "LOOPED" in options else "COLS" not in options or "GROUP" in options
+
+
+def _elements(launch: Launch) -> int:
+    """How many elements a thread takes of a tile or a block."""
+    options = launch.options
+    tile = options.get("ROWS", 1) * options["COLS"] if "COLS" in options else _sgd_block()
+    return int(tile) // (32 * options["num_warps"])
+
+
+def _sgd_block() -> int:
+    from fastloss.kernels import sgd
+
+    return int(sgd.BLOCK.value)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -303,7 +394,7 @@ def sgd_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print one line a compiled kernel; exit code 1 if any spills or fails."""
+    """Print one line a compiled kernel; exit code 1 if any has a fault."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")
     parser.add_argument("--quick", action="store_true", help="bfloat16 and three shapes only")
@@ -322,7 +413,8 @@ def main(arguments: list[str] | None = None) -> int:
             with recorded(launches, label):
                 call()
     failures, seen = 0, set()
-    print(f"{'kernel':19} {'target':7} {'regs':>4} {'spill':>5} {'shared':>6}  accesses; made for")
+    titles = ("regs", 4), ("spill", 5), ("shared", 6), ("instr", 5), ("MUFU", 4), ("slots", 5)
+    print(f"{'kernel':19} {'target':7} {' '.join(title.rjust(width) for title, width in titles)}  accesses; made for")
     for launch in launches:
         for name in parsed.target or TARGETS:
             constants = {k: str(v) for k, v in launch.options.items()}
@@ -333,19 +425,28 @@ def main(arguments: list[str] | None = None) -> int:
                 launch.label.split()[1],
                 *map(str, _specialized(launch)),
             )
-            if key in seen:
+            if key in seen and launch.label not in BUDGETS:
                 continue
             seen.add(key)
             r = examine(launch, name, TARGETS[name])
-            failures += bool(r.error or r.spills)
-            widths = " ".join(f"{k}×{v}" for k, v in sorted(r.widths.items()))
-            print(
-                f"{r.kernel:19} {r.target:7} {r.registers or '-':>4} {r.spills if r.spills is not None else '-':>5} "
-                f"{r.shared if r.shared is not None else '-':>6}  {r.error or widths}; {r.label}",
-                flush=True,
-            )
-    print(f"{len(seen)} compiled, {failures} spill or fail")
+            failures += bool(r.faults)
+            print(_line(r), flush=True)
+    print(f"{len(seen)} compiled, {failures} with faults")
     return 1 if failures else 0
+
+
+def _line(r: Compiled) -> str:
+    numbers = [r.registers, r.spills, r.shared]
+    cells = [
+        f"{'-' if number is None else number:>{width}}" for number, width in zip(numbers, (4, 5, 6), strict=True)
+    ]
+    if r.loops:
+        cells += [f"{r.instructions:5.1f}", f"{r.special:4.2f}", f"{100 * r.slots:4.0f}%"]
+    else:
+        cells += [f"{'-':>5}", f"{'-':>4}", f"{'-':>5}"]
+    widths = " ".join(f"{kind}×{count}" for kind, count in sorted(r.widths.items()))
+    faults = "".join(f" FAULT: {fault};" for fault in r.faults)
+    return f"{r.kernel:19} {r.target:7} {' '.join(cells)}  {widths};{faults} {r.label}"
 
 
 def _specialized(launch: Launch) -> Iterator[Any]:

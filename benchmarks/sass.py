@@ -25,10 +25,7 @@ class Loop:
     special: int  # MUFU operations among the usual ones
     loads: int  # 128-bit ones
     stores: int
-
-    @property
-    def reads_and_writes(self) -> bool:
-        return self.loads > 0 and self.stores > 0
+    narrow: int  # usual accesses to device memory that are narrower
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,7 @@ def hot_loops(disassembly: str) -> list[Loop]:
                     sum(i.name.startswith("MUFU") for i in usual),
                     sum(i.name.startswith("LDG") and ".128" in i.name for i in body),
                     sum(i.name.startswith("STG") and ".128" in i.name for i in body),
+                    sum(i.name[:3] in ("LDG", "STG") and ".128" not in i.name for i in usual),
                 )
             )
     return loops

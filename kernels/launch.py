@@ -26,6 +26,7 @@ __all__ = [
     "on_device",
     "plan",
     "power_of_2",
+    "registers",
     "spread",
     "vector_width",
 ]
@@ -126,6 +127,14 @@ def vector_width(*tensors: Tensor, classes: int) -> int:
         while any(step % width for step in steps):
             width //= 2
     return width
+
+
+def registers(count: int) -> dict[str, int]:
+    """A launch option: let the compiler take so many registers a thread, where by itself it would spill a few bytes.
+
+    ptxas stops at 64 for 512 threads, so that two programs fit a processor; AMD's compiler has no such option.
+    """
+    return {} if torch.version.hip is not None else {"maxnreg": count}
 
 
 def spread(count: int, device: torch.device) -> int:

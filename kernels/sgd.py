@@ -420,6 +420,9 @@ def _step_kernel(
             tl.debug_barrier()  # all threads have read it
             tl.store(flag_ptr, tl.full([], 1, tl.uint8), mask=(begun != 0) & (momentum != 0.0))
 
+        seed = 0
+        if ROUNDING == "stochastic":
+            seed = tl.load(seed_ptr)
         numbers = (
             lr.to(ACC), momentum.to(ACC), keep.to(ACC), decay, shrink, nesterov, first, inverse.to(ACC), clip.to(ACC)
         )  # fmt: skip
@@ -430,19 +433,19 @@ def _step_kernel(
         for offset in tl.range(start, end, BLOCK):
             if (layout == ALIGNED) & (offset + BLOCK <= end):
                 _block(
-                    addresses, geometry_ptr, items_ptr, offset, end, layout, numbers, scale_ptr, seed_ptr, True,
+                    addresses, geometry_ptr, items_ptr, offset, end, layout, numbers, scale_ptr, seed, True,
                     THETA_TYPE, GRAD_TYPE, MOMENTUM_TYPE, ACC, HAS_MOMENTUM, ROUNDING,
                 )  # fmt: skip
             else:
                 _block(
-                    addresses, geometry_ptr, items_ptr, offset, end, layout, numbers, scale_ptr, seed_ptr, False,
+                    addresses, geometry_ptr, items_ptr, offset, end, layout, numbers, scale_ptr, seed, False,
                     THETA_TYPE, GRAD_TYPE, MOMENTUM_TYPE, ACC, HAS_MOMENTUM, ROUNDING,
                 )  # fmt: skip
 
 
 @triton.jit
 def _block(
-    addresses, geometry_ptr, items_ptr, offset, end, layout, numbers, scale_ptr, seed_ptr, WHOLE: tl.constexpr,
+    addresses, geometry_ptr, items_ptr, offset, end, layout, numbers, scale_ptr, seed, WHOLE: tl.constexpr,
     THETA_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, MOMENTUM_TYPE: tl.constexpr, ACC: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
@@ -489,7 +492,7 @@ def _block(
 
     if ROUNDING == "stochastic":
         within = (tl.full([], offset, tl.int64) % CHUNK).to(tl.int32)  # the interpreter's offset is Python's
-        noise = tl.randint(tl.load(seed_ptr), tl.program_id(0) * CHUNK + within + lane)
+        noise = tl.randint(seed, tl.program_id(0) * CHUNK + within + lane)
         stored = _stochastically(theta, noise, THETA_TYPE)
     else:
         stored = theta.to(THETA_TYPE)
