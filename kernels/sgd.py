@@ -127,6 +127,8 @@ def _bring_up_to_date(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> N
     layout = lines[:, LAYOUT.value]
     layout[layout != STRIDED.value] = 0
     layout[(layout == 0) & (used % 16 == 0).all(dim=1)] = ALIGNED.value
+    if launch.table is not None and launch.table.is_cuda:
+        launch.table.record_stream(torch.cuda.current_stream(launch.table.device))  # the last step may still read it
     launch.table = _uploaded(lines, batch.params[0].device, launch)
     launch.addresses = addresses
 
@@ -210,15 +212,27 @@ def _uploaded(host: Tensor, device: torch.device, launch: Launch) -> Tensor:
             launch.reserve = torch.empty_like(host).pin_memory()
         return host.pin_memory().to(device, non_blocking=True)
     # Every replay of the graph will read the host's copy again: it is never written again, and lives on.
-    source = launch.reserve if launch.reserve is not None and launch.reserve.shape == host.shape else None
-    source = host.pin_memory() if source is None else source.copy_(host)
-    launch.reserve = None
+    if launch.reserve is not None and launch.reserve.shape == host.shape:
+        source, launch.reserve = launch.reserve.copy_(host), None
+    else:
+        source = host.clone()  # pageable: to allocate pinned memory inside a capture is not allowed everywhere
     copy = source.to(device, non_blocking=True)
     _of_graphs.append((source, copy))
     return copy
 
 
-_of_graphs: list[tuple[Tensor, Tensor]] = []
+_of_graphs: list[Any] = []
+
+
+def _leave_to_graph(batch: SGDBatch) -> None:
+    """After a step inside a capture: what it reads lives as long as the process, and nothing of it is used again.
+
+    A graph knows addresses alone, and what was uploaded inside it is not there before its first replay.
+    """
+    for launch in batch.memory["launches"].values():
+        _of_graphs.append((launch.table, launch.items, launch.geometry, launch.rules_table))
+    _of_graphs.append(list(batch.begun.values()))
+    batch.memory.clear()
 
 
 def _passed(launch: Launch, rules: Sequence[SGDRule], device: torch.device, wide: torch.dtype) -> tuple[Any, Any]:
@@ -230,19 +244,16 @@ def _passed(launch: Launch, rules: Sequence[SGDRule], device: torch.device, wide
         padded = [*rules, *[rules[0]] * (power_of_2(len(rules)) - len(rules))]
         return tuple(_number(value, device) for rule in padded for value in rule), None
     numbers = tuple(_number(value, device) for rule in rules for value in rule)
-    if any(isinstance(value, Tensor) for value in numbers):
-        parts = [
-            # torch.as_tensor would copy the number from the host, which waits, and can't be captured in a graph
-            v.double().reshape(()) if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=device)
-            for v in numbers
-        ]
-        return (), torch.stack(parts)
-    if launch.rules != numbers or launch.rules_table is None:
-        launch.rules, launch.rules_table = (
-            numbers,
-            _uploaded(torch.tensor(numbers, dtype=torch.float64), device, launch),
-        )
-    return (), launch.rules_table
+    tensors = {place: value for place, value in enumerate(numbers) if isinstance(value, Tensor)}
+    known = tuple(0.0 if place in tensors else value for place, value in enumerate(numbers))
+    if launch.rules != known or launch.rules_table is None:
+        launch.rules = known
+        launch.rules_table = _uploaded(torch.tensor(known, dtype=torch.float64), device, launch)
+    if not tensors:
+        return (), launch.rules_table
+    table = launch.rules_table.clone()
+    torch._foreach_copy_([table[place] for place in tensors], [value.reshape(()) for value in tensors.values()])
+    return (), table
 
 
 def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
@@ -291,6 +302,8 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
                 num_warps=_WARPS,
                 **FUSED,
             )
+    if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        _leave_to_graph(batch)
     torch.autograd.graph.increment_version(batch.params)
     if controls.grad_scale is not None:
         torch.autograd.graph.increment_version(grads)
@@ -317,7 +330,7 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
                 len(launch.items),
                 GRAD_TYPE=_TRITON[grad_dtype],
                 ACC=arithmetic(first.dtype),
-                G_PAD=power_of_2(grid),
+                G_PAD=power_of_2(spread(1 << 30, first.device)),  # alike for any number of items
                 num_warps=_WARPS,
                 **FUSED,
             )
@@ -500,7 +513,9 @@ def _block(
     if ROUNDING == "master":
         tl.store(companion_ptr, theta, mask=mask)
     if ROUNDING == "kahan":
-        tl.store(companion_ptr, (theta - stored.to(ACC)).to(COMPANION_TYPE), mask=mask)
+        lost = theta - stored.to(ACC)
+        lost = tl.where(tl.abs(lost) < float("inf"), lost, 0.0)
+        tl.store(companion_ptr, lost.to(COMPANION_TYPE), mask=mask)
 
 
 @triton.jit

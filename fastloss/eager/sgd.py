@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..contract import SGDBatch, SGDControls, SGDRule, compute_dtype
-from .rounding import round_stochastically
+from .rounding import round_stochastically, without_infinities
 from .workers import for_each
 
 __all__ = ["sgd_squares", "sgd_step"]
@@ -48,7 +48,9 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
         if part.gathered is not None:
             squares += _squares(part.gathered.gather(_chosen(grads, part.gathered.indices), wide), wide)
         if part.small is not None:
-            norms = torch._foreach_norm(_chosen(grads, part.small.indices), 2, dtype=wide)
+            chosen = _chosen(grads, part.small.indices)
+            widest = torch.float64 if any(grad.dtype == torch.float64 for grad in chosen) else wide
+            norms = torch._foreach_norm(chosen, 2, dtype=widest)
             squares += torch.stack(norms).double().square().sum()
         for i in part.pieced + (part.large.indices if part.large is not None else []):
             grad = grads[i]
@@ -84,8 +86,9 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
             _step_large(batch, part.large, grads, rule, clip, first=part.first)
         for i in part.pieced:
             _step_by_pieces(batch, i, _laid_out_as(batch.params[i], grads[i]), rule, clip, first=part.first)
-    for flags in batch.begun.values():
-        flags.fill_(1)
+    for i, flags in batch.begun.items():
+        if batch.momentum[i] is not None:
+            flags.fill_(1)
 
 
 @dataclass(frozen=True)
@@ -358,7 +361,7 @@ def _advance_rounded(
     else:
         param.copy_(wide)
     if compensation is not None:
-        compensation.copy_(wide.sub_(param))
+        compensation.copy_(without_infinities(wide.sub_(param)))
 
 
 def _advance(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..contract import SGDRule, compute_dtype
-from ..eager.rounding import round_stochastically
+from ..eager.rounding import round_stochastically, round_to_nearest, without_infinities
 
 __all__ = ["norm", "step", "unscale"]
 
@@ -121,9 +121,12 @@ def _store(param: Tensor, wide: Tensor, state: dict[str, Any], rounding: str) ->
     if rounding == "stochastic":
         param.copy_(round_stochastically(wide, param.dtype))
         return
-    param.copy_(wide)
     if rounding == "kahan":
-        state["kahan_comp"] = (wide - param).to(param.dtype)
+        stored = round_to_nearest(wide, param.dtype)
+        param.copy_(stored)
+        state["kahan_comp"] = without_infinities(wide - stored).to(param.dtype)
+    else:
+        param.copy_(wide)
 
 
 def _on(value: float | Tensor, param: Tensor) -> Any:

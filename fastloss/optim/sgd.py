@@ -73,15 +73,17 @@ class SGD(Optimizer):
             and add it again in the next step (Kahan, "Further remarks on reducing truncation errors", 1965).
         stochastic_rounding: round float16 and bfloat16 parameters up or down at random, right on average.
 
-    The last three exclude each other. Parameters of other dtypes are stepped as ever under them.
+    The last three exclude each other. Parameters of other dtypes are stepped as ever under them. Who writes to a
+    parameter between steps is followed: master weights are taken from it where they differ, and a compensation is
+    forgotten. Writes by way of ``.data`` into the same memory are not noticed.
 
     With :class:`torch.amp.GradScaler` the step itself divides the gradients by the scale, and does nothing if one of
     them has overflowed, without the host waiting to know; ``p.grad`` holds the unscaled gradient then.
 
     Raises:
-        ValueError: a negative or not one-element ``lr``, ``momentum``, ``weight_decay`` or ``max_norm``; nesterov
-            without momentum or with dampening; options that exclude each other; no parameters at all.
-        TypeError: ``params`` is a tensor, ``momentum_dtype`` no floating dtype.
+        ValueError: a negative or not one-element ``lr``, ``momentum`` or ``weight_decay``, a negative ``max_norm``;
+            nesterov without momentum or with dampening; options that exclude each other; no parameters at all.
+        TypeError: ``params`` is a tensor, ``momentum_dtype`` no floating dtype; a hyper-parameter is no number.
 
     Example:
         >>> import fastloss, torch
@@ -97,7 +99,7 @@ class SGD(Optimizer):
 
     _plan: Plan | None
     _begun: dict[Tensor, Tensor]  # of parameters, see SGDBatch.begun
-    _versions: dict[Tensor, int]  # of parameters with master weights, after the last step
+    _written: dict[Tensor, tuple[int, int]]  # how parameters with a companion were after the last step
     # Squares and scale of the last step with max_norm. In a dict: what a compiled step sets as an attribute of an
     # optimizer, torch.compile forgets.
     _clipped: dict[str, Tensor | None]
@@ -182,11 +184,15 @@ class SGD(Optimizer):
     def _step(self) -> None:
         max_norm = self._max_norm()
         plan, grads = self._planned()
+        self._clipped.update(squares=None, scale=None)
         if not plan.batches and not plan.plain:
             return
         for i in plan.sharded:
             grads[i] = local(grads[i], like=plan.params[i])
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        squares = None if max_norm is None else self._sum_of_squares(plan, grads)
+        if squares is not None:
+            self._clipped.update(squares=squares, scale=scale)
         if found_inf is not None and (plan.plain or all(batch.backend == "eager" for batch in plan.batches)):
             # On a CPU the number is at hand. Torch's operators can't be called off by a number elsewhere: they wait.
             if found_inf.item() != 0:
@@ -194,26 +200,30 @@ class SGD(Optimizer):
             found_inf = None
         self._follow_changed_parameters(plan)
         rules = [_rule(group) for group in self.param_groups]
-        squares = None if max_norm is None else self._sum_of_squares(plan, grads)
-        if squares is not None:
-            self._clipped["squares"], self._clipped["scale"] = squares, scale
         controls = _Everywhere(SGDControls(scale, found_inf, squares, max_norm or 0.0))
         for batch in plan.batches:
             device = batch.tensors.params[0].device
             backends.load(batch.backend).sgd_step(batch.tensors, batch.take(grads), rules, controls.on(device))
         # As in torch, each place in which a parameter is listed begins its momentum.
         begin = {i for i in plan.repeated if "momentum_buffer" not in self.state.get(plan.params[i], {})}
+        if plan.plain:
+            self._written.clear()
         for i in plan.plain:
             if i in begin:
                 self.state.get(plan.params[i], {}).pop("momentum_buffer", None)
             self._step_plainly(plan, i, grads[i], rules, controls)
         for batch in plan.batches:
-            if batch.tensors.rounding == "master":
-                self._versions.update((param, param._version) for param in batch.tensors.params)
-        if self._begun and found_inf is None:
-            self._begun = {}
+            if batch.tensors.rounding in _COMPANION:
+                params = (plan.params[i] for i in batch.indices)
+                self._written.update(zip(params, map(_writing, batch.tensors.params), strict=True))
+        if self._begun and found_inf is None and not _capturing():
             for batch in plan.batches:
-                batch.tensors.begun = {}
+                with_momentum = [i for i in batch.tensors.begun if batch.tensors.momentum[i] is not None]
+                for i in with_momentum:
+                    del self._begun[plan.params[batch.indices[i]]]
+                if with_momentum:
+                    left = {i: flags for i, flags in batch.tensors.begun.items() if i not in with_momentum}
+                    batch.tensors.begun = left
 
     def _step_plainly(self, plan: Plan, i: int, grad: Tensor, rules: list[SGDRule], controls: _Everywhere) -> None:
         param, group = plan.params[i], self.param_groups[plan.group_of[i]]
@@ -251,6 +261,7 @@ class SGD(Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if not grads or (found_inf is not None and found_inf.item() != 0):
             return
+        self._written.clear()
         max_norm = self._max_norm()
         clip = None
         if max_norm is not None:
@@ -358,7 +369,7 @@ class SGD(Optimizer):
         param = plan.params[i]
         state = self.state[param]
         if state.get(key) is None:
-            if stored.is_cuda and torch.cuda.is_current_stream_capturing():
+            if stored.is_cuda and _capturing():
                 raise RuntimeError(
                     f"fastloss.SGD: the {key} of a parameter of shape {tuple(param.shape)} would be made inside a "
                     "CUDA graph, and anew by every replay; take a step with the same parameters before capturing"
@@ -386,15 +397,21 @@ class SGD(Optimizer):
         return buffer if stored is param else local(buffer)
 
     def _follow_changed_parameters(self, plan: Plan) -> None:
-        """A parameter that somebody wrote to since the last step is the truth, not its master weights."""
-        if not any(group["master_weights"] for group in self.param_groups):
-            return
+        """A parameter that somebody wrote to since the last step is the truth, not what is kept beside it."""
         for batch in plan.batches:
-            if batch.tensors.rounding == "master":
-                for param, master in zip(batch.tensors.params, batch.tensors.companions, strict=True):
-                    assert master is not None  # with this rounding every parameter has one
-                    if self._versions.get(param, param._version) != param._version:
-                        master.copy_(torch.where(master.to(param.dtype) == param, master, param))
+            if batch.tensors.rounding not in _COMPANION:
+                continue
+            for i, param, companion in zip(
+                batch.indices, batch.tensors.params, batch.tensors.companions, strict=True
+            ):
+                assert companion is not None  # with this rounding every parameter has one
+                known = self._written.get(plan.params[i])
+                if known == _writing(param):
+                    continue
+                if batch.tensors.rounding == "master":  # the last bits of what is still the same are worth keeping
+                    companion.copy_(torch.where(companion.to(param.dtype) == param, companion, param))
+                elif known is not None:
+                    companion.zero_()
 
     def _max_norm(self) -> float | None:
         values = {group["max_norm"] for group in self.param_groups}
@@ -410,7 +427,7 @@ class SGD(Optimizer):
         """What is not part of the optimizer's state, and is made anew."""
         self._plan = None
         self._begun = {}
-        self._versions = {}
+        self._written = {}
         self._clipped = {"squares": None, "scale": None}
 
     # ---------------------------------------------------------------------------------------- groups, checkpoints
@@ -476,7 +493,7 @@ class SGD(Optimizer):
         for state in self.state.values():
             for buffer in state.values():
                 on_cpu = type(buffer) is Tensor and buffer.device.type == "cpu"
-                if on_cpu and buffer.untyped_storage().nbytes() > buffer.nbytes:
+                if on_cpu and buffer.layout == torch.strided and buffer.untyped_storage().nbytes() > buffer.nbytes:
                     buffer.data = buffer.clone()
 
     def _settle(self, params: list[Tensor]) -> None:
@@ -507,8 +524,17 @@ class _Everywhere:
         return self._copies[device]
 
 
+def _writing(param: Tensor) -> tuple[int, int]:
+    """Changes when somebody writes to the parameter, unless by way of its ``.data``."""
+    return param._version, param.data_ptr()
+
+
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
+    return None if tensor is None else tensor.to(device, non_blocking=device.type != "cpu")  # the host would not wait
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _norm(squares: Tensor, scale: Tensor | None) -> Tensor:
@@ -587,7 +613,9 @@ def _check(group: dict[str, Any]) -> None:
             f"got momentum {group['momentum']}, dampening {group['dampening']}"
         )
     max_norm, dtype = group["max_norm"], group["momentum_dtype"]
-    if max_norm is not None and not max_norm >= 0.0:
+    if max_norm is not None and (isinstance(max_norm, bool) or not isinstance(max_norm, Real)):
+        raise TypeError(f"max_norm must be a number or None, got {type(max_norm).__name__} {max_norm!r}")
+    if max_norm is not None and not float(max_norm) >= 0.0:
         raise ValueError(f"Invalid max_norm value: {max_norm}; expected 0 or more, or None for no clipping")
     if dtype is not None and dtype not in SERVED_DTYPES:
         raise TypeError(f"momentum_dtype must be a floating torch.dtype of 16, 32 or 64 bits, or None; got {dtype!r}")
