@@ -329,7 +329,7 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
                 counter(first.device),
                 len(launch.items),
                 GRAD_TYPE=_TRITON[grad_dtype],
-                ACC=arithmetic(first.dtype),
+                ACC=arithmetic(torch.promote_types(first.dtype, grad_dtype)),
                 G_PAD=power_of_2(spread(1 << 30, first.device)),  # alike for any number of items
                 num_warps=_WARPS,
                 **FUSED,

@@ -357,6 +357,52 @@ def test_graph_under_a_scaler(kernels: Place, overflows: bool) -> None:
     assert torch.equal(grad, torch.full_like(param, 8.0 if overflows else 2.0))
 
 
+@pytest.mark.parametrize("between", ["new gradients", "the same gradients"])
+def test_a_step_between_capture_and_replay(kernels: Place, between: str) -> None:
+    """What was uploaded inside the graph is not on the device before its first replay, and stays as it was after a
+    step that moves the tables."""
+    param = nn.Parameter(torch.zeros(5000, device=kernels.device))
+    optimizer = fastloss.SGD([param], lr=1.0)
+    static = param.grad = torch.ones_like(param)
+    optimizer.step()
+    moved = param.grad = torch.full_like(param, 2.0)  # the tables of the capture differ from those on the device
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    if between == "new gradients":
+        param.grad = torch.full_like(param, 4.0)
+    optimizer.step()
+    graph.replay()
+    param.grad = static
+    optimizer.step()
+    graph.replay()
+    assert torch.equal(moved, torch.full_like(param, 2.0))
+    expected = -1.0 - (4.0 if between == "new gradients" else 2.0) - 2.0 - 1.0 - 2.0
+    assert torch.equal(param.detach(), torch.full_like(param, expected))
+
+
+def test_state_dict_between_capture_and_replay(kernels: Place) -> None:
+    """Reading the state settles which momentum buffers have begun; the graph keeps the flags that it knows."""
+    param = nn.Parameter(torch.zeros(5000, device=kernels.device))
+    param.grad = torch.ones_like(param)
+    optimizer = fastloss.SGD([param], lr=1.0, momentum=0.5, dampening=0.5)
+    scale, found_inf = (torch.ones((), device=kernels.device) for _ in range(2))
+    optimizer.grad_scale, optimizer.found_inf = scale, found_inf  # type: ignore[attr-defined]
+    found_inf.zero_()
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    momentum = torch.ones(())
+    expected = -momentum
+    for _ in range(3):
+        assert torch.equal(optimizer.state_dict()["state"][0]["momentum_buffer"].cpu(), momentum.expand(5000))
+        graph.replay()
+        momentum = 0.5 * momentum + 0.5
+        expected = expected - momentum
+    torch.testing.assert_close(param.detach().cpu(), expected.expand(5000))
+
+
 # ----------------------------------------------------------------------------- the host does not wait
 
 

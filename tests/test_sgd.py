@@ -780,6 +780,27 @@ def test_pickled_size(place: Place) -> None:
     assert sizes[1] < sizes[3] + 2000
 
 
+@pytest.mark.parametrize("through", THROUGH)
+def test_sparse_momentum_in_a_checkpoint(place: Place, through: str) -> None:
+    """The buffer of a parameter whose first gradient was sparse is sparse."""
+    param = nn.Parameter(torch.randn(6, 2, dtype=torch.float64, device=place.device))
+    optimizer = SGD([param], lr=0.1, momentum=0.9)
+    twin = nn.Parameter(param.detach().clone())
+    other = torch.optim.SGD([twin], lr=0.1, momentum=0.9)
+    for number in range(4):
+        gradient = torch.zeros_like(param)
+        gradient[torch.randint(6, (2,))] = 0.5
+        for each, its in ((param, optimizer), (twin, other)):
+            each.grad = gradient.to_sparse()
+            its.step()
+        if number == 1:
+            state = THROUGH[through](optimizer.state_dict())
+            assert state["state"][0]["momentum_buffer"].is_sparse
+            optimizer = SGD([param], lr=0.1, momentum=0.9)
+            optimizer.load_state_dict(state)
+    torch.testing.assert_close(param, twin, rtol=1e-12, atol=1e-12)
+
+
 def test_state_dict_in_mid_run_disturbs_nothing(place: Place) -> None:
     twins = Twins(place, SHAPES, momentum=0.9, dampening=0.5)
     for _ in range(4):
@@ -916,6 +937,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "norm": ({"max_norm": -1.0}, ValueError, "Invalid max_norm value: -1.0"),
     "NaN norm": ({"max_norm": float("nan")}, ValueError, "Invalid max_norm value: nan"),
+    "norm in words": ({"max_norm": "1"}, TypeError, "max_norm must be a number or None, got str '1'"),
+    "norm as a tensor": ({"max_norm": torch.ones(())}, TypeError, "max_norm must be a number or None, got Tensor"),
+    "norm as a switch": ({"max_norm": True}, TypeError, "max_norm must be a number or None, got bool True"),
     "integer momentum": ({"momentum_dtype": torch.int32}, TypeError, "momentum_dtype must be.*got torch.int32"),
     "complex momentum": ({"momentum_dtype": torch.complex64}, TypeError, "momentum_dtype must be.*torch.complex64"),
     "momentum of 8 bits": ({"momentum_dtype": torch.float8_e4m3fn}, TypeError, "momentum_dtype must be.*float8"),

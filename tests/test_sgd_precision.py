@@ -6,6 +6,8 @@ gets float16.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from places import Place
 from torch import Tensor
 
 import fastloss
-from fastloss.eager.rounding import round_stochastically
+from fastloss.eager.rounding import round_stochastically, round_to_nearest
 
 KEEPING = {
     "master": {"master_weights": True},
@@ -310,3 +312,81 @@ def test_weights_that_were_written_over_are_the_truth(place: Place, whole: bool)
         assert torch.equal(master[10:], kept[10:])  # to the last bit
         assert torch.equal(master[:10], torch.full_like(master[:10], 5.0))
     assert torch.equal(leaf, master.to(leaf.dtype))
+
+
+def swapped(leaf: Tensor, value: float) -> None:
+    leaf.data = torch.full_like(leaf, value)
+
+
+def filled(leaf: Tensor, value: float) -> None:
+    with torch.no_grad():
+        leaf.fill_(value)
+
+
+@pytest.mark.parametrize("write", [filled, swapped])
+@pytest.mark.parametrize("options", [KEEPING["master"], KEEPING["kahan"]], ids=["master", "kahan"])
+@pytest.mark.parametrize("before", ["steps", "load", "deepcopy", "torch's steps"])
+def test_who_writes_to_a_parameter_is_followed(
+    place: Place, before: str, options: dict[str, bool], write: Callable[[Tensor, float], None]
+) -> None:
+    """What was kept of the old number's last bits has no part in the new one."""
+    leaf = torch.nn.Parameter(1 + torch.rand(30, device=place.device).to(short(place)))
+    optimizer = fastloss.SGD([leaf], lr=eps(short(place)) / 3, **options)
+    for _ in range(3):
+        leaf.grad = torch.ones_like(leaf)
+        optimizer.step()
+    if before == "load":
+        optimizer.load_state_dict(optimizer.state_dict())
+    if before == "deepcopy":
+        leaf, optimizer = copy.deepcopy((leaf, optimizer))
+    if before == "torch's steps":
+        torch.optim.SGD([leaf], lr=1.0).step()
+    elif before != "steps":
+        leaf.grad = torch.ones_like(leaf)
+        optimizer.step()
+    write(leaf, 4.0)
+    leaf.grad = torch.zeros_like(leaf)
+    optimizer.step()
+    assert torch.equal(leaf.detach(), torch.full_like(leaf, 4.0))
+    for companion, whole in (("master_param", 4.0), ("kahan_comp", 0.0)):
+        if companion in optimizer.state[leaf]:
+            kept = optimizer.state[leaf][companion]
+            assert torch.equal(kept, torch.full_like(kept, whole))
+
+
+def test_master_weights_of_another_run_do_not_undo_what_was_loaded(place: Place) -> None:
+    """Written to between the load of a state and the first step: the parameter is the truth there too."""
+    leaf = torch.nn.Parameter(torch.ones(30, device=place.device).to(short(place)))
+    optimizer = fastloss.SGD([leaf], lr=0.25, master_weights=True)
+    leaf.grad = torch.ones_like(leaf)
+    optimizer.step()
+    state = optimizer.state_dict()
+    later = torch.nn.Parameter(torch.full_like(leaf, 8.0))
+    optimizer = fastloss.SGD([later], lr=0.25, master_weights=True)
+    optimizer.load_state_dict(state)
+    later.grad = torch.ones_like(later)
+    optimizer.step()
+    assert torch.equal(later.detach(), torch.full_like(later, 7.75))
+
+
+def test_a_compensation_of_what_is_infinite_is_nothing(place: Place) -> None:
+    """∞ − ∞ would be NaN, and NaN would stay after the parameter has been mended."""
+    leaf = torch.nn.Parameter(torch.ones(20, device=place.device, dtype=torch.float16))
+    optimizer = fastloss.SGD([leaf], lr=1.0, kahan_sum=True)
+    leaf.grad = torch.full_like(leaf, -6e4)
+    optimizer.step()
+    optimizer.step()
+    assert torch.equal(leaf.detach(), torch.full_like(leaf, float("inf")))
+    assert torch.equal(optimizer.state[leaf]["kahan_comp"], torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_to_nearest_is_the_conversion(dtype: torch.dtype) -> None:
+    """Of every exponent, of ties, and of what is too large or no number."""
+    wide = torch.randn(100_000) * 2.0 ** torch.randint(-40, 20, (100_000,))
+    grid = torch.randn(1000).to(dtype).float() * 2.0 ** torch.randint(-20, 10, (1000,))
+    neighbour = (grid.view(torch.int32) + (1 << (16 if dtype == torch.bfloat16 else 13))).view(torch.float32)
+    special = torch.tensor([0.0, -0.0, 65504.0, 65519.9, 65520.0, 1e38, float("inf"), -float("inf"), 2.0**-25])
+    for numbers in (wide, (grid + neighbour) / 2, special, -special):
+        assert torch.equal(round_to_nearest(numbers, dtype), numbers.to(dtype).float())
+    assert round_to_nearest(torch.tensor([float("nan")]), dtype).isnan().all()

@@ -120,10 +120,14 @@ def test_compiled_step(place: Place, options: dict[str, Any], compiled: str) -> 
     assert_same_run(trained(place, options, compiled=compiled), trained(place, options))
 
 
+by_inductor = pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), reason="needs a C++ compiler"
+)
+
+
+@by_inductor
 @pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[3]], ids=str)
 def test_step_compiled_by_inductor(options: dict[str, Any]) -> None:
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        pytest.skip("needs a C++ compiler")
     place = Place("eager", torch.device("cpu"))
     assert_same_run(trained(place, options, compiled="c", backend="inductor"), trained(place, options))
 
@@ -194,6 +198,21 @@ def test_compiled_step_of_16_bits(place: Place, options: dict[str, Any], compile
     torch.testing.assert_close(state["momentum_buffer"], expected["momentum_buffer"])
 
 
+@by_inductor
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compensation_compiled_by_inductor(dtype: torch.dtype) -> None:
+    """A compiled program leaves out the way to 16 bits and back, by which the lost digits are found."""
+    param = nn.Parameter(torch.ones(40, dtype=dtype))
+    lr = torch.finfo(dtype).eps / 8
+    optimizer = fastloss.SGD([param], lr=lr, kahan_sum=True)
+    step = torch.compile(optimizer.step, backend="inductor", fullgraph=True)
+    for _ in range(20):
+        param.grad = -torch.ones_like(param)
+        step()
+    whole = param.detach().float() + optimizer.state[param]["kahan_comp"].float()
+    torch.testing.assert_close(whole, torch.full((40,), 1 + 20 * lr), rtol=0, atol=lr / 8)
+
+
 @pytest.mark.parametrize("compiled", ["c", "-"])
 def test_momentum_of_another_dtype_than_its_parameters(place: Place, compiled: str) -> None:
     """Compiled or not, from the first step on."""
@@ -251,6 +270,23 @@ def test_a_norm_beyond_float16(by_operators: bool) -> None:
     torch.testing.assert_close(param.detach(), torch.full_like(param, -1 / 256))
     assert optimizer.grad_norm is not None
     assert float(optimizer.grad_norm) == 512.0 * 256
+
+
+def test_the_norm_of_wide_gradients_of_narrow_parameters(place: Place) -> None:
+    """``grad_dtype`` allows them: float64 gradients whose squares float32 does not hold."""
+    params = [
+        nn.Parameter(torch.zeros(64, device=place.device)),
+        nn.Parameter(torch.zeros(3, 2, device=place.device)),
+    ]
+    for param in params:
+        param.grad_dtype = None
+        param.grad = torch.full_like(param, 1e25, dtype=torch.float64)
+    optimizer = fastloss.SGD(params, lr=1.0, max_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm is not None
+    assert float(optimizer.grad_norm) == pytest.approx(70**0.5 * 1e25, rel=1e-6)
+    for param in params:
+        torch.testing.assert_close(param.detach(), torch.full_like(param, -(70**-0.5)))
 
 
 # ----------------------------------------------------------------------------- several processes
@@ -604,6 +640,28 @@ def test_an_overflow_is_no_first_step(place: Place) -> None:
                 assert not any("momentum_buffer" in s for s in optimizer.state_dict()["state"].values())
         runs.append(param.detach())
     torch.testing.assert_close(*runs)
+
+
+def test_momentum_that_begins_after_an_overflow(place: Place) -> None:
+    """Groups without momentum get theirs when it is set; what was called off before has left nothing behind."""
+    runs = []
+    for optimizer_class in BOTH:
+        torch.manual_seed(0)
+        params = [torch.zeros(5, device=place.device), torch.ones(3, device=place.device)]
+        groups = [{"params": params[:1], "momentum": 0.0}, {"params": params[1:]}]
+        optimizer = optimizer_class(groups, lr=0.1, momentum=0.9, dampening=0.5)
+        scaler = torch.amp.GradScaler(place.device.type, init_scale=4.0)
+        for number in range(6):
+            scale = float(scaler.scale(torch.ones((), device=place.device)))
+            for param in params:
+                param.grad = torch.randn_like(param) * scale
+            if number in (0, 3):
+                params[1].grad[0] = float("inf")  # type: ignore[index]
+            optimizer.param_groups[0]["momentum"] = 0.9 if number > 2 else 0.0
+            scaler.step(optimizer)
+            scaler.update()
+        runs.append([p.detach() for p in params])
+    close(*runs)
 
 
 def test_an_overflow_is_no_first_step_for_a_compiled_one_either(place: Place) -> None:
