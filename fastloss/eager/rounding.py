@@ -34,8 +34,8 @@ def round_to_nearest(wide: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def without_infinities(lost: Tensor) -> Tensor:
-    """What rounding took away; nothing, where the result is no finite number."""
-    return torch.where(lost.isfinite(), lost, 0.0)
+    """What rounding took away, in place; nothing, where the result is no finite number."""
+    return lost.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _dropped(dtype: torch.dtype) -> int:

@@ -37,6 +37,7 @@ _PIECE = 1 << 18
 # Elements whose squares are added up in float32.
 _NORM_PIECE = 1 << 14
 _NORM_EPSILON = 1e-6
+_ALL = slice(None)
 
 _dtype_of = operator.attrgetter("dtype")
 
@@ -172,11 +173,12 @@ class _Listed:
         """Are the parameters laid out as they were?"""
         return list(map(Tensor.stride, self.several)) == self.strides
 
-    def fitting(self, grads: list[Tensor]) -> list[Tensor]:
-        """Their gradients, as the operator needs them."""
-        chosen, wide = _chosen(grads, self.indices), self.params[0].dtype
+    def fitting(self, grads: list[Tensor], share: slice = _ALL) -> list[Tensor]:
+        """The gradients of a share of them, as the operator needs them."""
+        chosen = grads[share] if len(self.indices) == len(grads) else [grads[i] for i in self.indices[share]]
+        wide = self.params[0].dtype
         if not (self.contiguous and all(map(Tensor.is_contiguous, chosen))):
-            chosen = [_laid_out_as(param, grad) for param, grad in zip(self.params, chosen, strict=True)]
+            chosen = [_laid_out_as(param, grad) for param, grad in zip(self.params[share], chosen, strict=True)]
         if list(map(_dtype_of, chosen)).count(wide) != len(chosen):
             chosen = [grad.to(wide) for grad in chosen]
         return chosen
@@ -291,22 +293,20 @@ def _step_gathered(
 
 
 def _step_small(small: _Listed, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool) -> None:
-    chosen = small.fitting(grads)
-    count = len(chosen)
-
     def step(share: slice) -> None:
-        some = torch._foreach_mul(chosen[share], clip) if clip != 1.0 else chosen[share]
-        _advance(small.params[share], list(some), small.momentum[share], rule, first=first)
+        # All of it here: while one thread is in the operator, another one looks at its share's gradients.
+        params, chosen = small.params[share], small.fitting(grads, share)
+        some = torch._foreach_mul(chosen, clip) if clip != 1.0 else chosen
+        _advance(params, list(some), small.momentum[share], rule, first=first)
+        torch.autograd.graph.increment_version(params)  # which torch's operator does not
 
+    count = len(small.params)
     if count < _MANY:
-        step(slice(count))
+        step(_ALL)
     else:
-        threads = (
-            torch.get_num_threads()
-        )  # each takes one share: what lies between the operators' calls waits in line
+        threads = torch.get_num_threads()  # one share each: between the operators' calls they wait for each other
         shares = [slice(count * i // threads, count * (i + 1) // threads) for i in range(threads)]
         for_each(shares, step, small.params[0].device, few=2)
-    torch.autograd.graph.increment_version(small.params)  # which torch's operator does not
 
 
 def _step_large(
