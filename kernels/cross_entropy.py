@@ -170,6 +170,7 @@ def cross_entropy_backward(
             options.lse_square_scale,
             options.softcap or 1.0,
             **_constants(logits, weight, options, tiles),
+            **(tiles.registers() if weight is not None else {}),
         )
     return result
 

@@ -26,7 +26,6 @@ __all__ = [
     "on_device",
     "plan",
     "power_of_2",
-    "registers",
     "spread",
     "vector_width",
 ]
@@ -66,6 +65,14 @@ class Tiles(NamedTuple):
             **FUSED,
         }
 
+    def registers(self) -> dict[str, int]:
+        """A launch option: let the compiler take as many registers as there are, where by itself it would spill.
+
+        ptxas aims at more programs on a processor, and spills a few bytes for that: at 64 registers for 512 threads.
+        AMD's compiler has no such option.
+        """
+        return {} if torch.version.hip is not None else {"maxnreg": min(255, 65536 // (32 * self.warps))}
+
 
 def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
     """The tiles for ``(outer, classes, inner)`` logits, and a gradient of that shape where one is written.
@@ -90,7 +97,8 @@ def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
         number = outer * triton.cdiv(inner, tile_rows)
     else:
         if looped:
-            cols, warps = (8192 if vec > 1 else 4096), 16
+            # Where each element has an address of its own, half of the threads, so that each has twice the registers.
+            cols, warps = (8192, 16) if vec > 1 else (2048, 8)
         else:
             warps = max(4, cols // 512)
         tile_rows, group = max(1, min(4096 // cols, 64, power_of_2(rows))), 16 // itemsize
@@ -127,14 +135,6 @@ def vector_width(*tensors: Tensor, classes: int) -> int:
         while any(step % width for step in steps):
             width //= 2
     return width
-
-
-def registers(count: int) -> dict[str, int]:
-    """A launch option: let the compiler take so many registers a thread, where by itself it would spill a few bytes.
-
-    ptxas stops at 64 for 512 threads, so that two programs fit a processor; AMD's compiler has no such option.
-    """
-    return {} if torch.version.hip is not None else {"maxnreg": count}
 
 
 def spread(count: int, device: torch.device) -> int:

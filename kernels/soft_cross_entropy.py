@@ -41,7 +41,7 @@ from torch import Tensor
 from fastloss.contract import LossOptions, SoftForward
 
 from . import launch
-from .launch import Tiles, arithmetic, counter, on_device, plan, power_of_2, registers, vector_width
+from .launch import Tiles, arithmetic, counter, on_device, plan, power_of_2, vector_width
 from .rows import LOG2_E, class_offsets, fp64, inside, last_to_end, row_offsets, tanh, tile_count, tile_rows
 
 __all__ = ["soft_cross_entropy_backward", "soft_cross_entropy_forward"]
@@ -100,7 +100,7 @@ def soft_cross_entropy_forward(
                 **_logit_constants(options),
                 **constants,
                 **({"GROUP": tiles.group} if tiles.looped else {}),
-                **(registers(80) if tiles.looped and gradient and target_gradient else {}),
+                **(tiles.registers() if gradient and (target_gradient or options.softcap is not None) else {}),
             )
     return SoftForward(loss, result, target_result, saved)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastloss.contract import LossOptions, RowStatistics
 
-from .launch import arithmetic, in_blocks, on_device, plan, registers
+from .launch import arithmetic, in_blocks, on_device, plan
 from .rows import (
     LOG2_E,
     class_offsets,
@@ -85,7 +85,7 @@ def row_statistics_forward(
             **_constants(logits, weight, options),
             **tiles.constants(),
             **({"GROUP": tiles.group} if tiles.looped else {}),
-            **(registers(80) if tiles.looped and entropy and weighted_sum is not None and options.softcap else {}),
+            **(tiles.registers() if entropy and weighted_sum is not None and options.softcap else {}),
         )
     if weighted_sum is not None:
         total = classes if weight is None else weight.sum(dtype=torch.float64)
