@@ -41,6 +41,7 @@ def accuracy(
     outer, classes, inner = logits.shape
     rows, none = outer * inner, reduction == "none"
     tiles, k_pad = plan(logits), power_of_2(len(topk))
+    tiles = tiles._replace(all_registers=tiles.all_registers or tiles.by_inner)
     right = torch.empty((len(topk), rows) if none else (len(topk),), dtype=torch.float32, device=logits.device)
     counts = None if none else torch.empty((tiles.grid, 1 + k_pad), dtype=torch.int32, device=logits.device)
     with on_device(logits):
@@ -64,7 +65,6 @@ def accuracy(
             GROUP=tiles.group,
             ACC=arithmetic(logits.dtype),
             **tiles.constants(),
-            **(tiles.registers() if tiles.by_inner else {}),
         )
     return tuple(right.unbind(0))
 

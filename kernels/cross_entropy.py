@@ -150,7 +150,7 @@ def cross_entropy_backward(
     result = logits if inplace else torch.empty_like(logits)
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
-    tiles = tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4)
+    tiles = tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4, all_registers=weight is not None)
     tiles, blocks = launch.in_blocks(tiles, logits.shape[1])
     grid = (tiles.number, blocks)
     with on_device(logits):
@@ -170,7 +170,6 @@ def cross_entropy_backward(
             options.lse_square_scale,
             options.softcap or 1.0,
             **_constants(logits, weight, options, tiles),
-            **(tiles.registers() if weight is not None else {}),
         )
     return result
 

@@ -53,25 +53,24 @@ class Tiles(NamedTuple):
     vec: int  # classes that one access takes
     number: int  # of tiles
     grid: int  # programs
+    all_registers: bool = False  # see :meth:`constants`
 
     def constants(self) -> dict[str, object]:
-        """The compile-time arguments of a kernel that follow from it."""
+        """The compile-time arguments of a kernel that follow from it.
+
+        ptxas aims at more programs on a processor than one, and spills a few bytes for that: at 64 registers for 512
+        threads. With ``all_registers`` it may take as many as there are; AMD's compiler has no such option.
+        """
+        limit = {"maxnreg": min(255, 65536 // (32 * self.warps))} if self.all_registers else {}
         return {
             "VEC": self.vec,
             "ROWS": self.rows,
             "COLS": self.cols,
             "BY_INNER": self.by_inner,
             "num_warps": self.warps,
+            **(limit if torch.version.hip is None else {}),
             **FUSED,
         }
-
-    def registers(self) -> dict[str, int]:
-        """A launch option: let the compiler take as many registers as there are, where by itself it would spill.
-
-        ptxas aims at more programs on a processor, and spills a few bytes for that: at 64 registers for 512 threads.
-        AMD's compiler has no such option.
-        """
-        return {} if torch.version.hip is not None else {"maxnreg": min(255, 65536 // (32 * self.warps))}
 
 
 def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
@@ -109,7 +108,8 @@ def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
             resident, max(1, _l2_bytes(logits.device) // (2 * classes * itemsize * _processors(logits.device)))
         )
     grid = max(1, min(number, _processors(logits.device) * resident))
-    return Tiles(tile_rows, cols, warps, looped, by_inner, group, vec, number, grid)
+    by_address = looped and vec == 1 and not by_inner
+    return Tiles(tile_rows, cols, warps, looped, by_inner, group, vec, number, grid, all_registers=by_address)
 
 
 def in_blocks(tiles: Tiles, classes: int) -> tuple[Tiles, int]:

@@ -100,7 +100,6 @@ def soft_cross_entropy_forward(
                 **_logit_constants(options),
                 **constants,
                 **({"GROUP": tiles.group} if tiles.looped else {}),
-                **(tiles.registers() if gradient and (target_gradient or options.softcap is not None) else {}),
             )
     return SoftForward(loss, result, target_result, saved)
 
@@ -165,7 +164,9 @@ def _plan(
     written = [t for t in (result, target_result) if t is not None]
     tiles = plan(input, written[0] if written else None)
     classes = input.shape[1]
-    tiles = tiles._replace(vec=vector_width(input, target, *written, classes=classes))
+    vec = vector_width(input, target, *written, classes=classes)
+    many = len(written) == 2 or (written and options.softcap is not None)
+    tiles = tiles._replace(vec=vec, all_registers=bool(many or (tiles.looped and vec == 1 and not tiles.by_inner)))
     if written and not tiles.looped and _compute_dtype(input, target) == torch.float32:
         if tiles.warps > 8:
             # 32 elements a thread and two programs a processor, where with 16 there would be room for one alone: it

@@ -57,6 +57,8 @@ def row_statistics_forward(
     outer, classes, inner = logits.shape
     rows = outer * inner
     tiles = plan(logits)
+    everything = entropy and options.label_smoothing != 0 and options.softcap is not None
+    tiles = tiles._replace(all_registers=tiles.all_registers or everything)
 
     def rowwise(wanted: bool, dtype: torch.dtype = torch.float64) -> Tensor | None:
         return torch.empty(rows, dtype=dtype, device=logits.device) if wanted else None
@@ -85,7 +87,6 @@ def row_statistics_forward(
             **_constants(logits, weight, options),
             **tiles.constants(),
             **({"GROUP": tiles.group} if tiles.looped else {}),
-            **(tiles.registers() if entropy and weighted_sum is not None and options.softcap else {}),
         )
     if weighted_sum is not None:
         total = classes if weight is None else weight.sum(dtype=torch.float64)
