@@ -21,7 +21,8 @@ from .functional import (  # noqa: E402
     cross_entropy,
     cross_entropy_with_accuracy,
 )
-from .modules import CrossEntropyLoss  # noqa: E402
+from .linear import linear_cross_entropy, linear_cross_entropy_with_accuracy  # noqa: E402
+from .modules import CrossEntropyLoss, LinearCrossEntropyLoss  # noqa: E402
 from .optim import SGD  # noqa: E402
 from .statistics import LossStatistics, cross_entropy_with_statistics  # noqa: E402
 
@@ -30,11 +31,14 @@ __version__ = "0.1.0"
 __all__ = [
     "SGD",
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "LossAndAccuracy",
     "LossStatistics",
     "accuracy",
     "cross_entropy",
     "cross_entropy_with_accuracy",
     "cross_entropy_with_statistics",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_accuracy",
     "use_backend",
 ]

@@ -31,7 +31,7 @@ from torch.autograd import Function
 from . import composite
 from .contract import Backend, LossOptions, compute_dtype
 
-__all__ = ["as_rows", "fused_cross_entropy", "is_differentiable"]
+__all__ = ["as_rows", "fused_cross_entropy", "graph_is_kept", "is_differentiable"]
 
 
 def fused_cross_entropy(
@@ -151,9 +151,9 @@ class _CrossEntropy(Function):
                 weight,
                 ctx.options,
                 saved,
-                inplace=ctx.inplace and not _graph_is_kept(),
+                inplace=ctx.inplace and not graph_is_kept(),
             )
-            if ctx.inplace and not _graph_is_kept():
+            if ctx.inplace and not graph_is_kept():
                 torch.autograd.graph.increment_version(input)
             return (result.view(input.shape), *nothing)
 
@@ -230,7 +230,7 @@ class _SoftCrossEntropy(Function):
             if of_loss is None:
                 return (None, None, *nothing)
             of_input, of_target = ctx.needs_input_grad[:2]
-            inplace = ctx.inplace and not _graph_is_kept()
+            inplace = ctx.inplace and not graph_is_kept()
             g, d = ctx.backend.soft_cross_entropy_backward(
                 of_loss,
                 as_rows(input),
@@ -260,7 +260,7 @@ class _SoftCrossEntropy(Function):
 
 def _handed_over(ctx: Any, written: Sequence[Tensor | None], upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients that the forward pass wrote, times ``upstream``."""
-    mine = not _graph_is_kept()
+    mine = not graph_is_kept()
     return tuple(
         None if g is None or upstream is None else ctx.backend.rescale(g.detach(), upstream, inplace=mine)
         for g in written
@@ -358,7 +358,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 1 else as_rows(tensor).movedim(1, -1).flatten(0, 1)
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Will autograd come back to this node (``retain_graph=True``)? If that can't be known: yes."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())

@@ -141,10 +141,13 @@ class Backend(Protocol):
         loss_dtype: torch.dtype,
         gradient: bool,
         inplace: bool,
+        divisor: Tensor | None = None,
     ) -> Forward:
         """Loss, accuracies and, if ``gradient``, the gradient (over the logits themselves if ``inplace``).
 
         ``gradient`` asks for a reduced loss. Without it ``saved`` is filled for ``cross_entropy_backward``.
+        ``divisor``, ``()`` float64, goes with reduction "sum": the gradient, not the loss, is divided by it. So some
+        of the rows get their part of the gradient of the mean over all.
         """
         ...
 
@@ -173,12 +176,13 @@ class Backend(Protocol):
         gradient: bool,
         target_gradient: bool,
         inplace: bool,
+        divisor: float = 1.0,
     ) -> SoftForward:
         """The loss of soft targets t, with u = (1−ε) t + ε/C, and either gradient if asked for (a reduced loss then).
 
         Of logits:        L = Σ_c w_c u_c (lse − z_c) + λ lse² Σ_c w_c t_c;  "mean" divides by the number of rows.
         Of probabilities: L = −Σ_c w_c u_c log y_c (``options.from_logits`` is False), where 0 · log y is 0.
-        ``options.ignore_index`` and ``options.topk`` mean nothing here.
+        ``options.ignore_index`` and ``options.topk`` mean nothing here. ``divisor`` is as above, of both gradients.
         """
         ...
 

@@ -24,7 +24,7 @@ SMALL_ON_CPU = 1 << 18
 # And so do rows of so few classes: what is kept of a row would outweigh the row.
 FEW_CLASSES = 8
 
-_FUSED_TYPES = (Tensor, torch.nn.Parameter)
+FUSED_TYPES = (Tensor, torch.nn.Parameter)
 
 
 class LossAndAccuracy(NamedTuple):
@@ -134,7 +134,7 @@ def cross_entropy(
     options = checks.checked_options(
         ignore_index, label_smoothing, reduction, lse_square_scale, softcap, from_logits=from_logits
     )
-    return _loss_and_accuracy(input, target, weight, options, inplace)[0]
+    return loss_and_accuracy(input, target, weight, options, inplace)[0]
 
 
 def cross_entropy_with_accuracy(
@@ -173,7 +173,7 @@ def cross_entropy_with_accuracy(
     options = checks.checked_options(
         ignore_index, label_smoothing, reduction, lse_square_scale, softcap, ks, from_logits
     )
-    loss, values = _loss_and_accuracy(input, target, weight, options, inplace)
+    loss, values = loss_and_accuracy(input, target, weight, options, inplace)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
 
 
@@ -230,7 +230,7 @@ def is_small(input: Tensor, target: Tensor, weight: Tensor | None = None) -> boo
     """Do torch's own operators serve these best: few logits on a CPU, with a target that they take?"""
     return (
         not torch.compiler.is_compiling()
-        and type(input) in _FUSED_TYPES
+        and type(input) in FUSED_TYPES
         and type(target) is Tensor
         and input.is_cpu
         and (input.numel() <= SMALL_ON_CPU or (input.dim() > 1 and input.shape[1] <= FEW_CLASSES))
@@ -260,20 +260,20 @@ def _check_shapes(input: Tensor, target: Tensor, weight: Tensor | None, options:
         checks.check_index_target(input, target, weight)
 
 
-def _loss_and_accuracy(
+def loss_and_accuracy(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, inplace: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     if is_traced(input, target):
         _check_shapes(input, target, weight, options)
-        if _is_compiled(input, target, weight, options):
+        if is_compiled(input, target, weight, options):
             return _operated(input, target, weight, options)
-        return _composed(input, target, weight, options)
+        return composed(input, target, weight, options)
     check_tensors(input, target, weight, options)
     soft = target.is_floating_point()
     if not soft and input.dim() == 1:
         target = target.view(())
     if not inplace and input.numel() > 0 and is_small(input, target, weight):
-        return _composed(input, target, weight, options)
+        return composed(input, target, weight, options)
     if inplace and torch._debug_has_internal_overlap(input) == 1:
         raise RuntimeError(
             f"fastloss: inplace=True needs an input whose elements have memory of their own; "
@@ -282,7 +282,7 @@ def _loss_and_accuracy(
     dtype = loss_dtype(input, target, weight)
     served = input.numel() > 0 and (soft or options.from_logits) and not has_too_many_rows(input)
     if not served or (soft and weight is not None and weight.requires_grad and torch.is_grad_enabled()):
-        return _composed(input, target, weight, options)
+        return composed(input, target, weight, options)
     loss, values = fused_cross_entropy(
         input,
         target if soft else target.reshape(-1).contiguous(),
@@ -300,9 +300,12 @@ def _loss_and_accuracy(
     return loss, values
 
 
-def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
-    """As torch has it: the input's, or a wider one of class probabilities and their weights; autocast's float32."""
-    dtype = input.dtype
+def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype | None = None) -> torch.dtype:
+    """As torch has it: the input's, or a wider one of class probabilities and their weights; autocast's float32.
+
+    ``dtype`` is that of the logits, where ``input`` is not the logits themselves.
+    """
+    dtype = dtype or input.dtype
     if target.is_floating_point():
         dtype = torch.promote_types(dtype, target.dtype)
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
@@ -310,13 +313,13 @@ def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dt
     return torch.float32 if half and torch.is_autocast_enabled(input.device.type) else dtype
 
 
-def _is_compiled(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> bool:
+def is_compiled(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> bool:
     """Is this traced by a compiler, to be served by this package's operators?"""
     return (
         torch.compiler.is_dynamo_compiling()
         and not torch.compiler.is_exporting()
-        and type(input) in _FUSED_TYPES
-        and type(target) in _FUSED_TYPES
+        and type(input) in FUSED_TYPES
+        and type(target) in FUSED_TYPES
         and (target.is_floating_point() or options.from_logits)
         and not (target.is_floating_point() and weight is not None and weight.requires_grad)
         and not torch._C._are_functorch_transforms_active()
@@ -351,7 +354,7 @@ def _row_shape(input: Tensor) -> tuple[int, ...]:
     return (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
 
 
-def _composed(
+def composed(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and accuracies where no fused pass serves the loss."""
@@ -413,7 +416,7 @@ def is_traced(input: Tensor, target: Tensor) -> bool:
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         return False
     return (
-        type(input) not in _FUSED_TYPES
+        type(input) not in FUSED_TYPES
         or type(target) is not Tensor
         or input.is_meta
         or not (input.layout is target.layout is torch.strided)

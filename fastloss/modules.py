@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from .functional import cross_entropy
+from .linear import linear_cross_entropy
 
-__all__ = ["CrossEntropyLoss"]
+__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -77,4 +82,90 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
             f"label_smoothing={self.label_smoothing}, lse_square_scale={self.lse_square_scale}, "
             f"softcap={self.softcap}, from_logits={self.from_logits}, inplace={self.inplace}"
+        )
+
+
+class LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
+    """:func:`fastloss.linear_cross_entropy` as a module that owns the linear map.
+
+    Takes the place of ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13): each loads the other's ``state_dict``.
+
+    Args:
+        in_features: D.
+        num_classes: C.
+        out_features: ``(d1, …, dK)`` of torch's K-dimensional loss.
+        bias: does the linear map have one?
+        device, dtype: of the linear map.
+        reduction, weight, ignore_index, label_smoothing, lse_square_scale, softcap, shift, chunk_size, memory_budget,
+            skip_ignored, accumulate_grad: as in :func:`fastloss.linear_cross_entropy`.
+
+    Example:
+        >>> import torch
+        >>> from fastloss import LinearCrossEntropyLoss
+        >>> loss = LinearCrossEntropyLoss(8, 10)
+        >>> loss(torch.randn(4, 8), torch.tensor([0, 9, 3, 3])).backward()
+        >>> loss.linear.weight.grad.shape
+        torch.Size([10, 8])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = -100,
+        label_smoothing: float = 0.0,
+        lse_square_scale: float = 0.0,
+        softcap: float | None = None,
+        **how: Any,
+    ) -> None:
+        if weight is not None and tuple(weight.shape) != (num_classes,):
+            raise RuntimeError(
+                f"fastloss: weight has shape {tuple(weight.shape)}; "
+                f"expected one weight for each class: ({num_classes},)"
+            )
+        known = ("shift", "chunk_size", "memory_budget", "skip_ignored", "accumulate_grad")
+        for name in how:
+            if name not in known:
+                raise TypeError(
+                    f"fastloss: LinearCrossEntropyLoss has no argument {name!r}; expected {', '.join(known)}"
+                )
+        super().__init__(weight=weight, size_average=None, reduce=None, reduction=reduction)
+        self.num_classes, self.out_features = num_classes, out_features
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.lse_square_scale, self.softcap = lse_square_scale, softcap
+        self.how = how
+        features = math.prod(out_features, start=num_classes)
+        self.linear = nn.Linear(in_features, features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of ``input`` ``(…, D)`` and ``target`` ``(…)``, or class probabilities ``(…, C)``."""
+        shape, bias = (self.num_classes, *self.out_features), self.linear.bias
+        return linear_cross_entropy(
+            input,
+            self.linear.weight.view(*shape, self.linear.in_features) if self.out_features else self.linear.weight,
+            target,
+            linear_bias=bias if bias is None or not self.out_features else bias.view(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            lse_square_scale=self.lse_square_scale,
+            softcap=self.softcap,
+            **self.how,
+        )
+
+    def extra_repr(self) -> str:
+        """What the module computes, for ``print``."""
+        how = "".join(f", {name}={value}" for name, value in self.how.items())
+        return (
+            f"num_classes={self.num_classes}, out_features={self.out_features}, reduction={self.reduction!r}, "
+            f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
+            f"lse_square_scale={self.lse_square_scale}, softcap={self.softcap}{how}"
         )

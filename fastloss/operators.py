@@ -21,12 +21,12 @@ from . import backend, checks
 from .autograd import as_rows
 from .contract import LossOptions, compute_dtype, may_keep_memory
 
-__all__ = ["loss_and_accuracy"]
+__all__ = ["KEPT", "OPTIONS", "loss_and_accuracy", "packed", "unpacked"]
 
 # Numbers a row that the forward pass of a backend keeps for its backward pass: (class indices, soft targets).
-_KEPT = {"eager": (0, 0), "triton": (2, 3)}
+KEPT = {"eager": (0, 0), "triton": (2, 3)}
 
-_OPTIONS = (
+OPTIONS = (
     "int ignore_index, float label_smoothing, str reduction, float lse_square_scale, float? softcap, int[] topk, "
     "bool from_logits"
 )
@@ -44,7 +44,7 @@ def loss_and_accuracy(
         input,
         target,
         weight,
-        *_packed(options),
+        *packed(options),
         loss_dtype,
         enabled and input.requires_grad,
         enabled and target.requires_grad,
@@ -52,7 +52,7 @@ def loss_and_accuracy(
     return loss, () if target.is_floating_point() else tuple(accuracy[i] for i in range(len(options.topk)))
 
 
-def _packed(options: LossOptions) -> tuple[Any, ...]:
+def packed(options: LossOptions) -> tuple[Any, ...]:
     """The options in the order of the operators' schemas, which is that of their fields."""
     return (
         options.ignore_index,
@@ -65,7 +65,7 @@ def _packed(options: LossOptions) -> tuple[Any, ...]:
     )
 
 
-def _unpacked(packed: Sequence[Any]) -> LossOptions:
+def unpacked(packed: Sequence[Any]) -> LossOptions:
     ignore_index, label_smoothing, reduction, lse_square_scale, softcap, topk, from_logits = packed
     return LossOptions(ignore_index, label_smoothing, reduction, lse_square_scale, softcap, tuple(topk), from_logits)
 
@@ -79,7 +79,7 @@ def _is_written(input: Tensor, target: Tensor, options: LossOptions, input_needs
 @torch.library.custom_op(
     "fastloss::cross_entropy",
     mutates_args=(),
-    schema=f"(Tensor input, Tensor target, Tensor? weight, {_OPTIONS}, ScalarType loss_dtype, "
+    schema=f"(Tensor input, Tensor target, Tensor? weight, {OPTIONS}, ScalarType loss_dtype, "
     "bool input_needs_grad, bool target_needs_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -96,7 +96,7 @@ def forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) ->
 
 def _forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *packed, loss_dtype, input_needs, target_needs = rest
-    options = _unpacked(packed)
+    options = unpacked(packed)
     served = backend.load(backend.choose(input))
     logits = as_rows(input)
     written = _is_written(input, target, options, input_needs, target_needs)
@@ -134,12 +134,12 @@ def _forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -
 @forward.register_fake
 def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *packed, loss_dtype, input_needs, target_needs = rest
-    options = _unpacked(packed)
+    options = unpacked(packed)
     written = _is_written(input, target, options, input_needs, target_needs)
     soft = target.is_floating_point()
     rows = as_rows(input).shape[0] * as_rows(input).shape[2]
     per_row = (rows,) if options.reduction == "none" else ()
-    kept = 0 if written or not options.from_logits else _KEPT[backend.choose(input)][soft]
+    kept = 0 if written or not options.from_logits else KEPT[backend.choose(input)][soft]
     kept_dtype = compute_dtype(input.dtype)
     if soft:
         kept_dtype = torch.promote_types(kept_dtype, compute_dtype(target.dtype))
@@ -159,7 +159,7 @@ def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple
     "fastloss::cross_entropy_backward",
     mutates_args=(),
     schema="(Tensor upstream, Tensor input, Tensor target, Tensor? weight, Tensor scale, Tensor kept, "
-    f"{_OPTIONS}, bool input_needs_grad, bool target_needs_grad) -> (Tensor, Tensor)",
+    f"{OPTIONS}, bool input_needs_grad, bool target_needs_grad) -> (Tensor, Tensor)",
 )
 def backward(
     upstream: Tensor,
@@ -172,7 +172,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients from the input and the target, and what the forward pass kept."""
     *packed, input_needs, target_needs = rest
-    options = _unpacked(packed)
+    options = unpacked(packed)
     saved = kept.unbind(0) if kept.dim() == 2 else ()
     # The forward pass's own backend, whichever would be chosen now: it is known by what it kept.
     name = backend.choose(input) if not options.from_logits else "triton" if saved else "eager"
@@ -226,7 +226,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.needs = input_needs, target_needs
     ctx.packed = packed
-    ctx.written = _is_written(input, target, _unpacked(packed), input_needs, target_needs)
+    ctx.written = _is_written(input, target, unpacked(packed), input_needs, target_needs)
     ctx.save_for_backward(*((of_input, of_target) if ctx.written else (input, target, weight, scale, kept)))
 
 

@@ -72,6 +72,7 @@ def cross_entropy_forward(
     loss_dtype: torch.dtype,
     gradient: bool,
     inplace: bool,
+    divisor: Tensor | None = None,
 ) -> Forward:
     """See :class:`fastloss.contract.Backend`. One launch; two for a mean with a gradient over many rows."""
     outer, classes, inner = logits.shape
@@ -93,7 +94,9 @@ def cross_entropy_forward(
     row_max, row_sum = rowwise(not gradient, acc), rowwise(not gradient, acc)
     sums = None if none else torch.empty((tiles.grid, 2), dtype=torch.float64, device=device)
     counts = None if none else torch.empty((tiles.grid, 1 + k_pad), dtype=torch.int32, device=device)
-    weighed = _weigh(target, weight, classes, options) if mean and gradient and rows > _WEIGHED_BY_EACH else None
+    weighed = None if divisor is None else divisor.view(1)
+    if mean and gradient and rows > _WEIGHED_BY_EACH:
+        weighed = _weigh(target, weight, classes, options)
 
     with on_device(logits):
         kernel = _forward_loop if tiles.looped else _forward_tile
@@ -393,7 +396,7 @@ def _forward_tile(
     row_sum_ptr,  # (rows,): Σ exp(z − m), likewise
     sums_ptr,  # (programs, 2): loss and weight of each program's rows
     counts_ptr,  # (programs, 1 + K_PAD): counted and right rows
-    weighed_ptr,  # parts of Σ w_y, or None
+    weighed_ptr,  # parts of what a gradient is divided by: of Σ w_y for "mean"; or None
     counter_ptr,  # (): programs that have ended
     rows,
     classes,
@@ -427,7 +430,7 @@ def _forward_tile(
     """Forward with whole rows in registers: reads the logits once, writes the gradient once."""
     eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, ACC)
     scale = tl.full([1], 1.0, tl.float64)
-    if gradient_ptr is not None and REDUCTION == "mean":
+    if gradient_ptr is not None and (REDUCTION == "mean" or N_WEIGHED > 0):
         scale *= _scale_of_mean(
             target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, HAS_WEIGHT, ACC, WEIGH_BLOCK
         )
@@ -653,7 +656,7 @@ def _forward_loop(
     row_sum_ptr,  # (rows,): Σ exp(z − m), likewise
     sums_ptr,  # (programs, 2): loss and weight of each program's rows
     counts_ptr,  # (programs, 1 + K_PAD): counted and right rows
-    weighed_ptr,  # parts of Σ w_y, or None
+    weighed_ptr,  # parts of what a gradient is divided by: of Σ w_y for "mean"; or None
     counter_ptr,  # (): programs that have ended
     rows,
     classes,
@@ -693,7 +696,7 @@ def _forward_loop(
     """
     eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, ACC)
     scale = tl.full([1], 1.0, tl.float64)
-    if gradient_ptr is not None and REDUCTION == "mean":
+    if gradient_ptr is not None and (REDUCTION == "mean" or N_WEIGHED > 0):
         scale *= _scale_of_mean(
             target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, HAS_WEIGHT, ACC, WEIGH_BLOCK
         )

@@ -60,6 +60,7 @@ def soft_cross_entropy_forward(
     gradient: bool,
     target_gradient: bool,
     inplace: bool,
+    divisor: float = 1.0,
 ) -> SoftForward:
     """See :class:`fastloss.contract.Backend`. One launch."""
     rows, device = input.shape[0] * input.shape[2], input.device
@@ -85,7 +86,7 @@ def soft_cross_entropy_forward(
         tensors = (input, target, weight, result, target_result)
         if not options.from_logits:
             _probabilities[(tiles.grid,)](
-                *tensors, None, *ends, *shape, 0, *_scalars(input, options), LOOPED=tiles.looped, **constants
+                *tensors, None, *ends, *shape, 0, *_scalars(input, options, divisor), LOOPED=tiles.looped, **constants
             )
         else:
             kernel = _forward_loop if tiles.looped else _forward_tile
@@ -94,7 +95,7 @@ def soft_cross_entropy_forward(
                 *(saved or (None, None, None)),
                 *ends,
                 *shape,
-                *_scalars(input, options),
+                *_scalars(input, options, divisor),
                 options.lse_square_scale,
                 options.softcap or 1.0,
                 **_logit_constants(options),
@@ -199,11 +200,12 @@ def _shape_arguments(
     return (outer * inner, classes, inner, *(stride for tensor in tensors for stride in tensor.stride()))
 
 
-def _scalars(input: Tensor, options: LossOptions) -> tuple[float, float, float]:
+def _scalars(input: Tensor, options: LossOptions, divisor: float = 1.0) -> tuple[float, float, float]:
     """1−ε, ε/C and what a row's loss counts in the result: arguments, which cost a kernel no register."""
     outer, classes, inner = input.shape
     eps = options.label_smoothing
-    return 1.0 - eps, eps / max(classes, 1), 1.0 / max(outer * inner, 1) if options.reduction == "mean" else 1.0
+    scale = 1.0 / max(outer * inner, 1) if options.reduction == "mean" else 1.0 / divisor
+    return 1.0 - eps, eps / max(classes, 1), scale
 
 
 def _constants(

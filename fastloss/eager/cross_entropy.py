@@ -44,15 +44,19 @@ def cross_entropy_forward(
     loss_dtype: torch.dtype,
     gradient: bool,
     inplace: bool,
+    divisor: Tensor | None = None,
 ) -> Forward:
     """See :class:`fastloss.contract.Backend`."""
     rows = _Rows(logits, target, weight, options)
     scale = rows.mean_scale() if options.reduction == "mean" else 1.0
+    slope = scale
+    if divisor is not None:
+        slope = divisor.reciprocal().item() if divisor.is_cpu else divisor.to(rows.dtype).reciprocal()
     ranks = TargetRanks(logits, rows.label, options.topk) if options.topk else None
     result = None
     if gradient:
         result = logits if inplace else torch.empty_like(logits)
-    losses = _sweep(logits, rows, result, scale, ranks=ranks)
+    losses = _sweep(logits, rows, result, slope, ranks=ranks)
 
     loss = losses.flatten() if options.reduction == "none" else losses.sum()
     if isinstance(scale, Tensor):

@@ -42,11 +42,12 @@ def soft_cross_entropy_forward(
     gradient: bool,
     target_gradient: bool,
     inplace: bool,
+    divisor: float = 1.0,
 ) -> SoftForward:
     """See :class:`fastloss.contract.Backend`."""
     scale = _mean_scale(input) if options.reduction == "mean" else 1.0
     results = _results(input, target, gradient, target_gradient, inplace)
-    losses = _sweep(input, target, weight, options, scale, *results)
+    losses = _sweep(input, target, weight, options, scale / divisor, *results)
     loss = losses.flatten() if options.reduction == "none" else losses.sum() * scale
     # A copy in any case: what an autograd.Function returns must not be a view.
     return SoftForward(loss.to(loss_dtype, copy=True), *results, saved=())

@@ -1,0 +1,290 @@
+"""The linear map and its cross-entropy in one: arguments → checks → ``(rows, D)`` → autograd → chunks → a backend."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backend, checks, functional, linear_operators
+from .contract import LossOptions
+from .functional import LossAndAccuracy
+from .linear_autograd import fused_linear_cross_entropy
+from .linear_chunks import Call, rows_of_chunk
+
+__all__ = ["linear_cross_entropy", "linear_cross_entropy_with_accuracy"]
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    shift: bool = False,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    skip_ignored: bool | None = None,
+    accumulate_grad: bool = False,
+) -> Tensor:
+    r"""``cross_entropy(linear(input, linear_weight, linear_bias), target)``, without ever holding the logits.
+
+    Takes the place of :func:`torch.nn.functional.linear_cross_entropy` (torch 2.13). Some rows at a time are
+    projected; their loss, and their logits' gradient g in the logits' place, come from the kernels of
+    :func:`fastloss.cross_entropy`, and the gradients g W, gᵀ x and Σ g are added up before the next rows are
+    projected. Beside the gradients there is one chunk of logits: ``chunk_size`` × C elements. Rounding and formulas
+    are those of ``cross_entropy``; in bfloat16 the weight's gradient is summed in float32.
+
+    Args:
+        input: x, the hidden states, ``(D,)``, ``(N, D)`` or ``(…, D)``; float16, bfloat16, float32 or float64.
+        linear_weight: W, ``(C, D)``; or ``(C, d1, …, dK, D)`` beside an input ``(N, D)``, torch's K-dimensional loss,
+            which holds its logits ``(N, C, d1, …, dK)``.
+        target: class indices ``(…)``, one for each of ``input``'s rows, in int64, int32 or uint8; or class
+            probabilities ``(…, C)``, floating point.
+        linear_bias: b, ``(C,)``.
+        weight: a weight for each class, ``(C,)``.
+        reduction, ignore_index, label_smoothing, lse_square_scale, softcap: as in :func:`fastloss.cross_entropy`;
+            an ``ignore_index`` of None is torch's way to say -100.
+        shift: the label of position t is ``target[..., t + 1]``, as in training on next tokens; the last position has
+            none and is ignored. ``input`` is ``(…, T, D)`` and ``target`` ``(…, T)``. Instead of copies of
+            ``input[..., :-1, :]`` and ``target[..., 1:]`` there is one of the labels.
+        chunk_size: rows of a chunk. By default :func:`fastloss.linear_chunks.rows_of_chunk` has the rule.
+        memory_budget: in bytes, for what is held beside inputs and gradients; the chunk is as large as it allows.
+        skip_ignored: leave out the rows that are ignored, before they are projected. By default where the labels are
+            on a CPU and many rows are ignored; True on a GPU, too, where the host has to wait for their number.
+        accumulate_grad: add the weight's gradient to ``linear_weight.grad`` itself, chunk by chunk and in that
+            tensor's dtype, in the backward pass, which computes the logits once more for it: no buffer of the
+            weight's size beside it. Hooks on the weight don't see that gradient, and compilers do without.
+
+    Returns:
+        The loss, ``()``; for "none" ``(…)``, of ``input``'s rows (with ``shift`` all but the last of each sequence).
+        In ``input``'s dtype, float32 for 16 bits under autocast.
+
+    Any of ``input``, ``linear_weight``, ``linear_bias`` and probabilities may require a gradient; for the others
+    nothing is computed. Second backward passes, and second derivatives, are as those of the two functions (the latter
+    hold the logits).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: arguments that don't fit, as torch raises them; ``chunk_size`` below 1;
+            a ``memory_budget`` that has no room for a row: the error says what would do.
+        IndexError: a label out of bounds, on a CPU; on a GPU the loss is NaN instead.
+
+    Example:
+        >>> hidden = torch.tensor([[1.0, 2.0], [0.5, -1.0]], requires_grad=True)
+        >>> head = torch.tensor([[0.1, 0.2], [0.3, -0.4], [-0.5, 0.6]], requires_grad=True)
+        >>> loss = linear_cross_entropy(hidden, head, torch.tensor([2, 1]))
+        >>> loss
+        tensor(0.7087, grad_fn=<_LinearCrossEntropyBackward>)
+        >>> loss.backward()
+        >>> head.grad.shape
+        torch.Size([3, 2])
+    """
+    options = checks.checked_options(
+        -100 if ignore_index is None else ignore_index, label_smoothing, reduction, lse_square_scale, softcap
+    )
+    sizes = _checked_sizes(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
+    return _loss_and_accuracy(input, linear_weight, target, linear_bias, weight, options, shift, sizes)[0]
+
+
+def linear_cross_entropy_with_accuracy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    topk: int | Sequence[int] = 1,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    shift: bool = False,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    skip_ignored: bool | None = None,
+    accumulate_grad: bool = False,
+) -> LossAndAccuracy:
+    """:func:`linear_cross_entropy` and the accuracy of its logits, from the same chunks.
+
+    Takes the arguments of that function, and ``topk`` of :func:`fastloss.accuracy`; ``reduction`` is that of both.
+
+    Returns:
+        ``(loss, accuracy)``, a NamedTuple; the accuracy as :func:`fastloss.accuracy` gives it.
+
+    Example:
+        >>> hidden = torch.tensor([[1.0, 2.0], [0.5, -1.0]])
+        >>> head = torch.tensor([[0.1, 0.2], [0.3, -0.4], [-0.5, 0.6]])
+        >>> linear_cross_entropy_with_accuracy(hidden, head, torch.tensor([2, 0]))
+        LossAndAccuracy(loss=tensor(0.8999), accuracy=tensor(0.5000))
+    """
+    ks = checks.checked_topk(topk)
+    options = checks.checked_options(
+        -100 if ignore_index is None else ignore_index, label_smoothing, reduction, lse_square_scale, softcap, ks
+    )
+    sizes = _checked_sizes(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
+    loss, values = _loss_and_accuracy(input, linear_weight, target, linear_bias, weight, options, shift, sizes)
+    return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
+
+
+def _checked_sizes(
+    chunk_size: object, memory_budget: object, shift: object, skip_ignored: object, accumulate_grad: object
+) -> dict[str, Any]:
+    """The arguments that say how, as fields of a :class:`Call`."""
+    checks.check_switches(shift=shift, accumulate_grad=accumulate_grad)
+    if skip_ignored is not None:
+        checks.check_switches(skip_ignored=skip_ignored)
+    sizes: dict[str, Any] = {"skip_ignored": skip_ignored, "accumulate_grad": accumulate_grad}
+    for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
+        if value is None:
+            continue
+        try:
+            sizes[name] = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"fastloss: {name} is {value!r}; expected an int, or None") from None
+    if sizes.get("chunk_size", 1) < 1:
+        raise ValueError(f"fastloss: chunk_size is {chunk_size}; expected at least 1 row, or None")
+    if chunk_size is not None and memory_budget is not None:
+        raise ValueError(
+            f"fastloss: chunk_size is {chunk_size} and memory_budget {memory_budget}; expected one of them"
+        )
+    return sizes
+
+
+def _loss_and_accuracy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    options: LossOptions,
+    shift: bool,
+    sizes: dict[str, Any],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    _check_shapes(input, linear_weight, target, linear_bias, shift)
+    if linear_weight.dim() > 2:
+        return _of_many_dimensions(input, linear_weight, target, linear_bias, weight, options)
+    lead, classes = input.shape[:-1], len(linear_weight)
+    if shift:
+        target = target.long()
+        last = target.new_full((*target.shape[:-1], 1), options.ignore_index)
+        target = torch.cat([target[..., 1:], last], dim=-1)
+    x = input.reshape(-1, input.shape[-1])
+    soft = target.is_floating_point() and target.dim() == input.dim()
+    t = target.reshape(-1, classes) if soft else target.reshape(-1)
+    dtype = _dtype_of_logits(input)
+    stand_in = input.new_empty((), dtype=dtype).expand(len(x), classes)  # of the logits, for the checks
+    if soft:
+        checks.check_soft_target(stand_in, t, weight, options.ignore_index)
+    else:
+        checks.check_index_target(stand_in, t, weight)
+    if functional.is_traced(input, target) or functional.is_traced(linear_weight, target):
+        loss, values = _traced(x, linear_weight, t, linear_bias, weight, options, sizes)
+    elif len(x) == 0 or classes == 0 or (soft and weight is not None and weight.requires_grad):
+        loss, values = functional.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
+    else:
+        if not soft and (t.is_cpu or backend.validates()):
+            checks.check_labels(t.view(target.shape), classes, options.ignore_index)
+        call = Call(options, dtype, functional.loss_dtype(input, t, weight, dtype), **sizes)
+        rows_of_chunk(call, len(x), linear_weight, sums=linear_weight.requires_grad)  # has the budget room for a row?
+        served = backend.load(backend.choose(input))
+        loss, values = fused_linear_cross_entropy(x, linear_weight, t, linear_bias, weight, call, served)
+    if options.reduction != "none":
+        return loss, values
+    if shift:
+        return loss.view(lead)[..., :-1], tuple(v.view(lead)[..., :-1] for v in values)
+    return loss.view(lead), tuple(v.view(lead) for v in values)
+
+
+def _traced(
+    x: Tensor,
+    linear_weight: Tensor,
+    t: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    options: LossOptions,
+    sizes: dict[str, Any],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """By the operator that a compiler sees, or by torch's own."""
+    dtype = _dtype_of_logits(x)
+    if functional.is_compiled(x, t, weight, options) and type(linear_weight) in functional.FUSED_TYPES:
+        call = Call(options, dtype, functional.loss_dtype(x, t, weight, dtype), **{**sizes, "accumulate_grad": False})
+        return linear_operators.loss_and_accuracy(x, linear_weight, t, linear_bias, weight, call)
+    return functional.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
+
+
+def _of_many_dimensions(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    options: LossOptions,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """torch's K-dimensional loss: each input has logits ``(C, d1, …, dK)``, and they are held."""
+    flat = linear_weight.reshape(-1, linear_weight.shape[-1])
+    logits = F.linear(input, flat, None if linear_bias is None else linear_bias.reshape(-1))
+    logits = logits.view(*input.shape[:-1], *linear_weight.shape[:-1])
+    return functional.loss_and_accuracy(logits, target, weight, options, inplace=False)
+
+
+def _dtype_of_logits(input: Tensor) -> torch.dtype:
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return input.dtype
+
+
+def _check_shapes(input: object, linear_weight: object, target: object, linear_bias: object, shift: bool) -> None:
+    """The linear map fits the input, and the target its rows; everything else is the loss's to check."""
+    checks.check_logits(input)
+    for name, tensor in (("linear_weight", linear_weight), ("target", target), ("linear_bias", linear_bias)):
+        if not isinstance(tensor, Tensor) and not (name == "linear_bias" and tensor is None):
+            raise TypeError(f"fastloss: {name} must be a Tensor, got {type(tensor).__name__}")
+    assert isinstance(input, Tensor)
+    assert isinstance(linear_weight, Tensor)
+    assert isinstance(target, Tensor)
+    shapes = f"input has shape {tuple(input.shape)}, linear_weight {tuple(linear_weight.shape)}"
+    if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
+        raise RuntimeError(f"fastloss: {shapes}; expected (..., D) and (C, D), with the same D")
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.device != input.device:
+            raise RuntimeError(f"fastloss: {name} is on {tensor.device}; expected {input.device}, where input is")
+        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise RuntimeError(f"fastloss: {name} has dtype {tensor.dtype}; expected {input.dtype}, as input has")
+    if isinstance(linear_bias, Tensor) and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"fastloss: {shapes}, linear_bias {tuple(linear_bias.shape)}; "
+            f"expected {tuple(linear_weight.shape[:-1])}, a number for each class"
+        )
+    if linear_weight.dim() > 2:
+        if input.dim() != 2 or shift:
+            raise RuntimeError(
+                f"fastloss: {shapes}: the K-dimensional loss; expected an input of shape (N, D), and no shift"
+            )
+        return
+    of_labels, soft = tuple(input.shape[:-1]), (*input.shape[:-1], len(linear_weight))
+    fits = target.shape == soft and target.is_floating_point()
+    if shift and (fits or input.dim() < 2):
+        raise ValueError(
+            f"fastloss: shift=True with {shapes}, target {tuple(target.shape)}; expected an input of shape "
+            "(..., T, D) and class indices of shape (..., T)"
+        )
+    if not fits and tuple(target.shape) != of_labels and not (input.dim() == 1 and tuple(target.shape) == (1,)):
+        kind = ValueError if target.shape[:1] != input.shape[:1] else RuntimeError  # torch looks at the batch first
+        raise kind(
+            f"fastloss: {shapes}, target {tuple(target.shape)}; expected class indices of shape {of_labels}, "
+            f"or class probabilities of shape {soft}"
+        )

@@ -1,0 +1,377 @@
+r"""The projection, the loss and their gradients, some rows at a time: the logits of all rows never exist.
+
+With x ``(N, D)`` the input, W ``(C, D)`` and b ``(C,)`` the linear map, a chunk of n rows takes
+
+    z = x Wᵀ + b          (n, C), the one buffer, which every chunk uses anew
+    g = ∂L/∂z             written over z by the backend's cross-entropy kernel, in the visit that gives the loss
+    ∂L/∂x = g W           ∂L/∂W += gᵀ x           ∂L/∂b += Σ_rows g
+
+three products of 2 n C D operations each. What all chunks add to, ∂L/∂W and ∂L/∂b, is kept in float32 for 16-bit
+weights: rounded after every chunk, it would lose what a chunk has to add to a sum that is already large.
+
+Where the gradient can't be written in the forward pass (reduction "none"; float16, whose gradients need the loss
+scale before they are rounded), the backward pass computes the chunk's logits again: a fourth product.
+
+How many rows a chunk has follows from arithmetic; see :func:`rows_of_chunk`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .contract import Backend, LossOptions, compute_dtype
+
+__all__ = ["Call", "Gradients", "Needs", "Result", "backward", "forward", "rows_of_chunk", "writes_gradients"]
+
+# The rows of a chunk on a CPU: see rows_of_chunk.
+_CPU_ROWS, _GPU_ROWS = 256, 4096
+_GPU_BYTES = 5 << 28
+# Rows are left out where at least so many of them are ignored.
+_SHARE_LEFT_OUT = 1 / 16
+# Elements of a 16-bit chunk that a CPU widens at a time.
+_WIDENED = 1 << 22
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call asks for beside its tensors."""
+
+    options: LossOptions
+    compute_dtype: torch.dtype  # of the products: the tensors', or autocast's
+    loss_dtype: torch.dtype
+    chunk_size: int | None = None
+    memory_budget: int | None = None
+    skip_ignored: bool | None = None  # None: where the host knows the labels
+    accumulate_grad: bool = (
+        False  # add to linear_weight.grad, in the backward pass, which knows the upstream gradient
+    )
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    input: bool
+    linear_weight: bool
+    linear_bias: bool
+    target: bool
+
+
+class Gradients(NamedTuple):
+    """In the shapes and dtypes of their tensors; None where none is wanted."""
+
+    input: Tensor | None = None
+    linear_weight: Tensor | None = None
+    linear_bias: Tensor | None = None
+    target: Tensor | None = None
+
+
+class Result(NamedTuple):
+    """What a forward pass gives."""
+
+    loss: Tensor  # () or (rows,)
+    accuracy: tuple[Tensor, ...]  # one () or (rows,) float32 for each k of options.topk
+    gradients: Gradients  # at an upstream gradient of 1, where they are written
+    kept: Tensor  # (numbers, rows): what the backend wants back for the backward pass; (0, rows) if nothing
+
+
+def writes_gradients(call: Call, needs: Needs) -> bool:
+    """Does the forward pass write the gradients that are needed?"""
+    at_once = call.options.reduction != "none" and call.compute_dtype != torch.float16
+    return any(needs) and at_once and not call.accumulate_grad
+
+
+def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, *, sums: bool) -> int:
+    """How many rows a chunk has: ``chunk_size``, or what ``memory_budget`` has room for, or a rule.
+
+    The rule. A chunk of n rows does 6 n C D operations, and beside its own n C logits it reads W twice and reads and
+    writes ∂L/∂W once: about 4 C D b bytes, with b those of an element, whatever n is. At F operations and B bytes a
+    second that traffic takes a share of 2 b F / (3 n B) of the products' time. An H100 has F / B ≈ 300 in bfloat16:
+    with sums of b = 4 and n = 4096 the share is a fifth, behind the products. A CPU core's F / B is below 10, and
+    n = 256 leaves less than a tenth. Larger chunks would only take more memory: n C b bytes.
+
+    Raises:
+        ValueError: the budget has no room for a row.
+    """
+    classes, row_bytes = linear_weight.shape[0], linear_weight.shape[0] * call.compute_dtype.itemsize
+    on_cpu = linear_weight.device.type == "cpu"
+    if call.chunk_size is not None:
+        return min(call.chunk_size, max(rows, 1))
+    if call.memory_budget is not None:
+        whole = rows * row_bytes
+        beside = 0
+        if sums and call.memory_budget < whole and linear_weight.dtype.itemsize < 4:
+            beside = linear_weight.numel() * torch.float32.itemsize
+        if on_cpu and call.compute_dtype.itemsize < 4:
+            row_bytes += 4 * classes
+        room = (call.memory_budget - beside) // max(row_bytes, 1)
+        if room < 1:
+            raise ValueError(
+                f"fastloss: memory_budget is {call.memory_budget} bytes; the least that would do is "
+                f"{beside + row_bytes}: a row of {classes} logits"
+                + (" and the weight gradient's sums in float32" if beside else "")
+            )
+        return int(min(room, max(rows, 1)))
+    if on_cpu:
+        return min(_CPU_ROWS, max(rows, 1))
+    return max(1, min(_GPU_ROWS, _GPU_BYTES // max(row_bytes, 1), rows))
+
+
+def forward(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    call: Call,
+    needs: Needs,
+    backend: Backend,
+) -> Result:
+    """Loss, accuracies and, where they can be written now, the gradients.
+
+    Args:
+        input: x, ``(rows, D)``.
+        linear_weight: W, ``(C, D)``.
+        target: labels ``(rows,)``, or class probabilities ``(rows, C)``.
+        linear_bias: b, ``(C,)``.
+        weight: of the classes, ``(C,)``.
+        call: the rest.
+        needs: which gradients are wanted. Nothing is computed for the others.
+        backend: whose kernels take the loss.
+    """
+    rows, none, soft = len(input), call.options.reduction == "none", target.is_floating_point()
+    written = writes_gradients(call, needs)
+    part = dataclasses.replace(call.options, reduction="none" if none else "sum")
+    total = _total_weight(target, weight, call.options)
+    divisor = total if call.options.reduction == "mean" else None
+    ks = len(part.topk)
+    loss = torch.zeros(
+        rows if none else (), dtype=torch.float64 if not none else call.loss_dtype, device=input.device
+    )
+    right = torch.zeros((ks, rows) if none else (ks,), dtype=torch.float64, device=input.device)
+    sums = _Sums(input, linear_weight, linear_bias, target, call, needs if written else Needs(*[False] * 4))
+    kept = input.new_empty((0, rows))
+    for index, x, t, z in _chunks(input, linear_weight, target, linear_bias, call, needs):
+        logits = z.unsqueeze(2)
+        if soft:
+            probabilities = t.unsqueeze(2)
+            if ks:
+                values = backend.accuracy(logits, t.argmax(1), part.topk, -1, part.reduction)
+            result = backend.soft_cross_entropy_forward(
+                *(logits, probabilities, weight, part),
+                loss_dtype=call.loss_dtype if none else torch.float32 if z.dtype != torch.float64 else z.dtype,
+                gradient=written and any(needs[:3]),
+                target_gradient=written and needs.target,
+                inplace=written and any(needs[:3]),
+                divisor=float(rows) if divisor is not None else 1.0,
+            )
+            sums.add_target(index, result.target_gradient)
+        else:
+            result = backend.cross_entropy_forward(  # type: ignore[assignment]
+                *(logits, t, weight, part),
+                loss_dtype=call.loss_dtype if none else torch.float32 if z.dtype != torch.float64 else z.dtype,
+                gradient=written,
+                inplace=written,
+                divisor=divisor if written else None,
+            )
+            values = result.accuracy  # type: ignore[attr-defined]
+        if none:
+            loss[index] = result.loss
+        else:
+            loss += result.loss
+        if ks:
+            right[..., index] = torch.stack(values).double() if none else right + torch.stack(values)
+        if any(needs) and not written and result.saved:
+            numbers = torch.stack(tuple(result.saved))
+            if not len(kept):
+                kept = numbers.new_zeros((len(numbers), rows))
+            kept[:, index] = numbers
+        if written:
+            sums.add(index, x, z)
+    if divisor is not None:
+        loss = loss / divisor
+    accuracy = _shares(right, target, call.options)
+    return Result(loss.to(call.loss_dtype), accuracy, sums.finished(), kept)
+
+
+def backward(
+    upstream: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    kept: Tensor,
+    call: Call,
+    needs: Needs,
+    backend: Backend,
+    into: Tensor | None = None,
+) -> Gradients:
+    """The gradients from the logits, computed once more.
+
+    Args:
+        upstream: the gradient of the loss, ``()`` or ``(rows,)``.
+        into: the weight's gradient so far, to which its gradient is added chunk by chunk; it is not returned then.
+    """
+    part = dataclasses.replace(call.options, reduction="none", topk=())
+    if call.options.reduction == "mean":
+        upstream = upstream.double() / _total_weight(target, weight, call.options)
+    wide = torch.float32 if compute_dtype(call.compute_dtype) == torch.float32 else torch.float64
+    upstream = upstream.to(wide).expand(len(input))
+    sums = _Sums(input, linear_weight, linear_bias, target, call, needs, into=into)
+    for index, x, t, z in _chunks(input, linear_weight, target, linear_bias, call, needs):
+        saved = tuple(kept[:, index].contiguous().unbind(0)) if len(kept) else ()
+        mine, logits = upstream[index].contiguous(), z.unsqueeze(2)
+        if t.is_floating_point():
+            _, of_target = backend.soft_cross_entropy_backward(
+                *(mine, logits, t.unsqueeze(2), weight, part, saved),
+                gradient=any(needs[:3]),
+                target_gradient=needs.target,
+                inplace=any(needs[:3]),
+            )
+            sums.add_target(index, of_target)
+        else:
+            backend.cross_entropy_backward(mine, logits, t, weight, part, saved, inplace=True)
+        sums.add(index, x, z)
+    return sums.finished()
+
+
+Index = slice | Tensor
+
+
+def _chunks(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, call: Call, needs: Needs
+) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:
+    """Chunks of rows: where they are, x, the target, and the logits, in memory that the next chunk writes to."""
+    dtype, rows = call.compute_dtype, len(input)
+    w = linear_weight.to(dtype)
+    b = None if linear_bias is None else linear_bias.to(dtype)
+    chosen = _counted_rows(target, call)
+    count = rows if chosen is None else len(chosen)
+    size = rows_of_chunk(call, count, linear_weight, sums=needs.linear_weight)
+    buffer = torch.empty((min(size, count), len(w)), dtype=dtype, device=input.device)
+    for start in range(0, count, size):
+        index: Index = slice(start, min(start + size, count))
+        if chosen is not None:
+            index = chosen[index]
+        x, t = input[index].to(dtype), target[index]
+        z = buffer[: len(x)]
+        if b is None:
+            torch.mm(x, w.t(), out=z)
+        else:
+            torch.addmm(b, x, w.t(), out=z)
+        yield index, x, t.contiguous(), z
+
+
+def _counted_rows(target: Tensor, call: Call) -> Tensor | None:
+    """The rows that count, if the others are to be left out; None if all are to be visited."""
+    if target.is_floating_point() or call.skip_ignored is False or (call.skip_ignored is None and not target.is_cpu):
+        return None
+    counted = (target != call.options.ignore_index).nonzero().flatten()
+    return counted if len(target) - len(counted) >= _SHARE_LEFT_OUT * len(target) > 0 else None
+
+
+def _total_weight(target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+    """What a mean divides by, float64: Σ w_y of the rows that count, NaN if a label is none; the rows, if soft."""
+    if target.is_floating_point():
+        return torch.full((), float(len(target)), dtype=torch.float64, device=target.device)
+    counted = target != options.ignore_index
+    if weight is None:
+        return counted.sum(dtype=torch.float64)
+    label = torch.where(counted, target, 0).long()
+    inside = (label >= 0) & (label < len(weight))
+    of_label = torch.where(inside, weight.double()[torch.where(inside, label, 0)], float("nan"))
+    return torch.where(counted, of_label, 0.0).sum()
+
+
+def _shares(right: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
+    if options.reduction == "mean" and options.topk:
+        counted = len(target) if target.is_floating_point() else (target != options.ignore_index).sum()
+        right = right / counted
+    return tuple(right.to(torch.float32).unbind(0))
+
+
+class _Sums:
+    """The gradients while chunks add to them."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        call: Call,
+        needs: Needs,
+        into: Tensor | None = None,
+    ) -> None:
+        self._call, self._needs = call, needs
+        self._weight, self._bias = linear_weight, linear_bias
+        self._narrow = linear_weight.to(call.compute_dtype) if needs.input else linear_weight
+        self._input = torch.zeros_like(input, memory_format=torch.contiguous_format) if needs.input else None
+        self._target = torch.zeros_like(target, memory_format=torch.contiguous_format) if needs.target else None
+        self._into = into
+        self._of_weight: Tensor | None = into
+        self._of_bias: Tensor | None = None
+        self._rows = len(input)
+
+    def add(self, index: Index, x: Tensor, g: Tensor) -> None:
+        """A chunk's part, from its input and its logits' gradient."""
+        if self._input is not None:
+            if isinstance(index, slice) and self._input.dtype == g.dtype:
+                torch.mm(g, self._narrow, out=self._input[index])
+            else:
+                self._input[index] = torch.mm(g, self._narrow).to(self._input.dtype)
+        if self._needs.linear_weight:
+            self._add_to_weight(x, g)
+        if self._needs.linear_bias:
+            part = g.sum(0, dtype=_wide(g.dtype))
+            self._of_bias = part if self._of_bias is None else self._of_bias.add_(part)
+
+    def add_target(self, index: Index, gradient: Tensor | None) -> None:
+        """A chunk's part of the class probabilities' gradient, ``(n, C, 1)``."""
+        if self._target is not None and gradient is not None:
+            self._target[index] = gradient.squeeze(2)
+
+    def finished(self) -> Gradients:
+        """In their tensors' dtypes."""
+        of_weight, of_bias = self._of_weight, self._of_bias
+        if self._needs.linear_weight and of_weight is None:  # no chunk at all
+            of_weight = torch.zeros_like(self._weight, memory_format=torch.contiguous_format)
+        if self._needs.linear_bias and of_bias is None and self._bias is not None:
+            of_bias = torch.zeros_like(self._bias)
+        return Gradients(
+            self._input,
+            None if of_weight is None or self._into is not None else of_weight.to(self._weight.dtype),
+            None if of_bias is None or self._bias is None else of_bias.to(self._bias.dtype),
+            self._target,
+        )
+
+    def _add_to_weight(self, x: Tensor, g: Tensor) -> None:
+        if self._of_weight is None and len(x) == self._rows and g.dtype == self._weight.dtype:
+            self._of_weight = torch.mm(g.t(), x)  # the only chunk: its product is rounded once
+            return
+        if self._of_weight is None:
+            dtype = torch.promote_types(self._weight.dtype, _wide(g.dtype))
+            if dtype == g.dtype:
+                self._of_weight = torch.mm(g.t(), x)
+                return
+            self._of_weight = torch.zeros(self._weight.shape, dtype=dtype, device=x.device)
+        total = self._of_weight
+        if total.dtype == g.dtype:
+            total.addmm_(g.t(), x)
+        elif total.is_cuda and total.dtype == torch.float32:
+            torch.addmm(total, g.t(), x, out_dtype=torch.float32, out=total)
+        else:  # widened by parts
+            x = x.to(total.dtype)
+            step = max(1, _WIDENED // max(len(x), 1))
+            for start in range(0, len(total), step):
+                total[start : start + step].addmm_(g[:, start : start + step].t().to(total.dtype), x)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else dtype
