@@ -21,14 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
+from fastloss.bench.workloads import rotated
 
 from .measure import Budget, cpu_seconds, header, interleaved, others_share, verdict
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-_SMALL_BYTES = 1 << 20
-_ROTATED_BYTES = 1 << 27
 
 
 @dataclass
@@ -50,14 +47,6 @@ class Row:
             f"{self.name:44} {self.ours_ms:9.3f} ms  {self.theirs:>16} {self.theirs_ms:9.3f} ms  "
             f"ratio {self.ratio:5.3f}  {verdict(self.ratio, self.bar)}"
         )
-
-
-def rotated(make: Callable[[], Tensor]) -> list[Tensor]:
-    """As many tensors as no cache holds; small ones stay in the caches in training too."""
-    first = make()
-    if first.nbytes < _SMALL_BYTES:
-        return [first]
-    return [first, *(make() for _ in range(-(-_ROTATED_BYTES // first.nbytes) - 1))]
 
 
 def forward_backward(loss: Callable[[Tensor, Tensor], Tensor], target: Tensor) -> Callable[[Tensor], None]:

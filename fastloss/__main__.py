@@ -1,4 +1,4 @@
-"""``python -m fastloss demo | info``."""
+"""``python -m fastloss demo | bench | info``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import fastloss
 
+from . import bench
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit code."""
@@ -17,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    return _info() if options.command == "info" else _demo(options)
+    return {"bench": _bench, "demo": _demo, "info": _info}[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m fastloss", description="Cross-entropy, accuracy and SGD in one pass each."
     )
     parser.add_argument("--version", action="version", version=f"fastloss {fastloss.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{demo,info}", title="commands")
+    commands = parser.add_subparsers(dest="command", metavar="{demo,bench,info}", title="commands")
 
     demo = commands.add_parser(
         "demo",
@@ -46,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         help="of the split, the weights, the batches and the logits (default: %(default)s)",
     )
+    measuring = commands.add_parser(
+        "bench",
+        help="time, bandwidth and memory beside every other package that is installed here",
+        description="Cross-entropy, accuracy and SGD by every contender that is installed, checked against float64 "
+        "and then timed in turns with a device copy, which is the limit that all are held against.",
+    )
+    bench.add_arguments(measuring)
     commands.add_parser(
         "info",
         help="which backend serves this machine, and why; versions",
@@ -64,7 +73,7 @@ def _png(text: str) -> Path:
     return path
 
 
-def _info() -> int:
+def _info(_: argparse.Namespace) -> int:
     from . import info
 
     info.show()
@@ -80,6 +89,19 @@ def _demo(options: argparse.Namespace) -> int:
         return 2
     demo.run(demo.Settings(output=options.output, seed=options.seed))
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    missing = bench.missing_extras()
+    if missing:
+        print(f'fastloss: bench needs {", ".join(missing)}: pip install "fastloss[bench]"', file=sys.stderr)
+        return 2
+    try:
+        settings = bench.settings_from(options)
+    except ValueError as error:
+        print(f"fastloss bench: {error}", file=sys.stderr)
+        return 2
+    return bench.run(settings)
 
 
 if __name__ == "__main__":

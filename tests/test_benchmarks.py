@@ -83,7 +83,7 @@ def test_sgd_marks_a_contender_that_is_wrong(
     sgd: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One whose learning rate is a thousandth too high, and one that makes NaN; the others are as right as before."""
-    off = {**sgd._OPTIONS, "lr": 1.001 * sgd._OPTIONS["lr"]}
+    off = {**sgd.OPTIONS, "lr": 1.001 * sgd.OPTIONS["lr"]}
     monkeypatch.setitem(sgd.CONTENDERS, "torch, off", partial(torch.optim.SGD, **off))
     monkeypatch.setitem(sgd.CONTENDERS, "torch, NaN", partial(torch.optim.SGD, lr=float("nan")))
     assert sgd.main([*TINY, "--set", "large"]) == 0  # it is torch's affair
@@ -96,7 +96,7 @@ def test_sgd_marks_a_contender_that_is_wrong(
 def test_sgd_fails_if_fastloss_is_wrong(
     sgd: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    off = {**sgd._OPTIONS, "momentum": 0.899}
+    off = {**sgd.OPTIONS, "momentum": 0.899}
     monkeypatch.setitem(sgd.CONTENDERS, sgd.OURS, partial(torch.optim.SGD, **off))
     assert sgd.main([*TINY, "--set", "small"]) == 1
     assert "fastloss WRONG in 1 lines" in capsys.readouterr().out.splitlines()[-1]
@@ -113,14 +113,14 @@ def test_sgd_in_bfloat16_counts_its_bytes(sgd: Any, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("name", ["mom", "decay", "nesterov"])
 def test_sgd_check_sees_small_mistakes(sgd: Any, name: str) -> None:
     changed = {"mom": {"momentum": 0.9001}, "decay": {"weight_decay": 0.9e-4}, "nesterov": {"nesterov": True}}[name]
-    makes = [partial(torch.optim.SGD, **{**sgd._OPTIONS, **change}) for change in ({}, changed)]
+    makes = [partial(torch.optim.SGD, **{**sgd.OPTIONS, **change}) for change in ({}, changed)]
     kind = sgd.Kind(torch.float32, torch.device("cpu"))
     right, wrong = sgd.deviations(makes, [(300, 7), (64,), (1, 1)], kind)
     assert right < 1 < wrong
 
 
 def test_sgd_check_knows_clipping(sgd: Any) -> None:
-    makes = [partial(sgd.fastloss.SGD, **sgd._OPTIONS, max_norm=max_norm) for max_norm in (1.0, 1.01, None)]
+    makes = [partial(sgd.fastloss.SGD, **sgd.OPTIONS, max_norm=max_norm) for max_norm in (1.0, 1.01, None)]
     kind = sgd.Kind(torch.float32, torch.device("cpu"))
     right, *wrong = sgd.deviations(makes, [(300, 7), (64,)], kind, max_norm=1.0)
     assert right < 1 < min(wrong)
@@ -205,7 +205,7 @@ def test_tables_are_made_from_a_record(
     assert before.count(tables.NOT_RECORDED) == 2
     assert tables.main(["--check"], tmp_path) == 0
 
-    wrong = partial(torch.optim.SGD, **{**sgd._OPTIONS, "lr": 0.2})
+    wrong = partial(torch.optim.SGD, **{**sgd.OPTIONS, "lr": 0.2})
     monkeypatch.setitem(sgd.CONTENDERS, "torch foreach=True", wrong)
     sgd.main([*TINY, "--variants", "--output", str(record)])
     text = record.read_text(encoding="utf-8")

@@ -126,7 +126,7 @@ def test_the_loss_alone_is_checked_against_float64(case: Case) -> None:
 
 
 def test_the_reference_finds_a_wrong_gradient() -> None:
-    logits, target = loss_at_scale._random_logits(CASES[0], CPU, seed=0)
+    logits, target = loss_at_scale.random_logits(CASES[0], CPU, seed=0)
     right = loss_at_scale._Result.of(PYTORCH, logits, target)
     wrong = right._replace(loss=2 * right.loss, gradient=2 * right.gradient)
     _, errors = loss_at_scale._against_float64([right, wrong], logits, target)
@@ -135,9 +135,9 @@ def test_the_reference_finds_a_wrong_gradient() -> None:
 
 
 def test_logits_are_random_and_follow_the_seed() -> None:
-    first, target = loss_at_scale._random_logits(CASES[0], CPU, seed=0)
-    again, _ = loss_at_scale._random_logits(CASES[0], CPU, seed=0)
-    other, _ = loss_at_scale._random_logits(CASES[0], CPU, seed=1)
+    first, target = loss_at_scale.random_logits(CASES[0], CPU, seed=0)
+    again, _ = loss_at_scale.random_logits(CASES[0], CPU, seed=0)
+    other, _ = loss_at_scale.random_logits(CASES[0], CPU, seed=1)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.detach().std() == pytest.approx(loss_at_scale.SPREAD, rel=0.1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .contenders import FASTLOSS, PYTORCH, Contender
 from .measure import Neighbours, Step, free_bytes, interleaved, peak_bytes
 
-__all__ = ["TIMES", "Case", "Errors", "LossAtScale", "Measured", "Timed", "cases_for", "compare"]
+__all__ = ["TIMES", "Case", "Errors", "LossAtScale", "Measured", "Timed", "cases_for", "compare", "random_logits"]
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -122,7 +122,7 @@ def compare(
     tell: Callable[[float], None] = lambda share: None,
 ) -> LossAtScale:
     """Check both contenders, then measure them; ``tell`` hears the share of the case that is done."""
-    logits, target = _random_logits(case, device, seed)
+    logits, target = random_logits(case, device, seed)
     results = [_Result.of(contender, logits, target) for contender in (PYTORCH, FASTLOSS)]
     accuracy, errors = _against_float64(results, logits, target)
     accuracies = [result.accuracy for result in results]
@@ -142,7 +142,7 @@ def _tokens_that_fit(wanted: int, bytes_a_token: int, free: int) -> int:
     return tokens
 
 
-def _random_logits(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+def random_logits(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
     """``(N, V)`` logits that require a gradient, and ``(N,)`` labels."""
     generator = torch.Generator(device).manual_seed(seed)
     shape = (case.tokens, case.classes)

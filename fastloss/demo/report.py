@@ -21,7 +21,17 @@ from .loss_at_scale import TIMES, LossAtScale, Timed
 from .optimizer_step import RESNET50_WIDTH, OptimizerStep, resnet50_shapes
 from .training import Training
 
-__all__ = ["at_scale", "heading", "machine", "optimizer", "progress", "tensors_of", "training"]
+__all__ = [
+    "at_scale",
+    "bytes_in_words",
+    "heading",
+    "machine",
+    "optimizer",
+    "plain_table",
+    "progress",
+    "tensors_of",
+    "training",
+]
 
 EPOCHS_SHOWN = 7
 
@@ -65,7 +75,7 @@ def training(result: Training) -> RenderableType:
 
 def at_scale(results: Sequence[LossAtScale], device: torch.device) -> RenderableType:
     """Time, memory and errors of the loss alone."""
-    table = _table(
+    table = plain_table(
         f"The loss alone at language-model size, on {device.type}: forward and backward",
         f"tokens {TIMES} classes",
         "",
@@ -88,7 +98,7 @@ def at_scale(results: Sequence[LossAtScale], device: torch.device) -> Renderable
 
 def optimizer(result: OptimizerStep, device: torch.device) -> RenderableType:
     """Time, memory and errors of SGD's step."""
-    table = _table(
+    table = plain_table(
         f"SGD's step alone, on {device.type}: {tensors_of(result)}", "", "", "PyTorch", "fastloss", "ratio"
     )
     for each in result.compared:
@@ -113,7 +123,7 @@ def tensors_of(result: OptimizerStep) -> str:
     return f"{result.tensors} tensors of {kind}, {result.parameters / 1e6:.1f} million parameters"
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
     """A plain table: the first column and those without a name are words, the others numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
@@ -124,7 +134,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _by_epoch(result: Training) -> Table:
-    table = _table(
+    table = plain_table(
         f"Training on {result.trained_on} scans of digits, {result.held_out} held out",
         "epoch",
         "PyTorch loss",
@@ -152,11 +162,11 @@ def _spread(epochs: int) -> list[int]:
 
 def _a_step(result: Training) -> Table:
     a, b = result.pytorch, result.fastloss
-    table = _table("One step of training", "", "PyTorch", "fastloss")
+    table = plain_table("One step of training", "", "PyTorch", "fastloss")
     table.add_row(
         f"time, median of {len(a.seconds)}", f"{a.median_step * 1e6:.0f} µs", f"{b.median_step * 1e6:.0f} µs"
     )
-    table.add_row("peak memory beyond the model", _bytes(a.peak_bytes), _bytes(b.peak_bytes))
+    table.add_row("peak memory beyond the model", bytes_in_words(a.peak_bytes), bytes_in_words(b.peak_bytes))
     return table
 
 
@@ -195,10 +205,11 @@ def _times(pytorch: Timed, fastloss: Timed) -> tuple[str, str, str]:
 
 def _peaks(pytorch: Timed, fastloss: Timed) -> tuple[str, str, str]:
     a, b = pytorch.peak_bytes, fastloss.peak_bytes
-    return _bytes(a), _bytes(b), f"{a / b:.2f}x"
+    return bytes_in_words(a), bytes_in_words(b), f"{a / b:.2f}x"
 
 
-def _bytes(number: int) -> str:
+def bytes_in_words(number: int) -> str:
+    """``1.2 MB``."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if number >= size:
             return f"{number / size:.1f} {unit}"

@@ -1,0 +1,299 @@
+"""One workload: who can't take part and why, who is wrong, and what the others take.
+
+Contenders take turns, with a device copy among them, so that a busy moment hits all alike and the bandwidth that they
+are held against is that of the same seconds. A turn is a block of calls: on a GPU so many that the host's time to
+queue the first is lost in it, on a CPU as many as settle the C library's allocator.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..demo.loss_at_scale import COPIES
+from ..demo.measure import Neighbours, Step, free_bytes, interleaved, peak_bytes, seconds
+from .check import Call, Exact, copies, errors_of_reference, is_out_of_memory, operation, verdict
+from .contenders import OURS, Contender
+from .optimizer import Kind, deviations, ready
+from .workloads import Inputs, Shape, Workload, make_inputs
+
+__all__ = ["Copy", "Prepared", "Row", "block_of", "measure", "prepare"]
+
+Tell = Callable[[float], None]
+
+_BLOCK_SECONDS = {"cuda": 5e-3, "cpu": 2e-2}
+_LARGEST_BLOCK = {"cuda": 200, "cpu": 10}
+_HOST_BLOCK = 20
+_COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+_CHECKED_PARAMETERS = 1 << 22  # of an optimizer; the first tensors
+_SGD_SETS = 3  # parameters, gradients and momentum of each contender
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender in one workload: what it took, or why there is nothing to say."""
+
+    op: str
+    shape: str
+    rows: int
+    classes: int
+    dtype: str
+    target: str
+    contender: str
+    version: str
+    status: str  # timed, wrong, absent, unfit, too large, out of memory, failed
+    reason: str = ""  # of any status but "timed"
+    note: str = ""
+    moved_bytes: int = 0  # that the operation must move
+    milliseconds: float | None = None  # the median of the turns, of one call
+    gigabytes_per_second: float | None = None  # moved_bytes over the time
+    share_of_copy: float | None = None
+    copy_gigabytes_per_second: float | None = None  # of a copy in the same turns, read and written
+    peak_bytes: int | None = None  # beyond the inputs, or the parameters and the optimizer's state
+    turns: int = 0
+    calls_a_turn: int = 0
+    others_share: float | None = None  # of the CPUs' time, that went to other programs meanwhile
+    ratios: dict[str, float] = field(default_factory=dict)  # this one's time over another's
+
+    @classmethod
+    def of(cls, workload: Workload, contender: Contender, status: str, reason: str = "") -> Row:
+        target = "" if workload.op == "sgd" else workload.target
+        return cls(
+            workload.op,
+            str(workload.shape),
+            *workload.shape,
+            workload.dtype_name,
+            target,
+            contender.name,
+            contender.version(),
+            status,
+            reason,
+            contender.note if contender.name != OURS else "",
+            workload.moved_bytes,
+        )
+
+    @property
+    def timed(self) -> bool:
+        return self.status == "timed"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Copy:
+    """A device copy: the bandwidth that everything is held against."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = min(_COPIED_BYTES.get(device.type, 1 << 27), free_bytes(device) // 8)
+        self._source = torch.ones(max(size, 1 << 20), dtype=torch.uint8, device=device)
+        self._target = torch.zeros_like(self._source)
+
+    def step(self) -> Tensor:
+        return self._target.copy_(self._source)
+
+    def gigabytes_per_second(self, times: Sequence[float]) -> float:
+        """Read and written, at the median of the times in seconds."""
+        return 2 * self._source.nbytes / statistics.median(times) / 1e9
+
+
+@dataclass
+class Prepared:
+    """A workload with everybody who was found right, ready to be timed; the others have their rows."""
+
+    workload: Workload
+    device: torch.device
+    steps: dict[str, Step] = field(default_factory=dict)  # one call each
+    peaks: dict[str, int | None] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)  # of those that are not to be timed, or have been
+
+
+def measure(
+    workload: Workload,
+    contenders: Sequence[Contender],
+    device: torch.device,
+    *,
+    budget: float,
+    seed: int = 0,
+    tell: Tell = lambda share: None,
+) -> list[Row]:
+    """Check every contender, then time those that are right; a row for each, in their order.
+
+    Args:
+        workload: what is measured.
+        contenders: who is asked.
+        device: where.
+        budget: seconds of timing; there are at least five turns.
+        seed: of the inputs.
+        tell: hears the share of the timing that is done.
+    """
+    try:
+        prepared = prepare(workload, contenders, device, seed=seed)
+        if prepared.steps:
+            _time(prepared, contenders, budget, tell)
+        return [prepared.rows[each.name] for each in contenders]
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def prepare(workload: Workload, contenders: Sequence[Contender], device: torch.device, *, seed: int = 0) -> Prepared:
+    """Sort the contenders: absent, unfit, too large, wrong, failed; or checked, run and ready."""
+    prepared = Prepared(workload, device)
+    candidates = []
+    for contender in contenders:
+        absence = contender.absence()
+        obstacle = contender.obstacle(workload, device)
+        if absence is not None:
+            unfit = f"; {contender.unfit}" if contender.unfit else ""
+            prepared.rows[contender.name] = Row.of(workload, contender, "absent", absence + unfit)
+        elif obstacle is not None:
+            prepared.rows[contender.name] = Row.of(workload, contender, "unfit", obstacle)
+        else:
+            candidates.append(contender)
+    if not candidates:
+        return prepared
+    needed, free = _least_bytes(workload, len(candidates), device), free_bytes(device)
+    if needed > free:
+        words = f"needs {needed / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free on {device}"
+        prepared.rows.update({each.name: Row.of(workload, each, "too large", words) for each in candidates})
+        return prepared
+    prepare_each = _prepare_sgd if workload.op == "sgd" else _prepare_loss
+    prepare_each(prepared, candidates, seed)
+    return prepared
+
+
+def block_of(step: Step, device: torch.device, op: str = "") -> int:
+    """How many calls a turn has."""
+    if op == "host":
+        return _HOST_BLOCK
+    longest = _LARGEST_BLOCK.get(device.type, 1)
+    fastest = min(seconds(step, device) for _ in range(3))
+    wanted = _BLOCK_SECONDS.get(device.type, 0.0) / max(fastest, 1e-9)
+    return max(1, min(longest, math.ceil(wanted)))
+
+
+def _least_bytes(workload: Workload, contenders: int, device: torch.device) -> int:
+    """On a CPU what all of it may take, since no error comes there when memory runs out; on a GPU what it must."""
+    size = workload.shape.numel * workload.dtype.itemsize
+    if workload.op == "sgd":
+        return _SGD_SETS * contenders * size
+    return workload.input_bytes + (COPIES if device.type == "cpu" else workload.differentiates) * size
+
+
+def _prepare_loss(prepared: Prepared, candidates: Sequence[Contender], seed: int) -> None:
+    workload, device = prepared.workload, prepared.device
+    try:
+        inputs = make_inputs(workload, device, seed)
+        exact, reference = Exact(workload, inputs[0]), errors_of_reference(workload, inputs[0])
+    except Exception as error:
+        rows = {each.name: _failed(workload, each, error, "too large") for each in candidates}
+        prepared.rows.update(rows)
+        return
+    for contender in candidates:
+        try:
+            call = operation(contender.load(), workload)
+            judged = copies(inputs[:1])[0] if contender.overwrites else inputs[0]
+            wrong = verdict(exact.errors(call(*judged)), reference, workload)
+            if wrong is not None:
+                prepared.rows[contender.name] = Row.of(workload, contender, "wrong", wrong)
+                continue
+            own = copies(inputs) if contender.overwrites else inputs
+            step = partial(_next_call, call, itertools.cycle(own))
+            step()
+            prepared.peaks[contender.name] = None if workload.op == "host" else peak_bytes(step, device)
+            prepared.steps[contender.name] = step
+        except Exception as error:
+            prepared.rows[contender.name] = _failed(workload, contender, error)
+
+
+def _next_call(call: Call, following: itertools.cycle[Inputs]) -> None:
+    """The result is dropped at the end, as it is in training: each call takes its memory anew."""
+    call(*next(following))
+
+
+def _prepare_sgd(prepared: Prepared, candidates: Sequence[Contender], seed: int) -> None:
+    workload, device = prepared.workload, prepared.device
+    kind = Kind(workload.dtype, device)
+    tensors, elements = workload.shape
+    checked = Shape(min(tensors, max(1, _CHECKED_PARAMETERS // elements)), elements)
+    for contender in candidates:
+        try:
+            make = contender.load().optimizer
+            assert make is not None
+            (off,) = deviations([make], _vectors(checked), kind)
+            if not off <= 1.0:
+                words = f"parameters off by {off:.3g} x what rounding explains"
+                prepared.rows[contender.name] = Row.of(workload, contender, "wrong", words)
+                continue
+            step = ready(make, _vectors(workload.shape), kind)
+            prepared.peaks[contender.name] = peak_bytes(step, device)
+            prepared.steps[contender.name] = step
+        except Exception as error:
+            prepared.rows[contender.name] = _failed(workload, contender, error)
+
+
+def _vectors(shape: Shape) -> list[tuple[int, ...]]:
+    return [(shape.classes,)] * shape.rows
+
+
+def _failed(workload: Workload, contender: Contender, error: Exception, full: str = "out of memory") -> Row:
+    lines = str(error).strip().splitlines() or [""]
+    words = f"{type(error).__name__}: {lines[0][:200]}"
+    return Row.of(workload, contender, full if is_out_of_memory(error) else "failed", words)
+
+
+def _time(prepared: Prepared, contenders: Sequence[Contender], budget: float, tell: Tell) -> None:
+    """Adds the rows of those that are ready; if one breaks down now, nobody's turns can be compared."""
+    ready = [contender for contender in contenders if contender.name in prepared.steps]
+    try:
+        rows = _timed(prepared, ready, budget, tell)
+    except Exception as error:
+        rows = {each.name: _failed(prepared.workload, each, error) for each in ready}
+    prepared.rows.update(rows)
+
+
+def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, tell: Tell) -> dict[str, Row]:
+    workload, device = prepared.workload, prepared.device
+    steps = prepared.steps
+    blocks = {name: block_of(step, device, workload.op) for name, step in steps.items()}
+    turns: list[Step] = [partial(_repeat, step, blocks[name]) for name, step in steps.items()]
+    # The host's time is that until the call returns, whatever the device does.
+    clock = torch.device("cpu") if workload.op == "host" else device
+    copy = None if workload.op == "host" else Copy(device)
+    with Neighbours() as neighbours:
+        times = interleaved([*turns, copy.step] if copy else turns, clock, budget=max(budget, 1e-6), tell=tell)
+    copied = copy.gigabytes_per_second(times[-1]) if copy else None
+    medians = {name: statistics.median(mine) / blocks[name] for name, mine in zip(steps, times, strict=False)}
+    rows = {}
+    for contender in contenders:
+        median = medians[contender.name]
+        speed = workload.moved_bytes / median / 1e9 if workload.moved_bytes else None
+        rows[contender.name] = replace(
+            Row.of(workload, contender, "timed"),
+            milliseconds=1e3 * median,
+            gigabytes_per_second=speed,
+            share_of_copy=speed / copied if speed and copied else None,
+            copy_gigabytes_per_second=copied,
+            peak_bytes=prepared.peaks[contender.name],
+            turns=len(times[0]),
+            calls_a_turn=blocks[contender.name],
+            others_share=neighbours.share,
+            ratios={other: median / theirs for other, theirs in medians.items() if other != contender.name},
+        )
+    return rows
+
+
+def _repeat(step: Step, block: int) -> None:
+    for _ in range(block):
+        step()

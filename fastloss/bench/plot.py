@@ -1,0 +1,94 @@
+"""GB/s against V, as one PNG: a panel for each operation and dtype, a line for each contender, the limit drawn in."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..demo.picture import FAINT, FASTLOSS, STYLE, title
+from .contenders import CONTENDERS, OURS
+from .measure import Row
+
+__all__ = ["draw", "panels"]
+
+COLUMNS = 2
+OTHERS = ("#f2a65a", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf")
+
+
+def draw(rows: Sequence[Row], path: Path, *, caption: str) -> bool:
+    """Write the picture to ``path``; False, and no picture, if no row has a speed. ``caption`` names the machine."""
+    parts = panels(rows)
+    if not parts:
+        return False
+    with matplotlib.rc_context(STYLE):
+        lines = math.ceil(len(parts) / COLUMNS)
+        figure = Figure(figsize=(15, 1.2 + 4.6 * lines), dpi=110, facecolor="white", layout="constrained")
+        FigureCanvasAgg(figure)
+        for number, (name, mine) in enumerate(parts.items()):
+            _draw_panel(figure.add_subplot(lines, min(COLUMNS, len(parts)), number + 1), name, mine)
+        figure.supxlabel(caption, fontsize=9.5, color=FAINT)
+        figure.savefig(path, format="png")
+    return True
+
+
+def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows that have a speed, by what makes them comparable."""
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.timed and row.gigabytes_per_second is not None:
+            target = {"hard": ", class indices", "soft": ", class probabilities"}.get(row.target, "")
+            parts.setdefault(f"{row.op}, {row.dtype}{target}", []).append(row)
+    return parts
+
+
+def _draw_panel(axes: Axes, name: str, rows: Sequence[Row]) -> None:
+    """For each V the shape with the most rows."""
+    for contender in dict.fromkeys(row.contender for row in rows):
+        best: dict[int, Row] = {}
+        for row in rows:
+            if row.contender == contender and row.rows >= best.get(row.classes, row).rows:
+                best[row.classes] = row
+        points = sorted((v, row.gigabytes_per_second or 0.0) for v, row in best.items())
+        ours = contender == OURS
+        axes.plot(
+            [v for v, _ in points],
+            [speed for _, speed in points],
+            marker="o",
+            label=contender,
+            linewidth=2.6 if ours else 1.6,
+            color=_color(contender),
+            zorder=3 if ours else 2,
+            clip_on=False,
+        )
+    copies = [row.copy_gigabytes_per_second for row in rows if row.copy_gigabytes_per_second]
+    if copies:
+        limit = statistics.median(copies)
+        axes.axhline(limit, color=FAINT, linestyle="--", linewidth=1.2, label=f"a copy: {limit:.0f} GB/s")
+    sizes = sorted({row.classes for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [str(size) for size in sizes], rotation=30, horizontalalignment="right")
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("GB/s of the bytes that must move")
+    axes.legend(fontsize=9)
+    if rows[0].op == "sgd":
+        axes.set_xlabel("elements of a tensor")
+        title(axes, name, "at each size the set with the most tensors")
+    else:
+        axes.set_xlabel("V, classes")
+        title(axes, name, "at each V the shape with the most rows")
+
+
+def _color(contender: str) -> str:
+    """The same in every panel."""
+    if contender == OURS:
+        return FASTLOSS
+    mates = [name for name, each in CONTENDERS.items() if name != OURS]
+    return OTHERS[mates.index(contender) % len(OTHERS)]
