@@ -1,0 +1,112 @@
+"""The contest under pytest-benchmark: ``pytest benchmarks --benchmark-only``.
+
+``--shapes`` chooses how much of it: ``tiny`` (seconds, on a CPU: what CI runs), ``quick`` or ``full``; ``-k`` picks
+by operation, shape, dtype, target and contender. ``python -m fastloss bench`` measures the same with all contenders
+in turns; here each is timed by itself, as pytest-benchmark has it.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from fastloss.bench.contenders import CONTENDERS, contenders_of
+from fastloss.bench.measure import Copy, Prepared, prepare
+from fastloss.bench.report import presence
+from fastloss.bench.workloads import DTYPES, SIZES, TARGETS, Workload, workloads
+from fastloss.demo.measure import seconds
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OPS = {
+    "test_cross_entropy": ("forward", "forward+backward", "loss+accuracy"),
+    "test_accuracy": ("accuracy",),
+    "test_sgd": ("sgd",),
+    "test_host": ("host",),
+}
+_COPIES = 5  # that the bandwidth is the median of
+
+
+class Contest(NamedTuple):
+    """A workload, made ready for all of its contenders, and the bandwidth of a copy at that time."""
+
+    prepared: Prepared
+    copy_gigabytes_per_second: float
+
+
+class EventClock:
+    """Seconds, by the GPU's own clock: of an event in its stream, which is waited for."""
+
+    def __init__(self) -> None:
+        self._last: torch.cuda.Event | None = None
+        self._seconds = 0.0
+
+    def __call__(self) -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        if self._last is not None:  # one difference at a time: CUDA gives it in float32
+            self._seconds += self._last.elapsed_time(event) / 1e3
+        self._last = event
+        return self._seconds
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shapes", choices=SIZES, default="quick", help="how much of the contest (default: quick)")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [f"contest: shapes {config.getoption('--shapes')}, on {DEVICE.type}"]
+    return lines + [f"contender {contender.name}: {presence(contender)}" for contender in CONTENDERS.values()]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "contest" not in metafunc.fixturenames:
+        return
+    size = metafunc.config.getoption("--shapes")
+    dtypes = {"tiny": ["float32"], "quick": ["bfloat16", "float32"], "full": list(DTYPES)}[size]
+    targets = ["hard"] if size == "quick" or metafunc.function.__name__ == "test_host" else TARGETS
+    chosen = workloads(OPS[metafunc.function.__name__], dtypes, targets, DEVICE, size=size)
+    pairs = [(workload, contender.name) for workload in chosen for contender in contenders_of(workload.op)]
+    metafunc.parametrize(
+        ("contest", "contender"),
+        pairs,
+        indirect=["contest"],
+        ids=[f"{workload}-{contender}" for workload, contender in pairs],
+        scope="session",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A table for each workload; on a GPU its own clock, but for the host's time."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters is None or "contest" not in parameters.params:
+            continue
+        workload = parameters.params["contest"]
+        timer: Callable[[], float] = time.perf_counter
+        if DEVICE.type == "cuda" and workload.op != "host":
+            timer = EventClock()
+        item.add_marker(pytest.mark.benchmark(group=str(workload), timer=timer))
+
+
+@pytest.fixture(scope="session")
+def contest(request: pytest.FixtureRequest) -> Iterator[Contest]:
+    """The workload of this test; made once for all of its contenders, since those follow each other."""
+    workload: Workload = request.param
+    chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    names = [params["contender"] for params in chosen if params.get("contest") == workload]  # -k may have left few
+    prepared = prepare(workload, [CONTENDERS[name] for name in names], DEVICE)
+    copy = Copy(DEVICE)
+    copy.step()
+    copied = copy.gigabytes_per_second([seconds(copy.step, DEVICE) for _ in range(_COPIES)])
+    del copy
+    yield Contest(prepared, copied)
+    prepared.steps.clear()
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,73 @@
+"""Each contender in each workload: ``pytest benchmarks --benchmark-only``; see conftest.py.
+
+A contender that is absent or can't serve is skipped, with the reason. One that is wrong or fails is an expected
+failure where it is another's package, and a failure where it is fastloss. ``extra_info`` holds the bytes that must
+move, GB/s, the share of a copy's bandwidth in this run, and the peak memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fastloss.bench.contenders import CONTENDERS, OURS
+from fastloss.bench.measure import block_of
+from fastloss.demo.measure import seconds
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+    from .conftest import Contest
+
+_SECONDS = {"tiny": 0.02, "quick": 0.5, "full": 1.0}  # of each benchmark
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 200
+
+
+def test_cross_entropy(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: str) -> None:
+    _run(contest, contender, benchmark, size)
+
+
+def test_accuracy(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: str) -> None:
+    _run(contest, contender, benchmark, size)
+
+
+def test_sgd(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: str) -> None:
+    _run(contest, contender, benchmark, size)
+
+
+def test_host(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: str) -> None:
+    _run(contest, contender, benchmark, size)
+
+
+@pytest.fixture(scope="session")
+def size(pytestconfig: pytest.Config) -> str:
+    """What ``--shapes`` says."""
+    return str(pytestconfig.getoption("--shapes"))
+
+
+def _run(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: str) -> None:
+    prepared, copied = contest
+    workload, device = prepared.workload, prepared.device
+    if (row := prepared.rows.get(contender)) is not None:
+        words = f"{contender} is {row.status}: {row.reason}"
+        if row.status not in ("wrong", "failed"):
+            pytest.skip(words)
+        (pytest.fail if contender == OURS else pytest.xfail)(words)
+    step = prepared.steps[contender]
+    block = block_of(step, device, workload.op)
+    rounds = int(_SECONDS[size] / max(block * seconds(step, device), 1e-9))
+    rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, rounds))
+    benchmark.extra_info.update(
+        contender=contender,
+        version=CONTENDERS[contender].version(),
+        note=CONTENDERS[contender].note,
+        device=str(device),
+        moved_bytes=workload.moved_bytes,
+        peak_bytes=prepared.peaks[contender],
+        copy_gigabytes_per_second=copied,
+    )
+    benchmark.pedantic(step, rounds=rounds, iterations=block, warmup_rounds=1)
+    if benchmark.stats is not None and workload.moved_bytes:  # None with --benchmark-disable
+        speed = workload.moved_bytes / benchmark.stats.stats.median / 1e9
+        benchmark.extra_info.update(gigabytes_per_second=speed, share_of_copy=speed / copied)
