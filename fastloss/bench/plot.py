@@ -42,7 +42,7 @@ def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows that have a speed, by what makes them comparable."""
     parts: dict[str, list[Row]] = {}
     for row in rows:
-        if row.timed and row.gigabytes_per_second is not None:
+        if row.gigabytes_per_second is not None:
             target = {"hard": ", class indices", "soft": ", class probabilities"}.get(row.target, "")
             parts.setdefault(f"{row.op}, {row.dtype}{target}", []).append(row)
     return parts

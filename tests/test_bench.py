@@ -1,0 +1,777 @@
+"""``python -m fastloss bench`` and ``pytest benchmarks``: who is caught, what is reported; never how fast."""
+
+from __future__ import annotations
+
+import importlib.abc
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloss import bench
+from fastloss.__main__ import main
+
+if bench.missing_extras():
+    pytest.skip('needs pip install "fastloss[bench]"', allow_module_level=True)
+
+from fastloss.bench import contenders, plot
+from fastloss.bench import measure as measuring
+from fastloss.bench import workloads as work
+from fastloss.bench.check import Exact, Outcome, errors_of_reference, verdict
+from fastloss.bench.contenders import CONTENDERS, Contender, Functions, contenders_of
+from fastloss.bench.measure import Row, measure
+from fastloss.bench.optimizer import OPTIONS
+from fastloss.bench.workloads import DTYPES, LOSS_OPS, OPS, Shape, Workload, make_inputs, parse_shape, workloads
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+TINY = Shape(6, 40)
+PNG = b"\x89PNG\r\n\x1a\n"
+
+needs_benchmarks = pytest.mark.skipif(
+    not (ROOT / "benchmarks" / "conftest.py").exists(), reason="needs the repository's benchmarks"
+)
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++"))), reason="needs a C++ compiler"
+)
+
+
+@pytest.fixture(autouse=True)
+def _as_a_user_runs_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """But for a narrow terminal, and for the size of what is copied and rotated, which takes its time."""
+    monkeypatch.delenv("FASTLOSS_BACKEND", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(work, "_ROTATED_BYTES", 1 << 22)
+    monkeypatch.setattr(measuring, "_COPIED_BYTES", {"cpu": 1 << 20})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for each other where other programs run too
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(op: str, *asked: Contender, shape: Shape = TINY, dtype: str = "float32", target: str = "hard") -> list[Row]:
+    """The rows of a workload, timed for no longer than it must be."""
+    return measure(Workload(op, shape, DTYPES[dtype], target), asked, CPU, budget=1e-9)
+
+
+def losing(name: str, loss: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Contender:
+    """A contender with this loss, and torch's accuracy."""
+    functions = Functions(loss, contenders._topk_accuracies, contenders._beside(loss))
+    return Contender(name, "torch", lambda: functions, (*LOSS_OPS, "host"), cpu=True, **options)
+
+
+# ---------------------------------------------------------------------------------------------- who is right is timed
+
+
+@pytest.mark.parametrize("shape", [TINY, Shape(5, 3), Shape(30, 9000)], ids=str)
+@pytest.mark.parametrize("target", ["hard", "soft"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", LOSS_OPS)
+def test_losses_are_right_and_timed(op: str, dtype: str, target: str, shape: Shape) -> None:
+    """Below and above the size from which the fallback makes its own pass; fewer classes than top-5 asks for."""
+    for row in run(op, CONTENDERS["fastloss"], CONTENDERS["torch"], shape=shape, dtype=dtype, target=target):
+        assert_timed(row)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_optimizers_are_right_and_timed(dtype: str) -> None:
+    rows = {row.contender: row for row in run("sgd", *contenders_of("sgd"), shape=Shape(3, 500), dtype=dtype)}
+    for name in ("fastloss", "torch-loop", "torch-foreach"):
+        assert_timed(rows[name])
+    # torch 2.13's fused step on a CPU loses what 16-bit parameters can't hold; a later one may not.
+    assert rows["torch-fused"].status in (("timed",) if dtype == "float32" else ("timed", "wrong"))
+    assert rows["apex-sgd"].status in ("absent", "unfit")
+
+
+def test_host_time_has_no_bandwidth() -> None:
+    for row in run("host", CONTENDERS["fastloss"], CONTENDERS["torch"]):
+        assert row.timed, row
+        assert row.moved_bytes == 0
+        assert (
+            row.gigabytes_per_second is row.share_of_copy is row.copy_gigabytes_per_second is row.peak_bytes is None
+        )
+
+
+@needs_compiler
+def test_compiled_losses_are_right_and_timed() -> None:
+    for row in run("loss+accuracy", CONTENDERS["torch.compile"], CONTENDERS["fastloss"]):
+        assert_timed(row)
+
+
+def assert_timed(row: Row) -> None:
+    """What a row says agrees with itself."""
+    assert row.timed, row
+    assert row.reason == ""
+    for number in (row.milliseconds, row.gigabytes_per_second, row.share_of_copy, row.copy_gigabytes_per_second):
+        assert number is not None
+        assert math.isfinite(number)
+        assert number > 0
+    assert row.gigabytes_per_second == pytest.approx(row.moved_bytes / row.milliseconds / 1e6)
+    assert row.share_of_copy == pytest.approx(row.gigabytes_per_second / row.copy_gigabytes_per_second)
+    assert row.peak_bytes is not None
+    assert row.peak_bytes >= (row.moved_bytes // 2 if row.op == "forward+backward" and row.target == "hard" else 0)
+    assert row.turns >= 5
+    assert row.calls_a_turn >= 1
+
+
+def test_ratios_are_one_time_over_the_other() -> None:
+    ours, theirs = run("forward", CONTENDERS["fastloss"], CONTENDERS["torch"])
+    assert ours.milliseconds is not None
+    assert theirs.milliseconds is not None
+    assert ours.ratios == {"torch": pytest.approx(ours.milliseconds / theirs.milliseconds)}
+    assert theirs.ratios == {"fastloss": pytest.approx(theirs.milliseconds / ours.milliseconds)}
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "target", "expected"),
+    [
+        ("forward", "float32", "hard", 6 * 40 * 4),
+        ("forward", "bfloat16", "soft", 2 * 6 * 40 * 2),
+        ("forward+backward", "float16", "hard", 2 * 6 * 40 * 2),
+        ("forward+backward", "float32", "soft", 3 * 6 * 40 * 4),
+        ("accuracy", "bfloat16", "hard", 6 * 40 * 2),
+        ("loss+accuracy", "bfloat16", "hard", 2 * 6 * 40 * 2),
+        ("sgd", "float32", "hard", 20 * 6 * 40),
+        ("sgd", "bfloat16", "hard", 10 * 6 * 40),
+        ("host", "float32", "hard", 0),
+    ],
+)
+def test_moved_bytes(op: str, dtype: str, target: str, expected: int) -> None:
+    assert Workload(op, TINY, DTYPES[dtype], target).moved_bytes == expected
+
+
+def test_every_workload_is_what_it_is_called() -> None:
+    chosen = workloads(OPS, list(DTYPES), ["hard", "soft"], CPU, size="tiny")
+    assert len({str(workload) for workload in chosen}) == len(chosen)
+    assert {workload.op for workload in chosen} == set(OPS)
+    assert str(Workload("forward", TINY, torch.bfloat16, "soft")) == "forward-6x40-bfloat16-soft"
+    assert not [workload for workload in chosen if workload.op == "sgd" and workload.soft]
+
+
+def test_inputs_are_rotated_unless_they_are_small() -> None:
+    small = make_inputs(Workload("forward", TINY, torch.float32), CPU, seed=0)
+    large = make_inputs(Workload("forward+backward", Shape(30, 9000), torch.float32), CPU, seed=0)
+    assert len(small) == 1
+    assert len(large) == 4
+    assert sum(inputs.nbytes for inputs in large) >= 1 << 22
+    assert not torch.equal(large[0].logits, large[1].logits)
+    assert all(inputs.logits.requires_grad for inputs in large)
+
+
+# ------------------------------------------------------------------------------------------------ who is wrong is not
+
+
+def _off(logits: Tensor) -> float:
+    """Eager PyTorch keeps 16-bit logarithms of the probabilities, so that much is forgiven there."""
+    return 1e-3 if logits.dtype == torch.float32 else 0.5
+
+
+def _wrong_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target) * (1 + _off(logits))
+
+
+def _wrong_gradient(logits: Tensor, target: Tensor) -> Tensor:
+    loss = F.cross_entropy(logits, target)
+    return (1 + _off(logits)) * loss - _off(logits) * loss.detach()
+
+
+def _without_small_gradients(logits: Tensor, target: Tensor) -> Tensor:
+    through = logits.clone()
+    if through.requires_grad:
+        through.register_hook(lambda gradient: gradient * (gradient.abs() > 1e-5))
+    return F.cross_entropy(through, target)
+
+
+def _nan_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target) * math.nan
+
+
+def _nan_gradient(logits: Tensor, target: Tensor) -> Tensor:
+    through = logits.clone()
+    if through.requires_grad:
+        through.register_hook(lambda gradient: gradient.index_fill(1, torch.tensor(3), math.nan))
+    return F.cross_entropy(through, target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("op", "loss", "what"),
+    [
+        ("forward", _wrong_loss, "loss"),
+        ("forward", _nan_loss, "loss"),
+        ("forward+backward", _wrong_gradient, "gradient"),
+        ("forward+backward", _without_small_gradients, "gradient"),
+        ("forward+backward", _nan_gradient, "gradient"),
+        ("loss+accuracy", _nan_loss, "loss"),
+        ("host", _wrong_gradient, "gradient"),
+    ],
+)
+def test_a_wrong_loss_is_marked_and_not_timed(
+    op: str, loss: Callable[[Tensor, Tensor], Tensor], what: str, dtype: str
+) -> None:
+    right, wrong = run(op, CONTENDERS["torch"], losing("wrong", loss), shape=Shape(8, 600), dtype=dtype)
+    assert right.timed
+    assert wrong.status == "wrong"
+    assert wrong.reason.startswith(f"{what} off by ")
+    assert wrong.milliseconds is wrong.gigabytes_per_second is wrong.peak_bytes is None
+    assert "wrong" not in right.ratios
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        (lambda shares: (shares[0] + 1 / 6, shares[1]), "wrong"),
+        (lambda shares: (shares[0], shares[1] - 1 / 6), "wrong"),
+        (lambda shares: (shares[0], shares[1] * math.nan), "wrong"),
+        (lambda shares: shares[:1], "failed"),
+        (lambda shares: (), "failed"),
+    ],
+)
+@pytest.mark.parametrize("op", ["accuracy", "loss+accuracy"])
+def test_a_wrong_accuracy_is_marked(op: str, change: Callable[..., tuple[Tensor, ...]], status: str) -> None:
+    def accuracies(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        return change(contenders._topk_accuracies(logits, target))
+
+    functions = Functions(
+        None, accuracies, lambda logits, target: (F.cross_entropy(logits, target), accuracies(logits, target))
+    )
+    (row,) = run(op, Contender("wrong", "torch", lambda: functions, (op,), cpu=True))
+    assert row.status == status, row
+    assert status == "failed" or row.reason.startswith("accuracy off by ")
+
+
+def test_ties_may_count_either_way_and_no_more() -> None:
+    workload = Workload("accuracy", Shape(2, 6), torch.float32)
+    inputs = make_inputs(workload, CPU, seed=0)[0]
+    inputs.logits.copy_(torch.tensor([[1.0, 1.0, 0, 0, 0, 0], [2.0, 0, 0, 0, 0, 0]]))
+    inputs.target.copy_(torch.tensor([1, 0]))
+    exact = Exact(workload, inputs)
+    of_top1 = [
+        exact.errors(Outcome(accuracies=(torch.tensor(share), torch.tensor(1.0)))).accuracy for share in (0, 0.5, 1)
+    ]
+    assert of_top1 == [0.5, 0, 0]
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.1001}, {"momentum": 0.899}, {"weight_decay": 0.0}, {"lr": math.nan}])
+def test_a_wrong_optimizer_is_marked_and_not_timed(change: dict[str, float]) -> None:
+    def make(params: list[Tensor]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(params, **OPTIONS)
+        optimizer.param_groups[0].update(change)
+        return optimizer
+
+    wrong = Contender("wrong", "torch", lambda: Functions(optimizer=make), ("sgd",), cpu=True)
+    right, row = run("sgd", CONTENDERS["torch-loop"], wrong, shape=Shape(3, 500))
+    assert right.timed
+    assert row.status == "wrong"
+    assert row.reason.startswith("parameters off by ")
+    assert row.milliseconds is None
+
+
+def test_the_references_own_error_is_allowed_four_times() -> None:
+    workload = Workload("forward+backward", Shape(8, 600), torch.bfloat16)
+    inputs = make_inputs(workload, CPU, seed=0)[0]
+    reference = errors_of_reference(workload, inputs)
+    assert verdict(reference, reference, workload) is None
+    four_times = reference._replace(gradient=4 * reference.gradient, loss=4 * reference.loss)
+    assert verdict(four_times, reference, workload) is None
+    slack = 4 * torch.finfo(torch.bfloat16).eps
+    assert verdict(reference._replace(gradient=4.1 * reference.gradient + slack), reference, workload) is not None
+    assert verdict(reference._replace(loss=4.1 * reference.loss + slack), reference, workload) is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RuntimeError("no kernel image\nfor this device"), "failed"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "out of memory"),
+    ],
+)
+@pytest.mark.parametrize("good_calls", [0, 4])
+def test_who_breaks_down_says_so(error: Exception, status: str, good_calls: int) -> None:
+    calls = iter(range(good_calls))
+
+    def breaking(logits: Tensor, target: Tensor) -> Tensor:
+        if next(calls, None) is None:
+            raise error
+        return F.cross_entropy(logits, target)
+
+    row, other = run("forward", losing("breaking", breaking), CONTENDERS["torch"])
+    assert row.status == status
+    assert row.reason == f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    assert other.timed == (good_calls == 0)  # nobody's turns can be compared if one breaks down among them
+
+
+# --------------------------------------------------------------------------------------------------- others' packages
+
+
+class _LigerLike(torch.autograd.Function):
+    """Writes the gradient over the logits, in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, target)
+        with torch.no_grad():
+            gradient = (logits.softmax(1) - F.one_hot(target, logits.shape[1])) / len(target)
+            logits.data.copy_(gradient)
+        ctx.save_for_backward(logits.detach().clone())
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return ctx.saved_tensors[0] * upstream, None
+
+
+def liger_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: None = None,
+    size_average: None = None,
+    ignore_index: int = -100,
+    reduce: None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    return _LigerLike.apply(input, target)
+
+
+def quack_cross_entropy(
+    x: Tensor,
+    target: Tensor,
+    lse_partial: None = None,
+    weight: None = None,
+    ignore_index: int = -100,
+    reduction: str = "none",
+    inplace_backward: bool = False,
+) -> Tensor:
+    return F.cross_entropy(x, target, ignore_index=ignore_index, reduction=reduction)
+
+
+def flash_cross_entropy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    precomputed_lse: None = None,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    process_group: None = None,
+) -> tuple[Tensor, Tensor]:
+    losses = F.cross_entropy(
+        logits * logit_scale, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction="none"
+    )
+    return losses, torch.zeros_like(losses)
+
+
+class ApexLoss:
+    """``SoftmaxCrossEntropyLoss``: rows whose label is ``padding_idx``, 0 unless told otherwise, do not count."""
+
+    @staticmethod
+    def apply(
+        logits: Tensor, labels: Tensor, smoothing: float = 0.0, padding_idx: int = 0, half_to_float: bool = False
+    ) -> Tensor:
+        losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+        return losses.masked_fill(labels == padding_idx, 0.0)
+
+
+class ApexSGD(torch.optim.SGD):
+    """``FusedSGD``'s arguments."""
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        lr: float,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        wd_after_momentum: bool = False,
+        materialize_master_grads: bool = True,
+        set_grad_none: bool = False,
+    ) -> None:
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov)
+
+
+FAKES: dict[str, tuple[str, str, object]] = {
+    "liger": ("liger_kernel.transformers.functional", "liger_cross_entropy", liger_cross_entropy),
+    "quack": ("quack.cross_entropy", "cross_entropy", quack_cross_entropy),
+    "flash-attn": ("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss", flash_cross_entropy_loss),
+    "apex": ("apex.contrib.xentropy", "SoftmaxCrossEntropyLoss", ApexLoss),
+    "apex-sgd": ("apex.optimizers", "FusedSGD", ApexSGD),
+    "cce": ("cut_cross_entropy", "linear_cross_entropy", lambda e, c, targets: None),
+}
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages for GPUs, with their functions' arguments and this file's arithmetic."""
+    for module, name, value in FAKES.values():
+        fake = ModuleType(module)
+        setattr(fake, name, value)
+        monkeypatch.setitem(sys.modules, module, fake)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("op", ["forward", "forward+backward", "loss+accuracy", "host"])
+@pytest.mark.parametrize("name", ["liger", "quack", "flash-attn", "apex"])
+def test_an_adapter_calls_its_package_rightly(name: str, op: str) -> None:
+    adapter = replace(CONTENDERS[name], cpu=True)
+    assert adapter.absence() is None
+    theirs, torchs = run(op, adapter, CONTENDERS["torch"], shape=Shape(8, 3))  # with labels of 0
+    assert theirs.timed, theirs
+    assert torchs.timed, torchs  # whose logits nobody wrote over
+
+
+@pytest.mark.usefixtures("installed")
+def test_apex_steps_with_the_options_of_all() -> None:
+    (row,) = run("sgd", replace(CONTENDERS["apex-sgd"], cpu=True), shape=Shape(3, 500))
+    assert row.timed, row
+    (row,) = run("sgd", replace(CONTENDERS["apex-sgd"], cpu=True), dtype="bfloat16")
+    assert (row.status, row.reason) == ("unfit", "does not take bfloat16")
+
+
+@pytest.mark.usefixtures("installed")
+def test_who_cannot_serve_says_why() -> None:
+    def said(op: str, name: str, target: str = "hard", **changes: Any) -> tuple[str, str]:
+        (row,) = run(op, replace(CONTENDERS[name], **changes), target=target)
+        assert row.milliseconds is None
+        return row.status, row.reason
+
+    assert said("forward", "liger") == ("unfit", "serves GPUs only")
+    assert said("forward", "quack", "soft", cpu=True) == ("unfit", "takes class indices only")
+    assert said("forward", "cce") == ("unfit", "takes hidden states, not logits")
+    assert said("accuracy", "apex") == (
+        "unfit",
+        "has no accuracy; it has forward, forward+backward, loss+accuracy, host",
+    )
+
+
+class Without(importlib.abc.MetaPathFinder):
+    """As if a package were not installed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == self.name:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("liger", "(liger_kernel is missing: pip install liger-kernel)"),
+        ("quack", "(quack is missing: pip install quack-kernels)"),
+        ("cce", "(cut_cross_entropy is missing: pip install cut-cross-entropy)"),
+        ("flash-attn", "(flash_attn is missing: pip install flash-attn)"),
+        ("apex", "(apex is missing: build github.com/NVIDIA/apex with its CUDA extensions)"),
+        ("apex-sgd", "(apex is missing: build github.com/NVIDIA/apex with its CUDA extensions)"),
+    ],
+)
+def test_who_is_absent_says_how_to_install_it(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = FAKES[name][0].split(".")[0]
+    for module in [module for module in sys.modules if module.split(".")[0] == top]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "meta_path", [Without(top), *sys.meta_path])
+    (row,) = run("sgd" if name == "apex-sgd" else "forward", CONTENDERS[name])
+    assert row.status == "absent"
+    assert row.reason.startswith(f"not installed {how}")
+    assert row.version == ""
+
+
+def test_who_is_broken_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "quack.cross_entropy", ModuleType("quack.cross_entropy"))
+    (row,) = run("forward", CONTENDERS["quack"])
+    assert row.status == "absent"
+    assert row.reason.startswith("can't be imported: AttributeError: ")
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def command(*arguments: str) -> int:
+    return main(["bench", "--device", "cpu", "--seconds", "1e-9", *arguments])
+
+
+def lines_of(text: str, name: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines() if line.split()[:1] == [name]]
+
+
+def timed_lines_of(text: str, name: str) -> list[list[str]]:
+    return [cells for cells in lines_of(text, name) if re.fullmatch(r"\d+\.\d{4}", cells[1])]
+
+
+def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record, picture = tmp_path / "rows.json", tmp_path / "rows.png"
+    asked = ["--contender", "fastloss", "--contender", "torch", "--shape", "6x40", "--shape", "6x80"]
+    assert command(*asked, "--op", "forward", "--op", "host", "--json", str(record), "--plot", str(picture)) == 0
+    out = capsys.readouterr().out
+    assert "forward, 6 × 40, float32, class indices: 960 B must move" in out
+    assert "Everybody was checked against float64 first" in out
+    written = json.loads(record.read_text(encoding="utf-8"))
+    assert written["finished"] is True
+    rows = written["rows"]
+    assert [(row["op"], row["shape"], row["contender"]) for row in rows] == [
+        (op, shape, name)
+        for op in ("forward", "host")
+        for shape in ("6x40", "6x80")
+        for name in ("fastloss", "torch")
+    ]
+    assert {row["status"] for row in rows} == {"timed"}
+    for name in ("fastloss", "torch"):
+        mine = [row for row in rows if row["contender"] == name]
+        table = timed_lines_of(out, name)
+        assert [cells[1] for cells in table] == [f"{row['milliseconds']:.4f}" for row in mine]
+        assert [cells[2] for cells in table[:2]] == [f"{row['gigabytes_per_second']:.2f}" for row in mine[:2]]
+    ratios = [row["ratios"]["torch"] for row in rows if row["contender"] == "fastloss"]
+    assert [cells[-1] for cells in timed_lines_of(out, "torch")] == [f"{ratio:.3f}" for ratio in ratios]
+    assert picture.read_bytes().startswith(PNG)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_everybody_is_listed_with_a_version_or_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--op", "sgd", "--shape", "2x30") == 0
+    listed = capsys.readouterr().out.partition("sgd, 2 × 30")[0]
+    assert f"torch {torch.__version__}" in " ".join(lines_of(listed, "torch-fused")[0])
+    assert lines_of(listed, "apex-sgd")
+    assert not lines_of(listed, "liger")  # which has no optimizer
+
+
+def test_a_wrong_contender_is_shown_and_the_rest_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONTENDERS, "mistaken", losing("mistaken", _wrong_loss))
+    record = tmp_path / "rows.json"
+    asked = ["--contender", "mistaken", "--contender", "torch", "--shape", "6x40", "--op", "forward"]
+    assert command(*asked, "--json", str(record)) == 0
+    assert lines_of(capsys.readouterr().out, "mistaken")[1][:4] == ["mistaken", "WRONG:", "loss", "off"]
+    assert [row["status"] for row in json.loads(record.read_text(encoding="utf-8"))["rows"]] == ["wrong", "timed"]
+
+
+def test_if_fastloss_is_wrong_the_command_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONTENDERS, "fastloss", losing("fastloss", _wrong_gradient))
+    asked = ["--contender", "fastloss", "--contender", "torch", "--shape", "6x40"]
+    assert command(*asked, "--op", "forward+backward") == 1
+    assert command(*asked, "--op", "forward") == 0
+
+
+def test_a_shape_too_large_is_reported_and_the_rest_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "rows.json"
+    asked = ["--contender", "fastloss", "--shape", "1000000x1000000", "--shape", "6x40", "--json", str(record)]
+    assert command(*asked, "--op", "forward+backward", "--op", "sgd") == 0
+    rows = json.loads(record.read_text(encoding="utf-8"))["rows"]
+    assert [row["status"] for row in rows] == ["too large", "timed", "too large", "timed"]
+    for row in rows[::2]:
+        assert "GB are free on cpu" in row["reason"]
+        assert row["reason"] in " ".join(capsys.readouterr().out.split()) or row["op"] == "sgd"
+
+
+def test_an_interrupted_run_keeps_what_it_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(logits: Tensor, target: Tensor) -> Tensor:
+        if logits.shape[1] == 41:
+            raise KeyboardInterrupt
+        return F.cross_entropy(logits, target)
+
+    monkeypatch.setitem(CONTENDERS, "slow", losing("slow", interrupted))
+    record, picture = tmp_path / "rows.json", tmp_path / "rows.png"
+    asked = ["--contender", "torch", "--contender", "slow", "--op", "forward", "--json", str(record)]
+    shapes = ["--shape", "6x40", "--shape", "6x41", "--shape", "6x42"]
+    assert command(*asked, *shapes, "--plot", str(picture)) == 130
+    written = json.loads(record.read_text(encoding="utf-8"))
+    assert written["finished"] is False
+    assert [(row["shape"], row["status"]) for row in written["rows"]] == [("6x40", "timed")] * 2
+    assert picture.read_bytes().startswith(PNG)
+    out = capsys.readouterr().out
+    assert "Interrupted: 2 rows were finished." in out
+    assert "6 × 42" not in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is no signal there")
+def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
+    record = tmp_path / "rows.json"
+    arguments = ["--device", "cpu", "--op", "forward", "--contender", "torch", "--seconds", "0.2", "--json", record]
+    shapes = [part for v in range(10, 1000) for part in ("--shape", f"4x{v}")]  # minutes
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastloss", "bench", *map(str, arguments), *shapes],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not record.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        early = json.loads(record.read_text(encoding="utf-8"))  # whole at any time, so a kill leaves it too
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, errors) == (130, "")
+    written = json.loads(record.read_text(encoding="utf-8"))
+    assert written["finished"] is False
+    assert 1 <= len(early["rows"]) <= len(written["rows"]) < 990
+    assert written["rows"][0] == early["rows"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [
+        (["--op", "backward"], OPS),
+        (["--dtype", "float64"], tuple(DTYPES)),
+        (["--contender", "nobody"], tuple(CONTENDERS)),
+        (["--target", "one-hot"], ("hard", "soft")),
+        (["--device", "tpu"], ("cpu",)),
+        (["--shape", "40"], ("NxV", "64x10", "512x32000")),
+        (["--shape", "0x40"], ("NxV", "64x10", "512x32000")),
+        (["--op", "sgd", "--shape", "axb"], ("NxV", "161x158740")),
+        (["--seconds", "0"], ("a positive number",)),
+        (["--seconds", "nan"], ("a positive number",)),
+        (["--json", "no/such/folder.json"], ("a file in a folder that exists",)),
+        (["--plot", "rows.svg"], (".png",)),
+    ],
+)
+def test_bad_input_is_one_line_that_lists_what_is_known(
+    arguments: list[str], known: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    assert main(["bench", *device, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"fastloss bench: {arguments[-2]} is ")
+    assert arguments[-1] in line
+    for name in known:
+        assert name in line
+
+
+def test_shapes_are_read() -> None:
+    assert parse_shape("4096x1000") == Shape(4096, 1000)
+    for text in ("4096", "4096x", "x1000", "-1x3", "3x0", "3 x 4", "3x4x5", "1e3x4"):
+        with pytest.raises(ValueError, match="is not NxV"):
+            parse_shape(text)
+
+
+def test_quick_and_full_are_what_they_say() -> None:
+    def chosen(*arguments: str) -> bench.Settings:
+        import argparse
+
+        parser = argparse.ArgumentParser()
+        bench.add_arguments(parser)
+        return bench.settings_from(parser.parse_args(["--device", "cpu", *arguments]))
+
+    full, quick = chosen(), chosen("--quick")
+    assert {workload.op for workload in full.workloads} == set(OPS)
+    assert len(quick.workloads) < len(full.workloads) / 4
+    assert quick.seconds < full.seconds
+    assert {workload.dtype for workload in full.workloads} == {torch.float32}
+    assert {workload.op for workload in chosen("--shape", "6x40").workloads} == set(LOSS_OPS)
+    assert {workload.dtype_name for workload in chosen("--dtype", "float16", "--dtype", "bfloat16").workloads} == {
+        "float16",
+        "bfloat16",
+    }
+
+
+def test_the_command_without_its_extras_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['rich', 'psutil'])); "
+        "from fastloss.__main__ import main; sys.exit(main(['bench']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (done.stdout, done.stderr) == ("", 'fastloss: bench needs psutil, rich: pip install "fastloss[bench]"\n')
+
+
+def test_the_picture_has_a_panel_for_what_is_comparable(tmp_path: Path) -> None:
+    rows = [row for op in ("forward", "host") for row in run(op, CONTENDERS["fastloss"], CONTENDERS["torch"])]
+    rows += run("forward", CONTENDERS["torch"], losing("wrong", _wrong_loss), dtype="float32", target="soft")
+    panels = plot.panels(rows)
+    assert {name: [row.contender for row in mine] for name, mine in panels.items()} == {
+        "forward, float32, class indices": ["fastloss", "torch"],
+        "forward, float32, class probabilities": ["torch"],
+    }
+    assert not plot.draw(rows[2:4], tmp_path / "none.png", caption="")
+    assert not (tmp_path / "none.png").exists()
+
+
+# --------------------------------------------------------------------------------------------------- pytest-benchmark
+
+WRONG = """
+from fastloss.bench import workloads
+from fastloss.bench.contenders import CONTENDERS, Contender, Functions
+
+workloads._ROTATED_BYTES = 1 << 22
+
+def wrong(logits, target):
+    return logits.new_tensor(3.0)
+
+CONTENDERS["mistaken"] = Contender("mistaken", "torch", lambda: Functions(wrong), ("forward",), cpu=True)
+"""
+
+
+@needs_benchmarks
+def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "adds_a_wrong_one.py").write_text(WRONG, encoding="utf-8")
+    record = tmp_path / "benchmarks.json"
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    plugins = ["-p", "adds_a_wrong_one", "-p", "no:cacheprovider"]
+    arguments = ["benchmarks", "--benchmark-only", "--shapes", "tiny", f"--benchmark-json={record}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *plugins, *arguments, "-k", "(hard or sgd) and not compile"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mistaken is wrong: loss off by " in done.stdout
+    for name in ("liger", "quack", "cce", "flash-attn", "apex", "apex-sgd"):
+        assert f"{name} is absent: " in done.stdout or f"{name} is unfit: " in done.stdout
+    benchmarks = json.loads(record.read_text(encoding="utf-8"))["benchmarks"]
+    found = {(each["group"], each["extra_info"]["contender"]) for each in benchmarks}
+    expected = {
+        (str(workload), contender.name)
+        for op in OPS
+        for workload in workloads([op], ["float32"], ["hard"], CPU, size="tiny")
+        for contender in contenders_of(op)
+        if contender.cpu and contender.name != "torch.compile"
+    }
+    assert found == expected
+    for each in benchmarks:
+        info = each["extra_info"]
+        assert info["copy_gigabytes_per_second"] > 0
+        if each["group"].startswith("host"):
+            assert info["moved_bytes"] == 0
+            continue
+        assert info["peak_bytes"] >= 0
+        assert info["gigabytes_per_second"] == pytest.approx(info["moved_bytes"] / each["stats"]["median"] / 1e9)
+        share = info["gigabytes_per_second"] / info["copy_gigabytes_per_second"]
+        assert info["share_of_copy"] == pytest.approx(share)
