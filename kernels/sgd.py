@@ -8,7 +8,7 @@ Bytes for each float32 parameter with momentum: read θ, g and m, write θ and m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +74,16 @@ class Launch:
 
 
 def _resolved(grads: list[Tensor]) -> list[Tensor]:
-    """Without those that are negated when they are read, which autograd makes of complex conjugates."""
-    return [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else grads
+    """Without those that are not what lies in their memory: negated when they are read, as autograd makes them of
+    complex conjugates; or zeros that have no memory.
+    """
+    if any(map(Tensor.is_neg, grads)) or any(map(Tensor._is_zerotensor, grads)):
+        grads = [grad.resolve_neg() for grad in grads]
+        grads = [
+            torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device) if grad._is_zerotensor() else grad
+            for grad in grads
+        ]
+    return grads
 
 
 def _launches(batch: SGDBatch, grads: list[Tensor]) -> dict[Any, Launch]:
@@ -106,7 +114,9 @@ def _divided(batch: SGDBatch, dtypes: list[torch.dtype]) -> dict[Any, Launch]:
 
 def _bring_up_to_date(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
     strides = list(map(Tensor.stride, grads))
-    if launch.lines is None or launch.strides != strides or launch.begun is not batch.begun:
+    buffers = [list(map(Tensor.data_ptr, launch.momentum)), list(map(Tensor.data_ptr, launch.companions))]
+    fits = launch.strides == strides and launch.begun is batch.begun and launch.addresses[1:] == buffers
+    if launch.lines is None or not fits:
         _lay_out(launch, batch, grads)
         launch.strides, launch.begun, launch.addresses = strides, batch.begun, []
     of_momentum = list(map(Tensor.data_ptr, launch.momentum))
@@ -116,12 +126,10 @@ def _bring_up_to_date(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> N
         return
     assert launch.lines is not None
     lines, momentum, companions = launch.lines, iter(of_momentum), iter(of_companions)
-    lines[:, GRAD.value] = torch.tensor(addresses[0])
-    lines[:, MOMENTUM.value] = torch.tensor(
-        [0 if batch.momentum[i] is None else next(momentum) for i in launch.indices]
-    )
-    lines[:, COMPANION.value] = torch.tensor(
-        [0 if batch.companions[i] is None else next(companions) for i in launch.indices]
+    lines[:, GRAD.value] = _numbers(addresses[0])
+    lines[:, MOMENTUM.value] = _numbers(0 if batch.momentum[i] is None else next(momentum) for i in launch.indices)
+    lines[:, COMPANION.value] = _numbers(
+        0 if batch.companions[i] is None else next(companions) for i in launch.indices
     )
     used = lines[:, [THETA.value, GRAD.value, MOMENTUM.value, COMPANION.value]]
     layout = lines[:, LAYOUT.value]
@@ -137,15 +145,15 @@ def _lay_out(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
     """The parts of the tables that don't change when gradients move."""
     device = batch.params[0].device
     params = [batch.params[i] for i in launch.indices]
-    sizes = torch.tensor([param.numel() for param in params])
-    lines = torch.zeros(len(params), _COLUMNS.value, dtype=torch.int64)
-    lines[:, THETA.value] = torch.tensor([param.data_ptr() for param in params])
+    sizes = _numbers(param.numel() for param in params)
+    lines = torch.zeros(len(params), _COLUMNS.value, dtype=torch.int64, device="cpu")
+    lines[:, THETA.value] = _numbers(param.data_ptr() for param in params)
     lines[:, NUMEL.value] = sizes
-    lines[:, RULE.value] = torch.tensor([batch.rules[i] for i in launch.indices])
+    lines[:, RULE.value] = _numbers(batch.rules[i] for i in launch.indices)
     for line, i in enumerate(launch.indices):
         if i in batch.begun:
             lines[line, BEGUN.value] = batch.begun[i].data_ptr()
-    geometry = torch.ones(len(params), 3, DIMS.value, dtype=torch.int64)
+    geometry = torch.ones(len(params), 3, DIMS.value, dtype=torch.int64, device="cpu")
     for line, (i, param, grad) in enumerate(zip(launch.indices, params, grads, strict=True)):
         walk = _walk(param)
         for buffer in (batch.momentum[i], batch.companions[i]):
@@ -155,12 +163,17 @@ def _lay_out(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
             lines[line, LAYOUT.value] = STRIDED.value
             _write_geometry(geometry[line], walk, param, grad)
     chunks = (sizes + FLAG_ELEMENTS - 1) // FLAG_ELEMENTS
-    tensor = torch.repeat_interleave(torch.arange(len(params)), chunks)
-    chunk = torch.arange(len(tensor)) - torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
+    tensor = torch.repeat_interleave(torch.arange(len(params), device="cpu"), chunks)
+    chunk = torch.arange(len(tensor), device="cpu") - torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
     launch.lines = lines
     launch.items = _uploaded(torch.stack([tensor, chunk], dim=1).to(torch.int32), device, launch)
     strided = bool((lines[:, LAYOUT.value] == STRIDED.value).any())
     launch.geometry = _uploaded(geometry, device, launch) if strided else None
+
+
+def _numbers(values: Iterable[int]) -> Tensor:
+    """On the CPU, whatever torch's default device is."""
+    return torch.tensor(list(values), dtype=torch.int64, device="cpu")
 
 
 def _walk(param: Tensor) -> list[int]:
@@ -194,13 +207,8 @@ def _write_geometry(line: Tensor, walk: Sequence[int], param: Tensor, grad: Tens
             runs[-1][0] *= size
         else:
             runs.append([size, *steps])
-    if len(runs) > DIMS.value:
-        raise ValueError(
-            f"fastloss.SGD: a gradient of strides {grad.stride()} and a parameter of shape {tuple(param.shape)} and "
-            f"strides {param.stride()} have {len(runs)} dimensions that can't be joined; {DIMS.value} can be stepped"
-        )
     for d, run in enumerate(runs):
-        line[:, d] = torch.tensor(run)
+        line[:, d] = _numbers(run)
 
 
 def _uploaded(host: Tensor, device: torch.device, launch: Launch) -> Tensor:
@@ -209,7 +217,7 @@ def _uploaded(host: Tensor, device: torch.device, launch: Launch) -> Tensor:
         return host.clone()
     if not torch.cuda.is_current_stream_capturing():
         if host is launch.lines and (launch.reserve is None or launch.reserve.shape != host.shape):
-            launch.reserve = torch.empty_like(host).pin_memory()
+            launch.reserve = torch.empty_like(host, pin_memory=True)
         return host.pin_memory().to(device, non_blocking=True)
     # Every replay of the graph will read the host's copy again: it is never written again, and lives on.
     if launch.reserve is not None and launch.reserve.shape == host.shape:
@@ -248,7 +256,7 @@ def _passed(launch: Launch, rules: Sequence[SGDRule], device: torch.device, wide
     known = tuple(0.0 if place in tensors else value for place, value in enumerate(numbers))
     if launch.rules != known or launch.rules_table is None:
         launch.rules = known
-        launch.rules_table = _uploaded(torch.tensor(known, dtype=torch.float64), device, launch)
+        launch.rules_table = _uploaded(torch.tensor(known, dtype=torch.float64, device="cpu"), device, launch)
     if not tensors:
         return (), launch.rules_table
     table = launch.rules_table.clone()
@@ -308,7 +316,9 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
     if controls.grad_scale is not None:
         torch.autograd.graph.increment_version(grads)
         if grads is not given:
-            torch._foreach_copy_(given, grads)
+            for mine, resolved in zip(given, grads, strict=True):
+                if mine is not resolved:
+                    mine.copy_(resolved)
 
 
 def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
@@ -414,7 +424,7 @@ def _step_kernel(
         nesterov = _rule(rules, rules_ptr, number, 4, RULES, TENSORS) != 0.0
         sign = 1.0 - 2.0 * _rule(rules, rules_ptr, number, 5, RULES, TENSORS)
         decoupled = _rule(rules, rules_ptr, number, 6, RULES, TENSORS)
-        shrink = (1.0 - lr * decay * decoupled).to(ACC)
+        shrink = tl.where(decoupled != 0.0, 1.0 - lr * decay, 1.0).to(ACC)  # lr may be infinite
         decay = (decay * (1.0 - decoupled)).to(ACC)
 
         inverse = tl.full([], 1.0, tl.float64)
@@ -485,12 +495,15 @@ def _block(
     g = g * clip
     if ROUNDING == "master" or ROUNDING == "kahan":
         companion_ptr = _pointer(companion_address, COMPANION_TYPE, WHOLE) + offset + lane
+    theta = tl.load(theta_ptr, mask=mask).to(ACC)
+    # The parameter is the truth, whoever wrote to it since the last step; see eager/rounding.py.
     if ROUNDING == "master":
-        theta = tl.load(companion_ptr, mask=mask)
-    else:
-        theta = tl.load(theta_ptr, mask=mask).to(ACC)
+        master = tl.load(companion_ptr, mask=mask)
+        theta = tl.where(master.to(THETA_TYPE).to(ACC) == theta, master, theta)
     if ROUNDING == "kahan":
-        theta += tl.load(companion_ptr, mask=mask).to(ACC)
+        compensation = tl.load(companion_ptr, mask=mask).to(ACC)
+        belongs = (theta + compensation * 0.984375).to(THETA_TYPE).to(ACC) == theta
+        theta += tl.where(belongs, compensation, 0.0)
 
     g = tl.where(decay != 0.0, g + decay * theta, g)
     theta = theta * shrink

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["round_stochastically", "round_to_nearest", "without_infinities"]
+__all__ = ["compensated", "round_stochastically", "round_to_nearest", "true_master", "without_infinities"]
+
+# A compensation a little smaller is surely less than half a unit in the last place: no tie of even and odd.
+_WITHIN = 1 - 2.0**-6
 
 
 def round_stochastically(wide: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,6 +39,22 @@ def round_to_nearest(wide: Tensor, dtype: torch.dtype) -> Tensor:
 def without_infinities(lost: Tensor) -> Tensor:
     """What rounding took away, in place; nothing, where the result is no finite number."""
     return lost.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def true_master(master: Tensor, param: Tensor) -> Tensor:
+    """The master weights that round to the parameter; where somebody else wrote to it, the parameter itself."""
+    wide = param.to(master.dtype)
+    return torch.where(round_to_nearest(master, param.dtype) == wide, master, wide)
+
+
+def compensated(wide: Tensor, compensation: Tensor, dtype: torch.dtype) -> Tensor:
+    """The parameter of ``dtype``, widened, and what its rounding took away.
+
+    After somebody else wrote to it, a compensation that is more than half a unit of its last place is left out.
+    """
+    compensation = compensation.to(wide.dtype)
+    belongs = round_to_nearest(wide + _WITHIN * compensation, dtype) == wide
+    return wide + torch.where(belongs, compensation, 0.0)
 
 
 def _dropped(dtype: torch.dtype) -> int:

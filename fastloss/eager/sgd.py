@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..contract import SGDBatch, SGDControls, SGDRule, compute_dtype
-from .rounding import round_stochastically, without_infinities
+from .rounding import compensated, round_stochastically, true_master, without_infinities
 from .workers import for_each
 
 __all__ = ["sgd_squares", "sgd_step"]
@@ -157,7 +157,7 @@ class _Listed:
     indices: list[int]
     params: list[Tensor]
     momentum: list[Tensor]
-    several: list[Tensor]  # those of the parameters that have more than one dimension
+    several: list[Tensor]  # those of both that have more than one dimension
     strides: list[tuple[int, ...]]  # of those
     contiguous: bool  # all of the parameters are
 
@@ -165,12 +165,12 @@ class _Listed:
     def of(batch: SGDBatch, indices: list[int]) -> _Listed:
         params = [batch.params[i] for i in indices]
         momentum = [m for i in indices if (m := batch.momentum[i]) is not None]
-        several = [param for param in params if param.dim() > 1]
+        several = [tensor for tensor in params + momentum if tensor.dim() > 1]
         strides = list(map(Tensor.stride, several))
         return _Listed(indices, params, momentum, several, strides, all(map(Tensor.is_contiguous, params)))
 
     def holds(self) -> bool:
-        """Are the parameters laid out as they were?"""
+        """Are the tensors laid out as they were?"""
         return list(map(Tensor.stride, self.several)) == self.strides
 
     def fitting(self, grads: list[Tensor], share: slice = _ALL) -> list[Tensor]:
@@ -194,11 +194,15 @@ class _Part:
     large: _Listed | None
     gathered: _Gathered | None
     pieced: list[int]  # large ones, of other dtypes than are computed in
+    pieces: list[Tensor]  # those, and their buffers
+    strides: list[tuple[int, ...]]  # of the pieces
 
     def holds(self) -> bool:
         """Is everything where it was?"""
-        return (self.gathered is None or not self.gathered.has_moved()) and all(
-            listed is None or listed.holds() for listed in (self.small, self.large)
+        return (
+            (self.gathered is None or not self.gathered.has_moved())
+            and all(listed is None or listed.holds() for listed in (self.small, self.large))
+            and list(map(Tensor.stride, self.pieces)) == self.strides
         )
 
 
@@ -235,6 +239,8 @@ def _new_part(batch: SGDBatch, rule: int, first: bool, indices: list[int]) -> _P
             if buffer is not None and buffer.stride() != param.stride():
                 buffer.data = _laid_out_as(param, buffer)
         (pieced if not as_it_is else small if is_small else large).append(i)
+    buffers = (tensors[i] for i in pieced for tensors in (batch.params, batch.momentum, batch.companions))
+    pieces = [buffer for buffer in buffers if buffer is not None]
     return _Part(
         rule,
         first,
@@ -242,6 +248,8 @@ def _new_part(batch: SGDBatch, rule: int, first: bool, indices: list[int]) -> _P
         _Listed.of(batch, large) if large else None,
         _gathered(batch, gathered) if gathered else None,
         pieced,
+        pieces,
+        list(map(Tensor.stride, pieces)),
     )
 
 
@@ -279,6 +287,7 @@ def _step_gathered(
     if batch.rounding == "master":
         assert gathered.companions is not None
         result, views = gathered.companions, _views(gathered.companions, gathered.params)
+        result.copy_(true_master(result, gathered.gather(gathered.params, batch.params[0].dtype, "params")))
         _advance([result], [grad], momentum, rule, clip, first=first, scratch=True)
     elif batch.rounding == "nearest":
         result, views = gathered.room("params", wide)
@@ -331,6 +340,7 @@ def _step_by_pieces(batch: SGDBatch, i: int, grad: Tensor, rule: _Numbers, clip:
         wide = compute_dtype(param.dtype)
         if batch.rounding == "master":
             assert companion is not None
+            companion.copy_(true_master(companion, param))
             _advance([companion], [piece.to(wide)], _listed(momentum), rule, clip, first=first)
             param.copy_(companion)
         elif param.dtype == wide:
@@ -354,7 +364,7 @@ def _advance_rounded(
     """One flat tensor of 16 bits: stepped in float32 and rounded."""
     wide = param.float()
     if compensation is not None:
-        wide += compensation
+        wide = compensated(wide, compensation, param.dtype)
     _advance([wide], [grad], _listed(momentum), rule, clip, first=first)
     if rounding == "stochastic":
         param.copy_(round_stochastically(wide, param.dtype))
@@ -426,7 +436,7 @@ def _listed(tensor: Tensor | None) -> list[Tensor]:
 
 
 def _unscale(grads: list[Tensor], grad_scale: Tensor) -> None:
-    unused = torch.zeros((), device=grad_scale.device)
+    unused = torch.zeros((), dtype=torch.float32, device=grad_scale.device)
     of_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     plain = _resolved(grads)
     for grad in plain:

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from ..contract import SGDRule, compute_dtype
-from ..eager.rounding import round_stochastically, round_to_nearest, without_infinities
+from ..eager.rounding import (
+    compensated,
+    round_stochastically,
+    round_to_nearest,
+    true_master,
+    without_infinities,
+)
 
 __all__ = ["norm", "step", "unscale"]
 
@@ -34,7 +40,7 @@ def unscale(grad: Tensor, grad_scale: Tensor) -> None:
     values = grad._values() if grad.is_sparse else grad
     values = torch.view_as_real(values) if values.is_complex() else values
     inverse = grad_scale.double().reciprocal().float().to(values.device)
-    unused = torch.zeros((), device=values.device)
+    unused = torch.zeros((), dtype=torch.float32, device=values.device)
     torch._amp_foreach_non_finite_check_and_unscale_([values], unused, inverse)
 
 
@@ -110,9 +116,11 @@ def _wide(param: Tensor, state: dict[str, Any], rounding: str) -> Tensor:
         if "master_param" not in state:
             state["master_param"] = param.detach().float()
         master: Tensor = state["master_param"]
-        return master
+        return master.copy_(true_master(master, param))
     wide = param.to(compute_dtype(param.dtype))
-    return wide.add_(state["kahan_comp"]) if rounding == "kahan" and "kahan_comp" in state else wide
+    return (
+        compensated(wide, state["kahan_comp"], param.dtype) if rounding == "kahan" and "kahan_comp" in state else wide
+    )
 
 
 def _store(param: Tensor, wide: Tensor, state: dict[str, Any], rounding: str) -> None:

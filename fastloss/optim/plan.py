@@ -30,10 +30,12 @@ __all__ = [
     "shards_of",
 ]
 
+_MOST_DIMENSIONS = 6
 SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _gradient_of = operator.attrgetter("grad")
 _layout_of = operator.attrgetter("layout")
 _address_of = torch.Tensor.data_ptr
+_HAVE_MEMORY = {Tensor, torch.nn.Parameter, type(None)}
 # What `.data =` can change without a change of address, as far as a backend does not look itself: the kernels' tables
 # hold all of it; the eager backend reads strides anew in every step, and needs to know of sizes and dtypes.
 _FORMS_OF = {
@@ -119,12 +121,20 @@ class Plan:
 
 
 def gradients(params: Iterable[Tensor]) -> tuple[list[Tensor | None], list[torch.layout | None]]:
-    """The gradients and their layouts; None where there is none."""
+    """The gradients and their layouts; None where there is none.
+
+    Of a tensor subclass, which may have no memory of its own, the type takes the place of the layout.
+    """
     grads = list(map(_gradient_of, params))
     try:
-        return grads, list(map(_layout_of, grads))
+        layouts = list(map(_layout_of, grads))
     except AttributeError:
-        return grads, [None if grad is None else grad.layout for grad in grads]
+        layouts = [None if grad is None else grad.layout for grad in grads]
+    if not _HAVE_MEMORY.issuperset(map(type, grads)):
+        for i, grad in enumerate(grads):
+            if type(grad) not in _HAVE_MEMORY and not is_sharded(grad):
+                layouts[i] = type(grad)
+    return grads, layouts
 
 
 def is_sharded(param: Tensor) -> bool:
@@ -168,6 +178,7 @@ def serves(param: Tensor) -> bool:
         and param.dtype in SERVED_DTYPES
         and param.device.type in ("cpu", "cuda")
         and not param.is_neg()
+        and param.dim() <= _MOST_DIMENSIONS  # of the kernels' table of strides
         and not _overlaps_itself(param)
     )
 

@@ -73,9 +73,9 @@ class SGD(Optimizer):
             and add it again in the next step (Kahan, "Further remarks on reducing truncation errors", 1965).
         stochastic_rounding: round float16 and bfloat16 parameters up or down at random, right on average.
 
-    The last three exclude each other. Parameters of other dtypes are stepped as ever under them. Who writes to a
-    parameter between steps is followed: master weights are taken from it where they differ, and a compensation is
-    forgotten. Writes by way of ``.data`` into the same memory are not noticed.
+    The last three exclude each other. Parameters of other dtypes are stepped as ever under them. The parameter stays
+    the truth, whoever writes to it between steps: a master weight that does not round to it is taken from it, and a
+    compensation that is more than its rounding can have been is dropped.
 
     With :class:`torch.amp.GradScaler` the step itself divides the gradients by the scale, and does nothing if one of
     them has overflowed, without the host waiting to know; ``p.grad`` holds the unscaled gradient then.
@@ -98,8 +98,7 @@ class SGD(Optimizer):
     _step_supports_amp_scaling = True
 
     _plan: Plan | None
-    _begun: dict[Tensor, Tensor]  # of parameters, see SGDBatch.begun
-    _written: dict[Tensor, tuple[int, int]]  # how parameters with a companion were after the last step
+    _begun: dict[Tensor, tuple[Tensor, Tensor]]  # of parameters: the flags of SGDBatch.begun, and whose they are
     # Squares and scale of the last step with max_norm. In a dict: what a compiled step sets as an attribute of an
     # optimizer, torch.compile forgets.
     _clipped: dict[str, Tensor | None]
@@ -198,7 +197,6 @@ class SGD(Optimizer):
             if found_inf.item() != 0:
                 return
             found_inf = None
-        self._follow_changed_parameters(plan)
         rules = [_rule(group) for group in self.param_groups]
         controls = _Everywhere(SGDControls(scale, found_inf, squares, max_norm or 0.0))
         for batch in plan.batches:
@@ -206,16 +204,10 @@ class SGD(Optimizer):
             backends.load(batch.backend).sgd_step(batch.tensors, batch.take(grads), rules, controls.on(device))
         # As in torch, each place in which a parameter is listed begins its momentum.
         begin = {i for i in plan.repeated if "momentum_buffer" not in self.state.get(plan.params[i], {})}
-        if plan.plain:
-            self._written.clear()
         for i in plan.plain:
             if i in begin:
                 self.state.get(plan.params[i], {}).pop("momentum_buffer", None)
             self._step_plainly(plan, i, grads[i], rules, controls)
-        for batch in plan.batches:
-            if batch.tensors.rounding in _COMPANION:
-                params = (plan.params[i] for i in batch.indices)
-                self._written.update(zip(params, map(_writing, batch.tensors.params), strict=True))
         if self._begun and found_inf is None and not _capturing():
             for batch in plan.batches:
                 with_momentum = [i for i in batch.tensors.begun if batch.tensors.momentum[i] is not None]
@@ -261,7 +253,6 @@ class SGD(Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if not grads or (found_inf is not None and found_inf.item() != 0):
             return
-        self._written.clear()
         max_norm = self._max_norm()
         clip = None
         if max_norm is not None:
@@ -325,6 +316,12 @@ class SGD(Optimizer):
             if layout is None:
                 continue
             stored = local(param) if is_sharded(param) else param
+            grad = param.grad
+            if grad is not None and grad.shape != param.shape:  # .data= lets that pass
+                raise RuntimeError(
+                    f"fastloss.SGD: a parameter of shape {tuple(param.shape)} has a gradient of shape "
+                    f"{tuple(grad.shape)}; expected its own shape"
+                )
             if param in seen:
                 plan.repeated.add(i)
                 twice.add(param)
@@ -358,8 +355,11 @@ class SGD(Optimizer):
             batch.tensors.companions.append(
                 self._buffer(plan, i, stored, _COMPANION[rounding]) if rounding in _COMPANION else None
             )
-            if param in self._begun:
-                batch.tensors.begun[len(batch.tensors.params) - 1] = self._begun[param]
+            flags, buffer = self._begun.get(param, (None, None))
+            if flags is not None and buffer is self.state[param].get("momentum_buffer"):
+                batch.tensors.begun[len(batch.tensors.params) - 1] = flags
+            else:  # somebody put another one in its place
+                self._begun.pop(param, None)
         plan.batches = list(together.values())
         plan.remember(self.state.values())
         return plan
@@ -383,8 +383,11 @@ class SGD(Optimizer):
                 # Nobody knows yet whether the buffer begins with this step. (Without dampening and overflows it does
                 # not matter: μ · 0 + g is g.)
                 flags = -(-stored.numel() // FLAG_ELEMENTS)
-                self._begun[param] = torch.zeros(flags, dtype=torch.uint8, device=stored.device)
+                begun = torch.zeros(flags, dtype=torch.uint8, device=stored.device)
+                self._begun[param] = begun, state[key]
         buffer: Tensor = state[key]
+        if isinstance(buffer, Tensor) and buffer.layout != torch.strided:
+            buffer = state[key] = buffer.to_dense()
         if not isinstance(buffer, Tensor) or buffer.shape != param.shape or buffer.device != param.device:
             raise ValueError(
                 f"fastloss.SGD: a parameter of shape {tuple(param.shape)} on {param.device} has "
@@ -395,23 +398,6 @@ class SGD(Optimizer):
             buffer = state[key] = buffer.detach().to(dtype)
         plan.keep(state, key)
         return buffer if stored is param else local(buffer)
-
-    def _follow_changed_parameters(self, plan: Plan) -> None:
-        """A parameter that somebody wrote to since the last step is the truth, not what is kept beside it."""
-        for batch in plan.batches:
-            if batch.tensors.rounding not in _COMPANION:
-                continue
-            for i, param, companion in zip(
-                batch.indices, batch.tensors.params, batch.tensors.companions, strict=True
-            ):
-                assert companion is not None  # with this rounding every parameter has one
-                known = self._written.get(plan.params[i])
-                if known == _writing(param):
-                    continue
-                if batch.tensors.rounding == "master":  # the last bits of what is still the same are worth keeping
-                    companion.copy_(torch.where(companion.to(param.dtype) == param, companion, param))
-                elif known is not None:
-                    companion.zero_()
 
     def _max_norm(self) -> float | None:
         values = {group["max_norm"] for group in self.param_groups}
@@ -427,7 +413,6 @@ class SGD(Optimizer):
         """What is not part of the optimizer's state, and is made anew."""
         self._plan = None
         self._begun = {}
-        self._written = {}
         self._clipped = {"squares": None, "scale": None}
 
     # ---------------------------------------------------------------------------------------- groups, checkpoints
@@ -499,10 +484,10 @@ class SGD(Optimizer):
     def _settle(self, params: list[Tensor]) -> None:
         """Remove the momentum buffers of those parameters that have not made a step: all were skipped."""
         for param in params:
-            flags = self._begun.pop(param, None)
+            flags, buffer = self._begun.pop(param, (None, None))
             if flags is not None:
                 self._plan = None
-                if not flags.any():
+                if self.state[param].get("momentum_buffer") is buffer and not flags.any():
                     del self.state[param]["momentum_buffer"]
                     if not self.state[param]:
                         del self.state[param]
@@ -524,11 +509,6 @@ class _Everywhere:
         return self._copies[device]
 
 
-def _writing(param: Tensor) -> tuple[int, int]:
-    """Changes when somebody writes to the parameter, unless by way of its ``.data``."""
-    return param._version, param.data_ptr()
-
-
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device, non_blocking=device.type != "cpu")  # the host would not wait
 
@@ -547,11 +527,15 @@ def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def _rule(group: dict[str, Any]) -> SGDRule:
+    lr, momentum, decay = (
+        value if isinstance(value, (float, int, Tensor)) else float(value)
+        for value in (group["lr"], group["momentum"], group["weight_decay"])
+    )
     return SGDRule(
-        group["lr"],
-        group["momentum"],
-        group["dampening"],
-        group["weight_decay"],
+        lr,
+        momentum,
+        float(group["dampening"]),
+        decay,
         group["nesterov"],
         group["maximize"],
         group["decoupled_weight_decay"],
@@ -601,12 +585,16 @@ def _check(group: dict[str, Any]) -> None:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+            if value.is_complex():
+                raise TypeError(f"{name} must be a real number, got a tensor of {value.dtype}")
         elif isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number or a one-element tensor, got {type(value).__name__} {value!r}")
         if value < 0.0:
             raise ValueError(f"Invalid {words}: {value}; expected 0 or more")
-    if not isinstance(group["dampening"], Real):
-        raise TypeError(f"dampening must be a number, got {type(group['dampening']).__name__}")
+    dampening = group["dampening"]
+    one_number = isinstance(dampening, Tensor) and dampening.numel() == 1 and not dampening.is_complex()
+    if not one_number and (isinstance(dampening, bool) or not isinstance(dampening, Real)):
+        raise TypeError(f"dampening must be a number, got {type(dampening).__name__}")
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
             "Nesterov momentum requires a momentum and zero dampening; "
