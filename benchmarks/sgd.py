@@ -81,7 +81,7 @@ VARIANTS = [
     Variant("bfloat16", torch.bfloat16, 10, {}),
     Variant("bfloat16, max_norm, clipped", torch.bfloat16, 12, {"max_norm": _MAX_NORM}),
     Variant("bfloat16, momentum_dtype=float32", torch.bfloat16, 14, {"momentum_dtype": torch.float32}),
-    Variant("bfloat16, master_weights", torch.bfloat16, 16, {"master_weights": True}),
+    Variant("bfloat16, master_weights", torch.bfloat16, 18, {"master_weights": True}),
     Variant("bfloat16, kahan_sum", torch.bfloat16, 14, {"kahan_sum": True}),
     Variant("bfloat16, stochastic_rounding", torch.bfloat16, 10, {"stochastic_rounding": True}),
 ]

@@ -78,11 +78,7 @@ def _resolved(grads: list[Tensor]) -> list[Tensor]:
     complex conjugates; or zeros that have no memory.
     """
     if any(map(Tensor.is_neg, grads)) or any(map(Tensor._is_zerotensor, grads)):
-        grads = [grad.resolve_neg() for grad in grads]
-        grads = [
-            torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device) if grad._is_zerotensor() else grad
-            for grad in grads
-        ]
+        return [grad.clone() if grad._is_zerotensor() else grad.resolve_neg() for grad in grads]
     return grads
 
 

@@ -940,6 +940,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "norm in words": ({"max_norm": "1"}, TypeError, "max_norm must be a number or None, got str '1'"),
     "norm as a tensor": ({"max_norm": torch.ones(())}, TypeError, "max_norm must be a number or None, got Tensor"),
     "norm as a switch": ({"max_norm": True}, TypeError, "max_norm must be a number or None, got bool True"),
+    "complex lr": ({"lr": torch.tensor(1j)}, TypeError, "lr must be a real number, got a tensor of torch.complex64"),
+    "dampening as a switch": (
+        {"momentum": 0.9, "dampening": True},
+        TypeError,
+        "dampening must be a number, got bool",
+    ),
     "integer momentum": ({"momentum_dtype": torch.int32}, TypeError, "momentum_dtype must be.*got torch.int32"),
     "complex momentum": ({"momentum_dtype": torch.complex64}, TypeError, "momentum_dtype must be.*torch.complex64"),
     "momentum of 8 bits": ({"momentum_dtype": torch.float8_e4m3fn}, TypeError, "momentum_dtype must be.*float8"),
@@ -1413,3 +1419,143 @@ def test_any_run(place: Place, examples: int) -> None:
         twins.step(state=False)
 
     check()
+
+
+# ------------------------------------------------------------------------------- what is not to be taken for granted
+
+
+def against_float64(param: Tensor, options: dict[str, Any], change: Callable[[Tensor, Any], None]) -> float:
+    """The greatest error after steps before and after ``change(parameter, optimizer)``."""
+    leaf, exact = nn.Parameter(param.clone()), nn.Parameter(param.double())
+    ours, theirs = SGD([leaf], lr=0.1, momentum=0.9, **options), torch.optim.SGD([exact], lr=0.1, momentum=0.9)
+    for number in range(3):
+        grad = torch.randn(leaf.shape, device=leaf.device)
+        leaf.grad, exact.grad = grad.to(leaf.dtype), grad.to(leaf.dtype).double()
+        ours.step()
+        theirs.step()
+        leaf.grad = exact.grad = None
+        if number == 0:
+            change(leaf, ours)
+    return float((leaf.double() - exact).abs().max())
+
+
+def relaid(tensor: Tensor) -> Tensor:
+    """The same numbers in another order, in memory of the same address."""
+    copy = tensor.t().contiguous()
+    tensor.untyped_storage().copy_(copy.untyped_storage())
+    return tensor.as_strided(tensor.shape, (1, tensor.shape[0]))
+
+
+@pytest.mark.parametrize("size", [20, 200])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum_dtype": torch.float32}, {"master_weights": True}, {"kahan_sum": True}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_strides_changed_at_the_same_address(
+    place: Place, dtype: torch.dtype, options: dict[str, Any], size: int
+) -> None:
+    """As when the allocator hands out a parameter's address again; and for its buffers, by ``.data =``."""
+
+    def of_parameter(leaf: Tensor, _: Any) -> None:
+        leaf.data = relaid(leaf.data)
+
+    def of_momentum(leaf: Tensor, optimizer: Any) -> None:
+        buffer = optimizer.state[leaf]["momentum_buffer"]
+        buffer.data = buffer.data.t().contiguous().t()
+
+    param = torch.randn(size, size, device=place.device).to(dtype)
+    for change in (of_parameter, of_momentum):
+        assert against_float64(param, options, change) < 60 * torch.finfo(dtype).eps
+
+
+def test_default_device_and_dtype_are_somebody_elses(place: Place) -> None:
+    param = nn.Parameter(torch.ones(5, device=place.device))
+    param.grad = torch.ones_like(param)
+    optimizer = SGD([param], lr=0.5, momentum=0.9, max_norm=100.0)
+    with torch.device("meta"):
+        optimizer.step()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        optimizer.grad_scale = torch.tensor(2.0, device=place.device, dtype=torch.float32)  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.tensor(0.0, device=place.device, dtype=torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(param.detach(), torch.full_like(param, 1 - 0.5 - 0.5 * 1.4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gradient_of_another_shape(place: Place, dtype: torch.dtype) -> None:
+    """Which ``.data =`` leaves behind: nothing beyond the gradient is read or written."""
+    around = torch.full((40,), 8.0, device=place.device, dtype=dtype)
+    param = nn.Parameter(torch.zeros(10, device=place.device, dtype=dtype))
+    param.grad = around[:10]
+    optimizer = SGD([param], lr=1.0)
+    optimizer.step()
+    param.data = torch.zeros(20, device=place.device, dtype=dtype)
+    with pytest.raises(RuntimeError, match=r"parameter of shape \(20,\) has a gradient of shape \(10,\)"):
+        optimizer.step()
+    assert torch.equal(around, torch.full_like(around, 8.0))
+    assert torch.equal(param.detach(), torch.zeros_like(param))
+
+
+def test_gradients_without_memory_of_their_own(place: Place) -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    ones = torch.ones(4, device=place.device)
+    for grad in (TwoTensor(ones, ones), torch._efficientzerotensor(4, device=place.device)):
+        params = [nn.Parameter(torch.zeros(4, device=place.device)) for _ in range(2)]
+        for make, param in zip((SGD, TorchSGD), params, strict=True):
+            param.grad = grad
+            make([param], lr=1.0).step()
+        torch.testing.assert_close(*(param.detach() for param in params))
+
+
+@pytest.mark.parametrize("then", ["cleared", "replaced"])
+def test_state_touched_after_a_first_step_that_was_skipped(place: Place, then: str) -> None:
+    param = nn.Parameter(torch.zeros(4, device=place.device))
+    param.grad = torch.ones_like(param)
+    optimizer = SGD([param], lr=1.0, momentum=0.5)
+    optimizer.grad_scale = torch.ones((), device=place.device)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.ones((), device=place.device)  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    if then == "cleared":
+        optimizer.state.clear()
+        assert optimizer.state_dict()["state"] == {}
+    else:
+        optimizer.state[param]["momentum_buffer"] = torch.full_like(param, 10.0)
+    optimizer.step()
+    assert torch.equal(param.detach(), torch.full_like(param, -1.0 if then == "cleared" else -6.0))
+
+
+def test_seven_dimensions_in_another_order(place: Place) -> None:
+    param = nn.Parameter(torch.zeros((2,) * 7, device=place.device))
+    param.grad = torch.randn((2,) * 7, device=place.device).permute(6, 5, 4, 3, 2, 1, 0)
+    SGD([param], lr=1.0).step()
+    torch.testing.assert_close(param.detach(), -param.grad)
+
+
+def test_numbers_of_other_kinds(place: Place) -> None:
+    from fractions import Fraction
+
+    param = nn.Parameter(torch.zeros(4, device=place.device))
+    param.grad = torch.ones_like(param)
+    SGD([param], lr=Fraction(1, 4), momentum=Fraction(1, 2), dampening=torch.tensor(0.5)).step()  # type: ignore[arg-type]
+    assert torch.equal(param.detach(), torch.full_like(param, -0.25))
+    SGD([param], lr=float("inf")).step()
+    assert torch.equal(param.detach(), torch.full_like(param, -float("inf")))
+
+
+@pytest.mark.parametrize("options", [{"master_weights": True}, {"kahan_sum": True}], ids=str)
+def test_parameters_made_in_inference_mode(place: Place, options: dict[str, Any]) -> None:
+    with torch.inference_mode():
+        param = torch.ones(5, dtype=torch.float16, device=place.device)
+        param.grad = torch.ones_like(param)
+        optimizer = SGD([param], lr=0.25, **options)
+        for _ in range(2):
+            optimizer.step()
+        assert torch.equal(param, torch.full_like(param, 0.5))

@@ -416,8 +416,10 @@ def _advance(
 
 
 def _resolved(grads: list[Tensor]) -> list[Tensor]:
-    """Without gradients that are negated when they are read, which torch's fused operators don't take."""
-    return [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else grads
+    """Without what torch's fused operators don't take: negated when it is read, or zeros without memory."""
+    if not any(map(Tensor.is_neg, grads)) and not any(map(Tensor._is_zerotensor, grads)):
+        return grads
+    return [grad.clone() if grad._is_zerotensor() else grad.resolve_neg() for grad in grads]
 
 
 def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:

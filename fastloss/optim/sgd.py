@@ -356,7 +356,7 @@ class SGD(Optimizer):
                 self._buffer(plan, i, stored, _COMPANION[rounding]) if rounding in _COMPANION else None
             )
             flags, buffer = self._begun.get(param, (None, None))
-            if flags is not None and buffer is self.state[param].get("momentum_buffer"):
+            if flags is not None and buffer is self.state.get(param, {}).get("momentum_buffer"):
                 batch.tensors.begun[len(batch.tensors.params) - 1] = flags
             else:  # somebody put another one in its place
                 self._begun.pop(param, None)
@@ -487,7 +487,7 @@ class SGD(Optimizer):
             flags, buffer = self._begun.pop(param, (None, None))
             if flags is not None:
                 self._plan = None
-                if self.state[param].get("momentum_buffer") is buffer and not flags.any():
+                if self.state.get(param, {}).get("momentum_buffer") is buffer and not flags.any():
                     del self.state[param]["momentum_buffer"]
                     if not self.state[param]:
                         del self.state[param]
