@@ -7,17 +7,24 @@ is made from that record in benchmarks/results and written there; ``--check`` on
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .measure import ROOT
+
+# The newest record of a GPU, benchmarks/results/<gpu>-<date>.json, which `python -m benchmarks.record` writes.
+GPU = "benchmarks/results/<gpu>-<date>.json"
+NO_GPU = "**No GPU has been measured.**\n"
+_DATED = re.compile(r"(?P<gpu>.+)-(?P<date>\d{4}-\d\d-\d\d)\.json")
 
 DOCUMENTS = ("README.md", "docs/performance.md")
 NOT_RECORDED = "*Not recorded yet.*"
 
-_PLACE = re.compile(r"^(<!-- numbers: (\S+)(?: (\S+))? -->\n)((?:.+\n)*)", re.MULTILINE)
+_PLACE = re.compile(r"^(<!-- numbers: (\S+)(?: (\S+))? -->\n)((?:.+\n)*)", re.MULTILINE)  # to the next empty line
 _PEER = re.compile(
     r"forward \+ backward (?P<shape>\(.*\) \w+) +(?P<ours>\S+ ms) +"
     r"(?P<peer>\S+) +(?P<theirs>\S+ ms) +ratio +(?P<ratio>\S+)"
@@ -87,14 +94,51 @@ TABLES: dict[tuple[str, str | None], Callable[[Sequence[str]], str]] = {
 }
 
 
+def newest_gpu_record(folder: Path) -> Path | None:
+    """By the date in its name; the CPU's are none."""
+    dated = [(found["date"], path) for path in folder.glob("*.json") if (found := _DATED.fullmatch(path.name))]
+    return max((each for each in dated if not each[1].name.startswith("cpu-")), default=(None, None))[1]
+
+
+def gpu(path: Path) -> str:
+    """Each chosen shape: fastloss, its share of the copy's bandwidth, and how long the others take."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    by_workload: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        dtype = row["dtype"] + (", soft" if row["target"] == "soft" else "")
+        key = (str(row["op"]), str(row["shape"]), dtype)
+        by_workload.setdefault(key, {})[row["contender"]] = row
+    others = [name for name in record["contenders"] if name != "fastloss"]
+    timed = {row["contender"] for row in record["rows"] if row["status"] == "timed"}
+    others = [name for name in others if name in timed]
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None or row["status"] in ("absent", "unfit"):
+            return "–"
+        return f"{row['milliseconds']:.3f}" if row["status"] == "timed" else str(row["status"])
+
+    rows = []
+    for key, of_contender in by_workload.items():
+        ours = of_contender.get("fastloss")
+        share = ours.get("share_of_copy") if ours else None
+        rows.append(
+            [*key, cell(ours), f"{share:.0%}" if share else "–", *(cell(of_contender.get(o)) for o in others)]
+        )
+    head = ["ms", "N x V", "dtype", "fastloss", "of a copy", *others]
+    return f"{record['device']}, {record['circumstances']}:\n" + _table(head, rows)
+
+
 def filled(text: str, root: Path) -> str:
     """The document with its tables as the records under ``root`` have them."""
 
     def place(found: re.Match[str]) -> str:
         record, part = found[2], found[3]
+        if record == GPU:
+            newest = newest_gpu_record(root / "benchmarks" / "results")
+            return found[1] + (NO_GPU if newest is None else gpu(newest))
         make = TABLES.get((record, part))
         if make is None:
-            known = "; ".join(" ".join(filter(None, key)) for key in TABLES)
+            known = "; ".join([GPU, *(" ".join(filter(None, key)) for key in TABLES)])
             raise ValueError(f"no table is made from {record} {part or ''}; known: {known}")
         path = root / record
         if not path.exists():

@@ -1,0 +1,285 @@
+"""A GPU's record in one command: ``python -m benchmarks.record``.
+
+Inside eight minutes it runs the tests that wait for a GPU, a memory checker over a few of them where one is
+installed, and the suite's chosen shapes with every contender; it writes ``benchmarks/results/<gpu>-<date>.json`` and
+``.md``, after each part anew, so that an interrupted run keeps what it has finished. ``python -m benchmarks.tables``
+puts the newest record into README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastloss
+from fastloss import backend
+from fastloss.bench.contenders import contenders_of
+from fastloss.bench.measure import Row, measure
+from fastloss.bench.report import presence
+from fastloss.bench.workloads import LOSS_OPS, Shape, Workload
+
+from .measure import ROOT, by_events, circumstances, medians
+
+MINUTES = 8.0
+# Of the time: the tests, the memory checker; the rest is the measurements'.
+_TESTS_SHARE, _CHECKER_SHARE = 0.35, 0.15
+CHECKED = "layouts_sizes_and_offsets or gradients_change_their_layout"  # tests for the memory checker
+CHECKERS = ("compute-sanitizer",)
+
+LANGUAGE = tuple(Shape((1 << 28) // v // 64 * 64 + 64, v) for v in (32000, 50257, 128256, 262144))  # N·V ≥ 2²⁸
+VISION = tuple(Shape(4096, c) for c in (10, 100, 1000))
+OPTIMIZER = (Shape(161, 158740), Shape(12, 4194304), Shape(2000, 256))
+_TINY = (Shape(64, 10), Shape(32, 9000))
+
+
+@dataclass
+class Record:
+    """What was found so far."""
+
+    device: str
+    circumstances: str
+    versions: dict[str, str]
+    contenders: dict[str, str]  # versions, or why they are absent
+    tests: dict[str, Any] = field(default_factory=dict)
+    memory_checker: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    graphs: list[dict[str, Any]] = field(default_factory=list)
+    finished: bool = False
+
+    def write(self, path: Path) -> None:
+        """As JSON, and as Markdown beside it."""
+        found = {**vars(self), "rows": [row.as_dict() for row in self.rows]}
+        path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
+
+    def markdown(self) -> str:
+        """For people: how it was made, then a table."""
+        lines = [f"# {self.device}", "", f"`python -m benchmarks.record` {self.circumstances}.", ""]
+        lines += [f"- {name}: {version}" for name, version in {**self.versions, **self.contenders}.items()]
+        lines += [f"- tests: {self.tests.get('summary', 'not run')}"]
+        lines += [f"- memory checker: {self.memory_checker.get('summary', 'not run')}"]
+        lines += [] if self.finished else ["- the run was not finished"]
+        lines += [
+            "",
+            "| | shape | dtype | contender | ms | GB/s | of a copy | peak, MB |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [_line(row) for row in self.rows if row.status not in ("absent", "unfit")]
+        if self.graphs:
+            lines += [
+                "",
+                "| under a CUDA graph: loss, accuracy and gradient | fastloss, ms | eager PyTorch, ms | ratio |",
+            ]
+            lines += ["|---|---|---|---|"]
+            lines += [
+                f"| {g['shape']} | {g['fastloss']:.4f} | {g['torch']:.4f} | {g['ratio']:.3f} |"
+                if "ratio" in g
+                else f"| {g['shape']} | {g['error']} | | |"
+                for g in self.graphs
+            ]
+        return "\n".join(lines) + "\n"
+
+
+def _line(row: Row) -> str:
+    cells = [row.op, row.shape, row.dtype, row.contender]
+    if not row.timed:
+        return f"| {' | '.join(cells)} | {row.status}: {row.reason.replace('|', '/')} | | | |"
+    speed, share, peak = row.gigabytes_per_second, row.share_of_copy, row.peak_bytes
+    cells += [
+        f"{row.milliseconds:.4f}",
+        "" if speed is None else f"{speed:.0f}",
+        "" if share is None else f"{share:.0%}",
+        "" if peak is None else f"{peak / 1e6:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def workloads(device: torch.device) -> list[Workload]:
+    """The shapes of the bars, most important first: what an interruption leaves out is at the end."""
+    if device.type != "cuda":
+        return [Workload(op, shape, torch.float32) for op in (*LOSS_OPS, "sgd") for shape in _TINY]
+    narrow, wide = torch.bfloat16, torch.float32
+    chosen = [Workload(op, shape, narrow) for shape in LANGUAGE for op in ("forward+backward", "forward")]
+    chosen += [Workload("loss+accuracy", shape, narrow) for shape in LANGUAGE]
+    chosen += [Workload("sgd", shape, wide) for shape in OPTIMIZER]
+    chosen += [Workload("loss+accuracy", shape, wide) for shape in VISION]
+    chosen += [Workload("accuracy", LANGUAGE[2], narrow), Workload("forward+backward", LANGUAGE[2], narrow, "soft")]
+    return [*chosen, Workload("host", Shape(64, 1000), wide)]
+
+
+def run_tests(seconds: float, *, python: Sequence[str] = (sys.executable,), only: str = "") -> dict[str, Any]:
+    """pytest's last line, its exit code, and the failures."""
+    command = [*python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *(["-k", only] if only else [])]
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1.0), check=False
+        )
+        output, code = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as error:
+        output, code = (error.stdout or b"").decode(errors="replace"), None
+    lines = output.strip().splitlines() or [""]
+    took = f"{time.monotonic() - start:.0f} s"
+    return {
+        "command": " ".join([Path(command[0]).name, *command[1:]]),
+        "exit_code": code,
+        "summary": lines[-1].strip("= ") if code is not None else f"not finished after {took}",
+        "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
+    }
+
+
+def check_memory(seconds: float) -> dict[str, Any]:
+    """A few of the tests under a memory checker."""
+    found = next(filter(None, map(shutil.which, CHECKERS)), None)
+    if found is None:
+        return {"summary": f"none is installed ({', '.join(CHECKERS)})"}
+    checker = [found, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
+    return run_tests(seconds, python=[*checker, sys.executable], only=CHECKED)
+
+
+def under_a_graph(shape: Shape, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Loss, top-1 and top-5 accuracy and gradient: fastloss's from a CUDA graph, eager PyTorch's without."""
+    logits = torch.randn(shape, device=device, requires_grad=True)
+    target = torch.randint(shape.classes, (shape.rows,), device=device)
+
+    def ours() -> Tensor:
+        loss, _ = fastloss.cross_entropy_with_accuracy(logits, target, topk=(1, 5))
+        return torch.autograd.grad(loss, logits)[0]
+
+    def eager() -> Tensor:
+        hits = logits.detach().topk(5, 1).indices == target[:, None]
+        _ = hits[:, 0].float().mean(), hits.any(1).float().mean()
+        return torch.autograd.grad(F.cross_entropy(logits, target), logits)[0]
+
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                ours()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ours()
+        mine, theirs = medians([lambda: [by_events(graph.replay, 20)], lambda: [by_events(eager, 20)]], seconds)
+    except RuntimeError as error:
+        return {"shape": str(shape), "error": str(error).splitlines()[0][:200]}
+    return {"shape": str(shape), "fastloss": mine, "torch": theirs, "ratio": mine / theirs}
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    found = {"fastloss": fastloss.__version__, "torch": torch.__version__}
+    found["triton"] = backend.triton_version() or "not installed"
+    if device.type == "cuda":
+        found["CUDA"] = str(torch.version.cuda or torch.version.hip)
+        found["driver"] = _driver()
+    return found
+
+
+def _driver() -> str:
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def file_name(device: torch.device) -> str:
+    """``nvidia-h100-80gb-hbm3-2026-01-31``."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{datetime.date.today()}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the record; exit code 1 if a test failed or fastloss was wrong, 2 without a GPU, 130 if interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__)
+    parser.add_argument(
+        "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: tiny shapes, to try the command"
+    )
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="in all (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="the folder")
+    parser.add_argument("--no-tests", action="store_true", help="measurements alone")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "benchmarks.record: needs a GPU, and torch finds none (--device cpu tries the command)", file=sys.stderr
+        )
+        return 2
+    if not options.output.is_dir():
+        print(
+            f"benchmarks.record: --output is {str(options.output)!r}; expected a folder that exists", file=sys.stderr
+        )
+        return 2
+    device, end = torch.device(options.device), time.monotonic() + 60 * options.minutes
+    chosen = workloads(device)
+    asked = {each.name: each for workload in chosen for each in contenders_of(workload.op)}
+    path = options.output / f"{file_name(device)}.json"
+    record = Record(
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        circumstances(device),
+        _versions(device),
+        {name: presence(each) for name, each in asked.items()},
+    )
+    try:
+        _make(record, path, chosen, device, end, tests=not options.no_tests, minutes=options.minutes)
+    except KeyboardInterrupt:
+        record.write(path)
+        print(f"interrupted; what was finished is in {path}")
+        return 130
+    print(f"written: {path} and {path.with_suffix('.md').name}; python -m benchmarks.tables puts it into README.md")
+    wrong = [row for row in record.rows if row.contender == "fastloss" and row.status in ("wrong", "failed")]
+    return int(bool(wrong) or record.tests.get("exit_code", 0) not in (0, 5))  # 5: no test was selected
+
+
+def _make(
+    record: Record,
+    path: Path,
+    chosen: Sequence[Workload],
+    device: torch.device,
+    end: float,
+    *,
+    tests: bool,
+    minutes: float,
+) -> None:
+    if tests:
+        record.tests = run_tests(60 * minutes * _TESTS_SHARE)
+        print(f"tests: {record.tests['summary']}", *record.tests["failures"], sep="\n", flush=True)
+        record.write(path)
+        record.memory_checker = check_memory(60 * minutes * _CHECKER_SHARE)
+        print(f"memory checker: {record.memory_checker['summary']}", flush=True)
+        record.write(path)
+    graphs = VISION if device.type == "cuda" else ()
+    for done, workload in enumerate(chosen):
+        left = end - time.monotonic()
+        if left < 0:
+            print(f"out of time: {len(chosen) - done} workloads are left out", flush=True)
+            return
+        share = left / (len(chosen) - done + len(graphs))
+        new = measure(workload, contenders_of(workload.op), device, budget=share / 4)
+        record.rows += new
+        record.write(path)
+        timed = [f"{row.contender} {row.milliseconds:.3f} ms" for row in new if row.timed]
+        print(f"{workload}: {', '.join(timed) or 'nothing timed'}", flush=True)
+    for shape in graphs:
+        record.graphs.append(under_a_graph(shape, device, 2.0))
+        print(f"under a CUDA graph: {record.graphs[-1]}", flush=True)
+    record.finished = True
+    record.write(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The record of a GPU: what is written, what an interruption leaves, and how the README shows it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "benchmarks" / "record.py").exists(), reason="needs the repository's benchmarks"
+)
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.delenv("FASTLOSS_BACKEND", raising=False)
+    monkeypatch.syspath_prepend(str(ROOT))
+    module = importlib.import_module("benchmarks.record")
+    workloads = importlib.import_module("fastloss.bench.workloads")
+    tiny = [workloads.Workload("sgd", workloads.Shape(n, 10), torch.float32) for n in (2, 3)]
+    monkeypatch.setattr(module, "workloads", lambda device: tiny)
+    return module
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.tables")
+
+
+def written(folder: Path) -> tuple[dict[str, Any], str]:
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(record: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert record.main([]) == 2
+    assert capsys.readouterr().err.startswith("benchmarks.record: needs a GPU")
+
+
+def test_a_folder_that_is_not_there(record: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert record.main(["--device", "cpu", "--output", str(tmp_path / "nowhere")]) == 2
+    assert "expected a folder that exists" in capsys.readouterr().err
+
+
+def test_everybody_is_in_the_record(record: Any, tmp_path: Path) -> None:
+    assert record.main(["--device", "cpu", "--minutes", "0.2", "--no-tests", "--output", str(tmp_path)]) == 0
+    found, text = written(tmp_path)
+    assert found["finished"]
+    assert found["versions"]["torch"] == torch.__version__
+    assert "commit" in found["circumstances"]
+    assert {row["contender"] for row in found["rows"]} == set(found["contenders"])
+    assert {row["shape"] for row in found["rows"]} == {"2x10", "3x10"}
+    assert "absent" in found["contenders"]["apex-sgd"] or "apex" in found["contenders"]["apex-sgd"]
+    assert "| sgd | 3x10 | float32 | fastloss |" in text
+
+
+def test_an_interrupted_run_keeps_what_it_finished(
+    record: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure, calls = record.measure, []
+
+    def interrupted(workload: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(workload)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(workload, *arguments, **options)
+
+    monkeypatch.setattr(record, "measure", interrupted)
+    assert record.main(["--device", "cpu", "--minutes", "0.2", "--no-tests", "--output", str(tmp_path)]) == 130
+    found, text = written(tmp_path)
+    assert {row["shape"] for row in found["rows"]} == {"2x10"}
+    assert not found["finished"]
+    assert "the run was not finished" in text
+    assert "interrupted" in capsys.readouterr().out
+
+
+def test_tests_that_fail_or_take_too_long_are_in_the_record(record: Any) -> None:
+    failing = [sys.executable, "-c", "print('FAILED tests/a.py::b - no'); print('1 failed in 0.1s'); exit(1)"]
+    found = record.run_tests(60.0, python=failing)
+    assert (found["exit_code"], found["summary"]) == (1, "1 failed in 0.1s")
+    assert found["failures"] == ["FAILED tests/a.py::b - no"]
+    found = record.run_tests(0.0, python=[sys.executable, "-c", "import time; time.sleep(60)"])
+    assert found["exit_code"] is None
+    assert found["summary"].startswith("not finished after")
+
+
+def test_no_memory_checker(record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert record.check_memory(1.0)["summary"].startswith("none is installed")
+
+
+def gpu_record(name: str, milliseconds: float) -> dict[str, Any]:
+    row = {"op": "forward", "shape": "8x9", "dtype": "bfloat16", "target": "hard", "share_of_copy": 0.915}
+    timed = {"status": "timed", "milliseconds": milliseconds}
+    rows = [
+        {**row, **timed, "contender": "fastloss"},
+        {**row, **timed, "contender": "torch"},
+        {**row, "status": "wrong", "contender": "liger"},
+        {**row, "status": "absent", "contender": "apex"},
+    ]
+    rows.append({**rows[2], **timed, "shape": "4x9"})
+    contenders = dict.fromkeys(("fastloss", "torch", "liger", "apex"), "1")
+    return {"device": name, "circumstances": "at commit abc", "contenders": contenders, "rows": rows}
+
+
+def test_the_readme_shows_the_newest_record_and_no_other(tables: Any, tmp_path: Path) -> None:
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    text = f"before\n\n<!-- numbers: {tables.GPU} -->\nanything\n\nafter\n"
+    assert tables.filled(text, tmp_path) == text.replace("anything\n", tables.NO_GPU)
+    (results / "cpu-2099-01-01.json").write_text("{}")
+    assert tables.NO_GPU in tables.filled(text, tmp_path)
+    for date, milliseconds in (("2026-01-02", 2.0), ("2025-12-31", 1.0)):
+        (results / f"nvidia-h100-{date}.json").write_text(json.dumps(gpu_record(f"H100 {date}", milliseconds)))
+    filled = tables.filled(text, tmp_path)
+    assert "H100 2026-01-02, at commit abc" in filled
+    assert "| forward | 8x9 | bfloat16 | 2.000 | 92% | 2.000 | wrong |" in filled
+    assert "apex" not in filled
+    assert "2025" not in filled
+    assert tables.filled(filled, tmp_path) == filled
