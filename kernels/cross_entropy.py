@@ -81,6 +81,8 @@ def cross_entropy_forward(
     mean, none = options.reduction == "mean", options.reduction == "none"
     result = (logits if inplace else torch.empty_like(logits)) if gradient else None
     tiles = plan(logits, result)
+    if options.topk and not gradient and tiles.cols <= 16:
+        tiles = tiles._replace(all_registers=True)
     k_pad = power_of_2(max(len(options.topk), 1))
 
     def rowwise(wanted: bool, dtype: torch.dtype) -> Tensor | None:
@@ -153,7 +155,8 @@ def cross_entropy_backward(
     result = logits if inplace else torch.empty_like(logits)
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
-    tiles = tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4, all_registers=weight is not None)
+    many = weight is not None or options.softcap is not None or options.reduction == "none"
+    tiles = tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4, all_registers=many)
     tiles, blocks = launch.in_blocks(tiles, logits.shape[1])
     grid = (tiles.number, blocks)
     with on_device(logits):
