@@ -289,6 +289,17 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
                 yield f"{label} forward+gradient", partial(forward, True)
             yield f"{label} backward", backward
         yield (
+            f"{shape_name} {dtype_name} chunk of a larger batch",
+            partial(
+                kernels.cross_entropy_forward,
+                *(logits, target, None, LossOptions(reduction="sum", topk=(1,))),
+                loss_dtype=torch.float32,
+                gradient=True,
+                inplace=True,
+                divisor=meta(dtype=torch.float64),
+            ),
+        )
+        yield (
             f"{shape_name} {dtype_name} accuracy alone",
             partial(kernels.accuracy, logits, target, (1, 5), -100, "mean"),
         )
