@@ -81,8 +81,9 @@ def cross_entropy_forward(
     mean, none = options.reduction == "mean", options.reduction == "none"
     result = (logits if inplace else torch.empty_like(logits)) if gradient else None
     tiles = plan(logits, result)
-    if (tiles.looped and tiles.by_inner) or (options.topk and not gradient and tiles.cols <= 16):
-        tiles = tiles._replace(all_registers=True)  # compiled for sm_80 they would spill 8 bytes
+    of_few = options.topk and not gradient and tiles.cols <= 16
+    if (tiles.looped and tiles.by_inner) or of_few or (divisor is not None and not tiles.looped):
+        tiles = tiles._replace(all_registers=True)  # compiled for sm_80 or sm_100 they would spill 8 bytes
     k_pad = power_of_2(max(len(options.topk), 1))
 
     def rowwise(wanted: bool, dtype: torch.dtype) -> Tensor | None:
