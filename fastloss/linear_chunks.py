@@ -184,8 +184,10 @@ def forward(
             loss[index] = result.loss
         else:
             loss += result.loss
-        if ks:
-            right[..., index] = torch.stack(values).double() if none else right + torch.stack(values)
+        if ks and none:
+            right[:, index] = torch.stack(values).double()
+        elif ks:
+            right += torch.stack(values)
         if any(needs) and not written and result.saved:
             numbers = torch.stack(tuple(result.saved))
             if not len(kept):
