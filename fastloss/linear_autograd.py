@@ -105,7 +105,10 @@ def _differentiable(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     input, linear_weight, linear_bias, target, weight, *_ = ctx.saved_tensors
     tensors = [input, linear_weight, linear_bias, target]
     create_graph = torch.is_grad_enabled()
-    if not create_graph:
+    if create_graph:
+        # One may be made of another, as hidden states of a tied embedding are: a view stands for its own part alone.
+        tensors = [None if t is None else t.view_as(t) for t in tensors]
+    else:
         tensors = [
             None if t is None else t.detach().requires_grad_(needed)
             for t, needed in zip(tensors, ctx.needs_input_grad, strict=False)
