@@ -64,7 +64,8 @@ def linear_cross_entropy(
             on a CPU and many rows are ignored; True on a GPU, too, where the host has to wait for their number.
         accumulate_grad: add the weight's gradient to ``linear_weight.grad`` itself, chunk by chunk and in that
             tensor's dtype, in the backward pass, which computes the logits once more for it: no buffer of the
-            weight's size beside it. Hooks on the weight don't see that gradient, and compilers do without.
+            weight's size beside it. The weight is a leaf then. Hooks on it don't see that gradient, and compilers do
+            without.
 
     Returns:
         The loss, ``()``; for "none" ``(…)``, of ``input``'s rows (with ``shift`` all but the last of each sequence).
@@ -196,6 +197,11 @@ def _loss_and_accuracy(
         if not soft and (t.is_cpu or backend.validates()):
             checks.check_labels(t.view(target.shape), classes, options.ignore_index)
         call = Call(options, dtype, functional.loss_dtype(input, t, weight, dtype), **sizes)
+        if call.accumulate_grad and linear_weight.requires_grad and not linear_weight.is_leaf:
+            raise RuntimeError(
+                "fastloss: accumulate_grad=True beside a linear_weight that is not a leaf and has no .grad to add to; "
+                "pass the parameter itself, or accumulate_grad=False"
+            )
         rows_of_chunk(call, len(x), linear_weight, sums=linear_weight.requires_grad)  # has the budget room for a row?
         served = backend.load(backend.choose(input))
         loss, values = fused_linear_cross_entropy(x, linear_weight, t, linear_bias, weight, call, served)

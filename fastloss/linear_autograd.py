@@ -62,6 +62,8 @@ class _LinearCrossEntropy(Function):
         backend: Backend,
     ) -> tuple[Tensor, ...]:
         ctx.call, ctx.backend = call, backend
+        # Itself: a saved tensor may come back as a copy, by a checkpoint or another hook, whose .grad nobody reads.
+        ctx.accumulated = linear_weight if call.accumulate_grad and linear_weight.requires_grad else None
         needs = Needs(*ctx.needs_input_grad[:4])
         ctx.written = linear_chunks.writes_gradients(call, needs)
         with torch.autocast(input.device.type, enabled=False):
@@ -87,11 +89,11 @@ class _LinearCrossEntropy(Function):
                 for g in written
             )
             return (*handed, *nothing)
-        into = None
-        if ctx.call.accumulate_grad and needs.linear_weight:
-            if linear_weight.grad is None:
-                linear_weight.grad = torch.zeros_like(linear_weight)
-            into = linear_weight.grad
+        into, leaf = None, ctx.accumulated
+        if leaf is not None:
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf, dtype=leaf.grad_dtype)
+            into = leaf.grad
         with torch.autocast(input.device.type, enabled=False), torch.no_grad():
             result = linear_chunks.backward(
                 *(upstream, input, linear_weight, target, linear_bias, weight, kept),
