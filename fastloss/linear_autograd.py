@@ -65,7 +65,7 @@ class _LinearCrossEntropy(Function):
         # Itself: a saved tensor may come back as a copy, by a checkpoint or another hook, whose .grad nobody reads.
         ctx.accumulated = linear_weight if call.accumulate_grad and linear_weight.requires_grad else None
         needs = Needs(*ctx.needs_input_grad[:4])
-        ctx.written = linear_chunks.writes_gradients(call, needs)
+        ctx.written = linear_chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
         with torch.autocast(input.device.type, enabled=False):
             result = linear_chunks.forward(input, linear_weight, target, linear_bias, weight, call, needs, backend)
         ctx.mark_non_differentiable(*result.accuracy)
@@ -85,7 +85,7 @@ class _LinearCrossEntropy(Function):
         if ctx.written:
             mine = not graph_is_kept()
             handed = (
-                None if g is None else ctx.backend.rescale(g.detach(), upstream.to(g.dtype), inplace=mine)
+                None if g is None else ctx.backend.rescale(g.detach(), upstream, inplace=mine)
                 for g in written
             )
             return (*handed, *nothing)

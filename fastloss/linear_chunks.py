@@ -18,7 +18,7 @@ How many rows a chunk has follows from arithmetic; see :func:`rows_of_chunk`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,9 +80,13 @@ class Result(NamedTuple):
     kept: Tensor  # (numbers, rows): what the backend wants back for the backward pass; (0, rows) if nothing
 
 
-def writes_gradients(call: Call, needs: Needs) -> bool:
-    """Does the forward pass write the gradients that are needed?"""
-    at_once = call.options.reduction != "none" and call.compute_dtype != torch.float16
+def writes_gradients(call: Call, needs: Needs, tensors: Sequence[Tensor | None]) -> bool:
+    """Does the forward pass write the gradients that are needed? ``tensors`` in the order of :class:`Needs`.
+
+    Not those in float16, before the loss scale is known.
+    """
+    dtypes = {call.compute_dtype, *(t.dtype for t, n in zip(tensors, needs, strict=True) if n and t is not None)}
+    at_once = call.options.reduction != "none" and torch.float16 not in dtypes
     return any(needs) and at_once and not call.accumulate_grad
 
 
@@ -145,7 +149,8 @@ def forward(
         backend: whose kernels take the loss.
     """
     rows, none, soft = len(input), call.options.reduction == "none", target.is_floating_point()
-    written = writes_gradients(call, needs)
+    written = writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
+    part_dtype = call.loss_dtype if none else torch.promote_types(call.loss_dtype, torch.float32)
     part = dataclasses.replace(call.options, reduction="none" if none else "sum")
     total = _total_weight(target, weight, call.options)
     divisor = total if call.options.reduction == "mean" else None
@@ -164,7 +169,7 @@ def forward(
                 values = backend.accuracy(logits, t.argmax(1), part.topk, -1, part.reduction)
             result = backend.soft_cross_entropy_forward(
                 *(logits, probabilities, weight, part),
-                loss_dtype=call.loss_dtype if none else torch.float32 if z.dtype != torch.float64 else z.dtype,
+                loss_dtype=part_dtype,
                 gradient=written and any(needs[:3]),
                 target_gradient=written and needs.target,
                 inplace=written and any(needs[:3]),
@@ -174,7 +179,7 @@ def forward(
         else:
             result = backend.cross_entropy_forward(  # type: ignore[assignment]
                 *(logits, t, weight, part),
-                loss_dtype=call.loss_dtype if none else torch.float32 if z.dtype != torch.float64 else z.dtype,
+                loss_dtype=part_dtype,
                 gradient=written,
                 inplace=written,
                 divisor=divisor if written else None,

@@ -92,7 +92,7 @@ def _(
     call, needs = _unpacked(how)
     options, rows = call.options, input.shape[0]
     per_row = (rows,) if options.reduction == "none" else ()
-    written = linear_chunks.writes_gradients(call, needs)
+    written = linear_chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
     kept = 0
     if any(needs) and not written:
         kept = KEPT[backend.choose(input)][target.is_floating_point()]
@@ -165,7 +165,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     call, ctx.needs = _unpacked(ctx.how)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.written = linear_chunks.writes_gradients(call, ctx.needs)
+    input, linear_weight, target, linear_bias, _ = tensors
+    ctx.written = linear_chunks.writes_gradients(call, ctx.needs, (input, linear_weight, linear_bias, target))
     ctx.save_for_backward(*(output[2:6] if ctx.written else (*tensors, output[6])))
 
 
@@ -179,7 +180,7 @@ def _differentiate(ctx: Any, of_loss: Tensor | None, *_: Any) -> tuple[Tensor | 
     if of_loss is None:
         return (None,) * 5 + nothing
     if ctx.written:
-        found = [g * of_loss.to(g.dtype) for g in ctx.saved_tensors]
+        found = [g * of_loss for g in ctx.saved_tensors]
     else:
         found = list(backward(of_loss, *ctx.saved_tensors, *ctx.how))
     of_input, of_weight, of_bias, of_target = (g if n else None for g, n in zip(found, ctx.needs, strict=True))
