@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -177,12 +178,12 @@ def _loss_and_accuracy(
         return _of_many_dimensions(input, linear_weight, target, linear_bias, weight, options)
     lead, classes = input.shape[:-1], len(linear_weight)
     if shift:
-        target = target.long()
-        last = target.new_full((*target.shape[:-1], 1), options.ignore_index)
-        target = torch.cat([target[..., 1:], last], dim=-1)
-    x = input.reshape(-1, input.shape[-1])
+        last = target.new_full((*target.shape[:-1], 1), options.ignore_index, dtype=torch.int64)
+        target = torch.cat([target[..., 1:].long(), last], dim=-1)[..., : target.shape[-1]]
+    rows = math.prod(lead)
+    x = input.reshape(rows, input.shape[-1])
     soft = target.is_floating_point() and target.dim() == input.dim()
-    t = target.reshape(-1, classes) if soft else target.reshape(-1)
+    t = target.reshape(rows, classes) if soft else target.reshape(-1)
     dtype = _dtype_of_logits(input)
     stand_in = input.new_empty((), dtype=dtype).expand(len(x), classes)  # of the logits, for the checks
     if soft:
@@ -195,7 +196,7 @@ def _loss_and_accuracy(
         loss, values = functional.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
     else:
         if not soft and (t.is_cpu or backend.validates()):
-            checks.check_labels(t.view(target.shape), classes, options.ignore_index)
+            checks.check_labels(t.view(target.shape), classes, options.ignore_index, shifted=shift)
         call = Call(options, dtype, functional.loss_dtype(input, t, weight, dtype), **sizes)
         if call.accumulate_grad and linear_weight.requires_grad and not linear_weight.is_leaf:
             raise RuntimeError(
@@ -283,10 +284,10 @@ def _check_shapes(input: object, linear_weight: object, target: object, linear_b
         return
     of_labels, soft = tuple(input.shape[:-1]), (*input.shape[:-1], len(linear_weight))
     fits = target.shape == soft and target.is_floating_point()
-    if shift and (fits or input.dim() < 2):
+    if shift and (input.dim() < 2 or target.is_floating_point() or target.dtype == torch.bool):
         raise ValueError(
-            f"fastloss: shift=True with {shapes}, target {tuple(target.shape)}; expected an input of shape "
-            "(..., T, D) and class indices of shape (..., T)"
+            f"fastloss: shift=True with {shapes}, target {tuple(target.shape)} of dtype {target.dtype}; expected an "
+            "input of shape (..., T, D) and class indices of shape (..., T)"
         )
     if not fits and tuple(target.shape) != of_labels and not (input.dim() == 1 and tuple(target.shape) == (1,)):
         kind = ValueError if target.shape[:1] != input.shape[:1] else RuntimeError  # torch looks at the batch first
