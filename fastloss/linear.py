@@ -60,7 +60,8 @@ def linear_cross_entropy(
             none and is ignored. ``input`` is ``(…, T, D)`` and ``target`` ``(…, T)``. Instead of copies of
             ``input[..., :-1, :]`` and ``target[..., 1:]`` there is one of the labels.
         chunk_size: rows of a chunk. By default :func:`fastloss.linear_chunks.rows_of_chunk` has the rule.
-        memory_budget: in bytes, for what is held beside inputs and gradients; the chunk is as large as it allows.
+        memory_budget: in bytes, for what is held beside inputs and gradients; the chunk is as large as it allows. On
+            a CPU the few megabytes that its kernels keep from call to call come on top.
         skip_ignored: leave out the rows that are ignored, before they are projected. By default where the labels are
             on a CPU and many rows are ignored; True on a GPU, too, where the host has to wait for their number.
         accumulate_grad: add the weight's gradient to ``linear_weight.grad`` itself, chunk by chunk and in that
@@ -200,8 +201,8 @@ def _loss_and_accuracy(
         call = Call(options, dtype, functional.loss_dtype(input, t, weight, dtype), **sizes)
         if call.accumulate_grad and linear_weight.requires_grad and not linear_weight.is_leaf:
             raise RuntimeError(
-                "fastloss: accumulate_grad=True beside a linear_weight that is not a leaf and has no .grad to add to; "
-                "pass the parameter itself, or accumulate_grad=False"
+                "fastloss: accumulate_grad=True beside a linear_weight that is not a leaf and has no .grad to add "
+                "to; pass the parameter itself, or accumulate_grad=False"
             )
         rows_of_chunk(call, len(x), linear_weight, sums=linear_weight.requires_grad)  # has the budget room for a row?
         served = backend.load(backend.choose(input))
