@@ -84,10 +84,7 @@ class _LinearCrossEntropy(Function):
             return (*_differentiable(ctx, upstream), *nothing)
         if ctx.written:
             mine = not graph_is_kept()
-            handed = (
-                None if g is None else ctx.backend.rescale(g.detach(), upstream, inplace=mine)
-                for g in written
-            )
+            handed = (None if g is None else ctx.backend.rescale(g.detach(), upstream, inplace=mine) for g in written)
             return (*handed, *nothing)
         into, leaf = None, ctx.accumulated
         if leaf is not None:
