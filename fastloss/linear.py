@@ -15,7 +15,7 @@ from . import backend, checks, functional, linear_operators
 from .contract import LossOptions
 from .functional import LossAndAccuracy
 from .linear_autograd import fused_linear_cross_entropy
-from .linear_chunks import Call, rows_of_chunk
+from .linear_chunks import Call, Needs, rows_of_chunk
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_accuracy"]
 
@@ -204,7 +204,8 @@ def _loss_and_accuracy(
                 "fastloss: accumulate_grad=True beside a linear_weight that is not a leaf and has no .grad to add "
                 "to; pass the parameter itself, or accumulate_grad=False"
             )
-        rows_of_chunk(call, len(x), linear_weight, sums=linear_weight.requires_grad)  # has the budget room for a row?
+        trained = (t is not None and t.requires_grad for t in (x, linear_weight, linear_bias, target))
+        rows_of_chunk(call, len(x), linear_weight, Needs(*trained))  # has the budget room for a row?
         served = backend.load(backend.choose(input))
         loss, values = fused_linear_cross_entropy(x, linear_weight, t, linear_bias, weight, call, served)
     if options.reduction != "none":

@@ -92,7 +92,7 @@ def writes_gradients(call: Call, needs: Needs, tensors: Sequence[Tensor | None])
     return any(needs) and at_once and not call.accumulate_grad
 
 
-def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, *, sums: bool) -> int:
+def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, needs: Needs) -> int:
     """How many rows a chunk has: ``chunk_size``, or what ``memory_budget`` has room for, or a rule.
 
     The rule. A chunk of n rows does 6 n C D operations, and beside its own n C logits it reads W twice and reads and
@@ -108,21 +108,24 @@ def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, *, sums: bool) -
     if call.chunk_size is not None:
         return min(call.chunk_size, max(rows, 1))
     if call.memory_budget is not None:
-        return _rows_within(call.memory_budget, call, max(rows, 1), linear_weight, sums)
+        return _rows_within(call.memory_budget, call, max(rows, 1), linear_weight, needs)
     if on_cpu:
         return min(_CPU_ROWS, max(rows, 1))
     row_bytes = len(linear_weight) * call.compute_dtype.itemsize
     return max(1, min(_GPU_ROWS, _GPU_BYTES // max(row_bytes, 1), rows))
 
 
-def _rows_within(budget: int, call: Call, rows: int, linear_weight: Tensor, sums: bool) -> int:
+def _rows_within(budget: int, call: Call, rows: int, linear_weight: Tensor, needs: Needs) -> int:
     """How many rows a chunk may have, if everything held beside inputs and gradients is to be ``budget`` bytes."""
     (classes, features), dtype = linear_weight.shape, call.compute_dtype
     narrow, wide = dtype.itemsize, _wide(dtype).itemsize
-    on_cpu = linear_weight.device.type == "cpu"
-    # Of each row: logits; on a CPU what is widened of them for the sums; x and its gradient in another dtype.
+    sums, on_cpu = needs.linear_weight, linear_weight.device.type == "cpu"
+    # Of each row: logits, the target's gradient; on a CPU what is widened of them for the sums, or a softcap's slope;
+    # x and its gradient in another dtype.
     row = classes * narrow + features * (narrow + 2 * wide)
-    row += classes * wide if on_cpu and sums and wide > narrow else 0
+    row += (
+        classes * wide * (needs.target + (on_cpu and (call.options.softcap is not None or (sums and wide > narrow))))
+    )
     # Whatever the chunk: the numbers of every row, and the weights in the dtype of the products.
     always = rows * _ROW_NUMBERS + (linear_weight.numel() * narrow if linear_weight.dtype != dtype else 0)
     of_sums = linear_weight.numel() * wide if sums and linear_weight.dtype.itemsize < wide else 0
@@ -218,6 +221,7 @@ def forward(
             kept[:, index] = numbers
         if written:
             sums.add(index, x, z)
+        del result  # a chunk of the target's gradient among it
     if divisor is not None:
         loss = loss / divisor
     accuracy = _shares(right, target, call.options)
@@ -261,6 +265,7 @@ def backward(
                 inplace=any(needs[:3]),
             )
             sums.add_target(index, of_target)
+            del of_target
         else:
             backend.cross_entropy_backward(mine, logits, t, weight, part, saved, inplace=True)
         sums.add(index, x, z)
@@ -277,7 +282,7 @@ class _Visit:
         self.target, self.call = target, call
         self.chosen, self.holds_ignored = _counted_rows(target, call)  # None: all of them
         self.count = rows if self.chosen is None else len(self.chosen)
-        self.size = rows_of_chunk(call, self.count, linear_weight, sums=needs.linear_weight)
+        self.size = rows_of_chunk(call, self.count, linear_weight, needs)
         self.w = linear_weight.to(call.compute_dtype)
 
     def chunks(self, input: Tensor, linear_bias: Tensor | None) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:
