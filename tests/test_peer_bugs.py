@@ -942,8 +942,8 @@ def test_bug_19_frozen_hidden_states_and_a_trainable_head(place: Place, dtype: t
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 64])
 def test_bug_20_sums_of_the_heads_gradient_in_16_bits(place: Place, chunk_size: int) -> None:
-    """The chunks' parts were added up in bfloat16, and what came late was rounded away. However many chunks there are,
-    our error is that of one product over all rows. (Liger #512, #827, #830)
+    """The chunks' parts were added up in bfloat16, and what came late was rounded away. However many chunks there
+    are, our error is that of one product over all rows. (Liger #512, #827, #830)
     """
     dtype = torch.float16 if place.interpreted else torch.bfloat16
     rows, classes = (96, 11) if place.interpreted else (1024, 40)
