@@ -675,10 +675,7 @@ def test_linear_sums_of_16_bits(kernels: Place, dtype: torch.dtype) -> None:
 
     def gradient(of: torch.dtype, **how: Any) -> Tensor:
         x, w = (t.detach().to(of).abs().requires_grad_() for t in (hidden, head))
-        if how:
-            loss = linear_cross_entropy(x, w, target, **how)
-        else:
-            loss = F.cross_entropy(F.linear(x, w), target)
+        loss = linear_cross_entropy(x, w, target, **how) if how else F.cross_entropy(F.linear(x, w), target)
         return torch.autograd.grad(loss, w)[0].double()
 
     exact = gradient(torch.float64)
