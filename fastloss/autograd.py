@@ -335,7 +335,10 @@ def _differentiable_gradients(
     if upstream is None:
         return None, None
     create_graph = torch.is_grad_enabled()
-    if not create_graph:
+    if create_graph:
+        # The target may be made of the input: a view stands for its own part of the derivative alone.
+        input, target = input.view_as(input), target.view_as(target)
+    else:
         input = input.detach().requires_grad_(ctx.needs_input_grad[0])
         target = target.detach().requires_grad_(ctx.needs_input_grad[1])
     wanted = [t for t, needed in zip((input, target), ctx.needs_input_grad, strict=False) if needed]

@@ -153,8 +153,11 @@ def _check_beside(input: Tensor, target: Tensor, weight: object) -> None:
         raise RuntimeError(f"fastloss: weight is on {weight.device}; expected {input.device}, where input is")
 
 
-def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Every label is in [0, classes) or ``ignore_index``. Looks at the labels: on a GPU the host waits."""
+def check_labels(target: Tensor, classes: int, ignore_index: int, *, shifted: bool = False) -> None:
+    """Every label is in [0, classes) or ``ignore_index``. Looks at the labels: on a GPU the host waits.
+
+    ``shifted``: they stand one place before their place in the caller's tensor.
+    """
     if target.numel() == 0:
         return
     low, high = target.aminmax()
@@ -166,6 +169,8 @@ def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     if rows.numel():
         row = int(rows[0])
         place = tuple(int(i) for i in torch.unravel_index(torch.tensor(row), target.shape))
+        if shifted:
+            place = (*place[:-1], place[-1] + 1)
         where = "" if not place else f"[{', '.join(map(str, place))}]"
         raise IndexError(
             f"fastloss: target{where} is {int(wide[row])}, which is out of bounds: "

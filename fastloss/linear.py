@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from . import backend, checks, functional, linear_operators
 from .contract import LossOptions
 from .functional import LossAndAccuracy
 from .linear_autograd import fused_linear_cross_entropy
-from .linear_chunks import Call, rows_of_chunk
+from .linear_chunks import Call, Needs, rows_of_chunk
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_accuracy"]
 
@@ -59,12 +60,14 @@ def linear_cross_entropy(
             none and is ignored. ``input`` is ``(…, T, D)`` and ``target`` ``(…, T)``. Instead of copies of
             ``input[..., :-1, :]`` and ``target[..., 1:]`` there is one of the labels.
         chunk_size: rows of a chunk. By default :func:`fastloss.linear_chunks.rows_of_chunk` has the rule.
-        memory_budget: in bytes, for what is held beside inputs and gradients; the chunk is as large as it allows.
+        memory_budget: in bytes, for what is held beside inputs and gradients; the chunk is as large as it allows. On
+            a CPU the few megabytes that its kernels keep from call to call come on top.
         skip_ignored: leave out the rows that are ignored, before they are projected. By default where the labels are
             on a CPU and many rows are ignored; True on a GPU, too, where the host has to wait for their number.
         accumulate_grad: add the weight's gradient to ``linear_weight.grad`` itself, chunk by chunk and in that
             tensor's dtype, in the backward pass, which computes the logits once more for it: no buffer of the
-            weight's size beside it. Hooks on the weight don't see that gradient, and compilers do without.
+            weight's size beside it. The weight is a leaf then. Hooks on it don't see that gradient, and compilers do
+            without.
 
     Returns:
         The loss, ``()``; for "none" ``(…)``, of ``input``'s rows (with ``shift`` all but the last of each sequence).
@@ -84,7 +87,7 @@ def linear_cross_entropy(
         >>> head = torch.tensor([[0.1, 0.2], [0.3, -0.4], [-0.5, 0.6]], requires_grad=True)
         >>> loss = linear_cross_entropy(hidden, head, torch.tensor([2, 1]))
         >>> loss
-        tensor(0.7087, grad_fn=<_LinearCrossEntropyBackward>)
+        tensor(0.6535, grad_fn=<_LinearCrossEntropyBackward>)
         >>> loss.backward()
         >>> head.grad.shape
         torch.Size([3, 2])
@@ -126,7 +129,7 @@ def linear_cross_entropy_with_accuracy(
         >>> hidden = torch.tensor([[1.0, 2.0], [0.5, -1.0]])
         >>> head = torch.tensor([[0.1, 0.2], [0.3, -0.4], [-0.5, 0.6]])
         >>> linear_cross_entropy_with_accuracy(hidden, head, torch.tensor([2, 0]))
-        LossAndAccuracy(loss=tensor(0.8999), accuracy=tensor(0.5000))
+        LossAndAccuracy(loss=tensor(1.0035), accuracy=tensor(0.5000))
     """
     ks = checks.checked_topk(topk)
     options = checks.checked_options(
@@ -176,12 +179,12 @@ def _loss_and_accuracy(
         return _of_many_dimensions(input, linear_weight, target, linear_bias, weight, options)
     lead, classes = input.shape[:-1], len(linear_weight)
     if shift:
-        target = target.long()
-        last = target.new_full((*target.shape[:-1], 1), options.ignore_index)
-        target = torch.cat([target[..., 1:], last], dim=-1)
-    x = input.reshape(-1, input.shape[-1])
+        last = target.new_full((*target.shape[:-1], 1), options.ignore_index, dtype=torch.int64)
+        target = torch.cat([target[..., 1:].long(), last], dim=-1)[..., : target.shape[-1]]
+    rows = math.prod(lead)
+    x = input.reshape(rows, input.shape[-1])
     soft = target.is_floating_point() and target.dim() == input.dim()
-    t = target.reshape(-1, classes) if soft else target.reshape(-1)
+    t = target.reshape(rows, classes) if soft else target.reshape(-1)
     dtype = _dtype_of_logits(input)
     stand_in = input.new_empty((), dtype=dtype).expand(len(x), classes)  # of the logits, for the checks
     if soft:
@@ -194,9 +197,15 @@ def _loss_and_accuracy(
         loss, values = functional.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
     else:
         if not soft and (t.is_cpu or backend.validates()):
-            checks.check_labels(t.view(target.shape), classes, options.ignore_index)
+            checks.check_labels(t.view(target.shape), classes, options.ignore_index, shifted=shift)
         call = Call(options, dtype, functional.loss_dtype(input, t, weight, dtype), **sizes)
-        rows_of_chunk(call, len(x), linear_weight, sums=linear_weight.requires_grad)  # has the budget room for a row?
+        if call.accumulate_grad and linear_weight.requires_grad and not linear_weight.is_leaf:
+            raise RuntimeError(
+                "fastloss: accumulate_grad=True beside a linear_weight that is not a leaf and has no .grad to add "
+                "to; pass the parameter itself, or accumulate_grad=False"
+            )
+        trained = (t is not None and t.requires_grad for t in (x, linear_weight, linear_bias, target))
+        rows_of_chunk(call, len(x), linear_weight, Needs(*trained))  # has the budget room for a row?
         served = backend.load(backend.choose(input))
         loss, values = fused_linear_cross_entropy(x, linear_weight, t, linear_bias, weight, call, served)
     if options.reduction != "none":
@@ -277,10 +286,10 @@ def _check_shapes(input: object, linear_weight: object, target: object, linear_b
         return
     of_labels, soft = tuple(input.shape[:-1]), (*input.shape[:-1], len(linear_weight))
     fits = target.shape == soft and target.is_floating_point()
-    if shift and (fits or input.dim() < 2):
+    if shift and (input.dim() < 2 or target.is_floating_point() or target.dtype == torch.bool):
         raise ValueError(
-            f"fastloss: shift=True with {shapes}, target {tuple(target.shape)}; expected an input of shape "
-            "(..., T, D) and class indices of shape (..., T)"
+            f"fastloss: shift=True with {shapes}, target {tuple(target.shape)} of dtype {target.dtype}; expected an "
+            "input of shape (..., T, D) and class indices of shape (..., T)"
         )
     if not fits and tuple(target.shape) != of_labels and not (input.dim() == 1 and tuple(target.shape) == (1,)):
         kind = ValueError if target.shape[:1] != input.shape[:1] else RuntimeError  # torch looks at the batch first

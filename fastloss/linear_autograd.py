@@ -62,8 +62,10 @@ class _LinearCrossEntropy(Function):
         backend: Backend,
     ) -> tuple[Tensor, ...]:
         ctx.call, ctx.backend = call, backend
+        # Itself: a saved tensor may come back as a copy, by a checkpoint or another hook, whose .grad nobody reads.
+        ctx.accumulated = linear_weight if call.accumulate_grad and linear_weight.requires_grad else None
         needs = Needs(*ctx.needs_input_grad[:4])
-        ctx.written = linear_chunks.writes_gradients(call, needs)
+        ctx.written = linear_chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
         with torch.autocast(input.device.type, enabled=False):
             result = linear_chunks.forward(input, linear_weight, target, linear_bias, weight, call, needs, backend)
         ctx.mark_non_differentiable(*result.accuracy)
@@ -82,16 +84,13 @@ class _LinearCrossEntropy(Function):
             return (*_differentiable(ctx, upstream), *nothing)
         if ctx.written:
             mine = not graph_is_kept()
-            handed = (
-                None if g is None else ctx.backend.rescale(g.detach(), upstream.to(g.dtype), inplace=mine)
-                for g in written
-            )
+            handed = (None if g is None else ctx.backend.rescale(g.detach(), upstream, inplace=mine) for g in written)
             return (*handed, *nothing)
-        into = None
-        if ctx.call.accumulate_grad and needs.linear_weight:
-            if linear_weight.grad is None:
-                linear_weight.grad = torch.zeros_like(linear_weight)
-            into = linear_weight.grad
+        into, leaf = None, ctx.accumulated
+        if leaf is not None:
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf, dtype=leaf.grad_dtype)
+            into = leaf.grad
         with torch.autocast(input.device.type, enabled=False), torch.no_grad():
             result = linear_chunks.backward(
                 *(upstream, input, linear_weight, target, linear_bias, weight, kept),
@@ -105,7 +104,10 @@ def _differentiable(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     input, linear_weight, linear_bias, target, weight, *_ = ctx.saved_tensors
     tensors = [input, linear_weight, linear_bias, target]
     create_graph = torch.is_grad_enabled()
-    if not create_graph:
+    if create_graph:
+        # One may be made of another, as hidden states of a tied embedding are: a view stands for its own part alone.
+        tensors = [None if t is None else t.view_as(t) for t in tensors]
+    else:
         tensors = [
             None if t is None else t.detach().requires_grad_(needed)
             for t, needed in zip(tensors, ctx.needs_input_grad, strict=False)

@@ -18,7 +18,7 @@ How many rows a chunk has follows from arithmetic; see :func:`rows_of_chunk`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +36,8 @@ _GPU_BYTES = 5 << 28
 _SHARE_LEFT_OUT = 1 / 16
 # Elements of a 16-bit chunk that a CPU widens at a time.
 _WIDENED = 1 << 22
+# Bytes of the numbers that every row has: its loss, its place, what is kept of it for the backward pass.
+_ROW_NUMBERS = 64
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,17 @@ class Result(NamedTuple):
     kept: Tensor  # (numbers, rows): what the backend wants back for the backward pass; (0, rows) if nothing
 
 
-def writes_gradients(call: Call, needs: Needs) -> bool:
-    """Does the forward pass write the gradients that are needed?"""
-    at_once = call.options.reduction != "none" and call.compute_dtype != torch.float16
+def writes_gradients(call: Call, needs: Needs, tensors: Sequence[Tensor | None]) -> bool:
+    """Does the forward pass write the gradients that are needed? ``tensors`` in the order of :class:`Needs`.
+
+    Not those in float16, before the loss scale is known.
+    """
+    dtypes = {call.compute_dtype, *(t.dtype for t, n in zip(tensors, needs, strict=True) if n and t is not None)}
+    at_once = call.options.reduction != "none" and torch.float16 not in dtypes
     return any(needs) and at_once and not call.accumulate_grad
 
 
-def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, *, sums: bool) -> int:
+def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, needs: Needs) -> int:
     """How many rows a chunk has: ``chunk_size``, or what ``memory_budget`` has room for, or a rule.
 
     The rule. A chunk of n rows does 6 n C D operations, and beside its own n C logits it reads W twice and reads and
@@ -98,28 +104,46 @@ def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, *, sums: bool) -
     Raises:
         ValueError: the budget has no room for a row.
     """
-    classes, row_bytes = linear_weight.shape[0], linear_weight.shape[0] * call.compute_dtype.itemsize
     on_cpu = linear_weight.device.type == "cpu"
     if call.chunk_size is not None:
         return min(call.chunk_size, max(rows, 1))
     if call.memory_budget is not None:
-        whole = rows * row_bytes
-        beside = 0
-        if sums and call.memory_budget < whole and linear_weight.dtype.itemsize < 4:
-            beside = linear_weight.numel() * torch.float32.itemsize
-        if on_cpu and call.compute_dtype.itemsize < 4:
-            row_bytes += 4 * classes
-        room = (call.memory_budget - beside) // max(row_bytes, 1)
-        if room < 1:
-            raise ValueError(
-                f"fastloss: memory_budget is {call.memory_budget} bytes; the least that would do is "
-                f"{beside + row_bytes}: a row of {classes} logits"
-                + (" and the weight gradient's sums in float32" if beside else "")
-            )
-        return int(min(room, max(rows, 1)))
+        return _rows_within(call.memory_budget, call, max(rows, 1), linear_weight, needs)
     if on_cpu:
         return min(_CPU_ROWS, max(rows, 1))
+    row_bytes = len(linear_weight) * call.compute_dtype.itemsize
     return max(1, min(_GPU_ROWS, _GPU_BYTES // max(row_bytes, 1), rows))
+
+
+def _rows_within(budget: int, call: Call, rows: int, linear_weight: Tensor, needs: Needs) -> int:
+    """How many rows a chunk may have, if everything held beside inputs and gradients is to be ``budget`` bytes."""
+    (classes, features), dtype = linear_weight.shape, call.compute_dtype
+    narrow, wide = dtype.itemsize, _wide(dtype).itemsize
+    sums, on_cpu = needs.linear_weight, linear_weight.device.type == "cpu"
+    # Of each row: logits, the target's gradient; on a CPU what is widened of them for the sums, or a softcap's slope;
+    # x and its gradient in another dtype.
+    row = classes * narrow + features * (narrow + 2 * wide)
+    row += (
+        classes * wide * (needs.target + (on_cpu and (call.options.softcap is not None or (sums and wide > narrow))))
+    )
+    # Whatever the chunk: the numbers of every row, and the weights in the dtype of the products.
+    always = rows * _ROW_NUMBERS + (linear_weight.numel() * narrow if linear_weight.dtype != dtype else 0)
+    of_sums = linear_weight.numel() * wide if sums and linear_weight.dtype.itemsize < wide else 0
+    if call.accumulate_grad:
+        of_sums = 0
+    one_chunk = always + rows * row + (of_sums if linear_weight.dtype != dtype else 0)
+    if budget >= one_chunk:
+        return rows
+    room = (budget - always - of_sums) // row
+    if room < 1:
+        least = min(one_chunk, always + of_sums + row)
+        raise ValueError(
+            f"fastloss: memory_budget is {budget} bytes; the least that would do is {least}: "
+            f"a row of {classes} logits"
+            + (f", {always} bytes beside it" if least > row else "")
+            + (" and the weight gradient's sums in float32" if of_sums and least < one_chunk else "")
+        )
+    return int(min(room, rows))
 
 
 def forward(
@@ -145,7 +169,8 @@ def forward(
         backend: whose kernels take the loss.
     """
     rows, none, soft = len(input), call.options.reduction == "none", target.is_floating_point()
-    written = writes_gradients(call, needs)
+    written = writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
+    part_dtype = call.loss_dtype if none else torch.promote_types(call.loss_dtype, torch.float32)
     part = dataclasses.replace(call.options, reduction="none" if none else "sum")
     total = _total_weight(target, weight, call.options)
     divisor = total if call.options.reduction == "mean" else None
@@ -154,9 +179,10 @@ def forward(
         rows if none else (), dtype=torch.float64 if not none else call.loss_dtype, device=input.device
     )
     right = torch.zeros((ks, rows) if none else (ks,), dtype=torch.float64, device=input.device)
-    sums = _Sums(input, linear_weight, linear_bias, target, call, needs if written else Needs(*[False] * 4))
+    visit = _Visit(rows, linear_weight, target, call, needs)
+    sums = _Sums(input, linear_weight, linear_bias, target, visit, needs if written else Needs(*[False] * 4))
     kept = input.new_empty((0, rows))
-    for index, x, t, z in _chunks(input, linear_weight, target, linear_bias, call, needs):
+    for index, x, t, z in visit.chunks(input, linear_bias):
         logits = z.unsqueeze(2)
         if soft:
             probabilities = t.unsqueeze(2)
@@ -164,7 +190,7 @@ def forward(
                 values = backend.accuracy(logits, t.argmax(1), part.topk, -1, part.reduction)
             result = backend.soft_cross_entropy_forward(
                 *(logits, probabilities, weight, part),
-                loss_dtype=call.loss_dtype if none else torch.float32 if z.dtype != torch.float64 else z.dtype,
+                loss_dtype=part_dtype,
                 gradient=written and any(needs[:3]),
                 target_gradient=written and needs.target,
                 inplace=written and any(needs[:3]),
@@ -174,7 +200,7 @@ def forward(
         else:
             result = backend.cross_entropy_forward(  # type: ignore[assignment]
                 *(logits, t, weight, part),
-                loss_dtype=call.loss_dtype if none else torch.float32 if z.dtype != torch.float64 else z.dtype,
+                loss_dtype=part_dtype,
                 gradient=written,
                 inplace=written,
                 divisor=divisor if written else None,
@@ -184,8 +210,10 @@ def forward(
             loss[index] = result.loss
         else:
             loss += result.loss
-        if ks:
-            right[..., index] = torch.stack(values).double() if none else right + torch.stack(values)
+        if ks and none:
+            right[:, index] = torch.stack(values).double()
+        elif ks:
+            right += torch.stack(values)
         if any(needs) and not written and result.saved:
             numbers = torch.stack(tuple(result.saved))
             if not len(kept):
@@ -193,6 +221,7 @@ def forward(
             kept[:, index] = numbers
         if written:
             sums.add(index, x, z)
+        del result  # a chunk of the target's gradient among it
     if divisor is not None:
         loss = loss / divisor
     accuracy = _shares(right, target, call.options)
@@ -223,8 +252,9 @@ def backward(
         upstream = upstream.double() / _total_weight(target, weight, call.options)
     wide = torch.float32 if compute_dtype(call.compute_dtype) == torch.float32 else torch.float64
     upstream = upstream.to(wide).expand(len(input))
-    sums = _Sums(input, linear_weight, linear_bias, target, call, needs, into=into)
-    for index, x, t, z in _chunks(input, linear_weight, target, linear_bias, call, needs):
+    visit = _Visit(len(input), linear_weight, target, call, needs)
+    sums = _Sums(input, linear_weight, linear_bias, target, visit, needs, into=into)
+    for index, x, t, z in visit.chunks(input, linear_bias):
         saved = tuple(kept[:, index].contiguous().unbind(0)) if len(kept) else ()
         mine, logits = upstream[index].contiguous(), z.unsqueeze(2)
         if t.is_floating_point():
@@ -235,6 +265,7 @@ def backward(
                 inplace=any(needs[:3]),
             )
             sums.add_target(index, of_target)
+            del of_target
         else:
             backend.cross_entropy_backward(mine, logits, t, weight, part, saved, inplace=True)
         sums.add(index, x, z)
@@ -244,36 +275,48 @@ def backward(
 Index = slice | Tensor
 
 
-def _chunks(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, call: Call, needs: Needs
-) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:
-    """Chunks of rows: where they are, x, the target, and the logits, in memory that the next chunk writes to."""
-    dtype, rows = call.compute_dtype, len(input)
-    w = linear_weight.to(dtype)
-    b = None if linear_bias is None else linear_bias.to(dtype)
-    chosen = _counted_rows(target, call)
-    count = rows if chosen is None else len(chosen)
-    size = rows_of_chunk(call, count, linear_weight, sums=needs.linear_weight)
-    buffer = torch.empty((min(size, count), len(w)), dtype=dtype, device=input.device)
-    for start in range(0, count, size):
-        index: Index = slice(start, min(start + size, count))
-        if chosen is not None:
-            index = chosen[index]
-        x, t = input[index].to(dtype), target[index]
-        z = buffer[: len(x)]
-        if b is None:
-            torch.mm(x, w.t(), out=z)
-        else:
-            torch.addmm(b, x, w.t(), out=z)
-        yield index, x, t.contiguous(), z
+class _Visit:
+    """Which rows are visited, how many at a time, and W in the dtype of the products."""
+
+    def __init__(self, rows: int, linear_weight: Tensor, target: Tensor, call: Call, needs: Needs) -> None:
+        self.target, self.call = target, call
+        self.chosen, self.holds_ignored = _counted_rows(target, call)  # None: all of them
+        self.count = rows if self.chosen is None else len(self.chosen)
+        self.size = rows_of_chunk(call, self.count, linear_weight, needs)
+        self.w = linear_weight.to(call.compute_dtype)
+
+    def chunks(self, input: Tensor, linear_bias: Tensor | None) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:
+        """Where its rows are, x, the target, and the logits, in memory that the next chunk writes to."""
+        dtype, w = self.call.compute_dtype, self.w
+        b = None if linear_bias is None else linear_bias.to(dtype)
+        buffer = torch.empty((min(self.size, self.count), len(w)), dtype=dtype, device=input.device)
+        for start in range(0, self.count, self.size):
+            index: Index = slice(start, min(start + self.size, self.count))
+            if self.chosen is not None:
+                index = self.chosen[index]
+            x, t = input[index].to(dtype), self.target[index]
+            if self.holds_ignored:
+                # Padding may hold NaN, which a gradient of 0 does not keep out of gᵀ x.
+                x = torch.where((t != self.call.options.ignore_index).unsqueeze(1), x, 0.0)
+            z = buffer[: len(x)]
+            if b is None:
+                torch.mm(x, w.t(), out=z)
+            else:
+                torch.addmm(b, x, w.t(), out=z)
+            yield index, x, t.contiguous(), z
 
 
-def _counted_rows(target: Tensor, call: Call) -> Tensor | None:
-    """The rows that count, if the others are to be left out; None if all are to be visited."""
-    if target.is_floating_point() or call.skip_ignored is False or (call.skip_ignored is None and not target.is_cpu):
-        return None
+def _counted_rows(target: Tensor, call: Call) -> tuple[Tensor | None, bool]:
+    """The rows that count, if the others are to be left out, else None; and may those visited be ignored ones?"""
+    if target.is_floating_point():
+        return None, False
+    if call.skip_ignored is not True and not target.is_cpu:
+        return None, True
     counted = (target != call.options.ignore_index).nonzero().flatten()
-    return counted if len(target) - len(counted) >= _SHARE_LEFT_OUT * len(target) > 0 else None
+    ignored = len(target) - len(counted)
+    if call.skip_ignored is not False and ignored >= _SHARE_LEFT_OUT * len(target) > 0:
+        return counted, False
+    return None, ignored > 0
 
 
 def _total_weight(target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
@@ -305,19 +348,19 @@ class _Sums:
         linear_weight: Tensor,
         linear_bias: Tensor | None,
         target: Tensor,
-        call: Call,
+        visit: _Visit,
         needs: Needs,
         into: Tensor | None = None,
     ) -> None:
-        self._call, self._needs = call, needs
+        self._needs = needs
         self._weight, self._bias = linear_weight, linear_bias
-        self._narrow = linear_weight.to(call.compute_dtype) if needs.input else linear_weight
+        self._narrow = visit.w
         self._input = torch.zeros_like(input, memory_format=torch.contiguous_format) if needs.input else None
         self._target = torch.zeros_like(target, memory_format=torch.contiguous_format) if needs.target else None
         self._into = into
         self._of_weight: Tensor | None = into
         self._of_bias: Tensor | None = None
-        self._rows = len(input)
+        self._rows = visit.count
 
     def add(self, index: Index, x: Tensor, g: Tensor) -> None:
         """A chunk's part, from its input and its logits' gradient."""

@@ -77,6 +77,9 @@ def forward(
     finally:
         may_keep_memory.reset(forgetful)
     right = torch.stack(accuracy) if accuracy else input.new_empty(0, dtype=torch.float32)
+    expected = _fake_kept(input, linear_weight, linear_bias, target, call, needs)
+    if kept.shape != expected[0]:  # every row is ignored, and was left out
+        kept = input.new_zeros(expected[0], dtype=expected[1])
     return loss, right, *_filled(gradients, input), kept
 
 
@@ -92,18 +95,13 @@ def _(
     call, needs = _unpacked(how)
     options, rows = call.options, input.shape[0]
     per_row = (rows,) if options.reduction == "none" else ()
-    written = linear_chunks.writes_gradients(call, needs)
-    kept = 0
-    if any(needs) and not written:
-        kept = KEPT[backend.choose(input)][target.is_floating_point()]
-    kept_dtype = input.dtype
-    if kept:
-        kept_dtype = torch.float64 if torch.float64 in (call.compute_dtype, target.dtype) else torch.float32
+    written = linear_chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
+    kept_shape, kept_dtype = _fake_kept(input, linear_weight, linear_bias, target, call, needs)
     return (
         input.new_empty(per_row, dtype=call.loss_dtype),
         input.new_empty((len(options.topk), *per_row) if options.topk else (0,), dtype=torch.float32),
         *_fake_gradients(input, linear_weight, linear_bias, target, needs if written else Needs(*[False] * 4)),
-        input.new_empty((kept, rows), dtype=kept_dtype),
+        input.new_empty(kept_shape, dtype=kept_dtype),
     )
 
 
@@ -146,6 +144,18 @@ def _(
     return _fake_gradients(input, linear_weight, linear_bias, target, _unpacked(how)[1])
 
 
+def _fake_kept(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, call: Call, needs: Needs
+) -> tuple[tuple[int, int], torch.dtype]:
+    """The shape and dtype of the backend's numbers."""
+    written = linear_chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
+    kept = KEPT[backend.choose(input)][target.is_floating_point()] if any(needs) and not written else 0
+    if not kept:
+        return (0, input.shape[0]), input.dtype
+    wide = torch.float64 in (call.compute_dtype, target.dtype)
+    return (kept, input.shape[0]), torch.float64 if wide else torch.float32
+
+
 def _filled(gradients: Gradients, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
 
@@ -165,7 +175,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     call, ctx.needs = _unpacked(ctx.how)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.written = linear_chunks.writes_gradients(call, ctx.needs)
+    input, linear_weight, target, linear_bias, _ = tensors
+    ctx.written = linear_chunks.writes_gradients(call, ctx.needs, (input, linear_weight, linear_bias, target))
     ctx.save_for_backward(*(output[2:6] if ctx.written else (*tensors, output[6])))
 
 
@@ -179,7 +190,7 @@ def _differentiate(ctx: Any, of_loss: Tensor | None, *_: Any) -> tuple[Tensor | 
     if of_loss is None:
         return (None,) * 5 + nothing
     if ctx.written:
-        found = [g * of_loss.to(g.dtype) for g in ctx.saved_tensors]
+        found = [g * of_loss for g in ctx.saved_tensors]
     else:
         found = list(backward(of_loss, *ctx.saved_tensors, *ctx.how))
     of_input, of_weight, of_bias, of_target = (g if n else None for g, n in zip(found, ctx.needs, strict=True))

@@ -60,6 +60,7 @@ def test_every_recipe_is_run_here() -> None:
     titles = re.findall(r"^## (.*)$", RECIPES.read_text(encoding="utf-8"), re.MULTILINE)
     assert titles == [
         "Hugging Face Trainer",
+        "A causal language model without its logits",
         "PyTorch Lightning",
         "Mixup",
         "SGD in Hugging Face's Trainer",
@@ -127,6 +128,54 @@ def test_hugging_face_trainer(tmp_path: Path, fused: list[tuple[int, ...]]) -> N
         torch.testing.assert_close(weight, their_weights[name], rtol=1e-4, atol=1e-4)
     ours_later, theirs_later = (t.evaluate(dataset[:batch])["eval_loss"] for t in (ours, theirs))
     assert ours_later == pytest.approx(theirs_later, rel=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_causal_language_model_without_its_logits(tied: bool) -> None:
+    """Each step's loss and accuracy, and the weights at the end, are those of the model's own loss; with padding, and
+    with a head that is the embedding too.
+    """
+    transformers = pytest.importorskip("transformers")
+    steps, rows, length, classes = 5, 4, 24, 512
+    config = transformers.LlamaConfig(
+        vocab_size=classes,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=length,
+        tie_word_embeddings=tied,
+    )
+    first = transformers.LlamaForCausalLM(config)
+    assert (first.lm_head.weight is first.model.embed_tokens.weight) is tied
+    batches = []
+    for _ in range(steps):
+        mask = torch.ones(rows, length, dtype=torch.int64)
+        for row, counted in zip(mask, torch.randint(5, length, (rows,)).tolist(), strict=True):
+            row[counted:] = 0
+        batches.append({"input_ids": torch.randint(classes, (rows, length)), "attention_mask": mask})
+
+    ours, theirs = copy.deepcopy(first), copy.deepcopy(first)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.5)
+    our_steps = list(recipe("A causal language model without its logits")()["train"](ours, optimizer, batches))
+    their_steps = []
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.5)
+    for batch in batches:
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        output = theirs(**batch, labels=labels)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        counted = labels[:, 1:] != -100
+        right = (output.logits[:, :-1].argmax(-1) == labels[:, 1:]) & counted
+        their_steps.append((output.loss.item(), float(right.sum() / counted.sum())))
+    for mine, other in zip(our_steps, their_steps, strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+    their_weights = dict(theirs.named_parameters())
+    for name, weight in ours.named_parameters():
+        assert not torch.equal(weight, dict(first.named_parameters())[name])
+        torch.testing.assert_close(weight, their_weights[name], rtol=1e-4, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------- Lightning

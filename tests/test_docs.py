@@ -11,8 +11,9 @@ import pytest
 MODULES = {
     "fastloss": {""},
     "fastloss.functional": {"accuracy", "cross_entropy", "cross_entropy_with_accuracy"},
+    "fastloss.linear": {"linear_cross_entropy", "linear_cross_entropy_with_accuracy"},
     "fastloss.statistics": {"cross_entropy_with_statistics"},
-    "fastloss.modules": {"CrossEntropyLoss"},
+    "fastloss.modules": {"CrossEntropyLoss", "LinearCrossEntropyLoss"},
     "fastloss.backend": {"use_backend"},
     "fastloss.optim.sgd": {"SGD"},
 }

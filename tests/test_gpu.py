@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from places import Place
 from torch import Tensor, nn
 
-from fastloss import accuracy, backend, cross_entropy, cross_entropy_with_accuracy, use_backend
+from fastloss import (
+    accuracy,
+    backend,
+    cross_entropy,
+    cross_entropy_with_accuracy,
+    linear_cross_entropy,
+    linear_cross_entropy_with_accuracy,
+    use_backend,
+)
 from fastloss.autograd import as_rows
 from fastloss.contract import LossOptions
 
@@ -610,3 +618,172 @@ def test_compiled_into_cuda_graphs(kernels: Place, soft: bool) -> None:
             (gradient,) = torch.autograd.grad(loss, x)
             torch.testing.assert_close(loss, F.cross_entropy(x, t))
             torch.testing.assert_close(gradient, torch.autograd.grad(F.cross_entropy(x, t), x)[0])
+
+
+# ----------------------------------------------------------------------------- the linear map and its loss
+
+
+def linear_problem(
+    place: Place, rows: int, features: int, classes: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states and a head that are trained, and labels of which some are ignored."""
+    hidden = torch.randn(rows, features, device=place.device).to(dtype).requires_grad_()
+    head = (torch.randn(classes, features, device=place.device) / features**0.5).to(dtype).requires_grad_()
+    target = torch.randint(classes, (rows,), device=place.device)
+    target[3::11] = -100
+    return hidden, head, target
+
+
+LINEAR: list[dict[str, Any]] = [
+    {},
+    {"label_smoothing": 0.1, "lse_square_scale": 1e-3},
+    {"softcap": 5.0, "reduction": "none"},
+]
+
+
+@pytest.mark.parametrize("options", LINEAR, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("chunk_size", [100, None])
+def test_linear_no_worse_than_torch(
+    kernels: Place, chunk_size: int | None, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Loss and gradients; those of 16-bit heads are summed in float32, by products that give it (``out_dtype``)."""
+    problem = linear_problem(kernels, 1000, 128, 4099, dtype)
+    upstream = upstream_for(problem[2], options.get("reduction", "mean"), dtype)
+
+    def run(of: torch.dtype, function: Callable[..., Tensor], **how: Any) -> list[Tensor]:
+        x, w = (t.detach().to(of).requires_grad_() for t in problem[:2])
+        loss = function(x, w, problem[2], **options, **how)
+        return [loss.detach(), *torch.autograd.grad(loss, (x, w), upstream.to(of))]
+
+    def plain(x: Tensor, w: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return reference.loss(F.linear(x, w), target, **options)
+
+    ours = run(dtype, linear_cross_entropy, chunk_size=chunk_size)
+    theirs, exact = run(dtype, plain), run(torch.float64, plain)
+    for mine, other, right in zip(ours, theirs, exact, strict=True):
+        assert mine.dtype == other.dtype
+        error, allowed = ((each.double() - right).norm() for each in (mine, other))
+        assert error <= 1.2 * allowed + 4 * torch.finfo(dtype).eps * right.norm() * (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_linear_sums_of_16_bits(kernels: Place, dtype: torch.dtype) -> None:
+    """Sixty-four chunks lose no more than one product over all rows."""
+    hidden, head, _ = linear_problem(kernels, 4096, 64, 512, dtype)
+    target = torch.zeros(4096, dtype=torch.int64, device=kernels.device)  # all rows pull one way
+
+    def gradient(of: torch.dtype, **how: Any) -> Tensor:
+        x, w = (t.detach().to(of).abs().requires_grad_() for t in (hidden, head))
+        loss = linear_cross_entropy(x, w, target, **how) if how else F.cross_entropy(F.linear(x, w), target)
+        return torch.autograd.grad(loss, w)[0].double()
+
+    exact = gradient(torch.float64)
+    one = (gradient(dtype, chunk_size=4096) - exact).norm()
+    assert (gradient(dtype, chunk_size=64) - exact).norm() <= 1.1 * one
+
+
+@pytest.mark.parametrize("how", [{}, {"accumulate_grad": True}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_holds_one_chunk(kernels: Place, dtype: torch.dtype, how: dict[str, Any]) -> None:
+    """Beside inputs and gradients: the chunk, the float32 sum of 16-bit heads, and a few numbers a row."""
+    rows, features, classes, chunk = 4096, 256, 32000, 256
+    hidden, head, target = linear_problem(kernels, rows, features, classes, dtype)
+    gradients, sums = hidden.nbytes + head.nbytes, 0 if dtype == torch.float32 else 4 * head.numel()
+    allowed = chunk * (classes + 4 * features) * dtype.itemsize + 64 * rows + (1 << 25)  # cuBLAS has its own
+
+    def extra(step: Callable[[], Any]) -> int:
+        step()
+        hidden.grad = head.grad = None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(kernels.device)
+        torch.cuda.reset_peak_memory_stats(kernels.device)
+        step()
+        return torch.cuda.max_memory_allocated(kernels.device) - before
+
+    def train() -> None:
+        linear_cross_entropy(hidden, head, target, chunk_size=chunk, **how).sum().backward()
+
+    def look() -> None:
+        with torch.no_grad():
+            linear_cross_entropy(hidden, head, target, chunk_size=chunk)
+
+    assert rows * classes * dtype.itemsize > 2 * allowed
+    assert extra(train) <= gradients + (0 if "accumulate_grad" in how else sums) + allowed
+    hidden.grad = head.grad = None
+    assert extra(look) <= allowed
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_without_waiting(
+    kernels: Place, dtype: torch.dtype, reduction: str, no_host_sync: Callable[[], None]
+) -> None:
+    """The host waits for nothing, with the arguments that it has by default."""
+    hidden, head, target = linear_problem(kernels, 300, 64, 1003, dtype)
+    weight = torch.rand(1003, device=kernels.device).to(dtype)
+
+    def step() -> None:
+        for options in ({}, {"weight": weight, "label_smoothing": 0.1}, {"accumulate_grad": True}, {"softcap": 5.0}):
+            hidden.grad = None
+            loss = linear_cross_entropy(hidden, head, target, reduction=reduction, chunk_size=128, **options)
+            loss.sum().backward()
+        linear_cross_entropy(hidden.view(3, 100, 64), head, target.view(3, 100), shift=True).backward()
+        linear_cross_entropy_with_accuracy(hidden, head, target, topk=(1, 5))
+        with torch.autocast(kernels.device.type, dtype=torch.bfloat16):
+            linear_cross_entropy(hidden, head, target).backward()
+        with torch.no_grad():
+            linear_cross_entropy(hidden, head, target)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    no_host_sync()
+    step()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("accumulate_grad", [False, True])
+def test_linear_in_a_cuda_graph(kernels: Place, accumulate_grad: bool, dtype: torch.dtype) -> None:
+    """A training step is captured once, and its replays train as the same steps without a graph."""
+    hidden, head, target = linear_problem(kernels, 300, 64, 1003, dtype)
+    hidden.requires_grad_(False)
+    first = head.detach().clone()
+
+    def step_of(head: Tensor) -> Callable[[], list[Tensor]]:
+        head.grad = torch.zeros_like(head)
+
+        def step() -> list[Tensor]:
+            assert head.grad is not None
+            head.grad.zero_()
+            loss = linear_cross_entropy(hidden, head, target, chunk_size=128, accumulate_grad=accumulate_grad)
+            loss.backward()
+            with torch.no_grad():
+                head.sub_(head.grad, alpha=0.5)
+            return [loss.detach()]
+
+        return step
+
+    replay, (loss,) = captured(step_of(head))
+    with torch.no_grad():
+        head.copy_(first)  # `captured` has trained it already
+    other = first.clone().requires_grad_()
+    step = step_of(other)
+    for _ in range(5):
+        hidden.normal_()
+        target.random_(1003)
+        replay()
+        assert torch.equal(loss, step()[0])
+    assert torch.equal(head, other)
+    assert not torch.equal(head, first)
+
+
+def test_linear_label_out_of_range(kernels: Place) -> None:
+    """NaN, and the context lives; ``skip_ignored=True`` may wait, and gives the same loss as without."""
+    hidden, head, target = linear_problem(kernels, 300, 64, 1003, torch.float32)
+    expected = linear_cross_entropy(hidden, head, target)
+    torch.testing.assert_close(linear_cross_entropy(hidden, head, target, skip_ignored=True), expected)
+    target[7] = 1003
+    assert linear_cross_entropy(hidden, head, target, chunk_size=100).isnan()
+    rows = linear_cross_entropy(hidden, head, target, chunk_size=100, reduction="none")
+    assert rows.isnan().nonzero().flatten().tolist() == [7]
+    torch.cuda.synchronize()

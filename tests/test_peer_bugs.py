@@ -2,7 +2,7 @@
 
 From 21 on: those of the fused SGD in torch 2.13.
 
-Left out here: 5, 11 and 17 to 20, which belong to ``torch.compile``, to the options' own cases, to double backward
+Left out here: 5, 11, 17 and 18, which belong to ``torch.compile``, to the options' own cases, to double backward
 and to operations of their own.
 """
 
@@ -29,6 +29,7 @@ from fastloss import (
     cross_entropy,
     cross_entropy_with_accuracy,
     cross_entropy_with_statistics,
+    linear_cross_entropy,
     use_backend,
 )
 from fastloss.autograd import as_rows
@@ -914,6 +915,56 @@ def test_bug_17_second_derivative_beside_another_path(place: Place, reduction: s
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         results.append(torch.autograd.grad((loss + gradient.square().sum()), x)[0])
     torch.testing.assert_close(*results)
+
+
+# ----------------------------------------------------------------------------- 19: frozen hidden states
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_bug_19_frozen_hidden_states_and_a_trainable_head(place: Place, dtype: torch.dtype, reduction: str) -> None:
+    """The gradients hung on the input's: without one the head got none, and nobody was told. (Liger, linear)"""
+    hidden, target = torch.randn(7, 5, device=place.device).to(dtype), labels(place, 7, classes=37)
+    head = torch.randn(37, 5, device=place.device).to(dtype).requires_grad_()
+    bias = torch.randn(37, device=place.device).to(dtype).requires_grad_()
+    assert not hidden.requires_grad
+    linear_cross_entropy(hidden, head, target, linear_bias=bias, reduction=reduction, chunk_size=3).sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in (head, bias)]
+    F.cross_entropy(F.linear(hidden.double(), *exact), target, reduction=reduction).sum().backward()
+    for mine, right in zip((head.grad, bias.grad), (t.grad for t in exact), strict=True):
+        assert mine is not None
+        assert right is not None
+        assert (mine.double() - right).norm() <= 4 * torch.finfo(dtype).eps * right.norm()
+
+
+# ----------------------------------------------------------------------------- 20: 16-bit sums of the head's gradient
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 64])
+def test_bug_20_sums_of_the_heads_gradient_in_16_bits(place: Place, chunk_size: int) -> None:
+    """The chunks' parts were added up in bfloat16, and what came late was rounded away. However many chunks there
+    are, our error is that of one product over all rows. (Liger #512, #827, #830)
+    """
+    dtype = torch.float16 if place.interpreted else torch.bfloat16
+    rows, classes = (96, 11) if place.interpreted else (1024, 40)
+    # All rows pull one way, so that the sum is large and each part of it small.
+    hidden = (torch.randn(rows, 6, device=place.device) / 8 + 1).to(dtype)
+    head = torch.randn(classes, 6, device=place.device).to(dtype)
+    target = torch.zeros(rows, dtype=torch.int64, device=place.device)
+
+    def gradient(loss: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        leaf = head.to(dtype).requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)[0].double()
+
+    def product(head: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden.to(head.dtype), head), target, reduction="sum")
+
+    def chunked(head: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, head, target, reduction="sum", chunk_size=chunk_size)
+
+    exact = gradient(product, torch.float64)
+    ours, theirs = ((gradient(loss, dtype) - exact).norm() for loss in (chunked, product))
+    assert ours <= 1.1 * theirs
 
 
 # ----------------------------------------------------------------------------- 21 to 24: torch's fused SGD

@@ -204,11 +204,11 @@ def _of_logits(
         loss = loss + z_scale * mass * lse.square()
         slope = slope + 2 * z_scale * mass * lse
     if d is not None:
-        d.add_(log_total)
+        d.add_(log_total.to(dtype))  # as it is, float64, it would widen a copy of d
         if mixed.spread:
             d.mul_(mixed.kept)
         if z_scale:
-            d.add_(z_scale * lse.square())
+            d.add_((z_scale * lse.square()).to(dtype))
         mixed.finish_(d, scale)
     if wanted:
         p.mul_((slope * scale / total).to(dtype))
