@@ -418,7 +418,7 @@ def _squares_kernel(
             if (layout == ALIGNED) & (offset + BLOCK <= end):
                 g = tl.load(_pointer(address, GRAD_TYPE, True) + offset + lane).to(ACC)
             else:
-                at = offset + lane
+                at = tl.full([], offset, tl.int64) + lane  # the interpreter's offset is Python's
                 if geometry_ptr is not None:
                     _, at = _places(geometry_ptr, items_ptr, item, at, layout)
                 g = tl.load(_pointer(address, GRAD_TYPE, False) + at, mask=lane < end - offset, other=0.0).to(ACC)
@@ -523,6 +523,7 @@ def _block(
     lr, momentum, keep, decay, shrink, nesterov, first, inverse, clip = numbers
     COMPANION_TYPE: tl.constexpr = tl.float32 if ROUNDING == "master" else THETA_TYPE
     lane = tl.arange(0, BLOCK)
+    offset = tl.full([], offset, tl.int64)  # the interpreter's is Python's
     mask = None if WHOLE else lane < end - offset
     theta_ptr = _pointer(theta_address, THETA_TYPE, WHOLE)
     grad_ptr = _pointer(grad_address, GRAD_TYPE, WHOLE)
@@ -563,7 +564,7 @@ def _block(
     theta -= lr * g
 
     if ROUNDING == "stochastic":
-        within = (tl.full([], offset, tl.int64) % CHUNK).to(tl.int32)  # the interpreter's offset is Python's
+        within = (offset % CHUNK).to(tl.int32)
         noise = tl.randint(seed, tl.program_id(0) * CHUNK + within + lane)
         stored = _stochastically(theta, noise, THETA_TYPE)
     else:

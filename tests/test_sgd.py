@@ -9,6 +9,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from fastloss import SGD
+from fastloss.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest")
 
@@ -240,6 +242,50 @@ def test_rules(place: Place, rule: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rule", ["dampening", "nesterov, all"])
 def test_many_chunks(place: Place, rule: str) -> None:
     Twins(place, [([(4096,), (4097,), LARGE, (3,)], {})], **RULES[rule]).step(2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("rounding", ["nearest", "master"])
+def test_elements_beyond_2_31(kernels: Place, tmp_path: Path, layout: str, rounding: str) -> None:
+    """The last chunks of tensors in files with holes, by the kernels; nobody has to have the memory of the rest."""
+    if not kernels.interpreted:
+        pytest.skip("test_gpu_sgd.py has whole ones")
+    from fastloss.kernels import sgd
+
+    rows, columns = (1 << 16) + 3, 1 << 15
+    count, last = rows * columns, 5000
+
+    def in_a_file(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.from_file(str(tmp_path / name), shared=True, size=count, dtype=dtype)
+
+    theta, grad, momentum = (in_a_file(name, torch.float16) for name in ("theta", "grad", "momentum"))
+    master = in_a_file("master", torch.float32) if rounding == "master" else None
+    theta[-last:] = torch.arange(last) % 7
+    momentum[-last:] = 2.0
+    if master is not None:
+        master[-last:] = theta[-last:]
+    if layout == "transposed":
+        laid_out_as_theta, grad = torch.arange(count - last, count), grad.view(columns, rows).t()
+        row, column = laid_out_as_theta // columns, laid_out_as_theta % columns
+        grad[row, column] = (laid_out_as_theta % 5).to(torch.float16)
+    else:
+        grad[-last:] = torch.arange(count - last, count) % 5
+        grad = grad.view(rows, columns)
+    param = theta.view(rows, columns)
+    companions = [None if master is None else master.view(rows, columns)]
+    batch = SGDBatch([param], [momentum.view(rows, columns)], companions, [0], rounding, {})
+    (launch,) = sgd._launches(batch, [grad]).values()
+    assert launch.items is not None
+    assert len(launch.items) == -(-count // FLAG_ELEMENTS) > (1 << 19)
+    launch.items = launch.items[-2:].clone()
+    sgd.sgd_step(batch, [grad], [SGDRule(0.5, 0.5, 0.0, 0.0, False, False, False)], SGDControls())
+    places = torch.arange(count - last, count)
+    expected = (torch.arange(last) % 7).double() - 0.5 * (0.5 * 2.0 + (places % 5).double())
+    assert torch.equal(theta[-last:].double(), expected)
+    squares = torch.zeros((), dtype=torch.float64)
+    sgd.sgd_squares(batch, [grad], squares)
+    in_items = places[places >= (count - 1) // FLAG_ELEMENTS * FLAG_ELEMENTS - FLAG_ELEMENTS]
+    assert squares == (in_items % 5).double().square().sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
