@@ -908,6 +908,27 @@ def test_state_dict_hooks(place: Place) -> None:
         optimizer.load_state_dict(state)
 
 
+def test_hooks_after_a_load(place: Place) -> None:
+    """They find the options and dtypes of this optimizer, and what they put in their place stays."""
+    param = nn.Parameter(torch.ones(4, dtype=torch.float16, device=place.device))
+    param.grad = torch.ones_like(param)
+    theirs = torch.optim.SGD([param], lr=0.1, momentum=0.5)
+    theirs.step()
+    group = {"params": [param], "max_norm": 7.0, "momentum_dtype": torch.float32}
+    optimizer = SGD([group], lr=0.1, momentum=0.5)
+    found = []
+
+    def reset(loaded: torch.optim.Optimizer) -> None:
+        buffer = loaded.state[param]["momentum_buffer"]
+        found.append((loaded.param_groups[0]["max_norm"], buffer.dtype))
+        loaded.state[param]["momentum_buffer"] = torch.zeros_like(buffer)
+
+    optimizer.register_load_state_dict_post_hook(reset)
+    optimizer.load_state_dict(theirs.state_dict())
+    assert found == [(7.0, torch.float32)]
+    assert not optimizer.state[param]["momentum_buffer"].any()
+
+
 def spoilt(state: dict[str, Any], how: str) -> tuple[dict[str, Any], str]:
     """A state dict that does not fit, and what is to be said of it."""
     state = copy.deepcopy(state)

@@ -454,14 +454,18 @@ class SGD(Optimizer):
                 _check({**ours, **theirs})
             final.update(loaded)
 
-        hook = self.register_load_state_dict_pre_hook(check)  # the last of them sees what will be loaded
+        def restore(_: Optimizer) -> None:
+            for group, ours, theirs in zip(self.param_groups, before, final["param_groups"], strict=True):
+                group.update((name, ours[name]) for name in self.defaults if name not in theirs)
+            restore_dtypes(self, final)
+
+        # The last hook before sees what will be loaded; others' hooks after see what has been loaded, and may change it.
+        hooks = self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(restore, True)
         try:
             super().load_state_dict(state_dict)
         finally:
-            hook.remove()
-        for group, ours, theirs in zip(self.param_groups, before, final["param_groups"], strict=True):
-            group.update((name, ours[name]) for name in self.defaults if name not in theirs)
-        restore_dtypes(self, final)
+            for hook in hooks:
+                hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle(list(self._begun))
