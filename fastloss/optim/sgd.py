@@ -459,7 +459,7 @@ class SGD(Optimizer):
                 group.update((name, ours[name]) for name in self.defaults if name not in theirs)
             restore_dtypes(self, final)
 
-        # The last hook before sees what will be loaded; others' hooks after see what has been loaded, and may change it.
+        # The last hook before the load sees what will be loaded; the others after it see what was, and may change it.
         hooks = self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(restore, True)
         try:
             super().load_state_dict(state_dict)
