@@ -500,7 +500,7 @@ def test_any_run_of_any_options(place: Place, examples: int) -> None:
     """Dtypes and options mixed, clipped, scaled: what the backends do is what the operators do, but for rounding."""
 
     @settings(
-        max_examples=examples if place.name == "eager" else examples // 10,
+        max_examples=examples if place.name == "eager" else examples // 4,
         deadline=None,
         suppress_health_check=list(HealthCheck),
         derandomize=True,
