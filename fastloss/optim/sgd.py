@@ -173,9 +173,9 @@ class SGD(Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The norm of all gradients, unscaled and before clipping, at the last step with ``max_norm``.
+        """The norm of all gradients, unscaled and before clipping, at the last step.
 
-        ``()`` float32 on the device; None if there was no such step.
+        ``()`` float32 on the device; None if that step had no ``max_norm`` or no gradients, or there was none yet.
         """
         squares = self._clipped["squares"]
         return None if squares is None else _norm(squares, self._clipped["scale"]).float()
