@@ -626,6 +626,34 @@ def test_memory_is_the_state_and_small_tables(kernels: Place) -> None:
     assert torch.cuda.max_memory_allocated(kernels.device) - before <= 1 << 20
 
 
+@pytest.mark.parametrize("then", ["new plan", "new tables"])
+@pytest.mark.parametrize("max_norm", [None, 1e9])
+def test_tables_live_until_another_stream_has_read_them(kernels: Place, max_norm: float | None, then: str) -> None:
+    """They were made on one stream, and are given up while a step on another one has still to read them."""
+    param = nn.Parameter(torch.zeros(5000, device=kernels.device))
+    gradient = param.grad = torch.ones_like(param)  # lives as long as this name
+    optimizer = fastloss.SGD([param], lr=1.0, momentum=0.5, dampening=0.5, max_norm=max_norm)
+    optimizer.grad_scale = torch.ones((), device=kernels.device)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.zeros((), device=kernels.device)  # type: ignore[attr-defined]
+    optimizer.step()  # compiles, and makes the tables on this stream
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(1 << 29)  # a quarter of a second
+        optimizer.step()
+        if then == "new plan":
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, device=kernels.device))]})
+        else:
+            param.grad = gradient.clone()
+        optimizer.step()
+    # What of it the allocator has back, is written over here; tables of zeros tell of tensors without elements.
+    taken = [torch.zeros(16, dtype=torch.int64, device=kernels.device) for _ in range(200)]
+    torch.cuda.synchronize()
+    del taken, gradient
+    torch.testing.assert_close(param.detach(), torch.full_like(param, -1.0 - 1.0 - 1.0))
+
+
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_parameters_on_two_gpus(kernels: Place, max_norm: float | None, scaled: bool) -> None:
