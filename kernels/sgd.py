@@ -362,7 +362,7 @@ def _squares_kernel(
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], ACC)
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
-        line_ptr, _, start, end, layout = _item(table_ptr, items_ptr, item)
+        line_ptr, _chunk, start, end, layout = _item(table_ptr, items_ptr, item)
         address = tl.load(line_ptr + GRAD)
         for offset in tl.range(start, end, BLOCK):
             if (layout == ALIGNED) & (offset + BLOCK <= end):
@@ -370,7 +370,7 @@ def _squares_kernel(
             else:
                 at = offset + lane
                 if geometry_ptr is not None:
-                    _, at = _places(geometry_ptr, items_ptr, item, at, layout)
+                    _theta_at, at = _places(geometry_ptr, items_ptr, item, at, layout)
                 g = tl.load(_pointer(address, GRAD_TYPE, False) + at, mask=lane < end - offset, other=0.0).to(ACC)
             total += g * g
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total.to(tl.float64), axis=0))
