@@ -215,11 +215,13 @@ def _uploaded(host: Tensor, device: torch.device, launch: Launch) -> Tensor:
         if host is launch.lines and (launch.reserve is None or launch.reserve.shape != host.shape):
             launch.reserve = torch.empty_like(host, pin_memory=True)
         return host.pin_memory().to(device, non_blocking=True)
-    # Every replay of the graph will read the host's copy again: it is never written again, and lives on.
+    # Every replay of the graph will read the host's copy again: it is never written again, and lives on. Pinned: from
+    # other memory torch copies nothing inside a capture. It may be allocated there, in the graph's own pool (torch
+    # 2.11), but not by whoever captures without torch's classes; hence the reserve.
     if launch.reserve is not None and launch.reserve.shape == host.shape:
         source, launch.reserve = launch.reserve.copy_(host), None
     else:
-        source = host.clone()  # pageable: to allocate pinned memory inside a capture is not allowed everywhere
+        source = torch.empty_like(host, pin_memory=True).copy_(host)
     copy = source.to(device, non_blocking=True)
     _of_graphs.append((source, copy))
     return copy
