@@ -317,7 +317,7 @@ def is_compiled(input: Tensor, target: Tensor, weight: Tensor | None, options: L
     """Is this traced by a compiler, to be served by this package's operators?"""
     return (
         torch.compiler.is_dynamo_compiling()
-        and not torch.compiler.is_exporting()
+        and not _is_exporting()
         and type(input) in FUSED_TYPES
         and type(target) in FUSED_TYPES
         and (target.is_floating_point() or options.from_logits)
@@ -326,6 +326,12 @@ def is_compiled(input: Tensor, target: Tensor, weight: Tensor | None, options: L
         and input.numel() > 0
         and not has_too_many_rows(input)
     )
+
+
+def _is_exporting() -> bool:
+    """As ``torch.compiler.is_exporting``, which dynamo answers with yes in torch 2.11, export or not."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else bool(flag)
 
 
 def has_too_many_rows(input: Tensor) -> bool:

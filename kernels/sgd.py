@@ -227,11 +227,13 @@ def _uploaded(host: Tensor, device: torch.device, launch: Launch) -> Tensor:
         if host is launch.lines and (launch.reserve is None or launch.reserve.shape != host.shape):
             launch.reserve = torch.empty_like(host, pin_memory=True)
         return host.pin_memory().to(device, non_blocking=True)
-    # Every replay of the graph will read the host's copy again: it is never written again, and lives on.
+    # Every replay of the graph will read the host's copy again: it is never written again, and lives on. Pinned: from
+    # other memory torch copies nothing inside a capture. It may be allocated there, in the graph's own pool (torch
+    # 2.11), but not by whoever captures without torch's classes; hence the reserve.
     if launch.reserve is not None and launch.reserve.shape == host.shape:
         source, launch.reserve = launch.reserve.copy_(host), None
     else:
-        source = host.clone()  # pageable: to allocate pinned memory inside a capture is not allowed everywhere
+        source = torch.empty_like(host, pin_memory=True).copy_(host)
     copy = source.to(device, non_blocking=True)
     _of_graphs.append((source, copy))
     return copy
@@ -412,7 +414,7 @@ def _squares_kernel(
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], ACC)
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
-        line_ptr, _, start, end, layout = _item(table_ptr, items_ptr, item)
+        line_ptr, _chunk, start, end, layout = _item(table_ptr, items_ptr, item)
         address = tl.load(line_ptr + GRAD)
         for offset in tl.range(start, end, BLOCK):
             if (layout == ALIGNED) & (offset + BLOCK <= end):
@@ -420,7 +422,7 @@ def _squares_kernel(
             else:
                 at = tl.full([], offset, tl.int64) + lane  # the interpreter's offset is Python's
                 if geometry_ptr is not None:
-                    _, at = _places(geometry_ptr, items_ptr, item, at, layout)
+                    _theta_at, at = _places(geometry_ptr, items_ptr, item, at, layout)
                 g = tl.load(_pointer(address, GRAD_TYPE, False) + at, mask=lane < end - offset, other=0.0).to(ACC)
             total += g * g
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total.to(tl.float64), axis=0))

@@ -536,10 +536,22 @@ def test_overflow_at_the_first_steps(kernels: Place, dtype: torch.dtype, dampeni
             scale = scaler.scale(torch.ones((), device=kernels.device))
             for param in params:
                 param.grad = torch.ones_like(param) * scale.to(dtype)
-            if number in (0, 1, 3):
+            overflows = number in (0, 1, 3)
+            if overflows:
                 params[1].grad[-1] = float("inf")  # type: ignore[index]
-            scaler.step(optimizer)
-            scaler.update()
+            if dtype == torch.float32:
+                scaler.step(optimizer)
+                scaler.update()
+            else:  # which torch's scaler has no kernel to look at: as it does, by hand
+                found_inf = torch.full((), float(overflows), device=kernels.device)
+                if optimizer_class is fastloss.SGD:
+                    optimizer.grad_scale, optimizer.found_inf = scale, found_inf
+                    optimizer.step()
+                elif not overflows:
+                    for param in params:
+                        param.grad /= scale  # type: ignore[operator]
+                    optimizer.step()
+                scaler.update(scale * (0.5 if overflows else 1.0))
             if number == 1:
                 state = optimizer.state_dict()["state"]
                 assert not any("momentum_buffer" in of_param for of_param in state.values())
@@ -547,6 +559,28 @@ def test_overflow_at_the_first_steps(kernels: Place, dtype: torch.dtype, dampeni
         assert scaler.get_scale() == 2.0
     for mine, right in zip(*runs, strict=True):
         torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.parametrize("through", ["kernels", "eager", "operators"])
+def test_bfloat16_gradients_are_unscaled(kernels: Place, through: str) -> None:
+    """By a scale that is no power of two, rounded once; torch has no kernel for it."""
+    params = [nn.Parameter(torch.randn(size, device=kernels.device).to(torch.bfloat16)) for size in (5, 9000)]
+    if through == "operators":  # parameters that overlap
+        params += [nn.Parameter(param.detach()[1:]) for param in params]
+    before = [param.detach().clone() for param in params]
+    optimizer = fastloss.SGD(params, lr=0.0)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    grads = [param.grad.float() for param in params]  # type: ignore[union-attr]
+    optimizer.grad_scale = torch.tensor(3.0, device=kernels.device)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.zeros((), device=kernels.device)  # type: ignore[attr-defined]
+    with fastloss.use_backend("eager" if through == "eager" else "auto"):
+        optimizer.step()
+    inverse = torch.tensor(3.0, dtype=torch.float64).reciprocal().float().to(kernels.device)
+    for param, start, grad in zip(params, before, grads, strict=True):
+        assert torch.equal(param.detach(), start)
+        assert param.grad is not None
+        assert torch.equal(param.grad, (grad * inverse).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("unscaled_before", [False, True])

@@ -136,9 +136,16 @@ def run(
 
 
 def assert_no_worse(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor], ulps: float = 4.0
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    ulps: float = 4.0,
+    of_loss: float = 0.0,
 ) -> None:
-    """Each error is at most twice torch's own and a few units in the last place of the largest value."""
+    """Each error is at most twice torch's own and a few units in the last place of the largest value.
+
+    ``of_loss`` is torch's error of the loss if it is more than what is seen of it.
+    """
     assert ours.keys() == theirs.keys() == exact.keys()
     for name, mine in ours.items():
         assert mine.dtype == theirs[name].dtype, name
@@ -149,7 +156,8 @@ def assert_no_worse(
             continue
         # A loss or gradient of 0 is the difference of numbers near 1, which are rounded.
         unit = torch.finfo(mine.dtype).eps * max(1 / 16, float(right.nan_to_num().abs().max()))
-        limit = 2 * float((theirs[name].double() - right).abs().nan_to_num().max()) + ulps * unit
+        allowed = float((theirs[name].double() - right).abs().nan_to_num().max())
+        limit = 2 * max(allowed, of_loss if name == "loss" else 0.0) + ulps * unit
         error = float((mine.double() - right).abs().nan_to_num().max())
         assert error <= limit, f"{name}: error {error:.3e}, allowed {limit:.3e}"
 
@@ -1006,7 +1014,16 @@ def test_autocast(place: Place, soft: bool, reduction: str) -> None:
     theirs = run(under(plain), case, 0.3, reduction=reduction)
     exact = run(plain, case, 0.3, dtype=torch.float64, reduction=reduction)
     assert all(tensor.dtype == torch.float32 for tensor in ours.values())
-    assert_no_worse(ours, theirs, exact)
+    # The logits' rounding errors are different ones in other products, on a GPU, and may cancel out among the rows: a
+    # sum is held to the rows' errors together.
+    rows_theirs, rows_exact = (
+        run(function, case, dtype=of, reduction="none")["loss"].double()
+        for function, of in ((under(plain), None), (plain, torch.float64))
+    )
+    together = (rows_theirs - rows_exact).abs().sum()
+    if reduction != "sum":
+        together = together / (len(rows_exact) if soft else (case["target"] >= 0).sum())
+    assert_no_worse(ours, theirs, exact, of_loss=float(together) if reduction != "none" else 0.0)
     half = {name: t.to(low) if t is not None and t.is_floating_point() else t for name, t in case.items()}
     ours = run(under(linear_cross_entropy, chunk_size=4), half, 0.3, reduction=reduction)
     assert ours["loss"].dtype == torch.float32

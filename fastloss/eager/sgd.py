@@ -445,16 +445,25 @@ def _listed(tensor: Tensor | None) -> list[Tensor]:
 
 
 def _unscale(grads: list[Tensor], grad_scale: Tensor) -> None:
-    unused = torch.zeros((), dtype=torch.float32, device=grad_scale.device)
     of_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     plain = _resolved(grads)
     for grad in plain:
         of_dtype[grad.dtype].append(grad)
     inverse = grad_scale.double().reciprocal().float()
     for some in of_dtype.values():
-        torch._amp_foreach_non_finite_check_and_unscale_(some, unused, inverse)
+        multiply(some, inverse)
     if plain is not grads:
         torch._foreach_copy_(grads, plain)
+
+
+def multiply(grads: list[Tensor], factor: Tensor) -> None:
+    """g ← g · factor, of one dtype and device, in float32 (float64 in its own) and rounded once."""
+    if grads[0].dtype == torch.bfloat16 and not grads[0].is_cpu:  # torch's operator for it takes none on a GPU
+        for grad in grads:
+            grad.copy_(grad.float().mul_(factor))
+        return
+    unused = torch.zeros((), dtype=torch.float32, device=factor.device)
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, unused, factor)
 
 
 def _clip_factor(controls: SGDControls) -> float:
