@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastloss
-from fastloss import LinearCrossEntropyLoss, linear_cross_entropy, linear_cross_entropy_with_accuracy
+from fastloss import LinearCrossEntropyLoss, linear_chunks, linear_cross_entropy, linear_cross_entropy_with_accuracy
+from fastloss.contract import LossOptions
 from fastloss.demo.measure import peak_bytes
+from fastloss.linear_chunks import Call, Needs, rows_of_chunk
 
 REDUCTIONS = ["mean", "sum", "none"]
 OPTIONS: list[dict[str, Any]] = [
@@ -570,6 +572,59 @@ def test_one_chunk_is_held(train: bool, soft: bool, options: dict[str, Any]) -> 
     buffers = 1 + (train and soft) + (train and "softcap" in options)
     assert peak <= buffers * chunk * (4000 + 2 * 64) * 4 + 64 * rows
     assert peak >= chunk * 4000 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 5000), (64, 100), (65, 100), (127, 3), (129, 100), (3001, 7), (5, 0)], ids=str
+)
+def test_sums_are_rounded_in_their_own_memory(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    total = torch.randn(shape)
+    half = min(shape[0], -(-shape[0] // 128) * 64)
+    first, second = total[:half].clone(), total[half:].clone()
+    place = first.data_ptr()
+    found = linear_chunks._rounded(first, second, torch.empty(shape, dtype=dtype))
+    assert torch.equal(found, total.to(dtype))
+    assert found.data_ptr() == place
+    assert found.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype", "rows", "expected"),
+    [
+        (32000, torch.float32, 1024, 256),
+        (98304, torch.float32, 1024, 256),
+        (98305, torch.float32, 1024, 192),
+        (128256, torch.float32, 512, 192),
+        (128256, torch.float32, 100, 100),
+        (128256, torch.bfloat16, 512, 256),
+        (262144, torch.float32, 512, 128),
+        (1, torch.float32, 0, 1),
+    ],
+)
+def test_wide_heads_have_chunks_of_fewer_rows(classes: int, dtype: torch.dtype, rows: int, expected: int) -> None:
+    """No more than 96 MiB of logits, and no fewer than 128 rows for the products."""
+    call = Call(LossOptions(), dtype, torch.float32)
+    weight = torch.empty(1, dtype=dtype).expand(classes, 4)
+    assert rows_of_chunk(call, rows, weight, Needs(True, True, False, False)) == expected
+
+
+def test_a_wide_head_takes_a_quarter_of_the_plain_forms_memory() -> None:
+    """Two of torch's (N, C) tensors are alive at one time at least; (512, 512, 128256) with fewer features."""
+    case = make(Place("eager", CPU), 512, classes=128256, features=2)
+    case["target"].clamp_(min=0)
+    assert held(case) <= 0.25 * 2 * 512 * 128256 * 4
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_sums_of_16_bits_take_half_of_their_size(dtype: torch.dtype, reduction: str) -> None:
+    """The gradient, rounded, lies in their own memory; the logits are gone when it is rounded."""
+    rows, chunk, classes, features = 64, 16, 9001, 300
+    case = make(Place("eager", CPU), rows, dtype=dtype, classes=classes, features=features)
+    case["target"].clamp_(min=0)
+    peak = held(case, chunk_size=chunk, reduction=reduction)
+    assert peak <= 0.75 * classes * features * 4  # half of the sums, a chunk, and what is widened of it
 
 
 BUDGETED: list[dict[str, Any]] = [
