@@ -332,6 +332,19 @@ def test_any_call(place: Place) -> None:
 # ----------------------------------------------------------------------------- the frozen cost nothing
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("classes", [CLASSES, 64, 1030])
+def test_rows_of_logits_that_lie_apart(
+    place: Place, classes: int, soft: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose products want rows that begin at round addresses."""
+    monkeypatch.setattr(linear_chunks, "_PITCH", {"cuda": 64, "cpu": 64})
+    case = make(place, classes=classes, soft=soft, bias=True)
+    upstream = torch.rand(ROWS, device=place.device) if "reduction" in options else 1.5
+    check(case, upstream, how={"chunk_size": 4}, **options)
+
+
 def products(step: Callable[[], object]) -> int:
     """How many matrix products ``step`` does."""
     with torch.autograd.profiler.profile() as record:
@@ -396,6 +409,19 @@ def test_a_single_row_without_a_dimension(place: Place, kind: str, reduction: st
 def test_no_rows(place: Place, shape: tuple[int, ...], reduction: str) -> None:
     ours = check(make(place, *shape), reduction=reduction)
     assert not ours["linear_weight"].nan_to_num().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_meta_tensors_have_shapes(reduction: str, dtype: torch.dtype) -> None:
+    x = torch.empty(2, 5, 3, device="meta", dtype=dtype, requires_grad=True)
+    w = torch.empty(7, 3, device="meta", dtype=dtype, requires_grad=True)
+    target = torch.empty(2, 5, device="meta", dtype=torch.int64)
+    loss = linear_cross_entropy(x, w, target, reduction=reduction)
+    assert loss.is_meta
+    assert loss.shape == ((2, 5) if reduction == "none" else ())
+    loss.sum().backward()
+    assert (x.grad.shape, w.grad.shape) == (x.shape, w.shape)
 
 
 def test_no_features(place: Place) -> None:
@@ -686,12 +712,28 @@ def words(**changes: Any) -> dict[str, Any]:
 
 
 ones = torch.ones
+K_DIMENSIONAL = {"linear_weight": torch.ones(7, 2, 3), "target": torch.ones(4, 2).long()}
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "chunk_size 0": ({"chunk_size": 0}, ValueError, "chunk_size is 0; expected at least 1"),
     "chunk_size -3": ({"chunk_size": -3}, ValueError, "chunk_size is -3"),
     "chunk_size 2.5": ({"chunk_size": 2.5}, TypeError, "chunk_size is 2.5; expected an int"),
     "memory_budget '1GB'": ({"memory_budget": "1GB"}, TypeError, "memory_budget is '1GB'; expected an int"),
     "a negative budget": ({"memory_budget": -1}, ValueError, "the least that would do"),
+    "chunks of the K-dimensional loss": (
+        {**K_DIMENSIONAL, "chunk_size": 2},
+        ValueError,
+        r"chunk_size is 2 beside a linear_weight of shape \(7, 2, 3\); the K-dimensional loss holds all",
+    ),
+    "a budget of the K-dimensional loss": (
+        {**K_DIMENSIONAL, "memory_budget": 10**9},
+        ValueError,
+        "memory_budget is 1000000000 beside",
+    ),
+    "accumulate_grad of the K-dimensional loss": (
+        {**K_DIMENSIONAL, "accumulate_grad": True},
+        ValueError,
+        "accumulate_grad is True beside",
+    ),
     "both": ({"chunk_size": 2, "memory_budget": 10**9}, ValueError, "expected one of them"),
     "shift=1": ({"shift": 1}, TypeError, "shift is 1; expected True or False"),
     "skip_ignored=0": ({"skip_ignored": 0}, TypeError, "skip_ignored is 0"),
