@@ -21,6 +21,7 @@ __all__ = [
     "check_switches",
     "checked_options",
     "checked_topk",
+    "is_autocast",
 ]
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -113,7 +114,7 @@ def check_index_target(input: Tensor, target: object, weight: object) -> None:
         return
     assert isinstance(weight, Tensor)
     fitting = {input.dtype, torch.float32} if input.dtype.itemsize == 2 else {input.dtype}
-    if torch.is_autocast_enabled(input.device.type) and torch.float64 not in fitting:
+    if is_autocast(input) and torch.float64 not in fitting:
         fitting = {torch.float16, torch.bfloat16, torch.float32}
     if weight.dtype not in fitting:
         raise RuntimeError(f"fastloss: weight has dtype {weight.dtype}; expected {input.dtype}, as input has")
@@ -176,6 +177,12 @@ def check_labels(target: Tensor, classes: int, ignore_index: int, *, shifted: bo
             f"fastloss: target{where} is {int(wide[row])}, which is out of bounds: "
             f"expected a class index in [0, {classes}) or ignore_index ({ignore_index})"
         )
+
+
+def is_autocast(input: Tensor) -> bool:
+    """Is autocast on for its device? Meta tensors have none, and torch raises if it is asked."""
+    device = input.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def checked_topk(topk: int | Sequence[int]) -> tuple[int, ...]:

@@ -310,7 +310,7 @@ def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, dtype: torc
         dtype = torch.promote_types(dtype, target.dtype)
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
     half = dtype.itemsize == 2
-    return torch.float32 if half and torch.is_autocast_enabled(input.device.type) else dtype
+    return torch.float32 if half and checks.is_autocast(input) else dtype
 
 
 def is_compiled(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> bool:
