@@ -69,17 +69,18 @@ def _part(
 ):
     """This part of a row ``(1, COLS)``, −inf where it is not; where its lanes' classes begin; and the row's shift."""
     pointers = logits_ptr + base[:, None] + lanes.to(tl.int64)[None, :]
+    # One bound for what is read, other in each row: masks that are the same for all rows would be kept in registers.
+    end = tl.max(tl.where(counted, end, 0), axis=0)
     if SHIFTED:
         shift = tl.max(start - base, axis=0).to(tl.int32)
-        group = tl.minimum(tl.cdiv(shift + classes, VEC), end // VEC)
-        mask = counted[:, None] & (lanes // VEC < group)[None, :]
+        mask = (lanes // VEC < tl.minimum(tl.cdiv(shift + classes, VEC), end // VEC))[None, :]
         x = tl.load(pointers, mask=mask, other=-float("inf")).to(tl.float32)
         # Neither the row before nor the one behind: below 0 unsigned numbers are great.
         within = (lanes - shift).to(tl.uint32, bitcast=True) < tl.minimum(end - shift, classes).to(tl.uint32)
         x = tl.where(within[None, :], x, -float("inf"))
     else:
         shift = 0
-        mask = counted[:, None] & (lanes // VEC < end // VEC)[None, :]
+        mask = (lanes // VEC < end // VEC)[None, :]
         x = tl.load(pointers, mask=mask, other=-float("inf")).to(tl.float32)
     return x, shift
 
@@ -278,7 +279,7 @@ def forward_parts(
                 g = slope(
                     e, x, cols, first - shift, label, level, hit, spread, None, cols >= 0, False, SMOOTHING, False
                 )
-                group, after = lanes // VEC, end // VEC
+                group, after = lanes // VEC, tl.max(tl.where(there, end, 0), axis=0) // VEC
                 if SHIFTED:
                     after = tl.minimum((shift + classes) // VEC, after)
                     whole = (group >= tl.cdiv(shift, VEC)) & (group < after)
@@ -290,7 +291,7 @@ def forward_parts(
                 else:
                     whole = group < after
                 pointers = gradient_ptr + g_base[:, None] + lanes.to(tl.int64)[None, :]
-                tl.store(pointers, g, mask=there[:, None] & whole[None, :])
+                tl.store(pointers, g, mask=whole[None, :])
 
     if REDUCTION != "none" and STEP != "publish":
         invalid = tl.sum(invalid_sum, axis=0) > 0
