@@ -46,6 +46,7 @@ from .rows import (
     fp64,
     inside,
     ks_of,
+    label_logit,
     labels,
     nans_before,
     rank_in_tile,
@@ -137,7 +138,8 @@ def cross_entropy_forward(
                 )
         else:
             kernel = _forward_loop if tiles.looped else _forward_tile
-            constants |= {"GROUP": tiles.group} if tiles.looped else {}
+            pairs = tiles.stages > 1 and logits.data_ptr() % 4 == 0
+            constants |= {"GROUP": tiles.group} if tiles.looped else {"PAIRS": pairs}
             kernel[(tiles.grid,)](
                 *(logits, target, weight, result, *results, *strides, *numbers, options.softcap or 1.0, options.topk),
                 **constants,
@@ -293,6 +295,7 @@ def _forward_tile(
     COLS: tl.constexpr,
     BY_INNER: tl.constexpr,
     STAGES: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """Forward with whole rows in registers: reads the logits once, writes the gradient once."""
     eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, ACC)
@@ -316,7 +319,7 @@ def _forward_tile(
         base = row_offsets(outer, within, x_outer, x_inner, VEC)
         mask = rows_to_read(counted, in_range, BY_INNER)[:, None] & col_mask[None, :]
         x = tl.load(logits_ptr + base[:, None] + x_cols[None, :], mask=mask, other=-float("inf")).to(ACC)
-        x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
+        x_label = label_logit(logits_ptr, base + label * x_class, counted, PAIRS, ACC)
         if K > 0:
             k_vector, most_k = ks_of(ks, K, K_PAD)
             rank = rank_in_tile(x, x_label, cols, label, counted, most_k)

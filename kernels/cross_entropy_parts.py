@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .row_loss import end_launch, row_results, scale_of_mean, slope
-from .rows import LOG2_E, fp64, ks_of, labels, rank_in_tile, row_offsets, store_ranks
+from .rows import LOG2_E, fp64, ks_of, label_logit, labels, rank_in_tile, row_offsets, store_ranks
 
 __all__ = ["WORDS", "forward_parts"]
 
@@ -43,16 +43,6 @@ def _high(word):
 @triton.jit
 def _low(word):
     return word.to(tl.int32)
-
-
-@triton.jit
-def _label_logit(logits_ptr, offset, counted):
-    """The logit at ``offset``. Of 16 bits it is taken with its neighbour, for less than 32 can't be prefetched."""
-    if logits_ptr.dtype.element_ty.primitive_bitwidth == 16:
-        pair = tl.load(logits_ptr.to(tl.pointer_type(tl.int32)) + offset // 2, mask=counted, other=0)
-        half = tl.where(offset % 2 == 0, pair, pair >> 16).to(tl.int16)
-        return half.to(logits_ptr.dtype.element_ty, bitcast=True).to(tl.float32)
-    return tl.load(logits_ptr + offset, mask=counted, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -197,7 +187,7 @@ def forward_parts(
             start = row_offsets(row // inner, row % inner, x_outer, x_inner, 1)
             base = row_offsets(row // inner, row % inner, x_outer, x_inner, VEC)
             x, shift = _part(logits_ptr, base, start, lanes, end, counted, classes, VEC, SHIFTED)
-            z_label = _label_logit(logits_ptr, start + label, counted)
+            z_label = label_logit(logits_ptr, start + label, counted, True, tl.float32)
             rank = tl.zeros([1], tl.int32)
             if K > 0:
                 # What is beside the row, or beside this part of it, stands before no label.

@@ -38,6 +38,9 @@ LONGEST_TILE = 8192
 # Every launch says so itself: a multiplication and an addition may be fused. Triton's own default changes in 3.10.
 FUSED = {"enable_fp_fusion": True}
 _MOST_BLOCKS = 65535
+# Parts of rows that programs share: classes, warps, programs a processor; of 16-bit rows that begin where a 128-bit
+# access may, and of the others.
+_PARTS = {True: (8192, 8, 2), False: (8192, 8, 2)}
 # Programs of the interpreter's grids: few, so that each serves several tiles and the adding up is exercised.
 _INTERPRETED_PROCESSORS = 3
 
@@ -158,16 +161,14 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int) ->
     if vec == widest and gradient is not None and cols * itemsize <= 65536:
         return tiles(1, cols, cols // 2048, 16 * 2048 // cols, 3, 128)
     if vec == widest and gradient is None:
-        return tiles(1, 4096, 4, 4, 3, 0, looped=True)
+        return tiles(1, 4096, 4, 4, 3, 128, looped=True)
     aligned = all(t.data_ptr() % 16 == 0 for t in (logits, gradient) if t is not None)
     alike = gradient is None or gradient.stride() == logits.stride()
-    # Half as many a thread in float32, whose parts are twice the bytes, and where each row begins elsewhere, which
-    # takes registers.
-    cols = 16384 if itemsize == 2 and vec == widest else 8192
+    cols, warps, resident = _PARTS[vec == widest and itemsize == 2]
     split = power_of_2(triton.cdiv(classes + widest, cols))
     if not (aligned and (alike or vec == widest)) or split > processors or 4 * split > 8 * 32:
         return None
-    found = tiles(1, cols, 8, 2, 2, 128)
+    found = tiles(1, cols, warps, resident, 2, 128)
     grid = max(split, min(rows * split, found.grid // split * split))
     return found._replace(vec=widest, split=split, shifted=vec != widest, number=rows, grid=grid)
 

@@ -71,6 +71,7 @@ def slope(
 ):
     """∂L/∂x = (p A − [c = y] w_y (1−ε) − ε/C w_c) ∂z/∂x."""
     g = p * level[:, None]
+    label = label.to(tl.int32)  # as the columns are: 64 bits for each of them would take two registers
     at = tl.max(label, axis=0)
     if p.shape[0] > 1:
         g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)

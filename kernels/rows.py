@@ -89,6 +89,20 @@ def labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEI
 
 
 @triton.jit
+def label_logit(logits_ptr, offset, counted, PAIRS: tl.constexpr, ACC: tl.constexpr):
+    """The logit at ``offset``, 0 in a row that does not count.
+
+    ``PAIRS``: one of 16 bits is taken with its neighbour, since less than 32 bits can't be fetched ahead, and what is
+    not fetched ahead is waited for in each row. The logits then begin at a multiple of 4 bytes.
+    """
+    if PAIRS and logits_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        pair = tl.load(logits_ptr.to(tl.pointer_type(tl.int32)) + offset // 2, mask=counted, other=0)
+        half = tl.where(offset % 2 == 0, pair, pair >> 16).to(tl.int16)
+        return half.to(logits_ptr.dtype.element_ty, bitcast=True).to(ACC)
+    return tl.load(logits_ptr + offset, mask=counted, other=0.0).to(ACC)
+
+
+@triton.jit
 def tanh(u, ACC: tl.constexpr):
     """tanh and its derivative, both without cancellation (near 0 in float32; in float64 it is below notice)."""
     e = tl.exp2(tl.abs(u) * (-2.0 * LOG2_E))
@@ -123,7 +137,7 @@ def rank_in_tile(x, x_label, cols, label, counted, most_k):
     NaN is the greatest value. Exact for every row whose rank is below ``most_k``; the tie test is left out where no
     row of the tile can be right without it.
     """
-    mine = x_label[:, None]
+    mine, label = x_label[:, None], label.to(tl.int32)  # as the columns are
     rank = tl.sum((~(x <= mine)).to(tl.int32), axis=1)  # greater, or NaN
     is_nan = x_label != x_label
     open_rows = (counted & ((rank < most_k) | is_nan)).to(tl.int32)
@@ -143,6 +157,7 @@ def before_label(x, x_label, cols, start, label, GROUP: tl.constexpr, ROWS: tl.c
     For a label whose logit is NaN the count is wrong, and ``nans_before`` has the right one.
     """
     SPLIT: tl.constexpr = [ROWS, COLS // GROUP, GROUP]
+    label = label.to(tl.int32)  # as the columns are
     if ROWS > 1:
         mine = x_label[:, None]
         before = ~(x <= mine) | ((x == mine) & (cols[None, :] < label[:, None]))
