@@ -317,7 +317,9 @@ def _forward_tile(
         row, in_range, outer, within = tile_rows(tile, rows, inner, ROWS, BY_INNER)
         label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
         base = row_offsets(outer, within, x_outer, x_inner, VEC)
-        mask = rows_to_read(counted, in_range, BY_INNER)[:, None] & col_mask[None, :]
+        # A bound for each row: a mask that is the same for all of them would be kept in registers.
+        bound = tl.where(rows_to_read(counted, in_range, BY_INNER), classes, 0)
+        mask = inside(cols[None, :], bound[:, None], VEC)
         x = tl.load(logits_ptr + base[:, None] + x_cols[None, :], mask=mask, other=-float("inf")).to(ACC)
         x_label = label_logit(logits_ptr, base + label * x_class, counted, PAIRS, ACC)
         if K > 0:
@@ -377,7 +379,7 @@ def _forward_tile(
             )
             g = tl.where(counted[:, None], g, 0.0)
             g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
-            out_mask = in_range[:, None] & col_mask[None, :]
+            out_mask = inside(cols[None, :], tl.where(in_range, classes, 0)[:, None], VEC)
             tl.store(gradient_ptr + g_base[:, None] + g_cols[None, :], g, mask=out_mask)
 
     if REDUCTION != "none":
