@@ -38,7 +38,7 @@ from .launch import (
     power_of_2,
     steps_of,
 )
-from .row_loss import end_launch, row_results, scale_of_mean, slope, sum_of_weights, weigh_rows
+from .row_loss import end_launch, row_results, scale_of_mean, slope, subtract_at_label, sum_of_weights, weigh_rows
 from .rows import (
     LOG2_E,
     before_label,
@@ -49,7 +49,7 @@ from .rows import (
     label_logit,
     labels,
     nans_before,
-    rank_in_tile,
+    rank_held,
     row_offsets,
     rows_to_read,
     store_ranks,
@@ -324,7 +324,9 @@ def _forward_tile(
         x_label = label_logit(logits_ptr, base + label * x_class, counted, PAIRS, ACC)
         if K > 0:
             k_vector, most_k = ks_of(ks, K, K_PAD)
-            rank = rank_in_tile(x, x_label, cols, label, counted, most_k)
+            rank = rank_held(
+                x, x_label, label, counted, most_k, counted, logits_ptr, base, 0, classes, x_class, ROWS, COLS
+            )
             if REDUCTION == "none":
                 store_ranks(right_ptr, rank, row, rows, in_range, counted, weight == weight, ks, K)
             else:
@@ -362,21 +364,11 @@ def _forward_tile(
             tl.store(row_max_ptr + row, m, mask=in_range)
             tl.store(row_sum_ptr + row, s, mask=in_range)
         if gradient_ptr is not None:
-            g = slope(
-                e,
-                dz,
-                cols,
-                0,
-                label,
-                (level * scale).to(ACC) / s,
-                (hit * scale).to(ACC),
-                (spread * scale).to(ACC),
-                weight_ptr,
-                col_mask,
-                HAS_WEIGHT,
-                SMOOTHING,
-                SOFTCAP,
-            )
+            level, hit, spread = (level * scale).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC)
+            g = slope(e, dz, cols, level / s, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING, False)
+            g = subtract_at_label(g, label, hit, 0, ROWS, COLS)
+            if SOFTCAP:
+                g *= dz
             g = tl.where(counted[:, None], g, 0.0)
             g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
             out_mask = inside(cols[None, :], tl.where(in_range, classes, 0)[:, None], VEC)
@@ -510,7 +502,15 @@ def _write_gradient(
     # A row that does not count gets 0: nothing of it is read, so that e is finite, and its factors are 0. Where its
     # neighbours share its accesses it is read, and may hold anything.
     level, hit, spread = tl.where(counted, level, 0.0), tl.where(counted, hit, 0.0), tl.where(counted, spread, 0.0)
-    g = slope(e, dz, cols, start, label, level, hit, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING, SOFTCAP)
+    label = label.to(tl.int32)  # as the columns are: 64 bits for each of them would take two registers
+    at = tl.max(label, axis=0)
+    g = slope(e, dz, cols, level, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING, False)
+    if e.shape[0] > 1:
+        g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
+    elif (at >= start) & (at < start + COLS):  # of a single row's blocks one holds the label
+        g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
+    if SOFTCAP:
+        g *= dz
     if BY_INNER:
         g = tl.where(counted[:, None], g, 0.0)
     out = gradient_ptr + g_base[:, None] + class_offsets(cols, g_class, VEC)[None, :]

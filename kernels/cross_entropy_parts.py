@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .row_loss import end_launch, row_results, scale_of_mean, slope
-from .rows import LOG2_E, fp64, ks_of, label_logit, labels, rank_in_tile, row_offsets, store_ranks
+from .row_loss import end_launch, row_results, scale_of_mean, slope, subtract_at_label
+from .rows import LOG2_E, fp64, ks_of, label_logit, labels, rank_held, row_offsets, store_ranks
 
 __all__ = ["WORDS", "forward_parts"]
 
@@ -190,10 +190,9 @@ def forward_parts(
             z_label = label_logit(logits_ptr, start + label, counted, True, tl.float32)
             rank = tl.zeros([1], tl.int32)
             if K > 0:
-                # What is beside the row, or beside this part of it, stands before no label.
-                cols = lanes - shift
-                cols = tl.where(cols < 0, classes, cols) if SHIFTED else cols
-                rank = rank_in_tile(x, z_label, cols, tl.minimum(label, end - shift), counted, most_k)
+                begin, stop = tl.maximum(first - shift, 0), tl.minimum(end - shift, classes)
+                own = (label >= begin) & (label < stop)
+                rank = rank_held(x, z_label, label, counted, most_k, own, logits_ptr, start, begin, stop, 1, 1, COLS)
             m = tl.max(x, axis=1)
             m = tl.where(m == -float("inf"), 0.0, m)
             s = tl.sum(tl.exp2((x - m[:, None]) * LOG2_E), axis=1)
@@ -257,18 +256,13 @@ def forward_parts(
                 base = row_offsets(row // inner, row % inner, x_outer, x_inner, VEC)
                 g_base = row_offsets(row // inner, row % inner, g_outer, g_inner, VEC)
                 x, shift = _part(logits_ptr, base, start, lanes, end, counted, classes, VEC, SHIFTED)
-                level = (level * scale).to(tl.float32) / s
-                hit, spread = (hit * scale).to(tl.float32), (spread * scale).to(tl.float32)
+                level = tl.where(counted, (level * scale).to(tl.float32) / s, 0.0)
+                hit, spread = (hit * scale).to(tl.float32), tl.where(counted, spread * scale, 0.0).to(tl.float32)
                 e = tl.exp2((x - m[:, None]) * LOG2_E)
-                level, hit, spread = (
-                    tl.where(counted, level, 0.0),
-                    tl.where(counted, hit, 0.0),
-                    tl.where(counted, spread, 0.0),
-                )
-                cols = lanes - shift
-                g = slope(
-                    e, x, cols, first - shift, label, level, hit, spread, None, cols >= 0, False, SMOOTHING, False
-                )
+                g = slope(e, x, lanes, level, spread, None, lanes >= 0, False, SMOOTHING, False)
+                at = tl.max(label, axis=0)
+                if (at >= first - shift) & (at < first - shift + COLS):
+                    g = subtract_at_label(g, label, hit, first - shift, 1, COLS)
                 group, after = lanes // VEC, tl.max(tl.where(there, end, 0), axis=0) // VEC
                 if SHIFTED:
                     after = tl.minimum((shift + classes) // VEC, after)
@@ -282,7 +276,6 @@ def forward_parts(
                     whole = group < after
                 pointers = gradient_ptr + g_base[:, None] + lanes.to(tl.int64)[None, :]
                 tl.store(pointers, g, mask=whole[None, :])
-
     if REDUCTION != "none" and STEP != "publish":
         invalid = tl.sum(invalid_sum, axis=0) > 0
         end_launch(

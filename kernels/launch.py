@@ -38,9 +38,9 @@ LONGEST_TILE = 8192
 # Every launch says so itself: a multiplication and an addition may be fused. Triton's own default changes in 3.10.
 FUSED = {"enable_fp_fusion": True}
 _MOST_BLOCKS = 65535
-# Parts of rows that programs share: classes, warps, programs a processor; of 16-bit rows that begin where a 128-bit
-# access may, and of the others.
-_PARTS = {True: (8192, 8, 2), False: (8192, 8, 2)}
+# Parts of rows that programs share: classes, warps, programs a processor. Of rows that begin where a 128-bit access
+# may, of others, which take more registers, and of those in float32.
+_PARTS = {"whole": (8192, 8, 2), "shifted": (8192, 8, 2), "shifted wide": (8192, 16, 1)}
 # Programs of the interpreter's grids: few, so that each serves several tiles and the adding up is exercised.
 _INTERPRETED_PROCESSORS = 3
 
@@ -129,8 +129,8 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False)
 
 
 def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int) -> Tiles | None:
-    """Tiles of 64 logits a thread, for as few warps a row as can hold it: what a row costs beside its logits, its
-    sums over threads above all, each warp pays. ``python -m benchmarks.tune`` measures them.
+    """Tiles of 64 logits a thread (32 of 32 bits), for as few warps a row as can hold it: what a row costs beside its
+    logits, its sums over threads above all, each warp pays. ``python -m benchmarks.tune`` measures them.
 
     - Up to 8192 classes: as above, in half or a quarter of the warps; or, where there are too few rows to fill the
       GPU several times, small tiles of 16 logits a thread.
@@ -156,15 +156,21 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int) ->
             tile_rows = max(1, min(2048 // cols, 64, power_of_2(rows)))
             return tiles(tile_rows, cols, max(4, cols // 512), max(1, 2048 * 8 // max(cols, 2048)), 1, 0)
         tile_rows = max(1, min(4096 // cols, 64))
-        warps = max(1, tile_rows * cols // 2048)
-        return tiles(tile_rows, cols, warps, 16 // warps, 1, 128)
+        of_thread = 32 if itemsize == 4 else 64
+        warps = max(1, tile_rows * cols // (32 * of_thread))
+        if of_thread == 32:
+            return tiles(tile_rows, cols, warps, max(1, 16 // warps), 1, 0)
+        if tile_rows > 1:
+            return tiles(tile_rows, cols, warps, 6, 1, 168)
+        return tiles(tile_rows, cols, warps, 4, 1, 128)
     if vec == widest and gradient is not None and cols * itemsize <= 65536:
-        return tiles(1, cols, cols // 2048, 16 * 2048 // cols, 3, 128)
+        warps = cols * itemsize // 4096
+        return tiles(1, cols, warps, 16 // warps, 3, 128)
     if vec == widest and gradient is None:
-        return tiles(1, 4096, 4, 4, 3, 128, looped=True)
+        return tiles(1, 4096, 4, 4, 3, 0, looped=True)
     aligned = all(t.data_ptr() % 16 == 0 for t in (logits, gradient) if t is not None)
     alike = gradient is None or gradient.stride() == logits.stride()
-    cols, warps, resident = _PARTS[vec == widest and itemsize == 2]
+    cols, warps, resident = _PARTS["whole" if vec == widest else "shifted" if itemsize == 2 else "shifted wide"]
     split = power_of_2(triton.cdiv(classes + widest, cols))
     if not (aligned and (alike or vec == widest)) or split > processors or 4 * split > 8 * 32:
         return None

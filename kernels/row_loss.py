@@ -58,10 +58,7 @@ def slope(
     p,  # (ROWS, COLS): softmax
     dz,  # (ROWS, COLS): ∂z/∂x = 1 − tanh²(x / softcap), if SOFTCAP
     cols,
-    start,  # the first of them
-    label,
     level,  # A, times the scale
-    hit,  # w_y (1−ε), times the scale
     spread,  # ε/C, times the scale
     weight_ptr,
     col_mask,
@@ -69,14 +66,8 @@ def slope(
     SMOOTHING: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """∂L/∂x = (p A − [c = y] w_y (1−ε) − ε/C w_c) ∂z/∂x."""
+    """∂L/∂x = (p A − ε/C w_c) ∂z/∂x, of all classes but the label."""
     g = p * level[:, None]
-    label = label.to(tl.int32)  # as the columns are: 64 bits for each of them would take two registers
-    at = tl.max(label, axis=0)
-    if p.shape[0] > 1:
-        g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
-    elif (at >= start) & (at < start + p.shape[1]):  # of a single row's blocks one holds the label
-        g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
     if SMOOTHING:
         if HAS_WEIGHT:
             w = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(p.dtype)
@@ -86,6 +77,22 @@ def slope(
     if SOFTCAP:
         g *= dz
     return g
+
+
+@triton.jit
+def subtract_at_label(g, label, hit, start, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """g − [c = y] hit, of columns that begin with class ``start``.
+
+    Columns are told apart by their group of 8 and by their place in it: each thread has registers for the numbers of
+    its groups, but not for those of all its columns, which the compiler would make once for all rows.
+    """
+    SPLIT: tl.constexpr = [ROWS, COLS // 8, 8]
+    place = label.to(tl.int32) - start
+    group = tl.arange(0, COLS // 8)[None, :, None] == (place >> 3)[:, None, None]
+    here = group & (tl.arange(0, 8)[None, None, :] == (place & 7)[:, None, None])
+    g = tl.reshape(g, SPLIT)
+    g = tl.where(here, g - hit[:, None, None], g)
+    return tl.reshape(g, [ROWS, COLS])
 
 
 @triton.jit

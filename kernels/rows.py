@@ -151,6 +151,47 @@ def rank_in_tile(x, x_label, cols, label, counted, most_k):
 
 
 @triton.jit
+def rank_held(
+    x,  # (ROWS, COLS)
+    x_label,
+    label,
+    counted,
+    most_k,
+    own,  # whether the label is among these columns
+    logits_ptr,
+    base,
+    first,  # the columns are classes from here
+    end,  # to here
+    x_class,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The same of logits that fill the registers, so that there is no room for the numbers of their columns.
+
+    A logit equal to the label's, and a label that is NaN, are rare: then the classes before it are read again.
+    """
+    mine = x_label[:, None]
+    rank = tl.sum((~(x <= mine)).to(tl.int32), axis=1)  # greater, or NaN
+    is_nan = x_label != x_label
+    open_rows = counted & ((rank < most_k) | is_nan)
+    if tl.max(open_rows.to(tl.int32), axis=0) > 0:
+        alike = tl.sum((x == mine).to(tl.int32), axis=1)
+        tied = open_rows & ((alike > own.to(tl.int32)) | is_nan)
+        if tl.max(tied.to(tl.int32), axis=0) > 0:
+            BLOCK: tl.constexpr = min(COLS, max(16, 1024 // ROWS))
+            last = tl.where(tied, tl.minimum(label, end), first)
+            again = tl.zeros(rank.shape, tl.int32)
+            for start in tl.range(first, tl.max(last, axis=0).to(tl.int32), BLOCK):
+                cols = start + tl.arange(0, BLOCK)
+                pointers = logits_ptr + base[:, None] + cols.to(tl.int64)[None, :] * x_class
+                z = tl.load(pointers, mask=cols[None, :] < last[:, None], other=0.0).to(x.dtype)
+                before = ((z == mine) | ((z != z) & is_nan[:, None])) & (cols[None, :] < last[:, None])
+                again += tl.sum(before.to(tl.int32), axis=1)
+            rank = tl.where(tied, tl.where(is_nan, again, rank + again), rank)
+    return rank
+
+
+@triton.jit
 def before_label(x, x_label, cols, start, label, GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """How many classes of a block stand before the label, for each group of ``GROUP`` classes.
 
