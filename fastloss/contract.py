@@ -24,6 +24,7 @@ __all__ = [
     "FLAG_ELEMENTS",
     "Backend",
     "Forward",
+    "LabelElsewhere",
     "LossOptions",
     "RowStatistics",
     "SGDBatch",
@@ -82,6 +83,18 @@ class RowStatistics(NamedTuple):
     entropy: Tensor | None  # H = lse − Σ_c p_c z_c of the softmax p, if asked for
     weighted_sum: Tensor | None  # Σ_c w_c z_c, where options.label_smoothing is not 0; w = 1 without a weight
     predicted: Tensor | None  # int64: the class of the greatest logit, the first of equal ones; NaN is the greatest
+    rank: Tensor | None = None  # int64: how many of these classes stand before the label, if asked for
+
+
+class LabelElsewhere(NamedTuple):
+    """Each row's label, which may be a class that the logits at hand do not have; ``(rows,)`` each.
+
+    So the ranks that shards of the classes count add up to the rank among all of them.
+    """
+
+    logit: Tensor  # float64: the label's element of the input, before the softcap
+    position: Tensor  # int64, in [0, classes]: how many of the classes at hand have a lower index than the label
+    most_k: int  # a rank below it is exact; another is at least that
 
 
 class SGDRule(NamedTuple):
@@ -212,12 +225,14 @@ class Backend(Protocol):
         entropy: bool,
         predicted: bool,
         every_row: bool,
+        ranked: LabelElsewhere | None = None,
     ) -> RowStatistics:
         """What the logits say of each row, for losses that are put together from it.
 
         Of the options it heeds ``ignore_index``, ``softcap``, and whether ``label_smoothing`` is 0. Without
         ``every_row`` what is given for ignored rows means nothing, and their logits need not be read.
         A label out of bounds (off the CPU) is taken for 0: the layers above make such a row NaN.
+        ``ranked`` asks for the ranks too, of labels that need not be those of ``target``.
         """
         ...
 
@@ -261,6 +276,13 @@ class Backend(Protocol):
         self, logits: Tensor, target: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str
     ) -> tuple[Tensor, ...]:
         """For each k: the share (mean), number (sum) or 0 / 1 a row (none) of rows right at k, float32."""
+        ...
+
+    def label_ranks(self, logits: Tensor, label: LabelElsewhere) -> Tensor:
+        """How many classes stand before each row's label: a greater logit, or an equal one at a lower index.
+
+        ``(rows,)``, int64. NaN is the greatest value.
+        """
         ...
 
 

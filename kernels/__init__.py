@@ -3,7 +3,7 @@
 One file an op; ``rows`` holds what all of them say of a row, ``launch`` what all of them need to be started.
 """
 
-from .accuracy import accuracy
+from .accuracy import accuracy, label_ranks
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .rescale import rescale
 from .sgd import sgd_squares, sgd_step
@@ -14,6 +14,7 @@ __all__ = [
     "accuracy",
     "cross_entropy_backward",
     "cross_entropy_forward",
+    "label_ranks",
     "rescale",
     "row_statistics_backward",
     "row_statistics_forward",

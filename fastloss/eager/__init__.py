@@ -1,6 +1,6 @@
 """The fallback in plain torch ops: what ``fastloss.kernels`` offers, for tensors that Triton does not serve."""
 
-from .accuracy import accuracy
+from .accuracy import accuracy, label_ranks
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward, rescale
 from .sgd import sgd_squares, sgd_step
 from .soft_cross_entropy import soft_cross_entropy_backward, soft_cross_entropy_forward
@@ -10,6 +10,7 @@ __all__ = [
     "accuracy",
     "cross_entropy_backward",
     "cross_entropy_forward",
+    "label_ranks",
     "rescale",
     "row_statistics_backward",
     "row_statistics_forward",
