@@ -31,6 +31,7 @@ __all__ = [
     "SGDControls",
     "SGDRule",
     "SoftForward",
+    "SoftRowStatistics",
     "compute_dtype",
     "may_keep_memory",
 ]
@@ -84,6 +85,16 @@ class RowStatistics(NamedTuple):
     weighted_sum: Tensor | None  # Σ_c w_c z_c, where options.label_smoothing is not 0; w = 1 without a weight
     predicted: Tensor | None  # int64: the class of the greatest logit, the first of equal ones; NaN is the greatest
     rank: Tensor | None = None  # int64: how many of these classes stand before the label, if asked for
+
+
+class SoftRowStatistics(NamedTuple):
+    """The same of a row with soft targets t, in float64; ``(rows,)`` each."""
+
+    lse: Tensor  # log Σ_c exp(z_c)
+    nll: Tensor  # Σ_c w_c t_c (lse − z_c)
+    mass: Tensor  # Σ_c w_c t_c
+    weighted_sum: Tensor | None  # Σ_c w_c z_c, where options.label_smoothing is not 0
+    rank: Tensor | None  # as above
 
 
 class LabelElsewhere(NamedTuple):
@@ -252,6 +263,40 @@ class Backend(Protocol):
 
         and 0 in a row whose upstreams are all 0, whatever it holds. ``lse`` and, if there is a g_H, ``entropy`` are
         the forward's.
+        """
+        ...
+
+    def soft_statistics_forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        *,
+        ranked: LabelElsewhere | None = None,
+    ) -> SoftRowStatistics:
+        """What logits and soft targets say of each row, from one visit to both; options and ``ranked`` as above."""
+        ...
+
+    def soft_statistics_backward(
+        self,
+        upstreams: Sequence[Tensor | None],
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        lse: Tensor,
+        mass: Tensor,
+        *,
+        gradient: bool,
+        target_gradient: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients from both tensors, for ``upstreams`` of lse, nll, mass and Σ_c w_c z_c, ``(rows,)`` or None.
+
+        Of the logits x: (p_c (g_lse + g_nll mass) − g_nll w_c t_c + g_wz w_c) ∂z_c/∂x_c,  with p_c = exp(z_c − lse);
+        of the target:   w_c (g_nll (lse − z_c) + g_mass).
+
+        ``lse`` and ``mass`` may be of more classes than those at hand.
         """
         ...
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .contract import Backend, LossOptions, compute_dtype
+from .rows import total_weight
 
 __all__ = ["Call", "Gradients", "Needs", "Result", "backward", "forward", "rows_of_chunk", "writes_gradients"]
 
@@ -172,7 +173,7 @@ def forward(
     written = writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
     part_dtype = call.loss_dtype if none else torch.promote_types(call.loss_dtype, torch.float32)
     part = dataclasses.replace(call.options, reduction="none" if none else "sum")
-    total = _total_weight(target, weight, call.options)
+    total = total_weight(target, weight, call.options)
     divisor = total if call.options.reduction == "mean" else None
     ks = len(part.topk)
     loss = torch.zeros(
@@ -249,7 +250,7 @@ def backward(
     """
     part = dataclasses.replace(call.options, reduction="none", topk=())
     if call.options.reduction == "mean":
-        upstream = upstream.double() / _total_weight(target, weight, call.options)
+        upstream = upstream.double() / total_weight(target, weight, call.options)
     wide = torch.float32 if compute_dtype(call.compute_dtype) == torch.float32 else torch.float64
     upstream = upstream.to(wide).expand(len(input))
     visit = _Visit(len(input), linear_weight, target, call, needs)
@@ -317,19 +318,6 @@ def _counted_rows(target: Tensor, call: Call) -> tuple[Tensor | None, bool]:
     if call.skip_ignored is not False and ignored >= _SHARE_LEFT_OUT * len(target) > 0:
         return counted, False
     return None, ignored > 0
-
-
-def _total_weight(target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
-    """What a mean divides by, float64: Σ w_y of the rows that count, NaN if a label is none; the rows, if soft."""
-    if target.is_floating_point():
-        return torch.full((), float(len(target)), dtype=torch.float64, device=target.device)
-    counted = target != options.ignore_index
-    if weight is None:
-        return counted.sum(dtype=torch.float64)
-    label = torch.where(counted, target, 0).long()
-    inside = (label >= 0) & (label < len(weight))
-    of_label = torch.where(inside, weight.double()[torch.where(inside, label, 0)], float("nan"))
-    return torch.where(counted, of_label, 0.0).sum()
 
 
 def _shares(right: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:

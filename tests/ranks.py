@@ -1,0 +1,257 @@
+"""A process of several that share rows or classes: ``python ranks.py RANK RANKS FOLDER``.
+
+Each writes to FOLDER what it was given for its part; ``test_parallel.py`` puts the parts together and holds them
+against one process in float64.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIMIT = 100  # seconds, after which a process that waits for another gives up
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss over several ranks, whose tensors follow from its name."""
+
+    name: str
+    shape: tuple[int, ...] = (7, 13)
+    target: str = "labels"  # or "soft"
+    dtype: torch.dtype = torch.float64
+    weighted: bool = False
+    ignored: str = ""  # "some" rows or "all"
+    options: dict[str, Any] = field(default_factory=dict)
+    topk: tuple[int, ...] = ()
+    sizes: dict[int, tuple[int, ...]] = field(default_factory=dict)  # shards of the classes, by the number of ranks
+    placements: str = ""  # of a DTensor: a letter a dimension of the mesh, r, s (rows), t (trailing rows) or c (classes)
+    mesh: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    backend: str = "eager"
+    second: bool = False  # the second derivative too
+    special: str = ""  # logits that are not finite, or tied
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """Logits, target, class weights, upstream gradient of the loss, and one of the gradient."""
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        x = normal(*self.shape) * 2
+        dim = min(1, x.dim() - 1)
+        if self.special == "tied" or self.topk:
+            x = x.round() / 2
+        if self.special == "infinite":
+            x[0, 1:5] = -torch.inf
+            x[1, :-1] = -torch.inf  # whole shards
+        if self.special == "nan":
+            x[0, 3], x[1, 2], x[1, 5] = (torch.nan,) * 3
+        rows = self.shape[:dim] + self.shape[dim + 1 :]
+        if self.target == "soft":
+            t = torch.softmax(normal(*self.shape), dim)
+        else:
+            count = torch.Size(rows).numel()
+            # Every class is some row's label in turn, so that each rank has labels.
+            t = (torch.arange(count) * 5 % self.shape[dim]).view(rows)
+            if self.special == "infinite":
+                t[0], t[1] = self.shape[1] - 2, self.shape[1] - 1
+            if self.special == "nan":
+                t[0], t[1] = 3, 5
+            ignore = self.options.get("ignore_index", -100)
+            if self.ignored == "some":
+                t.view(-1)[::3] = ignore
+            elif self.ignored == "first half":  # all of a rank's
+                t.view(-1)[: count // 2] = ignore
+            elif self.ignored == "all":
+                t.fill_(ignore)
+        weight = torch.rand(self.shape[dim], generator=generator, dtype=torch.float64) + 0.5 if self.weighted else None
+        upstream = normal(*rows) if self.options.get("reduction") == "none" else normal(1)[0]
+        v = normal(*self.shape)
+        x, v = x.to(self.dtype), v.to(self.dtype)
+        t = t.to(self.dtype) if self.target == "soft" else t
+        return x, t, None if weight is None else weight.to(self.dtype), upstream, v
+
+    def shards(self, ranks: int) -> list[int]:
+        """How many classes each rank has."""
+        if ranks in self.sizes:
+            return list(self.sizes[ranks])
+        classes = self.shape[min(1, len(self.shape) - 1)]
+        size = -(-classes // ranks)
+        return [max(0, min(size, classes - size * rank)) for rank in range(ranks)]
+
+
+EVERYTHING = {"label_smoothing": 0.2, "lse_square_scale": 0.1, "softcap": 3.0}
+UNEVEN = {2: (4, 9), 4: (2, 6, 1, 4)}
+EMPTY = {2: (13, 0), 4: (0, 5, 8, 0)}
+GROUPS = [
+    Case("plain"),
+    Case("uneven", sizes=UNEVEN, ignored="some"),
+    Case("empty shards", sizes=EMPTY, options=EVERYTHING),
+    Case("sum", options={"reduction": "sum"}, weighted=True, ignored="some", sizes=UNEVEN),
+    Case("none", options={"reduction": "none", **EVERYTHING}, weighted=True, ignored="some", sizes=UNEVEN),
+    Case("smoothing", options={"label_smoothing": 0.3}, sizes=UNEVEN),
+    Case("smoothing, weights", options={"label_smoothing": 0.3}, weighted=True, ignored="some", sizes=UNEVEN),
+    Case("z-loss", options={"lse_square_scale": 0.2}, weighted=True, sizes=UNEVEN),
+    Case("softcap", options={"softcap": 2.0}, sizes=UNEVEN),
+    Case("everything", options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN, second=True),
+    Case("ignore_index is a class", options={"ignore_index": 3}, ignored="some", sizes=UNEVEN),
+    Case("all ignored", ignored="all"),
+    Case("all ignored, sum", ignored="all", options={"reduction": "sum", **EVERYTHING}),
+    Case("spatial", shape=(2, 13, 3, 2), options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN),
+    Case("one row", shape=(13,), options=EVERYTHING, sizes=UNEVEN),
+    Case("no rows", shape=(0, 13), options={"reduction": "sum"}),
+    Case("infinite", special="infinite", options={"reduction": "none"}),
+    Case("nan", special="nan", options={"reduction": "none"}, topk=(1, 2, 5)),
+    Case("second derivative", second=True, sizes=UNEVEN),
+    Case("soft", target="soft", sizes=UNEVEN),
+    Case("soft, second", target="soft", sizes=UNEVEN, second=True, options=EVERYTHING, weighted=True),
+    Case("soft, none", target="soft", sizes=UNEVEN, options={"reduction": "none", **EVERYTHING}, weighted=True),
+    Case("soft, empty shards", target="soft", sizes=EMPTY, options=EVERYTHING, weighted=True),
+    Case("soft, spatial", target="soft", shape=(2, 13, 3), options={"label_smoothing": 0.1}, sizes=UNEVEN),
+    Case("soft, top", target="soft", sizes=UNEVEN, topk=(1, 3), options=EVERYTHING),
+    Case("probabilities", options={"from_logits": False, "label_smoothing": 0.1}, weighted=True, ignored="some"),
+    Case("probabilities, soft", target="soft", options={"from_logits": False, "label_smoothing": 0.1}, weighted=True),
+    Case("probabilities, soft, sum", target="soft", options={"from_logits": False, "reduction": "sum"}, topk=(2,)),
+    Case("top-1", topk=(1,), sizes=UNEVEN, ignored="some", shape=(40, 13)),
+    Case("top", topk=(1, 3, 20), sizes=UNEVEN, ignored="some", shape=(40, 13), options=EVERYTHING),
+    Case("top, none", topk=(2, 4), options={"reduction": "none"}, ignored="some", shape=(6, 13, 4)),
+    Case("top, sum", topk=(2, 4), options={"reduction": "sum"}, sizes=EMPTY),
+    Case("float32", dtype=torch.float32, options=EVERYTHING, weighted=True, shape=(7, 501)),
+    Case("bfloat16", dtype=torch.bfloat16, shape=(7, 501)),
+    Case("soft float32", dtype=torch.float32, target="soft", options=EVERYTHING, weighted=True, shape=(7, 501)),
+    Case("kernels", backend="triton", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3), sizes=UNEVEN),
+    Case("kernels, soft", backend="triton", target="soft", options=EVERYTHING, weighted=True, topk=(2,), sizes=UNEVEN),
+    Case("kernels, empty", backend="triton", sizes=EMPTY, topk=(2,)),
+]
+TWO_D = {2: (2, 1), 4: (2, 2)}
+PLACED = [
+    Case("D replicated", placements="r", options=EVERYTHING, weighted=True, topk=(1,)),
+    Case("D rows", placements="s", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3)),
+    Case("D rows, plain", placements="s", ignored="first half", second=True),
+    Case("D rows, all ignored", placements="s", ignored="all", topk=(1,)),
+    Case("D rows, none", placements="s", options={"reduction": "none"}, topk=(2,), weighted=True),
+    Case("D rows, sum", placements="s", options={"reduction": "sum"}, ignored="some"),
+    Case("D few rows", placements="s", shape=(1, 13), options={"lse_square_scale": 0.1}, second=True),
+    Case("D rows, float16", placements="s", dtype=torch.float16, ignored="some"),
+    Case("D rows, soft", placements="s", target="soft", options=EVERYTHING, weighted=True, topk=(1,)),
+    Case("D rows, soft, second", placements="s", target="soft", second=True, options={"label_smoothing": 0.1}),
+    Case("D trailing rows", placements="t", shape=(2, 13, 5), weighted=True, options={"reduction": "none"}),
+    Case("D rows, probabilities", placements="s", options={"from_logits": False}, weighted=True, ignored="some"),
+    Case("D classes", placements="c", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3), second=True),
+    Case("D classes, soft", placements="c", target="soft", options=EVERYTHING, weighted=True, topk=(1, 3)),
+    Case("D classes, none", placements="c", options={"reduction": "none"}, shape=(3, 13, 4), topk=(2,)),
+    Case("D classes, one row", placements="c", shape=(13,)),
+    Case("D both", placements="sc", mesh=TWO_D, options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3)),
+    Case("D both, half ignored", placements="sc", mesh=TWO_D, ignored="first half", second=True),
+    Case("D both, none", placements="sc", mesh=TWO_D, options={"reduction": "none"}, topk=(1,)),
+    Case("D both, soft", placements="cs", mesh=TWO_D, target="soft", options=EVERYTHING, topk=(1,)),
+    Case("D both rows", placements="st", mesh=TWO_D, shape=(3, 13, 5), ignored="some", topk=(2,)),
+    Case("D rows and copies", placements="rs", mesh=TWO_D, weighted=True, topk=(1,)),
+    Case("D kernels", placements="sc", mesh=TWO_D, backend="triton", options=EVERYTHING, ignored="some", topk=(1,)),
+    Case("D rows, kernels", placements="s", backend="triton", options=EVERYTHING, ignored="some", topk=(1,)),
+]
+
+
+def grouped(case: Case, rank: int, ranks: int, group: Any) -> dict[str, Any]:
+    """This rank's part of a case of :data:`GROUPS`."""
+    import fastloss
+
+    x, t, weight, upstream, v = case.tensors()
+    dim, sizes = min(1, x.dim() - 1), case.shards(ranks)
+    mine = x.split(sizes, dim)[rank].clone().requires_grad_()
+    soft = case.target == "soft"
+    target = t.split(sizes, dim)[rank].clone().requires_grad_() if soft else t
+    loss, right = _called(case, fastloss, mine, target, weight, {"group": group})
+    result: dict[str, Any] = {"loss": loss.detach(), "accuracy": right}
+    if case.topk:
+        options = {k: v for k, v in case.options.items() if k in ("reduction", "ignore_index")}
+        result["alone"] = fastloss.accuracy(mine.detach(), target.detach(), case.topk, group=group, **options)
+    wanted = [mine, target] if soft else [mine]
+    gradients = torch.autograd.grad(loss, wanted, upstream.to(loss.dtype), create_graph=case.second)
+    result["gradients"] = [g.detach() for g in gradients]
+    if case.second:
+        result["second"] = torch.autograd.grad(gradients[0], wanted, v.split(sizes, dim)[rank])
+    return result
+
+
+def placed(case: Case, rank: int, ranks: int) -> dict[str, Any]:
+    """A case of :data:`PLACED`; whole tensors, which every rank has."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    import fastloss
+
+    x, t, weight, upstream, v = case.tensors()
+    mesh = init_device_mesh("cpu", case.mesh.get(ranks, (ranks,)))
+    dim, soft = min(1, x.dim() - 1), case.target == "soft"
+    of = {"r": Replicate(), "s": Shard(0), "t": Shard(x.dim() - 1), "c": Shard(dim)}
+    of_target = {"r": Replicate(), "s": Shard(0), "t": Shard(x.dim() - 2), "c": Replicate()}
+    places = [of[letter] for letter in case.placements]
+    d = distribute_tensor(x, mesh, places).requires_grad_()
+    target: Tensor = distribute_tensor(t, mesh, places if soft else [of_target[p] for p in case.placements])
+    if soft:
+        target.requires_grad_()
+    elif not set(case.placements) & set("st"):
+        target = t  # the whole of it
+    loss, right = _called(case, fastloss, d, target, weight, {})
+    result: dict[str, Any] = {
+        "loss": loss.detach().full_tensor(),
+        "accuracy": tuple(value.full_tensor() for value in right),
+        "placed": [loss.placements, [value.placements for value in right]],
+    }
+    if case.topk:
+        options = {k: v for k, v in case.options.items() if k in ("reduction", "ignore_index")}
+        alone = fastloss.accuracy(d.detach(), target.detach(), case.topk, **options)
+        result["alone"] = tuple(value.full_tensor() for value in alone)
+    wanted = [d, target] if soft else [d]
+    up = distribute_tensor(upstream.to(loss.dtype), mesh, loss.placements)
+    gradients = torch.autograd.grad(loss, wanted, up, create_graph=case.second)
+    result["kept placements"] = [g.placements == w.placements for g, w in zip(gradients, wanted, strict=True)]
+    result["gradients"] = [g.detach().full_tensor() for g in gradients]
+    if case.second:
+        seconds = torch.autograd.grad(gradients[0], wanted, distribute_tensor(v, mesh, places))
+        result["second"] = [g.full_tensor() for g in seconds]
+    return result
+
+
+def _called(case: Case, fastloss: Any, x: Any, t: Any, weight: Any, where: Any) -> tuple[Any, tuple[Any, ...]]:
+    with fastloss.use_backend(case.backend):
+        if case.topk:
+            result = fastloss.cross_entropy_with_accuracy(x, t, weight, topk=case.topk, **case.options, **where)
+            return result.loss, result.accuracy
+        return fastloss.cross_entropy(x, t, weight, **case.options, **where), ()
+
+
+def main(rank: int, ranks: int, folder: Path) -> None:
+    import torch.distributed as dist
+
+    from fastloss import backend as backends
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'meeting'}",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=LIMIT),
+    )
+    results: dict[str, Any] = {}
+    for case in (*GROUPS, *PLACED):
+        if case.backend == "triton" and backends.triton_version() is None:
+            continue
+        results[case.name] = placed(case, rank, ranks) if case.placements else grouped(case, rank, ranks, dist.group.WORLD)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
