@@ -46,8 +46,8 @@ def fused_cross_entropy(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss (with a graph where ``input`` needs one) and the accuracies, all as ``()`` or ``(rows,)``.
 
-    ``divisor`` goes with reduction "sum": loss and gradient, not the accuracies, are divided by it. So these rows give
-    their part of a mean over more rows than they are. It is ``()`` in float64; beside a soft target a float.
+    ``divisor`` goes with reduction "sum": loss and gradient, not the accuracies, are divided by it. So these rows
+    give their part of a mean over more rows than they are. It is ``()`` in float64; beside a soft target a float.
 
     ``input`` is ``(C,)`` or ``(N, C, …)``; ``target``, unless it is soft and shaped like ``input``, and what comes
     back "a row" are flat.

@@ -17,6 +17,7 @@ __all__ = [
     "check_index_target",
     "check_labels",
     "check_logits",
+    "check_no_gradient",
     "check_soft_target",
     "check_switches",
     "check_weight",
@@ -125,6 +126,14 @@ def check_weight_dtype(input: Tensor, weight: object) -> None:
         raise RuntimeError(f"fastloss: weight has dtype {weight.dtype}; expected {input.dtype}, as input has")
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("fastloss: weight requires grad, and the loss is not differentiable in it; detach it")
+
+
+def check_no_gradient(weight: object) -> None:
+    """Class weights of a loss over several ranks."""
+    if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "fastloss: weight requires grad, and over several ranks the loss is not differentiable in it; detach it"
+        )
 
 
 def check_soft_target(input: Tensor, target: Tensor, weight: object, ignore_index: int) -> None:

@@ -2,8 +2,8 @@
 
 The collectives are torch.distributed's own, by whatever backend the group has. It is imported at the first use.
 
-Two kinds of tensors meet here. A *replicated* one is the same on all ranks, and so is its gradient. A *sharded* one is
-each rank's own. A sum over the ranks makes the first of the second: :func:`sum_over`, whose gradient comes for free.
+Two kinds of tensors meet here. A *replicated* one is the same on all ranks, and so is its gradient. A *sharded* one
+is each rank's own. A sum over the ranks makes the first of the second: :func:`sum_over`, whose gradient is free.
 The way back is :func:`replicated`: nothing now, and a sum over the ranks in the backward pass.
 """
 
@@ -157,6 +157,6 @@ def raise_together(fault: Exception | None, groups: Sequence[Any], device: torch
     if faults:
         ranks = math.prod(group.size() for group in groups)
         raise IndexError(
-            f"fastloss: target has a label that is out of bounds on another of the {ranks} ranks that share the rows; "
-            "the error there names it"
+            f"fastloss: target has a label that is out of bounds on another of the {ranks} ranks that share the "
+            "rows; the error there names it"
         )

@@ -256,13 +256,15 @@ class Backend(Protocol):
         options: LossOptions,
         lse: Tensor,
         entropy: Tensor | None,
+        *,
+        inplace: bool = False,
     ) -> Tensor:
         """The gradient from the logits x, for ``upstreams`` of lse, z_y, H and Σ_c w_c z_c, each ``(rows,)`` or None.
 
         (p_c g_lse − g_H p_c (log p_c + H) + [c = y] g_zy + g_wz w_c) ∂z_c/∂x_c,  where 0 · log 0 is 0;
 
         and 0 in a row whose upstreams are all 0, whatever it holds. ``lse`` and, if there is a g_H, ``entropy`` are
-        the forward's.
+        the forward's, or, where p is to be that of more classes than those at hand, theirs.
         """
         ...
 
@@ -290,6 +292,7 @@ class Backend(Protocol):
         *,
         gradient: bool,
         target_gradient: bool,
+        inplace: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients from both tensors, for ``upstreams`` of lse, nll, mass and Σ_c w_c z_c, ``(rows,)`` or None.
 

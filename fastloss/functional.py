@@ -92,7 +92,7 @@ def cross_entropy(
             classes. The loss is the same on every rank, and each has the gradient of its own logits. Every rank has
             to make the call, and to call ``backward`` where one does.
 
-    ``input`` may be a DTensor instead, whose dimensions are replicated or sharded, one of them (of the mesh) by class.
+    ``input`` may be a DTensor instead, replicated or sharded on each dimension of the mesh, on one at most by class.
     ``target`` is a DTensor whose rows lie as ``input``'s; or a tensor that is the whole target on each rank, which
     serves as long as no rows are sharded (torch's own rule). ``weight`` is the whole of it, or a DTensor. The mean is
     the one over all rows that count. The loss is a DTensor: replicated, or, for "none", placed as the rows; gradients
@@ -352,6 +352,7 @@ def _over_ranks(
     only_accuracy: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss and the accuracies of a DTensor, or of a group's shards of the classes."""
+    checks.check_no_gradient(weight)
     if placements.is_dtensor(input):
         if group is not None:
             raise ValueError("fastloss: group is given beside a DTensor, whose mesh says which ranks have what")
@@ -387,6 +388,16 @@ def _over_ranks(
     )
 
 
+def check_labels_together(target: Tensor, layout: collectives.Layout, ignore_index: int, **how: bool) -> None:
+    """:func:`checks.check_labels` of rows that several ranks share: what one finds is raised on all."""
+    fault = None
+    try:
+        checks.check_labels(target, int(layout.classes), ignore_index, **how)
+    except IndexError as error:
+        fault = error
+    collectives.raise_together(fault, layout.row_groups, target.device)
+
+
 def _check_part(
     input: Tensor, target: Tensor, weight: Tensor | None, only_accuracy: bool, options: LossOptions
 ) -> bool:
@@ -411,14 +422,9 @@ def _of_dtensor(
         _check_shapes(input, target, weight, options)
         dense = composite.is_soft(input, target)
     plan = placements.plan(input, target, dense)
-    x, t, w = plan.local_input(), plan.local_target(), placements.whole(weight)
+    x, t, w = placements.local(input), plan.target, placements.whole(weight)
     if not dense and (x.is_cpu or backend.validates()):
-        fault = None
-        try:
-            checks.check_labels(t, plan.classes, options.ignore_index)
-        except IndexError as error:
-            fault = error
-        collectives.raise_together(fault, plan.layout.row_groups, x.device)
+        check_labels_together(t, plan.layout, options.ignore_index)
     served = backend.load(backend.choose(x))
     if only_accuracy:
         values = parallel.accuracy(x, t, dense, options, plan.layout, served)

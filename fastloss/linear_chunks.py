@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,18 @@ from torch import Tensor
 from .contract import Backend, LossOptions, compute_dtype
 from .rows import total_weight
 
-__all__ = ["Call", "Gradients", "Needs", "Result", "backward", "forward", "rows_of_chunk", "writes_gradients"]
+__all__ = [
+    "Call",
+    "Gradients",
+    "Needs",
+    "Result",
+    "Sums",
+    "Visit",
+    "backward",
+    "forward",
+    "rows_of_chunk",
+    "writes_gradients",
+]
 
 # The rows of a chunk on a CPU: see rows_of_chunk.
 _CPU_ROWS, _GPU_ROWS = 256, 4096
@@ -51,9 +62,11 @@ class Call:
     chunk_size: int | None = None
     memory_budget: int | None = None
     skip_ignored: bool | None = None  # None: where the host knows the labels
-    accumulate_grad: bool = (
-        False  # add to linear_weight.grad, in the backward pass, which knows the upstream gradient
-    )
+    # Add to linear_weight.grad, in the backward pass, which knows the upstream gradient.
+    accumulate_grad: bool = False
+    # What a mean divides by, where it is one over more rows than these; a float beside class probabilities. Then the
+    # accuracies are numbers of rows, not shares.
+    total: Tensor | float | None = None
 
 
 class Needs(NamedTuple):
@@ -173,15 +186,15 @@ def forward(
     written = writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
     part_dtype = call.loss_dtype if none else torch.promote_types(call.loss_dtype, torch.float32)
     part = dataclasses.replace(call.options, reduction="none" if none else "sum")
-    total = total_weight(target, weight, call.options)
+    total: Any = total_weight(target, weight, call.options) if call.total is None else call.total
     divisor = total if call.options.reduction == "mean" else None
     ks = len(part.topk)
     loss = torch.zeros(
         rows if none else (), dtype=torch.float64 if not none else call.loss_dtype, device=input.device
     )
     right = torch.zeros((ks, rows) if none else (ks,), dtype=torch.float64, device=input.device)
-    visit = _Visit(rows, linear_weight, target, call, needs)
-    sums = _Sums(input, linear_weight, linear_bias, target, visit, needs if written else Needs(*[False] * 4))
+    visit = Visit(rows, linear_weight, target, call, needs)
+    sums = Sums(input, linear_weight, linear_bias, target, visit, needs if written else Needs(*[False] * 4))
     kept = input.new_empty((0, rows))
     for index, x, t, z in visit.chunks(input, linear_bias):
         logits = z.unsqueeze(2)
@@ -195,7 +208,7 @@ def forward(
                 gradient=written and any(needs[:3]),
                 target_gradient=written and needs.target,
                 inplace=written and any(needs[:3]),
-                divisor=float(rows) if divisor is not None else 1.0,
+                divisor=1.0 if divisor is None else float(rows if call.total is None else total),
             )
             sums.add_target(index, result.target_gradient)
         else:
@@ -225,7 +238,9 @@ def forward(
         del result  # a chunk of the target's gradient among it
     if divisor is not None:
         loss = loss / divisor
-    accuracy = _shares(right, target, call.options)
+    if call.total is None:
+        right = _shares(right, target, call.options)
+    accuracy = tuple(right.to(torch.float32).unbind(0))
     return Result(loss.to(call.loss_dtype), accuracy, sums.finished(), kept)
 
 
@@ -250,11 +265,12 @@ def backward(
     """
     part = dataclasses.replace(call.options, reduction="none", topk=())
     if call.options.reduction == "mean":
-        upstream = upstream.double() / total_weight(target, weight, call.options)
+        total = total_weight(target, weight, call.options) if call.total is None else call.total
+        upstream = upstream.double() / total
     wide = torch.float32 if compute_dtype(call.compute_dtype) == torch.float32 else torch.float64
     upstream = upstream.to(wide).expand(len(input))
-    visit = _Visit(len(input), linear_weight, target, call, needs)
-    sums = _Sums(input, linear_weight, linear_bias, target, visit, needs, into=into)
+    visit = Visit(len(input), linear_weight, target, call, needs)
+    sums = Sums(input, linear_weight, linear_bias, target, visit, needs, into=into)
     for index, x, t, z in visit.chunks(input, linear_bias):
         saved = tuple(kept[:, index].contiguous().unbind(0)) if len(kept) else ()
         mine, logits = upstream[index].contiguous(), z.unsqueeze(2)
@@ -276,7 +292,7 @@ def backward(
 Index = slice | Tensor
 
 
-class _Visit:
+class Visit:
     """Which rows are visited, how many at a time, and W in the dtype of the products."""
 
     def __init__(self, rows: int, linear_weight: Tensor, target: Tensor, call: Call, needs: Needs) -> None:
@@ -320,14 +336,14 @@ def _counted_rows(target: Tensor, call: Call) -> tuple[Tensor | None, bool]:
     return None, ignored > 0
 
 
-def _shares(right: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
+def _shares(right: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     if options.reduction == "mean" and options.topk:
         counted = len(target) if target.is_floating_point() else (target != options.ignore_index).sum()
         right = right / counted
-    return tuple(right.to(torch.float32).unbind(0))
+    return right
 
 
-class _Sums:
+class Sums:
     """The gradients while chunks add to them."""
 
     def __init__(
@@ -336,7 +352,7 @@ class _Sums:
         linear_weight: Tensor,
         linear_bias: Tensor | None,
         target: Tensor,
-        visit: _Visit,
+        visit: Visit,
         needs: Needs,
         into: Tensor | None = None,
     ) -> None:

@@ -1,8 +1,8 @@
 r"""The loss and the accuracy where ranks of process groups share the rows or the classes.
 
 *The classes are shared.* Each rank visits its own logits and tells the others a few float64 numbers a row: lse over
-its classes, the label's logit if it has that class, and as needed Σ_c w_c z_c and how many of its classes stand before
-the label. One collective gathers them. From then on every rank knows the numbers over all classes,
+its classes, the label's logit if it has that class, and as needed Σ_c w_c z_c and how many of its classes stand
+before the label. One collective gathers them. From then on every rank knows the numbers over all classes,
 
     lse = log Σ_ranks exp(lse_rank),     z_y, Σ_c w_c z_c, rank: sums over the ranks
 
@@ -33,7 +33,7 @@ from .collectives import Layout, gather, replicated, sum_over, summed
 from .contract import Backend, LabelElsewhere, LossOptions, RowStatistics, compute_dtype
 from .rows import LabelLosses, SoftLosses, total_weight
 
-__all__ = ["accuracy", "loss_and_accuracy"]
+__all__ = ["Kind", "Share", "accuracy", "label_elsewhere", "loss_and_accuracy"]
 
 
 def loss_and_accuracy(
@@ -45,7 +45,7 @@ def loss_and_accuracy(
     backend: Backend,
     dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss in ``dtype`` and the accuracies: ``()``, the same on every rank, or of the shape of this rank's labels.
+    """The loss in ``dtype`` and the accuracies: ``()``, the same on every rank, or of the shape of its labels.
 
     Args:
         input: this rank's logits, ``(C_r,)`` or ``(n, C_r, …)``.
@@ -57,7 +57,7 @@ def loss_and_accuracy(
         dtype: of the loss.
     """
     labels = None if target.is_floating_point() else target.reshape(-1).contiguous()
-    share = _Share(input, labels, weight, options, layout)
+    share = Share(input, labels, weight, options, layout)
     if layout.class_group is None:
         loss, right = _of_whole_rows(input, target, labels, weight, share, backend)
     else:
@@ -71,19 +71,19 @@ def accuracy(
 ) -> tuple[Tensor, ...]:
     """The accuracies for each k of the options; ``dense``: a value for each class, whose argmax is the label."""
     labels = None if dense else target.reshape(-1).contiguous()
-    share = _Share(input, labels, None, options, layout)
+    share = Share(input, labels, None, options, layout)
     if layout.class_group is None:
         if labels is None:
             labels = _argmax(target)
             share.options = dataclasses.replace(options, ignore_index=-1)
         right = _right_in_whole_rows(input, labels, share.options, backend)
     else:
-        label, labels = _label_elsewhere(input, target, labels, options, layout)
+        label = label_elsewhere(input, target, labels, options, layout)
         rank = label.position.new_zeros(label.position.shape)
         if input.numel():
             rank = backend.label_ranks(as_rows(input), label)
         rank = summed(rank, (layout.class_group,))
-        right = share.right(rank, labels)
+        right = share.right(rank)
     return share.finished(None, right, torch.float32, _row_shape(input))[1]
 
 
@@ -97,7 +97,7 @@ def _argmax(target: Tensor) -> Tensor:
     return rows.argmax(1).flatten()
 
 
-class _Share:
+class Share:
     """This rank's rows among all rows: what a mean divides by, and how parts become wholes."""
 
     def __init__(
@@ -125,8 +125,8 @@ class _Share:
         total = values.sum()
         return total / self.divisor if self.options.reduction == "mean" else total
 
-    def right(self, rank: Tensor, labels: Tensor | None) -> Tensor:
-        """For each k which rows are right, ``(k, rows)``, or how many, ``(k,)``; float64. ``labels`` None: all count."""
+    def right(self, rank: Tensor) -> Tensor:
+        """For each k which rows are right, ``(k, rows)``, or how many, ``(k,)``; float64."""
         right = torch.stack([rank < k for k in self.options.topk])
         if self.labels is not None:
             right = (right & self.counted).double()
@@ -158,7 +158,7 @@ class _Share:
 
 
 def _of_whole_rows(
-    input: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None, share: _Share, backend: Backend
+    input: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None, share: Share, backend: Backend
 ) -> tuple[Tensor, Tensor | None]:
     """This rank's part of the loss, and its right rows: as on one device, at the scale of all rows."""
     options = share.options
@@ -206,13 +206,11 @@ def _right_in_whole_rows(input: Tensor, labels: Tensor, options: LossOptions, ba
 
 
 def _of_shared_rows(
-    input: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None, share: _Share, backend: Backend
+    input: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None, share: Share, backend: Backend
 ) -> tuple[Tensor, Tensor | None]:
     """This rank's part of the loss (its rows, all classes), and its right rows."""
     options, layout = share.options, share.layout
-    label, of_rank = None, labels
-    if options.topk:
-        label, of_rank = _label_elsewhere(input, target, labels, options, layout)
+    label = label_elsewhere(input, target, labels, options, layout) if options.topk else None
     kind = Kind(input, target, labels, weight, options, layout, label)
     if not options.from_logits:
         rank = None
@@ -223,14 +221,14 @@ def _of_shared_rows(
     else:
         *numbers, rank = _Numbers.apply(input, target, kind, backend)
         values = kind.values(tuple(numbers))
-    right = None if rank is None else share.right(rank, of_rank)
+    right = None if rank is None else share.right(rank)
     return share.scaled(values), right
 
 
-def _label_elsewhere(
+def label_elsewhere(
     input: Tensor, target: Tensor, labels: Tensor | None, options: LossOptions, layout: Layout
-) -> tuple[LabelElsewhere, Tensor]:
-    """Each row's label and its score, which one rank has and tells the others: the first collective of an accuracy."""
+) -> LabelElsewhere:
+    """Each row's label and its score, which one rank has and tells the others: an accuracy's first collective."""
     x, most_k = as_rows(input.detach()), max(options.topk)
     outer, classes, inner = x.shape
     if labels is None:
@@ -253,7 +251,7 @@ def _label_elsewhere(
             logit = torch.where(own, x.gather(1, at).flatten().double(), 0.0)
         logit = summed(logit, (layout.class_group,))
     position = (labels.long() - layout.start).clamp(0, classes)
-    return LabelElsewhere(logit.contiguous(), position, most_k), labels
+    return LabelElsewhere(logit.contiguous(), position, most_k)
 
 
 def _own_labels(labels: Tensor, classes: int, options: LossOptions, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -344,8 +342,10 @@ class Kind:
         numbers: tuple[Any, ...],
         needs: tuple[bool, bool],
         backend: Backend,
+        *,
+        inplace: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Of this rank's logits and probabilities, for upstream gradients of the numbers: one visit, no collective."""
+        """Of this rank's logits and probabilities, for upstream gradients of the numbers: a visit, no collective."""
         if not input.numel():
             return torch.zeros_like(input), torch.zeros_like(target) if needs[1] else None
         logits, weight = as_rows(input), None if self.own_weight is None else self.own_weight.detach()
@@ -353,13 +353,15 @@ class Kind:
             of_lse, of_label, of_sum = upstreams
             of_label = None if of_label is None else torch.where(self.own, of_label, 0.0)
             found = backend.row_statistics_backward(
-                (of_lse, of_label, None, of_sum), logits, self.local, weight, self.of_visit, numbers[0], None
+                *((of_lse, of_label, None, of_sum), logits, self.local, weight, self.of_visit, numbers[0], None),
+                inplace=inplace,
             )
             return found.view(input.shape), None
         of_input, of_target = backend.soft_statistics_backward(
             *(upstreams, logits, as_rows(target), weight, self.of_visit, numbers[0], numbers[2]),
             gradient=needs[0],
             target_gradient=needs[1],
+            inplace=inplace,
         )
         return (
             None if of_input is None else of_input.view(input.shape),
@@ -369,7 +371,7 @@ class Kind:
     def differentiable_gradients(
         self, upstreams: tuple[Tensor | None, ...], input: Tensor, target: Tensor, numbers: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """The same in operations that autograd can differentiate again; numbers and upstreams are the same everywhere.
+        """The same in operations that autograd can differentiate again; numbers and upstreams are alike on all ranks.
 
         Each rank's logits have a part in lse; what the others' gradients owe to lse comes over :func:`replicated`.
         """

@@ -100,10 +100,11 @@ def soft_statistics_backward(
     *,
     gradient: bool,
     target_gradient: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See :class:`fastloss.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape
-    of_logits = torch.empty_like(logits) if gradient else None
+    of_logits = (logits if inplace else torch.empty_like(logits)) if gradient else None
     of_target = torch.empty_like(target) if target_gradient else None
     of_lse, of_nll, of_mass, of_sum = (None if u is None else u.contiguous() for u in upstreams)
     level = torch.zeros_like(lse) if of_lse is None else of_lse

@@ -108,10 +108,12 @@ def row_statistics_backward(
     options: LossOptions,
     lse: Tensor,
     entropy: Tensor | None,
+    *,
+    inplace: bool = False,
 ) -> Tensor:
     """See :class:`fastloss.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape
-    result = torch.empty_like(logits)
+    result = logits if inplace else torch.empty_like(logits)
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
     tiles, blocks = in_blocks(tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4), classes)

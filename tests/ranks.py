@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     topk: tuple[int, ...] = ()
     sizes: dict[int, tuple[int, ...]] = field(default_factory=dict)  # shards of the classes, by the number of ranks
-    placements: str = ""  # of a DTensor: a letter a dimension of the mesh, r, s (rows), t (trailing rows) or c (classes)
+    placements: str = (
+        ""  # of a DTensor: a letter a dimension of the mesh, r, s (rows), t (trailing rows) or c (classes)
+    )
     mesh: dict[int, tuple[int, ...]] = field(default_factory=dict)
     backend: str = "eager"
     second: bool = False  # the second derivative too
@@ -72,20 +74,52 @@ class Case:
                 t.view(-1)[: count // 2] = ignore
             elif self.ignored == "all":
                 t.fill_(ignore)
-        weight = torch.rand(self.shape[dim], generator=generator, dtype=torch.float64) + 0.5 if self.weighted else None
+        weight = (
+            torch.rand(self.shape[dim], generator=generator, dtype=torch.float64) + 0.5 if self.weighted else None
+        )
         upstream = normal(*rows) if self.options.get("reduction") == "none" else normal(1)[0]
         v = normal(*self.shape)
         x, v = x.to(self.dtype), v.to(self.dtype)
         t = t.to(self.dtype) if self.target == "soft" else t
         return x, t, None if weight is None else weight.to(self.dtype), upstream, v
 
+    def class_dim(self) -> int:
+        return min(1, len(self.shape) - 1)
+
     def shards(self, ranks: int) -> list[int]:
         """How many classes each rank has."""
         if ranks in self.sizes:
             return list(self.sizes[ranks])
-        classes = self.shape[min(1, len(self.shape) - 1)]
+        classes = self.shape[self.class_dim()]
         size = -(-classes // ranks)
         return [max(0, min(size, classes - size * rank)) for rank in range(ranks)]
+
+
+@dataclass(frozen=True)
+class Linear(Case):
+    """The same of ``linear_cross_entropy``: the logits are of 5 features."""
+
+    shape: tuple[int, ...] = (9, 13)  # (…, C)
+    how: dict[str, Any] = field(default_factory=lambda: {"chunk_size": 2})
+    bias: bool = True
+
+    def class_dim(self) -> int:
+        return len(self.shape) - 1
+
+    def map(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, W and b."""
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + 1)
+        shapes = (*self.shape[:-1], 5), (self.shape[-1], 5), self.shape[-1:]
+        x, w, b = (torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype) for shape in shapes)
+        return x, w, b
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        flat = Case(**{f: getattr(self, f) for f in Case.__dataclass_fields__} | {"shape": (-1, self.shape[-1])})
+        rows = torch.Size(self.shape[:-1]).numel()
+        _, t, weight, upstream, v = Case.tensors(replace(flat, shape=(rows, self.shape[-1])))
+        lead = self.shape[:-1]
+        t = t.view(*lead, *t.shape[1:])
+        return torch.empty(0), t, weight, upstream.view(lead) if upstream.dim() else upstream, v
 
 
 EVERYTHING = {"label_smoothing": 0.2, "lse_square_scale": 0.1, "softcap": 3.0}
@@ -128,7 +162,9 @@ GROUPS = [
     Case("bfloat16", dtype=torch.bfloat16, shape=(7, 501)),
     Case("soft float32", dtype=torch.float32, target="soft", options=EVERYTHING, weighted=True, shape=(7, 501)),
     Case("kernels", backend="triton", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3), sizes=UNEVEN),
-    Case("kernels, soft", backend="triton", target="soft", options=EVERYTHING, weighted=True, topk=(2,), sizes=UNEVEN),
+    Case(
+        "kernels, soft", backend="triton", target="soft", options=EVERYTHING, weighted=True, topk=(2,), sizes=UNEVEN
+    ),
     Case("kernels, empty", backend="triton", sizes=EMPTY, topk=(2,)),
 ]
 TWO_D = {2: (2, 1), 4: (2, 2)}
@@ -158,6 +194,107 @@ PLACED = [
     Case("D kernels", placements="sc", mesh=TWO_D, backend="triton", options=EVERYTHING, ignored="some", topk=(1,)),
     Case("D rows, kernels", placements="s", backend="triton", options=EVERYTHING, ignored="some", topk=(1,)),
 ]
+
+
+LINEAR = [
+    Linear("L plain"),
+    Linear("L uneven", sizes=UNEVEN, ignored="some", options=EVERYTHING, weighted=True),
+    Linear("L one chunk", sizes=UNEVEN, how={}, bias=False),
+    Linear("L empty shards", sizes=EMPTY, options=EVERYTHING),
+    Linear("L none", sizes=UNEVEN, options={"reduction": "none", **EVERYTHING}, weighted=True, ignored="some"),
+    Linear("L sum", options={"reduction": "sum"}, topk=(1, 3), ignored="some"),
+    Linear("L top", topk=(1, 3), ignored="some", options=EVERYTHING, sizes=UNEVEN),
+    Linear("L top, none", topk=(2,), options={"reduction": "none"}, ignored="some"),
+    Linear("L all ignored", ignored="all", topk=(1,)),
+    Linear("L soft", target="soft", sizes=UNEVEN, options=EVERYTHING, weighted=True, topk=(1,)),
+    Linear("L soft, none", target="soft", sizes=UNEVEN, options={"reduction": "none", **EVERYTHING}),
+    Linear("L shift", shape=(2, 4, 13), how={"shift": True, "chunk_size": 3}, ignored="some"),
+    Linear("L shift, none", shape=(2, 4, 13), how={"shift": True}, options={"reduction": "none"}),
+    Linear("L into", how={"accumulate_grad": True, "chunk_size": 4}, sizes=UNEVEN, options=EVERYTHING, weighted=True),
+    Linear("L float16", dtype=torch.float16, ignored="some"),
+    Linear("L bfloat16", dtype=torch.bfloat16, shape=(9, 301)),
+    Linear("L kernels", backend="triton", options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN, topk=(1,)),
+]
+LINEAR_PLACED = [  # of the input and of the head
+    Linear("LD replicated", placements="rr", topk=(1,)),
+    Linear("LD classes", placements="rc", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3)),
+    Linear("LD classes, plain input", placements="-c", target="soft"),
+    Linear("LD classes, none", placements="rc", options={"reduction": "none"}, topk=(1,)),
+    Linear("LD rows", placements="sr", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3)),
+    Linear("LD rows, half ignored", placements="sr", ignored="first half"),
+    Linear("LD rows, none", placements="sr", options={"reduction": "none"}, topk=(2,), ignored="some"),
+    Linear("LD rows, soft", placements="sr", target="soft", options=EVERYTHING, weighted=True, topk=(1,)),
+    Linear("LD rows, float16", placements="sr", dtype=torch.float16),
+    Linear("LD few rows", placements="sr", shape=(1, 13), topk=(1,)),
+    Linear("LD sequences", placements="sr", shape=(3, 4, 13), how={"shift": True}, topk=(1,)),
+    Linear("LD positions", placements="tr", shape=(3, 4, 13), ignored="some", options={"reduction": "none"}),
+    Linear("LD both", placements="srrc", mesh=TWO_D, options=EVERYTHING, ignored="some", topk=(1, 3)),
+    Linear("LD both, soft", placements="rscr", mesh=TWO_D, target="soft", options={"reduction": "sum"}),
+    Linear("LD both, none", placements="srrc", mesh=TWO_D, shape=(3, 4, 13), options={"reduction": "none"}),
+    Linear("LD kernels", placements="srrc", mesh=TWO_D, backend="triton", ignored="some", topk=(1,)),
+]
+
+
+def grouped_linear(case: Linear, rank: int, ranks: int, group: Any) -> dict[str, Any]:
+    """This rank's part of a case of :data:`LINEAR`."""
+    _, t, weight, upstream, _ = case.tensors()
+    x, w, b = case.map()
+    sizes, soft = case.shards(ranks), case.target == "soft"
+    x.requires_grad_()
+    w, b = (each.split(sizes)[rank].clone().requires_grad_() for each in (w, b))
+    target = t.split(sizes, -1)[rank].clone().requires_grad_() if soft else t
+    loss, right = _called_linear(case, x, w, target, b, weight, {"group": group})
+    up = upstream[..., :-1] if case.how.get("shift") and upstream.dim() else upstream
+    loss.backward(up.to(loss.dtype))
+    wanted = [x, w] + ([b] if case.bias else []) + ([target] if soft else [])
+    return {"loss": loss.detach(), "accuracy": right, "gradients": [each.grad for each in wanted]}
+
+
+def placed_linear(case: Linear, ranks: int) -> dict[str, Any]:
+    """A case of :data:`LINEAR_PLACED`."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    _, t, weight, upstream, _ = case.tensors()
+    x, w, b = case.map()
+    mesh = init_device_mesh("cpu", case.mesh.get(ranks, (ranks,)))
+    of_input, of_head = case.placements[: mesh.ndim], case.placements[mesh.ndim :]
+    soft, last = case.target == "soft", x.dim() - 1
+    of: dict[str, Any] = {"r": Replicate(), "s": Shard(0), "t": Shard(last - 1), "c": Shard(0), "-": Replicate()}
+    head = [of[letter] for letter in of_head]
+    if of_input != "-":
+        x = distribute_tensor(x, mesh, [of[letter] for letter in of_input])
+    x.requires_grad_()
+    w, b = (distribute_tensor(each, mesh, head).requires_grad_() for each in (w, b))
+    lies = [Shard(last) if h == "c" and soft else of[i] for i, h in zip(of_input, of_head, strict=True)]
+    target = distribute_tensor(t, mesh, lies)
+    if soft:
+        target.requires_grad_()
+    loss, right = _called_linear(case, x, w, target, b, weight, {})
+    up = upstream[..., :-1] if case.how.get("shift") and upstream.dim() else upstream
+    loss.backward(distribute_tensor(up.to(loss.dtype), mesh, loss.placements))
+    wanted: list[Any] = [x, w] + ([b] if case.bias else []) + ([target] if soft else [])
+
+    def whole(tensor: Any) -> Tensor:
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    return {
+        "loss": whole(loss.detach()),
+        "accuracy": tuple(map(whole, right)),
+        "kept placements": [getattr(v, "placements", 0) == getattr(v.grad, "placements", 0) for v in wanted],
+        "gradients": [whole(each.grad) for each in wanted],
+    }
+
+
+def _called_linear(case: Linear, x: Any, w: Any, t: Any, b: Any, weight: Any, where: Any) -> tuple[Any, Any]:
+    import fastloss
+
+    options = {**case.options, **case.how, **where, "linear_bias": b if case.bias else None, "weight": weight}
+    with fastloss.use_backend(case.backend):
+        if case.topk:
+            result = fastloss.linear_cross_entropy_with_accuracy(x, w, t, topk=case.topk, **options)
+            return result.loss, result.accuracy
+        return fastloss.linear_cross_entropy(x, w, t, **options), ()
 
 
 def grouped(case: Case, rank: int, ranks: int, group: Any) -> dict[str, Any]:
@@ -244,10 +381,15 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         timeout=timedelta(seconds=LIMIT),
     )
     results: dict[str, Any] = {}
-    for case in (*GROUPS, *PLACED):
+    world = dist.group.WORLD
+    for case in (*GROUPS, *PLACED, *LINEAR, *LINEAR_PLACED):
         if case.backend == "triton" and backends.triton_version() is None:
             continue
-        results[case.name] = placed(case, rank, ranks) if case.placements else grouped(case, rank, ranks, dist.group.WORLD)
+        if isinstance(case, Linear):
+            found = placed_linear(case, ranks) if case.placements else grouped_linear(case, rank, ranks, world)
+        else:
+            found = placed(case, rank, ranks) if case.placements else grouped(case, rank, ranks, world)
+        results[case.name] = found
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -17,7 +17,7 @@ import ranks as worker
 import reference
 import torch
 import torch.nn.functional as F
-from ranks import GROUPS, PLACED, Case
+from ranks import GROUPS, LINEAR, LINEAR_PLACED, PLACED, Case, Linear
 from torch import Tensor
 
 import fastloss
@@ -50,7 +50,9 @@ def run_together(script: str, ranks: int, folder: Path, *arguments: str, limit: 
 
 
 def logs(folder: Path) -> str:
-    return "\n".join(f"{log.name}:\n{log.read_text(encoding='utf-8')[-3000:]}" for log in sorted(folder.glob("*.log")))
+    return "\n".join(
+        f"{log.name}:\n{log.read_text(encoding='utf-8')[-3000:]}" for log in sorted(folder.glob("*.log"))
+    )
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
@@ -89,7 +91,9 @@ def expected_loss(case: Case, x: Tensor, t: Tensor, weight: Tensor | None) -> Te
         counted = t != -100
         w = torch.ones(x.shape[1], dtype=x.dtype) if weight is None else weight
         label = torch.where(counted, t, 0)
-        rows = -(1 - eps) * w[label] * x.log().gather(1, label[:, None])[:, 0] - eps / x.shape[1] * (w * x.log()).sum(1)
+        rows = -(1 - eps) * w[label] * x.log().gather(1, label[:, None])[:, 0] - eps / x.shape[1] * (w * x.log()).sum(
+            1
+        )
         return (rows * counted).sum() / (w[label] * counted).sum()
     return reference.loss(x, t, weight, **options)
 
@@ -191,3 +195,76 @@ def test_dtensors(together: list[dict[str, Any]], case: Case) -> None:
             assert [p.is_shard() for p in of_loss] == [letter in "st" for letter in case.placements]
         else:
             assert all(p.is_replicate() for p in of_loss)
+
+
+# ------------------------------------------------------------------------------------------------------------ linear
+
+
+def linear_derivatives(case: Linear, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The loss, the gradients of input, W, b and probabilities, and the logits, in one process."""
+    _, t, weight, upstream, _ = case.tensors()
+    x, w, b = (each.to(dtype).requires_grad_() for each in case.map())
+    soft, shift = case.target == "soft", case.how.get("shift", False)
+    t = t.to(dtype).requires_grad_() if soft else t
+    weight = None if weight is None else weight.to(dtype)
+    logits = F.linear(x, w, b if case.bias else None)
+    if shift:
+        logits, rows = logits[..., :-1, :], t[..., 1:]
+        upstream = upstream[..., :-1] if upstream.dim() else upstream
+    else:
+        rows = t
+    flat = logits.reshape(-1, logits.shape[-1])
+    loss = expected_loss(case, flat, rows.reshape(-1, rows.shape[-1]) if soft else rows.reshape(-1), weight)
+    loss = loss.view(logits.shape[:-1]) if loss.dim() else loss
+    wanted = [x, w] + ([b] if case.bias else []) + ([t] if soft else [])
+    return loss.detach(), list(torch.autograd.grad(loss, wanted, upstream.to(loss.dtype))), logits.detach()
+
+
+def check_linear(case: Linear, found: dict[str, Any]) -> None:
+    exact, theirs = linear_derivatives(case), linear_derivatives(case, case.dtype)
+    assert_close(found["loss"], case, exact[0], theirs[0], "loss")
+    for number, gradient in enumerate(found["gradients"]):
+        wants = torch.zeros_like(exact[1][number]) if case.ignored == "all" else exact[1][number]
+        assert_close(gradient, case, wants, theirs[1][number], f"gradient {number}")
+    if not case.topk:
+        return
+    _, t, *_ = case.tensors()
+    labels = t.argmax(-1) if case.target == "soft" else t
+    labels = labels[..., 1:] if case.how.get("shift") else labels
+    logits = exact[2].reshape(-1, exact[2].shape[-1])
+    for k, value in zip(case.topk, found["accuracy"], strict=True):
+        if case.options.get("reduction") == "none":
+            assert value.shape == labels.shape
+            right = [
+                float(label != -100 and reference.rank(row, label) < k)
+                for row, label in zip(logits, labels.flatten().tolist(), strict=True)
+            ]
+            assert value.flatten().tolist() == right
+        else:
+            share = reference.accuracy(logits, labels, k)
+            share *= int((labels != -100).sum()) if case.options.get("reduction") == "sum" else 1
+            assert float(value) == pytest.approx(share, nan_ok=True)
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=lambda case: case.name)
+def test_shards_of_the_head(together: list[dict[str, Any]], case: Linear) -> None:
+    """``group=``: every rank has the whole gradient of the input, and that of its own classes' weights."""
+    found = of(case, together)
+    dims = [None, 0] + ([0] if case.bias else []) + ([-1] if case.target == "soft" else [])
+    gradients = []
+    for number, dim in enumerate(dims):
+        parts = [rank["gradients"][number] for rank in found]
+        gradients.append(parts[0] if dim is None else torch.cat(parts, dim))
+        if dim is None:
+            for part in parts[1:]:
+                assert torch.equal(part, parts[0])
+    for other in found[1:]:
+        assert torch.equal(other["loss"].nan_to_num(7), found[0]["loss"].nan_to_num(7))
+    check_linear(case, {**found[0], "gradients": gradients})
+
+
+@pytest.mark.parametrize("case", LINEAR_PLACED, ids=lambda case: case.name)
+def test_dtensors_of_the_head(together: list[dict[str, Any]], case: Linear) -> None:
+    for found in of(case, together):
+        check_linear(case, found)
+        assert all(found["kept placements"])

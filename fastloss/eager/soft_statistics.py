@@ -4,8 +4,8 @@ With z the logits (after the softcap), m a row's maximum, t its targets and w th
 
     lse = m + log Σ_c exp(z_c − m),   mass = Σ_c w_c t_c,   nll = mass (lse − m) + Σ_c w_c t_c (m − z_c)
 
-The gradients are those that :class:`fastloss.contract.Backend` gives. Both tensors are read once, and each gradient is
-written once.
+The gradients are those that :class:`fastloss.contract.Backend` gives. Both tensors are read once, and each gradient
+is written once.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def soft_statistics_backward(
     *,
     gradient: bool,
     target_gradient: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See :class:`fastloss.contract.Backend`."""
     rows, cap, device = (logits.shape[0], 1, logits.shape[2]), options.softcap, logits.device
@@ -104,7 +105,7 @@ def soft_statistics_backward(
     # lse in two parts, as in `statistics`.
     high = lse.view(rows).to(dtype)
     low = None if dtype == lse.dtype else (lse.view(rows) - high).to(dtype)
-    of_logits = torch.empty_like(logits) if gradient else None
+    of_logits = (logits if inplace else torch.empty_like(logits)) if gradient else None
     of_target = torch.empty_like(target) if target_gradient else None
 
     def visit(chunk: Chunk) -> None:

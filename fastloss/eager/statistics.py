@@ -107,6 +107,8 @@ def row_statistics_backward(
     options: LossOptions,
     lse: Tensor,
     entropy: Tensor | None,
+    *,
+    inplace: bool = False,
 ) -> Tensor:
     """See :class:`fastloss.contract.Backend`; the softmax is computed again."""
     rows, cap, device = (logits.shape[0], 1, logits.shape[2]), options.softcap, logits.device
@@ -129,7 +131,7 @@ def row_statistics_backward(
     # lse in two parts, since the logits are near it and what is left of them must be exact.
     high = lse.view(rows).to(dtype)
     low = None if dtype == lse.dtype else (lse.view(rows) - high).to(dtype)
-    gradient = torch.empty_like(logits)
+    gradient = logits if inplace else torch.empty_like(logits)
 
     def visit(chunk: Chunk) -> None:
         x = chunk.of(logits)
