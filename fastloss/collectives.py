@@ -129,7 +129,7 @@ def agreed_layout(
         if fault is not None:
             raise fault
         shards = gather(torch.full((), classes, dtype=torch.int64, device=device), group)
-        return Layout(shards.sum(), shards[:rank].sum(), group, rows=rows)
+        return Layout(shards.sum().double(), shards[:rank].sum(), group, rows=rows)
     total = 0 if labels is None or fault is not None else int(labels.sum(dtype=torch.int64))
     mine = [int(fault is not None), classes, rows, zlib.crc32(repr(facts).encode()), total]
     told: list[list[int]] = gather(torch.tensor(mine, dtype=torch.int64, device=device), group).tolist()
@@ -140,7 +140,7 @@ def agreed_layout(
         raise RuntimeError(
             f"fastloss: rank {refused[0]} of the group refused its arguments, for the reason that its own error gives"
         )
-    for name, column in (("rows", 2), ("options, dtype or kind of target", 3), ("labels", 4)):
+    for name, column in (("rows", 2), ("options, dtype, class weights or kind of target", 3), ("labels", 4)):
         values = [line[column] for line in told]
         if len(set(values)) > 1:
             found = f": {', '.join(f'{value} on rank {r}' for r, value in enumerate(values))}" if column == 2 else ""

@@ -75,9 +75,9 @@ def linear_cross_entropy(
             As for :func:`fastloss.cross_entropy`, and without second derivatives.
 
     ``linear_weight``, its bias, ``input`` and ``target`` may be DTensors: the first two replicated or, on one
-    dimension of the mesh, ``Shard(0)``; ``input`` replicated or sharded by rows, on other dimensions. Beside a DTensor
-    ``linear_weight`` a plain ``input`` or ``target`` is the whole of it. The result is a DTensor, and each gradient
-    lies as its tensor.
+    dimension of the mesh, ``Shard(0)``; ``input`` replicated or sharded by rows, on other dimensions. Beside a
+    DTensor ``linear_weight`` a plain ``input`` or ``target`` is the whole of it. The result is a DTensor, and each
+    gradient lies as its tensor.
 
     Returns:
         The loss, ``()``; for "none" ``(…)``, of ``input``'s rows (with ``shift`` all but the last of each sequence).

@@ -6,6 +6,7 @@ against one process in float64.
 
 from __future__ import annotations
 
+import os
 import sys
 import zlib
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LIMIT = 100  # seconds, after which a process that waits for another gives up
 
@@ -235,6 +237,22 @@ LINEAR_PLACED = [  # of the input and of the head
 ]
 
 
+COUNTED = [
+    Case("plain"),
+    Case("with accuracy", topk=(1, 3), options=EVERYTHING, weighted=True),
+    Case("many classes", shape=(7, 1300), topk=(1, 3), options=EVERYTHING, weighted=True),
+    Case("soft", target="soft", options=EVERYTHING, weighted=True),
+    Case("soft with accuracy", target="soft", topk=(2,)),
+    Case("D classes", placements="c", options=EVERYTHING, weighted=True),
+    Case("D classes with accuracy", placements="c", topk=(1, 3), options=EVERYTHING, weighted=True),
+    Case("D rows", placements="s", topk=(1, 3), options=EVERYTHING),
+    Case("D both", placements="sc", mesh=TWO_D, topk=(1,)),
+    Linear("linear", how={"chunk_size": 3}),
+    Linear("linear with accuracy", how={"chunk_size": 3}, topk=(1,)),
+]
+BLIND = [case for case in (*GROUPS, *LINEAR) if case.name in ("everything", "soft, top", "top", "L top", "L soft")]
+
+
 def grouped_linear(case: Linear, rank: int, ranks: int, group: Any) -> dict[str, Any]:
     """This rank's part of a case of :data:`LINEAR`."""
     _, t, weight, upstream, _ = case.tensors()
@@ -297,7 +315,7 @@ def _called_linear(case: Linear, x: Any, w: Any, t: Any, b: Any, weight: Any, wh
         return fastloss.linear_cross_entropy(x, w, t, **options), ()
 
 
-def grouped(case: Case, rank: int, ranks: int, group: Any) -> dict[str, Any]:
+def grouped(case: Case, rank: int, ranks: int, group: Any, *, accuracy: bool = True) -> dict[str, Any]:
     """This rank's part of a case of :data:`GROUPS`."""
     import fastloss
 
@@ -308,7 +326,7 @@ def grouped(case: Case, rank: int, ranks: int, group: Any) -> dict[str, Any]:
     target = t.split(sizes, dim)[rank].clone().requires_grad_() if soft else t
     loss, right = _called(case, fastloss, mine, target, weight, {"group": group})
     result: dict[str, Any] = {"loss": loss.detach(), "accuracy": right}
-    if case.topk:
+    if case.topk and accuracy:
         options = {k: v for k, v in case.options.items() if k in ("reduction", "ignore_index")}
         result["alone"] = fastloss.accuracy(mine.detach(), target.detach(), case.topk, group=group, **options)
     wanted = [mine, target] if soft else [mine]
@@ -319,8 +337,8 @@ def grouped(case: Case, rank: int, ranks: int, group: Any) -> dict[str, Any]:
     return result
 
 
-def placed(case: Case, rank: int, ranks: int) -> dict[str, Any]:
-    """A case of :data:`PLACED`; whole tensors, which every rank has."""
+def placed(case: Case, rank: int, ranks: int, *, gathered: bool = True) -> dict[str, Any]:
+    """A case of :data:`PLACED`; whole tensors, which every rank has. Or, if not ``gathered``, the call alone."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -332,13 +350,17 @@ def placed(case: Case, rank: int, ranks: int) -> dict[str, Any]:
     of = {"r": Replicate(), "s": Shard(0), "t": Shard(x.dim() - 1), "c": Shard(dim)}
     of_target = {"r": Replicate(), "s": Shard(0), "t": Shard(x.dim() - 2), "c": Replicate()}
     places = [of[letter] for letter in case.placements]
-    d = distribute_tensor(x, mesh, places).requires_grad_()
-    target: Tensor = distribute_tensor(t, mesh, places if soft else [of_target[p] for p in case.placements])
+    d = distribute_tensor(x, mesh, places, src_data_rank=None).requires_grad_()
+    lies = places if soft else [of_target[letter] for letter in case.placements]
+    target: Tensor = distribute_tensor(t, mesh, lies, src_data_rank=None)
     if soft:
         target.requires_grad_()
     elif not set(case.placements) & set("st"):
         target = t  # the whole of it
     loss, right = _called(case, fastloss, d, target, weight, {})
+    if not gathered:
+        loss.backward()
+        return {}
     result: dict[str, Any] = {
         "loss": loss.detach().full_tensor(),
         "accuracy": tuple(value.full_tensor() for value in right),
@@ -371,6 +393,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     import torch.distributed as dist
 
     from fastloss import backend as backends
+    from fastloss import collectives
 
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -390,10 +413,104 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         else:
             found = placed(case, rank, ranks) if case.placements else grouped(case, rank, ranks, world)
         results[case.name] = found
+    results["counts"] = {case.name: counted(case, rank, ranks, world) for case in COUNTED}
+    # As on a GPU, where the host does not look at what the ranks tell each other first.
+    told = collectives.agreed_layout
+    collectives.agreed_layout = lambda *args, **how: told(*args, **{**how, "look": False})  # type: ignore[assignment]
+    for case in BLIND:
+        alone = grouped_linear if isinstance(case, Linear) else grouped
+        results["blind", case.name] = alone(case, rank, ranks, world)  # type: ignore[operator]
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
+class Listener(TorchDispatchMode):
+    """Notes each collective's name, and how many bytes a rank gives to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        if "c10d" in name and "wrap_tensor" not in name and "wait_tensor" not in name:
+            self.heard.append((name.split(".")[1], args[0].numel() * args[0].element_size()))
+        return function(*args, **(kwargs or {}))
+
+
+def counted(case: Case, rank: int, ranks: int, group: Any) -> tuple[int, list[tuple[str, int]]]:
+    """The number of collectives of a case by torch's own count, and what this file's listener heard."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    one = replace(case, second=False)
+    with Listener() as listener, CommDebugMode() as mode:
+        if isinstance(one, Linear):
+            grouped_linear(one, rank, ranks, group)
+        elif one.placements:
+            placed(one, rank, ranks, gathered=False)
+        else:
+            grouped(one, rank, ranks, group, accuracy=False)
+    return mode.get_total_counts(), listener.heard
+
+
+FAILURES = ("rows", "options", "labels", "arguments", "label", "label, rows", "weight", "linear", "dead")
+
+
+def failing(name: str, rank: int, group: Any) -> None:
+    """A call that does not fit on one rank, the last one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    import fastloss
+
+    last = rank == group.size() - 1
+    x, t = torch.zeros(6, 4, requires_grad=True), torch.arange(6)
+    if name == "rows":
+        x, t = (x[:5], t[:5]) if last else (x, t)
+        fastloss.cross_entropy(x, t, group=group)
+    elif name == "options":
+        fastloss.cross_entropy(x, t, label_smoothing=0.1 * last, group=group)
+    elif name == "labels":
+        fastloss.cross_entropy(x, t + last, group=group)
+    elif name == "arguments":
+        fastloss.accuracy(x, t[:3] if last else t, group=group)
+    elif name == "label":
+        fastloss.cross_entropy(x, t + 4 * group.size(), group=group)
+    elif name == "label, rows":
+        mesh = init_device_mesh("cpu", (group.size(),))
+        t[-1] = 4  # one of the last rank's rows
+        d, labels = (distribute_tensor(each, mesh, [Shard(0)]) for each in (x.detach(), t % 5))
+        fastloss.cross_entropy(d, labels)
+    elif name == "weight":
+        fastloss.cross_entropy(x, t, torch.ones(4 * group.size() - last), group=group)
+    elif name == "linear":
+        fastloss.linear_cross_entropy(torch.zeros(6, 3), torch.zeros(4, 3 - last), t, group=group)
+    elif name == "dead":
+        if last:
+            os._exit(7)
+        fastloss.cross_entropy(x, t, group=group)
+
+
+def fail(rank: int, ranks: int, folder: Path) -> None:
+    """Each of :data:`FAILURES` in turn; what each rank's error was goes to a file."""
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=ranks, timeout=timedelta(seconds=20)
+    )
+    assert dist.group.WORLD is not None
+    errors = {}
+    for name in FAILURES:
+        try:
+            failing(name, rank, dist.group.WORLD)
+            errors[name] = ("", "")
+        except Exception as error:
+            errors[name] = (type(error).__name__, str(error))
+        torch.save(errors, folder / f"{rank}.pt")
+    os._exit(0)  # the group can't be left in order: one rank is dead
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    program = fail if sys.argv[4:] == ["fail"] else main
+    program(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
