@@ -61,7 +61,8 @@ def row_statistics_forward(
     outer, classes, inner = logits.shape
     rows = outer * inner
     tiles = plan(logits)
-    everything = entropy and options.label_smoothing != 0 and options.softcap is not None
+    extra = entropy or ranked is not None
+    everything = extra and options.label_smoothing != 0 and options.softcap is not None
     tiles = tiles._replace(all_registers=tiles.all_registers or everything)
 
     def rowwise(wanted: bool, dtype: torch.dtype = torch.float64) -> Tensor | None:
