@@ -19,7 +19,6 @@ from ..contract import LabelElsewhere, LossOptions, SoftRowStatistics, compute_d
 from .accuracy import rank_of
 from .chunks import Chunk, Scratch, chunks, row_dtype
 from .softmax import LOG2_E, capped, tanh_slope_
-from .statistics import weighted_sum_of
 from .workers import for_each
 
 __all__ = ["soft_statistics_backward", "soft_statistics_forward"]
@@ -56,11 +55,12 @@ def soft_statistics_forward(
         if cap is not None:
             z = torch.div(z, cap, out=buffer).tanh_().mul_(cap)
         below = torch.sub(z, maximum, out=buffer)
+        u = Scratch("target", dtype, device).like(x)
         if weighted_sum is not None:
-            chunk.of(weighted_sum).copy_(
-                weighted_sum_of(below, class_weight).to(wide) + total_weight * maximum.to(wide)
-            )
-        u = Scratch("target", dtype, device).like(x).copy_(t)
+            # Not by a matrix product, which adds up in no good order: at thousands of classes the sum would show it.
+            each = below if class_weight is None else torch.mul(below, class_weight.view(1, -1, 1), out=u)
+            chunk.of(weighted_sum).copy_(each.sum(1, keepdim=True).to(wide) + total_weight * maximum.to(wide))
+        u.copy_(t)
         if class_weight is not None:
             u.mul_(class_weight.view(1, -1, 1))
         total_u = u.sum(1, keepdim=True).to(wide)

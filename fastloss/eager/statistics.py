@@ -27,7 +27,7 @@ from .chunks import Chunk, Scratch, chunks, row_dtype
 from .softmax import LOG2_E, capped, tanh_slope_
 from .workers import for_each
 
-__all__ = ["row_statistics_backward", "row_statistics_forward", "weighted_sum_of"]
+__all__ = ["row_statistics_backward", "row_statistics_forward"]
 
 # exp() of it is 0 even in float64; so is its product with that 0, as −inf's is not.
 _LOG_OF_0 = -1e3
@@ -77,7 +77,7 @@ def row_statistics_forward(
         below = torch.sub(z, maximum, out=buffer)
         if weighted_sum is not None:
             chunk.of(weighted_sum).copy_(
-                weighted_sum_of(below, class_weight).to(wide) + total_weight * maximum.to(wide)
+                _weighted_sum(below, class_weight).to(wide) + total_weight * maximum.to(wide)
             )
         e = below if row_entropy is None else Scratch("softmax", dtype, device).like(x).copy_(below)
         e.mul_(LOG2_E).exp2_()
@@ -174,7 +174,7 @@ def _label(logits: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     return inside_label(target, target != options.ignore_index, classes)[0]
 
 
-def weighted_sum_of(z: Tensor, class_weight: Tensor | None) -> Tensor:
+def _weighted_sum(z: Tensor, class_weight: Tensor | None) -> Tensor:
     """Σ_c w_c z_c, of z that is near 0 for the greatest: elsewhere float32 would lose their differences."""
     if class_weight is None:
         return z.sum(1, keepdim=True)
