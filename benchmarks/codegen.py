@@ -366,8 +366,8 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
 
         # What a shard of the classes is visited for.
         row = meta(target.numel(), dtype=torch.float64)
-        label = LabelElsewhere(row, target, 5)
-        yield f"{shape_name} {dtype_name} shard ranks", partial(kernels.label_ranks, logits, label)
+        elsewhere = LabelElsewhere(row, target, 5)
+        yield f"{shape_name} {dtype_name} shard ranks", partial(kernels.label_ranks, logits, elsewhere)
         for form, options in SHARDS.items():
             weight = meta(shape[1], dtype=dtype) if "weight" in form else None
             yield (
@@ -378,12 +378,12 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
                     entropy=False,
                     predicted=False,
                     every_row=False,
-                    ranked=label,
+                    ranked=elsewhere,
                 ),
             )
             yield (
                 f"{shape_name} {dtype_name} {form} soft forward",
-                partial(kernels.soft_statistics_forward, logits, logits, weight, options, ranked=label),
+                partial(kernels.soft_statistics_forward, logits, logits, weight, options, ranked=elsewhere),
             )
             upstreams = (row, row, None, row if options.label_smoothing else None)
             yield (

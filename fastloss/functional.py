@@ -341,7 +341,7 @@ def is_placed(input: object) -> bool:
     return type(input) not in FUSED_TYPES and placements.is_dtensor(input) and not torch.compiler.is_compiling()
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # not torch.compiler.disable, which imports the compiler at once
 def _over_ranks(
     input: Tensor,
     target: Tensor,

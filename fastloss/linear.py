@@ -234,7 +234,7 @@ def _shifted(target: Tensor, ignore_index: int) -> Tensor:
     return torch.cat([target[..., 1:].long(), last], dim=-1)[..., : target.shape[-1]]
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # not torch.compiler.disable, which imports the compiler at once
 def _over_ranks(
     input: Tensor,
     linear_weight: Tensor,
