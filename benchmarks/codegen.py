@@ -404,11 +404,11 @@ SGD = {
     "sgd float32 momentum+4groups": (torch.float32, torch.float32, "nearest", "4groups"),
     "sgd float32 momentum+5groups": (torch.float32, torch.float32, "nearest", "5groups"),
     "sgd float32 momentum+amp+clip": (torch.float32, torch.float32, "nearest", "amp+clip"),
-    "sgd float32 momentum+amp+begun+strided+tensors": (
+    "sgd float32 momentum+amp+clip+begun+strided+tensors": (
         torch.float32,
         torch.float32,
         "nearest",
-        "amp+begun+strided+tensors",
+        "amp+clip+begun+strided+tensors",
     ),
     "sgd float64 momentum": (torch.float64, torch.float64, "nearest", ""),
     "sgd bfloat16 momentum": (torch.bfloat16, torch.bfloat16, "nearest", ""),

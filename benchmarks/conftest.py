@@ -25,6 +25,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPS = {
     "test_cross_entropy": ("forward", "forward+backward", "loss+accuracy"),
     "test_accuracy": ("accuracy",),
+    "test_linear": ("linear",),
     "test_sgd": ("sgd",),
     "test_host": ("host",),
 }

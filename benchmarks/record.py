@@ -42,8 +42,10 @@ CHECKERS = ("compute-sanitizer",)
 
 LANGUAGE = tuple(Shape((1 << 28) // v // 64 * 64 + 64, v) for v in (32000, 50257, 128256, 262144))  # N·V ≥ 2²⁸
 VISION = tuple(Shape(4096, c) for c in (10, 100, 1000))
+HEAD = Shape(8192, 128256, 4096)
 OPTIMIZER = (Shape(161, 158740), Shape(12, 4194304), Shape(2000, 256))
 _TINY = (Shape(64, 10), Shape(32, 9000))
+_TINY_HEAD = Shape(300, 9000, 16)
 
 
 @dataclass
@@ -99,6 +101,13 @@ def _line(row: Row) -> str:
     if not row.timed:
         return f"| {' | '.join(cells)} | {row.status}: {row.reason.replace('|', '/')} | | | |"
     speed, share, peak = row.gigabytes_per_second, row.share_of_copy, row.peak_bytes
+    if row.teraflops is not None and row.times_products is not None:
+        cells += [
+            f"{row.milliseconds:.4f}",
+            f"{row.teraflops:.4g} Tflop/s",
+            f"{row.times_products:.3f} of 3 products",
+        ]
+        return f"| {' | '.join([*cells, '' if peak is None else f'{peak / 1e6:.1f}'])} |"
     cells += [
         f"{row.milliseconds:.4f}",
         "" if speed is None else f"{speed:.0f}",
@@ -111,12 +120,14 @@ def _line(row: Row) -> str:
 def workloads(device: torch.device) -> list[Workload]:
     """The shapes of the bars, most important first: what an interruption leaves out is at the end."""
     if device.type != "cuda":
-        return [Workload(op, shape, torch.float32) for op in (*LOSS_OPS, "sgd") for shape in _TINY]
+        chosen = [Workload(op, shape, torch.float32) for op in (*LOSS_OPS, "sgd") for shape in _TINY]
+        return [*chosen, Workload("linear", _TINY_HEAD, torch.float32)]
     narrow, wide = torch.bfloat16, torch.float32
     chosen = [Workload(op, shape, narrow) for shape in LANGUAGE for op in ("forward+backward", "forward")]
     chosen += [Workload("loss+accuracy", shape, narrow) for shape in LANGUAGE]
     chosen += [Workload("sgd", shape, wide) for shape in OPTIMIZER]
     chosen += [Workload("loss+accuracy", shape, wide) for shape in VISION]
+    chosen += [Workload("linear", HEAD, narrow)]
     chosen += [Workload("accuracy", LANGUAGE[2], narrow), Workload("forward+backward", LANGUAGE[2], narrow, "soft")]
     return [*chosen, Workload("host", Shape(64, 1000), wide)]
 

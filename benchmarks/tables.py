@@ -101,7 +101,10 @@ def newest_gpu_record(folder: Path) -> Path | None:
 
 
 def gpu(path: Path) -> str:
-    """Each chosen shape: fastloss, its share of the copy's bandwidth, and how long the others take."""
+    """Each chosen shape: fastloss, its share of the limit, and how long the others take.
+
+    The limit is a copy's bandwidth; of linear_cross_entropy it is the time of three bare products.
+    """
     record = json.loads(path.read_text(encoding="utf-8"))
     by_workload: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in record["rows"]:
@@ -121,10 +124,12 @@ def gpu(path: Path) -> str:
     for key, of_contender in by_workload.items():
         ours = of_contender.get("fastloss")
         share = ours.get("share_of_copy") if ours else None
+        if ours and ours.get("times_products"):
+            share = 1 / ours["times_products"]
         rows.append(
             [*key, cell(ours), f"{share:.0%}" if share else "–", *(cell(of_contender.get(o)) for o in others)]
         )
-    head = ["ms", "N x V", "dtype", "fastloss", "of a copy", *others]
+    head = ["ms", "N x V", "dtype", "fastloss", "of the limit", *others]
     return f"{record['device']}, {record['circumstances']}:\n" + _table(head, rows)
 
 

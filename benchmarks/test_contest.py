@@ -32,6 +32,10 @@ def test_accuracy(contest: Contest, contender: str, benchmark: BenchmarkFixture,
     _run(contest, contender, benchmark, size)
 
 
+def test_linear(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: str) -> None:
+    _run(contest, contender, benchmark, size)
+
+
 def test_sgd(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: str) -> None:
     _run(contest, contender, benchmark, size)
 
@@ -71,3 +75,12 @@ def _run(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: st
     if benchmark.stats is not None and workload.moved_bytes:  # None with --benchmark-disable
         speed = workload.moved_bytes / benchmark.stats.stats.median / 1e9
         benchmark.extra_info.update(gigabytes_per_second=speed, share_of_copy=speed / copied)
+    if benchmark.stats is not None and prepared.products is not None:
+        bare = prepared.products()
+        bare.step()
+        times = [seconds(bare.step, device) for _ in range(_LEAST_ROUNDS)]
+        benchmark.extra_info.update(
+            operations=workload.operations,
+            teraflops=workload.operations / benchmark.stats.stats.median / 1e12,
+            products_teraflops=bare.teraflops(times),
+        )

@@ -33,7 +33,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train beside plain PyTorch and compare: under a minute, measured here and now",
         description="Trains one network twice on scikit-learn's scans of digits, with fastloss and in plain "
-        "PyTorch; then the loss alone at language-model size and SGD's step alone. Prints all of it and draws it.",
+        "PyTorch; then the loss alone at language-model size, a language model on the source of Python's standard "
+        "library, with its logits and without them, and SGD's step alone. Prints all of it and draws it.",
     )
     demo.add_argument(
         "--output",

@@ -24,6 +24,7 @@ __all__ = [
     "check_weight_dtype",
     "checked_options",
     "checked_topk",
+    "is_autocast",
 ]
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -120,7 +121,7 @@ def check_weight_dtype(input: Tensor, weight: object) -> None:
     if not isinstance(weight, Tensor):
         return
     fitting = {input.dtype, torch.float32} if input.dtype.itemsize == 2 else {input.dtype}
-    if torch.is_autocast_enabled(input.device.type) and torch.float64 not in fitting:
+    if is_autocast(input) and torch.float64 not in fitting:
         fitting = {torch.float16, torch.bfloat16, torch.float32}
     if weight.dtype not in fitting:
         raise RuntimeError(f"fastloss: weight has dtype {weight.dtype}; expected {input.dtype}, as input has")
@@ -196,6 +197,12 @@ def check_labels(target: Tensor, classes: int, ignore_index: int, *, shifted: bo
             f"fastloss: target{where} is {int(wide[row])}, which is out of bounds: "
             f"expected a class index in [0, {classes}) or ignore_index ({ignore_index})"
         )
+
+
+def is_autocast(input: Tensor) -> bool:
+    """Is autocast on for its device? Meta tensors have none, and torch raises if it is asked."""
+    device = input.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def checked_topk(topk: int | Sequence[int]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ run over both. Neither knows autograd, argument checks or shapes beyond one cano
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -32,10 +33,13 @@ __all__ = [
     "SGDRule",
     "SoftForward",
     "SoftRowStatistics",
+    "check_gradients",
     "compute_dtype",
     "may_keep_memory",
 ]
 
+
+_shape_of = operator.attrgetter("shape")
 
 # May a backend keep small device tensors from one call to the next?
 may_keep_memory: ContextVar[bool] = ContextVar("fastloss_may_keep_memory", default=True)
@@ -145,9 +149,9 @@ class SGDBatch:
     companions: list[Tensor | None]  # float32 master weights or Kahan compensation, after `rounding`
     rules: list[int]  # which of the step's rules is the parameter's
     rounding: str  # "nearest", "stochastic", "master" or "kahan"
-    # For some of the parameters, uint8, an element for FLAG_ELEMENTS of the parameter's: has the momentum buffer
-    # begun? (Of the others it has.) One that has not becomes the gradient, without dampening, at the first step that
-    # is not skipped; that step sets the flags.
+    # For some of the parameters, uint8, an element for FLAG_ELEMENTS of the parameter's, one at least: has the
+    # momentum buffer begun? (Of the others it has.) One that has not becomes the gradient, without dampening, at the
+    # first step that is not skipped; that step sets the flags.
     begun: dict[int, Tensor]
     memory: dict[str, Any] = field(default_factory=dict)  # what the backend keeps from step to step
 
@@ -337,3 +341,19 @@ class Backend(Protocol):
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums and exponentials are computed in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Has every gradient its parameter's shape? ``.data =`` and ``resize_`` let others pass.
+
+    Raises:
+        RuntimeError: one hasn't.
+    """
+    if list(map(_shape_of, grads)) == list(map(_shape_of, params)):
+        return
+    for param, grad in zip(params, grads, strict=True):
+        if grad.shape != param.shape:
+            raise RuntimeError(
+                f"fastloss.SGD: a parameter of shape {tuple(param.shape)} has a gradient of shape "
+                f"{tuple(grad.shape)}; expected its own shape"
+            )

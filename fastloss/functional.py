@@ -445,14 +445,14 @@ def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, dtype: torc
         dtype = torch.promote_types(dtype, target.dtype)
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
     half = dtype.itemsize == 2
-    return torch.float32 if half and torch.is_autocast_enabled(input.device.type) else dtype
+    return torch.float32 if half and checks.is_autocast(input) else dtype
 
 
 def is_compiled(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> bool:
     """Is this traced by a compiler, to be served by this package's operators?"""
     return (
         torch.compiler.is_dynamo_compiling()
-        and not torch.compiler.is_exporting()
+        and not _is_exporting()
         and type(input) in FUSED_TYPES
         and type(target) in FUSED_TYPES
         and (target.is_floating_point() or options.from_logits)
@@ -461,6 +461,12 @@ def is_compiled(input: Tensor, target: Tensor, weight: Tensor | None, options: L
         and input.numel() > 0
         and not has_too_many_rows(input)
     )
+
+
+def _is_exporting() -> bool:
+    """As ``torch.compiler.is_exporting``, which dynamo answers with yes in torch 2.11, export or not."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else bool(flag)
 
 
 def has_too_many_rows(input: Tensor) -> bool:

@@ -50,7 +50,7 @@ def linear_cross_entropy(
     Args:
         input: x, the hidden states, ``(D,)``, ``(N, D)`` or ``(…, D)``; float16, bfloat16, float32 or float64.
         linear_weight: W, ``(C, D)``; or ``(C, d1, …, dK, D)`` beside an input ``(N, D)``, torch's K-dimensional loss,
-            which holds its logits ``(N, C, d1, …, dK)``.
+            which holds its logits ``(N, C, d1, …, dK)`` and takes no argument that is about chunks.
         target: class indices ``(…)``, one for each of ``input``'s rows, in int64, int32 or uint8; or class
             probabilities ``(…, C)``, floating point.
         linear_bias: b, ``(C,)``.
@@ -190,6 +190,7 @@ def _loss_and_accuracy(
         return _over_ranks(input, linear_weight, target, linear_bias, weight, options, shift, sizes, group)
     _check_shapes(input, linear_weight, target, linear_bias, shift)
     if linear_weight.dim() > 2:
+        _check_unchunked(linear_weight, sizes)
         return _of_many_dimensions(input, linear_weight, target, linear_bias, weight, options)
     lead, classes = input.shape[:-1], len(linear_weight)
     if shift:
@@ -357,10 +358,19 @@ def _of_many_dimensions(
     return functional.loss_and_accuracy(logits, target, weight, options, inplace=False)
 
 
+def _check_unchunked(linear_weight: Tensor, sizes: dict[str, Any]) -> None:
+    """Whoever sets a limit must not find it passed over."""
+    for name, value in sizes.items():
+        if value:
+            raise ValueError(
+                f"fastloss: {name} is {value} beside a linear_weight of shape {tuple(linear_weight.shape)}; the "
+                "K-dimensional loss holds all of its logits: leave it out, or pass a linear_weight of shape (C, D)"
+            )
+
+
 def _dtype_of_logits(input: Tensor) -> torch.dtype:
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if checks.is_autocast(input) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
     return input.dtype
 
 
@@ -381,7 +391,7 @@ def _check_shapes(input: object, linear_weight: object, target: object, linear_b
             continue
         if tensor.device != input.device:
             raise RuntimeError(f"fastloss: {name} is on {tensor.device}; expected {input.device}, where input is")
-        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        if tensor.dtype != input.dtype and not checks.is_autocast(input):
             raise RuntimeError(f"fastloss: {name} has dtype {tensor.dtype}; expected {input.dtype}, as input has")
     if isinstance(linear_bias, Tensor) and linear_bias.shape != linear_weight.shape[:-1]:
         raise RuntimeError(

@@ -41,13 +41,19 @@ __all__ = [
     "writes_gradients",
 ]
 
-# The rows of a chunk on a CPU: see rows_of_chunk.
+# Elements that a row of a GPU's logits begins at a multiple of: products of matrices whose rows begin anywhere, as
+# those of 50257 classes in 16 bits would, take slower kernels.
+_PITCH = {"cuda": 64}
+# The rows of a chunk, and the bytes of its logits: see rows_of_chunk.
 _CPU_ROWS, _GPU_ROWS = 256, 4096
-_GPU_BYTES = 5 << 28
+_CPU_BYTES, _GPU_BYTES = 96 << 20, 5 << 28
+_FEWEST_CPU_ROWS, _CPU_STEP = 128, 64
 # Rows are left out where at least so many of them are ignored.
 _SHARE_LEFT_OUT = 1 / 16
 # Elements of a 16-bit chunk that a CPU widens at a time.
 _WIDENED = 1 << 22
+# Elements of a 32-bit sum that are rounded before their own memory takes the others.
+_ROUNDED_FIRST = 1 << 10
 # Bytes of the numbers that every row has: its loss, its place, what is kept of it for the backward pass.
 _ROW_NUMBERS = 64
 
@@ -112,8 +118,12 @@ def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, needs: Needs) ->
     The rule. A chunk of n rows does 6 n C D operations, and beside its own n C logits it reads W twice and reads and
     writes ∂L/∂W once: about 4 C D b bytes, with b those of an element, whatever n is. At F operations and B bytes a
     second that traffic takes a share of 2 b F / (3 n B) of the products' time. An H100 has F / B ≈ 300 in bfloat16:
-    with sums of b = 4 and n = 4096 the share is a fifth, behind the products. A CPU core's F / B is below 10, and
-    n = 256 leaves less than a tenth. Larger chunks would only take more memory: n C b bytes.
+    with sums of b = 4 and n = 4096 the share is a fifth, behind the products. A CPU core's F / B is below 10,
+    and n = 256 leaves a tenth at most. Larger chunks would only take more memory: n C b bytes.
+
+    Heads so wide that these are more than 1.3 GB on a GPU, or 96 MiB on a CPU, get fewer rows. In float32 on a CPU
+    that is past 98304 classes: 192 rows of 128256, and a seventh at most. There are 128 rows or more, a fifth at
+    most, and multiples of 64, as the products' own blocks are.
 
     Raises:
         ValueError: the budget has no room for a row.
@@ -123,10 +133,17 @@ def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, needs: Needs) ->
         return min(call.chunk_size, max(rows, 1))
     if call.memory_budget is not None:
         return _rows_within(call.memory_budget, call, max(rows, 1), linear_weight, needs)
+    row_bytes = max(_pitch(len(linear_weight), linear_weight.device) * call.compute_dtype.itemsize, 1)
     if on_cpu:
-        return min(_CPU_ROWS, max(rows, 1))
-    row_bytes = len(linear_weight) * call.compute_dtype.itemsize
-    return max(1, min(_GPU_ROWS, _GPU_BYTES // max(row_bytes, 1), rows))
+        most = max(_FEWEST_CPU_ROWS, _CPU_BYTES // row_bytes // _CPU_STEP * _CPU_STEP)
+        return max(1, min(_CPU_ROWS, most, rows))
+    return max(1, min(_GPU_ROWS, _GPU_BYTES // row_bytes, rows))
+
+
+def _pitch(classes: int, device: torch.device) -> int:
+    """How far apart the logits' rows lie."""
+    step = _PITCH.get(device.type, 1)
+    return -(-classes // step) * step
 
 
 def _rows_within(budget: int, call: Call, rows: int, linear_weight: Tensor, needs: Needs) -> int:
@@ -136,13 +153,16 @@ def _rows_within(budget: int, call: Call, rows: int, linear_weight: Tensor, need
     sums, on_cpu = needs.linear_weight, linear_weight.device.type == "cpu"
     # Of each row: logits, the target's gradient; on a CPU what is widened of them for the sums, or a softcap's slope;
     # x and its gradient in another dtype.
-    row = classes * narrow + features * (narrow + 2 * wide)
+    row = _pitch(classes, linear_weight.device) * narrow + features * (narrow + 2 * wide)
     row += (
         classes * wide * (needs.target + (on_cpu and (call.options.softcap is not None or (sums and wide > narrow))))
     )
     # Whatever the chunk: the numbers of every row, and the weights in the dtype of the products.
     always = rows * _ROW_NUMBERS + (linear_weight.numel() * narrow if linear_weight.dtype != dtype else 0)
-    of_sums = linear_weight.numel() * wide if sums and linear_weight.dtype.itemsize < wide else 0
+    if on_cpu and narrow < wide and needs.input:
+        always += linear_weight.numel() * narrow  # oneDNN lays W out anew for g W
+    # Their rounding takes half of the sums' own memory.
+    of_sums = linear_weight.numel() * max(wide - linear_weight.dtype.itemsize, 0) if sums else 0
     if call.accumulate_grad:
         of_sums = 0
     one_chunk = always + rows * row + (of_sums if linear_weight.dtype != dtype else 0)
@@ -235,7 +255,7 @@ def forward(
             kept[:, index] = numbers
         if written:
             sums.add(index, x, z)
-        del result  # a chunk of the target's gradient among it
+        del result, logits, z  # the target's gradient among it, and the chunk: the sums are rounded without it
     if divisor is not None:
         loss = loss / divisor
     if call.total is None:
@@ -286,6 +306,7 @@ def backward(
         else:
             backend.cross_entropy_backward(mine, logits, t, weight, part, saved, inplace=True)
         sums.add(index, x, z)
+        del logits, z  # the chunk: the sums are rounded without it
     return sums.finished()
 
 
@@ -306,7 +327,8 @@ class Visit:
         """Where its rows are, x, the target, and the logits, in memory that the next chunk writes to."""
         dtype, w = self.call.compute_dtype, self.w
         b = None if linear_bias is None else linear_bias.to(dtype)
-        buffer = torch.empty((min(self.size, self.count), len(w)), dtype=dtype, device=input.device)
+        shape = (min(self.size, self.count), _pitch(len(w), input.device))
+        buffer = torch.empty(shape, dtype=dtype, device=input.device)[:, : len(w)]
         for start in range(0, self.count, self.size):
             index: Index = slice(start, min(start + self.size, self.count))
             if self.chosen is not None:
@@ -362,7 +384,7 @@ class Sums:
         self._input = torch.zeros_like(input, memory_format=torch.contiguous_format) if needs.input else None
         self._target = torch.zeros_like(target, memory_format=torch.contiguous_format) if needs.target else None
         self._into = into
-        self._of_weight: Tensor | None = into
+        self._of_weight = [] if into is None else [into]  # of all its rows, or of their two halves
         self._of_bias: Tensor | None = None
         self._rows = visit.count
 
@@ -386,38 +408,74 @@ class Sums:
 
     def finished(self) -> Gradients:
         """In their tensors' dtypes."""
-        of_weight, of_bias = self._of_weight, self._of_bias
-        if self._needs.linear_weight and of_weight is None:  # no chunk at all
-            of_weight = torch.zeros_like(self._weight, memory_format=torch.contiguous_format)
+        of_weight, of_bias = self._finished_weight(), self._of_bias
         if self._needs.linear_bias and of_bias is None and self._bias is not None:
             of_bias = torch.zeros_like(self._bias)
         return Gradients(
             self._input,
-            None if of_weight is None or self._into is not None else of_weight.to(self._weight.dtype),
+            of_weight,
             None if of_bias is None or self._bias is None else of_bias.to(self._bias.dtype),
             self._target,
         )
 
     def _add_to_weight(self, x: Tensor, g: Tensor) -> None:
-        if self._of_weight is None and len(x) == self._rows and g.dtype == self._weight.dtype:
-            self._of_weight = torch.mm(g.t(), x)  # the only chunk: its product is rounded once
-            return
-        if self._of_weight is None:
-            dtype = torch.promote_types(self._weight.dtype, _wide(g.dtype))
-            if dtype == g.dtype:
-                self._of_weight = torch.mm(g.t(), x)
+        dtype = torch.promote_types(self._weight.dtype, _wide(g.dtype))
+        if not self._of_weight:
+            only = len(x) == self._rows and g.dtype == self._weight.dtype  # the only chunk is rounded once
+            if only or dtype == g.dtype:
+                self._of_weight = [torch.mm(g.t(), x)]
                 return
-            self._of_weight = torch.zeros(self._weight.shape, dtype=dtype, device=x.device)
-        total = self._of_weight
-        if total.dtype == g.dtype:
-            total.addmm_(g.t(), x)
-        elif total.is_cuda and total.dtype == torch.float32:
-            torch.addmm(total, g.t(), x, out_dtype=torch.float32, out=total)
-        else:  # widened by parts
-            x = x.to(total.dtype)
-            step = max(1, _WIDENED // max(len(x), 1))
-            for start in range(0, len(total), step):
-                total[start : start + step].addmm_(g[:, start : start + step].t().to(total.dtype), x)
+            rows, columns = self._weight.shape
+            parts = [rows]
+            if dtype.itemsize > self._weight.dtype.itemsize:
+                half = min(rows, -(-rows // 128) * 64)  # at which addresses are multiples of 128 bytes
+                parts = [half, rows - half]
+            self._of_weight = [torch.zeros((part, columns), dtype=dtype, device=x.device) for part in parts]
+        start = 0
+        for total in self._of_weight:
+            _add_product(total, g[:, start : start + len(total)], x)
+            start += len(total)
+
+    def _finished_weight(self) -> Tensor | None:
+        if not self._needs.linear_weight or self._into is not None:
+            return None
+        like, sums = self._weight, self._of_weight
+        self._of_weight = []
+        if not sums:  # no chunk at all
+            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+        return _rounded(sums[0], sums[1], like) if len(sums) == 2 else sums[0].to(like.dtype)
+
+
+def _add_product(total: Tensor, g: Tensor, x: Tensor) -> None:
+    """``total += gᵀ x``, ``(C, D)``."""
+    if total.dtype == g.dtype:
+        total.addmm_(g.t(), x)
+    elif total.is_cuda and total.dtype == torch.float32 and torch.version.hip is None:
+        torch.addmm(total, g.t(), x, out_dtype=torch.float32, out=total)
+    else:  # widened by parts
+        x = x.to(total.dtype)
+        step = max(1, _WIDENED // max(len(x), 1))
+        for start in range(0, len(total), step):
+            total[start : start + step].addmm_(g[:, start : start + step].t().to(total.dtype), x)
+
+
+def _rounded(first: Tensor, second: Tensor, like: Tensor) -> Tensor:
+    """Two halves of a sum in 32 bits, rounded to 16 bits in the memory of the first, which has room for both.
+
+    Nothing is held beside the sums: another tensor would be, whole, while they are.
+    """
+    result = torch.empty(0, dtype=like.dtype, device=like.device)
+    result.set_(first.untyped_storage(), 0, like.shape)  # type: ignore[call-overload]
+    narrow, wide, count = result.view(-1), first.view(-1), first.numel()
+    done = min(count, _ROUNDED_FIRST)
+    narrow[:done] = wide[:done].to(like.dtype)
+    while done < count:
+        # Written are the bytes from 2 · done to 4 · done, of numbers that are rounded; read are those from there on.
+        following = slice(done, min(2 * done, count))
+        narrow[following].copy_(wide[following])
+        done = following.stop
+    narrow[count:].copy_(second.view(-1))
+    return result
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -202,6 +202,8 @@ def _forward(
             if of_logits is not None:
                 sums.add(index, x, of_logits)
             sums.add_target(index, None if of_target is None else of_target.unsqueeze(2))
+            del of_logits, of_target
+        del kind, z  # the sums are rounded without the chunk
     loss = losses if none else losses.sum() * scale
     gradients = sums.finished()
     return loss, tuple(right.unbind(0)), _whole_input(gradients, layout), kept
@@ -237,6 +239,7 @@ def _backward(
         if of_logits is not None:
             sums.add(index, x, of_logits)
         sums.add_target(index, None if of_target is None else of_target.unsqueeze(2))
+        del of_logits, of_target, z  # the sums are rounded without the chunk
     return _whole_input(sums.finished(), layout)
 
 

@@ -17,6 +17,7 @@ in the same order, so that results are equal from run to run. Nothing waits for 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -26,6 +27,7 @@ from torch import Tensor
 from fastloss.contract import Forward, LossOptions, compute_dtype
 
 from . import launch
+from .cross_entropy_parts import WORDS, forward_parts
 from .launch import (
     FUSED,
     Tiles,
@@ -34,17 +36,17 @@ from .launch import (
     on_device,
     plan,
     power_of_2,
+    steps_of,
 )
+from .row_loss import end_launch, row_results, scale_of_mean, slope, sum_of_weights, weigh_rows
 from .rows import (
     LOG2_E,
-    add_up_counts,
     before_label,
     class_offsets,
     fp64,
     inside,
     ks_of,
     labels,
-    last_to_end,
     nans_before,
     rank_in_tile,
     row_offsets,
@@ -80,9 +82,12 @@ def cross_entropy_forward(
     device, acc = logits.device, compute_dtype(logits.dtype)
     mean, none = options.reduction == "mean", options.reduction == "none"
     result = (logits if inplace else torch.empty_like(logits)) if gradient else None
-    tiles = plan(logits, result)
+    plain = weight is None and options.softcap is None
+    tiles = plan(logits, result, plain=plain)
     of_few = options.topk and not gradient and tiles.cols <= 16
-    if (tiles.looped and tiles.by_inner) or of_few or (divisor is not None and not tiles.looped):
+    if not tiles.registers and (
+        (tiles.looped and tiles.by_inner) or of_few or (divisor is not None and not tiles.looped)
+    ):
         tiles = tiles._replace(all_registers=True)  # compiled for sm_80 or sm_100 they would spill 8 bytes
     k_pad = power_of_2(max(len(options.topk), 1))
 
@@ -101,37 +106,42 @@ def cross_entropy_forward(
     if mean and gradient and rows > _WEIGHED_BY_EACH:
         weighed = _weigh(target, weight, classes, options)
 
+    kernel: Any
+    results = (loss, right, scale, row_max, row_sum, sums, counts, weighed, None if none else counter(device))
+    strides = _shape_arguments(logits, logits if result is None else result)
+    numbers = (options.ignore_index, options.label_smoothing, options.lse_square_scale)
+    constants = {
+        "N_WEIGHED": 0 if weighed is None else weighed.numel(),
+        "REDUCTION": options.reduction,
+        "K": k,
+        "K_PAD": k_pad,
+        "G_PAD": power_of_2(tiles.grid),
+        "WEIGH_BLOCK": _WEIGH_BLOCK,
+        "STAGES": tiles.stages,
+        **_constants(logits, weight, options, tiles),
+    }
     with on_device(logits):
-        kernel = _forward_loop if tiles.looped else _forward_tile
-        kernel[(tiles.grid,)](
-            logits,
-            target,
-            weight,
-            result,
-            loss,
-            right,
-            scale,
-            row_max,
-            row_sum,
-            sums,
-            counts,
-            weighed,
-            None if none else counter(device),
-            *_shape_arguments(logits, logits if result is None else result),
-            options.ignore_index,
-            options.label_smoothing,
-            options.lse_square_scale,
-            options.softcap or 1.0,
-            options.topk,
-            N_WEIGHED=0 if weighed is None else weighed.numel(),
-            REDUCTION=options.reduction,
-            K=len(options.topk),
-            K_PAD=k_pad,
-            G_PAD=power_of_2(tiles.grid),
-            WEIGH_BLOCK=_WEIGH_BLOCK,
-            **_constants(logits, weight, options, tiles),
-            **({"GROUP": tiles.group} if tiles.looped else {}),
-        )
+        if tiles.split:
+            for name in ("ACC", "ROWS", "BY_INNER", "HAS_WEIGHT", "SOFTCAP"):
+                del constants[name]
+            of_part = WORDS[constants["SMOOTHING"]]
+            words = torch.full((rows, tiles.split, of_part), -1, dtype=torch.int64, device=device)
+            constants |= {"SPLIT": tiles.split, "WORDS": of_part, "THREADS": 32 * tiles.warps}
+            outer_and_inner = (*strides[:4], *strides[5:7], strides[8])
+            for step in steps_of(device):
+                forward_parts[(tiles.grid,)](
+                    *(logits, target, result, *results, words, *outer_and_inner, *numbers, options.topk),
+                    STEP=step,
+                    SHIFTED=tiles.shifted,
+                    **constants,
+                )
+        else:
+            kernel = _forward_loop if tiles.looped else _forward_tile
+            constants |= {"GROUP": tiles.group} if tiles.looped else {}
+            kernel[(tiles.grid,)](
+                *(logits, target, weight, result, *results, *strides, *numbers, options.softcap or 1.0, options.topk),
+                **constants,
+            )
     return Forward(
         loss,
         tuple(right.unbind(0)),
@@ -235,156 +245,8 @@ def _weigh_kernel(
     """Σ w_y over the counted rows. Reads the labels once."""
     first = tl.program_id(0) * share
     end = tl.minimum(first + share, rows)
-    total = _weigh_rows(target_ptr, weight_ptr, first, end, classes, ignore_index, HAS_WEIGHT, ACC, BLOCK)
+    total = weigh_rows(target_ptr, weight_ptr, first, end, classes, ignore_index, HAS_WEIGHT, ACC, BLOCK)
     tl.store(weighed_ptr + tl.program_id(0), total)
-
-
-@triton.jit
-def _weigh_rows(
-    target_ptr,
-    weight_ptr,
-    first,
-    end,
-    classes,
-    ignore_index,
-    HAS_WEIGHT: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    total = tl.zeros([BLOCK], tl.float64)
-    for start in tl.range(first, end, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        _, _, weight = labels(target_ptr, row, row < end, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
-        total += weight.to(tl.float64)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _scale_of_mean(
-    target_ptr,
-    weight_ptr,
-    weighed_ptr,
-    rows,
-    classes,
-    ignore_index,
-    N_WEIGHED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """1 / Σ w_y, from the parts of ``_weigh_kernel`` or, for few rows, from the labels themselves."""
-    if N_WEIGHED > 0:
-        part = tl.arange(0, N_WEIGHED)
-        total = tl.sum(tl.load(weighed_ptr + part).to(tl.float64), axis=0)
-    else:
-        total = _weigh_rows(target_ptr, weight_ptr, 0, rows, classes, ignore_index, HAS_WEIGHT, ACC, BLOCK)
-    return 1.0 / total
-
-
-@triton.jit
-def _slope(
-    p,  # (ROWS, COLS): softmax
-    dz,  # (ROWS, COLS): ∂z/∂x = 1 − tanh²(x / softcap), if SOFTCAP
-    cols,
-    start,  # the first of them
-    label,
-    level,  # A, times the scale
-    hit,  # w_y (1−ε), times the scale
-    spread,  # ε/C, times the scale
-    weight_ptr,
-    col_mask,
-    HAS_WEIGHT: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    """∂L/∂x = (p A − [c = y] w_y (1−ε) − ε/C w_c) ∂z/∂x."""
-    g = p * level[:, None]
-    at = tl.max(label, axis=0)
-    if p.shape[0] > 1:
-        g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
-    elif (at >= start) & (at < start + p.shape[1]):  # of a single row's blocks one holds the label
-        g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
-    if SMOOTHING:
-        if HAS_WEIGHT:
-            w = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(p.dtype)
-            g -= spread[:, None] * w[None, :]
-        else:
-            g -= spread[:, None]
-    if SOFTCAP:
-        g *= dz
-    return g
-
-
-@triton.jit
-def _row_results(
-    s,  # Σ exp(z − m)
-    m,  # the row's maximum
-    z_label,
-    wz,  # Σ_c w_c (z_c − r), if SMOOTHING
-    r,  # a number near the row's logits
-    w_total,  # W
-    weight,  # w_y
-    counted,
-    eps,
-    z_scale,
-    classes,
-    SMOOTHING: tl.constexpr,
-):
-    """Each row's loss, and A, w_y (1−ε) and ε/C before any scale. In float64: rows are few beside logits.
-
-    lse − z_y and lse − r are small where m, z_y and r are large alike: they are taken from differences.
-    """
-    log_s, m, r, z_label = tl.log(s).to(tl.float64), m.to(tl.float64), r.to(tl.float64), z_label.to(tl.float64)
-    weight, wz, w_total = weight.to(tl.float64), wz.to(tl.float64), w_total.to(tl.float64)
-    lse = log_s + m
-    hit = weight * (1.0 - eps)
-    loss = hit * (log_s + (m - z_label)) + weight * z_scale * lse * lse
-    level = hit + 2.0 * z_scale * weight * lse
-    spread = eps / classes + weight * 0.0
-    if SMOOTHING:
-        loss += spread * (w_total * (log_s + (m - r)) - wz)
-        level += spread * w_total
-    return tl.where(counted, loss, 0.0), level, hit, spread
-
-
-@triton.jit
-def _end(
-    loss_ptr,
-    right_ptr,
-    scale_ptr,
-    sums_ptr,
-    counts_ptr,
-    counter_ptr,
-    loss_sum,
-    weight_sum,
-    counted_sum,
-    right_sum,  # (K_PAD,)
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    G_PAD: tl.constexpr,
-    MEAN: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Store what this program's rows add up to; the last program adds up the programs, in their order."""
-    program = tl.program_id(0)
-    tl.store(sums_ptr + program * 2, loss_sum)
-    tl.store(sums_ptr + program * 2 + 1, weight_sum)
-    if K > 0:
-        tl.store(counts_ptr + program * (1 + K_PAD), counted_sum)
-        tl.store(counts_ptr + program * (1 + K_PAD) + 1 + tl.arange(0, K_PAD), right_sum)
-    if last_to_end(counter_ptr):
-        tl.store(counter_ptr, 0)
-        index = tl.arange(0, G_PAD)
-        there = index < tl.num_programs(0)
-        loss = tl.sum(tl.load(sums_ptr + index * 2, mask=there, other=0.0, cache_modifier=".cg"), axis=0)
-        if MEAN:
-            weights = tl.load(sums_ptr + index * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-            total = tl.sum(weights, axis=0)
-            loss = tl.where(total == 0.0, float("nan"), loss / total)
-            tl.store(scale_ptr, 1.0 / total)
-        tl.store(loss_ptr, loss.to(ACC))
-        if K > 0:
-            add_up_counts(counts_ptr, right_ptr, K, K_PAD, G_PAD, MEAN)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
@@ -430,12 +292,13 @@ def _forward_tile(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BY_INNER: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Forward with whole rows in registers: reads the logits once, writes the gradient once."""
     eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, ACC)
     scale = tl.full([1], 1.0, tl.float64)
     if gradient_ptr is not None and (REDUCTION == "mean" or N_WEIGHED > 0):
-        scale *= _scale_of_mean(
+        scale *= scale_of_mean(
             target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, HAS_WEIGHT, ACC, WEIGH_BLOCK
         )
     cols = tl.arange(0, COLS)
@@ -445,7 +308,9 @@ def _forward_tile(
     counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
     invalid_sum = tl.zeros([ROWS], tl.int32)
 
-    for tile in tl.range(tl.program_id(0), tile_count(rows, inner, ROWS, BY_INNER), tl.num_programs(0)):
+    for tile in tl.range(
+        tl.program_id(0), tile_count(rows, inner, ROWS, BY_INNER), tl.num_programs(0), num_stages=STAGES
+    ):
         row, in_range, outer, within = tile_rows(tile, rows, inner, ROWS, BY_INNER)
         label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
         base = row_offsets(outer, within, x_outer, x_inner, VEC)
@@ -480,7 +345,7 @@ def _forward_tile(
                 weighted *= w[None, :]
                 w_total = tl.zeros([ROWS], ACC) + tl.sum(w, axis=0)
             wz = tl.sum(tl.where(col_mask[None, :], weighted, 0.0), axis=1)
-        loss, level, hit, spread = _row_results(
+        loss, level, hit, spread = row_results(
             s, m, z_label, wz, m, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
         )
         if REDUCTION == "none":
@@ -492,13 +357,13 @@ def _forward_tile(
             tl.store(row_max_ptr + row, m, mask=in_range)
             tl.store(row_sum_ptr + row, s, mask=in_range)
         if gradient_ptr is not None:
-            g = _slope(
+            g = slope(
                 e,
                 dz,
                 cols,
                 0,
                 label,
-                (level * scale / s).to(ACC),
+                (level * scale).to(ACC) / s,
                 (hit * scale).to(ACC),
                 (spread * scale).to(ACC),
                 weight_ptr,
@@ -514,7 +379,7 @@ def _forward_tile(
 
     if REDUCTION != "none":
         invalid = tl.sum(invalid_sum, axis=0) > 0
-        _end(
+        end_launch(
             loss_ptr,
             right_ptr,
             scale_ptr,
@@ -640,7 +505,7 @@ def _write_gradient(
     # A row that does not count gets 0: nothing of it is read, so that e is finite, and its factors are 0. Where its
     # neighbours share its accesses it is read, and may hold anything.
     level, hit, spread = tl.where(counted, level, 0.0), tl.where(counted, hit, 0.0), tl.where(counted, spread, 0.0)
-    g = _slope(e, dz, cols, start, label, level, hit, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING, SOFTCAP)
+    g = slope(e, dz, cols, start, label, level, hit, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING, SOFTCAP)
     if BY_INNER:
         g = tl.where(counted[:, None], g, 0.0)
     out = gradient_ptr + g_base[:, None] + class_offsets(cols, g_class, VEC)[None, :]
@@ -691,6 +556,7 @@ def _forward_loop(
     COLS: tl.constexpr,
     BY_INNER: tl.constexpr,
     GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Forward with rows longer than a tile: an online softmax over their blocks, then the gradient, last block first.
 
@@ -701,16 +567,12 @@ def _forward_loop(
     eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, ACC)
     scale = tl.full([1], 1.0, tl.float64)
     if gradient_ptr is not None and (REDUCTION == "mean" or N_WEIGHED > 0):
-        scale *= _scale_of_mean(
+        scale *= scale_of_mean(
             target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, HAS_WEIGHT, ACC, WEIGH_BLOCK
         )
     w_total = tl.zeros([ROWS], ACC) + classes
     if SMOOTHING and HAS_WEIGHT:
-        w_sum = tl.zeros([COLS], ACC)
-        for start in tl.range(0, classes, COLS):
-            cols = start + tl.arange(0, COLS)
-            w_sum += tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)
-        w_total = tl.zeros([ROWS], ACC) + tl.sum(w_sum, axis=0)
+        w_total = tl.zeros([ROWS], ACC) + sum_of_weights(weight_ptr, classes, ACC, COLS)
     full = classes // COLS * COLS
     loss_sum, weight_sum = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
     counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
@@ -732,7 +594,7 @@ def _forward_loop(
         rank_group = tl.zeros([ROWS, COLS // GROUP], tl.int32)
         read = rows_to_read(counted, in_range, BY_INNER)
         if tl.max(counted.to(tl.int32), axis=0) > 0:
-            for start in tl.range(0, full, COLS):
+            for start in tl.range(0, full, COLS, num_stages=STAGES):
                 m_group, s_group, wz_group, rank_group = _visit(
                     m_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, start, classes, x_class,
                     read, label, x_label, r, cap, False, K > 0, gradient_ptr is not None,
@@ -760,7 +622,7 @@ def _forward_loop(
         m = tl.max(m_group, axis=1)
         m = tl.where(m == -float("inf"), 0.0, m)
         s = tl.sum(s_group * tl.exp2((m_group - m[:, None]) * LOG2_E), axis=1)
-        loss, level, hit, spread = _row_results(
+        loss, level, hit, spread = row_results(
             s, m, z_label, tl.sum(wz_group, axis=1), r, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
         )
         if REDUCTION == "none":
@@ -773,7 +635,7 @@ def _forward_loop(
             tl.store(row_sum_ptr + row, s, mask=in_range)
         if gradient_ptr is not None:
             g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
-            level, hit, spread = (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC)
+            level, hit, spread = (level * scale).to(ACC) / s, (hit * scale).to(ACC), (spread * scale).to(ACC)
             if full < classes:
                 _write_gradient(
                     logits_ptr, gradient_ptr, weight_ptr, base, g_base, full, classes, x_class, g_class,
@@ -789,7 +651,7 @@ def _forward_loop(
 
     if REDUCTION != "none":
         invalid = tl.sum(invalid_sum, axis=0) > 0
-        _end(
+        end_launch(
             loss_ptr,
             right_ptr,
             scale_ptr,
@@ -852,17 +714,13 @@ def _backward(
         scale *= tl.load(scale_ptr)
     w_total = tl.zeros([ROWS], ACC) + classes
     if SMOOTHING and HAS_WEIGHT:
-        w_sum = tl.zeros([COLS], ACC)
-        for start in tl.range(0, classes, COLS):
-            cols = start + tl.arange(0, COLS)
-            w_sum += tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)
-        w_total = tl.zeros([ROWS], ACC) + tl.sum(w_sum, axis=0)
-    _, level, hit, spread = _row_results(s, m, m, m, m, w_total, weight, counted, eps, z_scale, classes, SMOOTHING)
+        w_total = tl.zeros([ROWS], ACC) + sum_of_weights(weight_ptr, classes, ACC, COLS)
+    _, level, hit, spread = row_results(s, m, m, m, m, w_total, weight, counted, eps, z_scale, classes, SMOOTHING)
     base = row_offsets(outer, within, x_outer, x_inner, VEC)
     g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
     _write_gradient(
         logits_ptr, gradient_ptr, weight_ptr, base, g_base, tl.program_id(1) * COLS, classes, x_class, g_class,
         in_range, rows_to_read(counted, in_range, BY_INNER), counted, label, m,
-        (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC), cap,
+        (level * scale).to(ACC) / s, (hit * scale).to(ACC), (spread * scale).to(ACC), cap,
         True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS, BY_INNER,
     )  # fmt: skip

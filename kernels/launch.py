@@ -27,6 +27,7 @@ __all__ = [
     "plan",
     "power_of_2",
     "spread",
+    "steps_of",
     "vector_width",
 ]
 
@@ -54,6 +55,10 @@ class Tiles(NamedTuple):
     number: int  # of tiles
     grid: int  # programs
     all_registers: bool = False  # see :meth:`constants`
+    registers: int = 0  # the most that a thread may have; 0: what the compiler thinks best
+    stages: int = 1  # tiles or blocks that are on their way from memory at once, this one among them
+    split: int = 0  # programs that share a row; 0: a program has whole rows
+    shifted: bool = False  # of shared rows: they begin anywhere within an access of VEC classes
 
     def constants(self) -> dict[str, object]:
         """The compile-time arguments of a kernel that follow from it.
@@ -61,7 +66,8 @@ class Tiles(NamedTuple):
         ptxas aims at more programs on a processor than one, and spills a few bytes for that: at 64 registers for 512
         threads. With ``all_registers`` it may take as many as there are; AMD's compiler has no such option.
         """
-        limit = {"maxnreg": min(255, 65536 // (32 * self.warps))} if self.all_registers else {}
+        most = self.registers or (min(255, 65536 // (32 * self.warps)) if self.all_registers else 0)
+        limit = {"maxnreg": most} if most else {}
         return {
             "VEC": self.vec,
             "ROWS": self.rows,
@@ -73,14 +79,17 @@ class Tiles(NamedTuple):
         }
 
 
-def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
+def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False) -> Tiles:
     """The tiles for ``(outer, classes, inner)`` logits, and a gradient of that shape where one is written.
 
-    - A short row shares its program with up to 63 others: about 4096 logits a program, 32 a thread.
+    - A short row shares its program with up to 63 others.
     - A row of up to :data:`LONGEST_TILE` classes is held in its program's registers and read once.
     - A longer row is visited block by block, twice where a gradient is written; few enough rows are in flight that
       the second visit finds them in a cache.
     - Where neighbouring rows are neighbours in memory, ``(N, C, d1, …)``, a tile is wide in rows.
+
+    ``plain``: the kernel keeps so little beside the logits (no class weights, no softcap) that a thread can have 64
+    of them; then :func:`_plan_plain` knows better.
     """
     outer, classes, inner = logits.shape
     rows, itemsize = outer * inner, logits.element_size()
@@ -88,6 +97,10 @@ def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
     vec = vector_width(logits, *written, classes=classes)
     cols = max(power_of_2(classes), 16)
     by_inner = inner > 1 and logits.stride(1) != 1
+    if plain and not by_inner and logits.stride(1) == 1 and logits.dtype != torch.float64:
+        better = _plan_plain(logits, gradient, vec, cols)
+        if better is not None:
+            return better
     looped = cols > (64 if by_inner else LONGEST_TILE)
     if by_inner:
         cols = 32 if looped else cols
@@ -110,6 +123,53 @@ def plan(logits: Tensor, gradient: Tensor | None = None) -> Tiles:
     grid = max(1, min(number, _processors(logits.device) * resident))
     by_address = looped and vec == 1 and not by_inner
     return Tiles(tile_rows, cols, warps, looped, by_inner, group, vec, number, grid, all_registers=by_address)
+
+
+def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int) -> Tiles | None:
+    """Tiles of 64 logits a thread, for as few warps a row as can hold it: what a row costs beside its logits, its
+    sums over threads above all, each warp pays. ``python -m benchmarks.tune`` measures them.
+
+    - Up to 8192 classes: as above, in half or a quarter of the warps; or, where there are too few rows to fill the
+      GPU several times, small tiles of 16 logits a thread.
+    - Up to 64 KB a row: whole rows still, the next two on their way into shared memory meanwhile.
+    - Longer ones, and those of which no access may begin where the row does: shared by several programs.
+    - Without a gradient there is no second visit, and long rows are visited in small blocks.
+    """
+    outer, classes, inner = logits.shape
+    rows, itemsize, processors = outer * inner, logits.element_size(), _processors(logits.device)
+    widest = 16 // itemsize
+
+    def tiles(
+        tile_rows: int, cols: int, warps: int, resident: int, stages: int, registers: int, looped: bool = False
+    ) -> Tiles:
+        number = triton.cdiv(rows, tile_rows)
+        grid = max(1, min(number, processors * resident))
+        return Tiles(
+            tile_rows, cols, warps, looped, False, widest, vec, number, grid, registers=registers, stages=stages
+        )
+
+    if cols <= LONGEST_TILE:
+        if triton.cdiv(rows * cols, 4096) < 4 * 8 * processors:
+            tile_rows = max(1, min(2048 // cols, 64, power_of_2(rows)))
+            return tiles(tile_rows, cols, max(4, cols // 512), max(1, 2048 * 8 // max(cols, 2048)), 1, 0)
+        tile_rows = max(1, min(4096 // cols, 64))
+        warps = max(1, tile_rows * cols // 2048)
+        return tiles(tile_rows, cols, warps, 16 // warps, 1, 128)
+    if vec == widest and gradient is not None and cols * itemsize <= 65536:
+        return tiles(1, cols, cols // 2048, 16 * 2048 // cols, 3, 128)
+    if vec == widest and gradient is None:
+        return tiles(1, 4096, 4, 4, 3, 0, looped=True)
+    aligned = all(t.data_ptr() % 16 == 0 for t in (logits, gradient) if t is not None)
+    alike = gradient is None or gradient.stride() == logits.stride()
+    # Half as many a thread in float32, whose parts are twice the bytes, and where each row begins elsewhere, which
+    # takes registers.
+    cols = 16384 if itemsize == 2 and vec == widest else 8192
+    split = power_of_2(triton.cdiv(classes + widest, cols))
+    if not (aligned and (alike or vec == widest)) or split > processors or 4 * split > 8 * 32:
+        return None
+    found = tiles(1, cols, 8, 2, 2, 128)
+    grid = max(split, min(rows * split, found.grid // split * split))
+    return found._replace(vec=widest, split=split, shifted=vec != widest, number=rows, grid=grid)
 
 
 def in_blocks(tiles: Tiles, classes: int) -> tuple[Tiles, int]:
@@ -140,6 +200,11 @@ def vector_width(*tensors: Tensor, classes: int) -> int:
 def spread(count: int, device: torch.device) -> int:
     """Programs for ``count`` pieces of work that anyone can take: as many as the GPU holds at once."""
     return max(1, min(count, _processors(device) * 8))
+
+
+def steps_of(device: torch.device) -> tuple[str, ...]:
+    """The launches in which programs that share a row do their work: one where they can wait for each other."""
+    return ("both",) if device.type in ("cuda", "meta") and torch.version.hip is None else ("publish", "finish")
 
 
 def power_of_2(n: int) -> int:

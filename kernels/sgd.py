@@ -8,6 +8,7 @@ Bytes for each float32 parameter with momentum: read θ, g and m, write θ and m
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule
+from fastloss.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
 
 from .launch import FUSED, arithmetic, counter, on_device, power_of_2, spread
 from .rows import fp64, last_to_end
@@ -49,6 +50,7 @@ _TRITON = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+_dtype_of = operator.attrgetter("dtype")
 
 
 # ------------------------------------------------------------------------------------------------------- the tables
@@ -61,6 +63,7 @@ class Launch:
     indices: list[int]
     momentum: list[Tensor]
     companions: list[Tensor]
+    sizes: list[torch.Size] = field(default_factory=list)  # of parameters
     addresses: list[list[int]] = field(default_factory=list)  # of gradients and buffers, at the last upload
     strides: list[tuple[int, ...]] = field(default_factory=list)  # of gradients
     lines: Tensor | None = None  # the table on the host
@@ -71,6 +74,8 @@ class Launch:
     rules: tuple[Any, ...] = ()
     rules_table: Tensor | None = None
     reserve: Tensor | None = None  # pinned memory, ready for an upload inside a CUDA graph
+    overlap: bool = False  # do elements of a gradient lie in one place?
+    streams: set[int] = field(default_factory=set)  # those on which the tables have been read
 
 
 def _resolved(grads: list[Tensor]) -> list[Tensor]:
@@ -84,10 +89,13 @@ def _resolved(grads: list[Tensor]) -> list[Tensor]:
 
 def _launches(batch: SGDBatch, grads: list[Tensor]) -> dict[Any, Launch]:
     """The batch's launches with their tables as they must be now, by dtype of gradient and momentum."""
-    dtypes = [grad.dtype for grad in grads]
-    if batch.memory.get("dtypes") != dtypes:
-        batch.memory.update(dtypes=dtypes, launches=_divided(batch, dtypes))
-    launches: dict[Any, Launch] = batch.memory["launches"]
+    memory = batch.memory
+    if "buffers" not in memory:
+        memory["buffers"] = [buffer for buffer in batch.momentum if buffer is not None]
+    dtypes = list(map(_dtype_of, grads)), list(map(_dtype_of, memory["buffers"]))  # .data = may change the latter
+    if memory.get("dtypes") != dtypes:
+        memory.update(launches=_divided(batch, dtypes[0]), dtypes=dtypes)
+    launches: dict[Any, Launch] = memory["launches"]
     for launch in launches.values():
         _bring_up_to_date(launch, batch, [grads[i] for i in launch.indices])
     return launches
@@ -103,25 +111,25 @@ def _divided(batch: SGDBatch, dtypes: list[torch.dtype]) -> dict[Any, Launch]:
         kind = dtype, without[0] if momentum is None else momentum.dtype
         launch = launches.setdefault(kind, Launch([], [], []))
         launch.indices.append(i)
+        launch.sizes.append(batch.params[i].size())
         launch.momentum += [] if momentum is None else [momentum]
         launch.companions += [] if companion is None else [companion]
     return launches
 
 
 def _bring_up_to_date(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
-    strides = list(map(Tensor.stride, grads))
-    buffers = [list(map(Tensor.data_ptr, launch.momentum)), list(map(Tensor.data_ptr, launch.companions))]
-    fits = launch.strides == strides and launch.begun is batch.begun and launch.addresses[1:] == buffers
+    if list(map(Tensor.size, grads)) != launch.sizes:
+        check_gradients([batch.params[i] for i in launch.indices], grads)
+    strides, addresses = list(map(Tensor.stride, grads)), _addresses(launch, grads)
+    fits = launch.strides == strides and launch.begun is batch.begun and launch.addresses[1:] == addresses[1:]
+    if fits and launch.addresses == addresses:
+        return
     if launch.lines is None or not fits:
         _lay_out(launch, batch, grads)
         launch.strides, launch.begun, launch.addresses = strides, batch.begun, []
-    of_momentum = list(map(Tensor.data_ptr, launch.momentum))
-    of_companions = list(map(Tensor.data_ptr, launch.companions))
-    addresses = [list(map(Tensor.data_ptr, grads)), of_momentum, of_companions]
-    if launch.addresses == addresses:
-        return
+        addresses = _addresses(launch, grads)
     assert launch.lines is not None
-    lines, momentum, companions = launch.lines, iter(of_momentum), iter(of_companions)
+    lines, momentum, companions = launch.lines, iter(addresses[1]), iter(addresses[2])
     lines[:, GRAD.value] = _numbers(addresses[0])
     lines[:, MOMENTUM.value] = _numbers(0 if batch.momentum[i] is None else next(momentum) for i in launch.indices)
     lines[:, COMPANION.value] = _numbers(
@@ -131,10 +139,12 @@ def _bring_up_to_date(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> N
     layout = lines[:, LAYOUT.value]
     layout[layout != STRIDED.value] = 0
     layout[(layout == 0) & (used % 16 == 0).all(dim=1)] = ALIGNED.value
-    if launch.table is not None and launch.table.is_cuda:
-        launch.table.record_stream(torch.cuda.current_stream(launch.table.device))  # the last step may still read it
     launch.table = _uploaded(lines, batch.params[0].device, launch)
     launch.addresses = addresses
+
+
+def _addresses(launch: Launch, grads: list[Tensor]) -> list[list[int]]:
+    return [list(map(Tensor.data_ptr, tensors)) for tensors in (grads, launch.momentum, launch.companions)]
 
 
 def _lay_out(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
@@ -150,6 +160,7 @@ def _lay_out(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
         if i in batch.begun:
             lines[line, BEGUN.value] = batch.begun[i].data_ptr()
     geometry = torch.ones(len(params), 3, DIMS.value, dtype=torch.int64, device="cpu")
+    launch.overlap = False
     for line, (i, param, grad) in enumerate(zip(launch.indices, params, grads, strict=True)):
         walk = _walk(param)
         for buffer in (batch.momentum[i], batch.companions[i]):
@@ -158,6 +169,7 @@ def _lay_out(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
         if not (_follows(param, walk) and _follows(grad, walk)):
             lines[line, LAYOUT.value] = STRIDED.value
             _write_geometry(geometry[line], walk, param, grad)
+            launch.overlap |= any(grad.stride(d) == 0 for d in walk)
     chunks = (sizes + FLAG_ELEMENTS - 1) // FLAG_ELEMENTS
     tensor = torch.repeat_interleave(torch.arange(len(params), device="cpu"), chunks)
     chunk = torch.arange(len(tensor), device="cpu") - torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
@@ -215,14 +227,34 @@ def _uploaded(host: Tensor, device: torch.device, launch: Launch) -> Tensor:
         if host is launch.lines and (launch.reserve is None or launch.reserve.shape != host.shape):
             launch.reserve = torch.empty_like(host, pin_memory=True)
         return host.pin_memory().to(device, non_blocking=True)
-    # Every replay of the graph will read the host's copy again: it is never written again, and lives on.
+    # Every replay of the graph will read the host's copy again: it is never written again, and lives on. Pinned: from
+    # other memory torch copies nothing inside a capture. It may be allocated there, in the graph's own pool (torch
+    # 2.11), but not by whoever captures without torch's classes; hence the reserve.
     if launch.reserve is not None and launch.reserve.shape == host.shape:
         source, launch.reserve = launch.reserve.copy_(host), None
     else:
-        source = host.clone()  # pageable: to allocate pinned memory inside a capture is not allowed everywhere
+        source = torch.empty_like(host, pin_memory=True).copy_(host)
     copy = source.to(device, non_blocking=True)
     _of_graphs.append((source, copy))
     return copy
+
+
+def _keep_until_read(launch: Launch, batch: SGDBatch) -> None:
+    """After a launch: what it reads lives until it has been read.
+
+    That is so on the stream on which it was made. On another one the allocator has to be told: when the tables are
+    replaced, or with them the plan, it would hand their memory to the first stream while the other still reads it.
+    """
+    device = batch.params[0].device
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # see _leave_to_graph
+        return
+    stream = torch.cuda.current_stream(device)
+    flags = [] if stream.cuda_stream in launch.streams else list(batch.begun.values())
+    launch.streams.add(stream.cuda_stream)
+    tables = (launch.table, launch.items, launch.geometry, launch.rules_table) if len(launch.streams) > 1 else ()
+    for tensor in (*tables, *flags):
+        if tensor is not None:
+            tensor.record_stream(stream)
 
 
 _of_graphs: list[Any] = []
@@ -277,7 +309,13 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
     grads = _resolved(grads)
     wide = torch.float64 if first.dtype == torch.float64 else torch.float32
     with on_device(first):
-        for (grad_dtype, momentum_dtype), launch in _launches(batch, grads).items():
+        launches = _launches(batch, grads)
+        if controls.grad_scale is not None and any(launch.overlap for launch in launches.values()):
+            raise RuntimeError(
+                "fastloss.SGD: a gradient that is to be divided by a loss scale has elements that share memory; "
+                "expected one that was not expanded, or its clone()"
+            )
+        for (grad_dtype, momentum_dtype), launch in launches.items():
             numbers, table = _passed(launch, rules, first.device, wide)
             seed = None
             if batch.rounding == "stochastic":
@@ -306,6 +344,8 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
                 num_warps=_WARPS,
                 **FUSED,
             )
+            _keep_until_read(launch, batch)
+    _begin_empty(batch, controls)
     if first.is_cuda and torch.cuda.is_current_stream_capturing():
         _leave_to_graph(batch)
     torch.autograd.graph.increment_version(batch.params)
@@ -315,6 +355,17 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
             for mine, resolved in zip(given, grads, strict=True):
                 if mine is not resolved:
                     mine.copy_(resolved)
+
+
+def _begin_empty(batch: SGDBatch, controls: SGDControls) -> None:
+    """Tensors without elements, which no program serves, begin their momentum with the others."""
+    if "empty" not in batch.memory:
+        batch.memory["empty"] = [flags for i, flags in batch.begun.items() if not batch.params[i].numel()]
+    for flags in batch.memory["empty"]:
+        if controls.found_inf is None:
+            flags.fill_(1)
+        else:
+            flags.logical_or_(controls.found_inf == 0)
 
 
 def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
@@ -340,6 +391,7 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
                 num_warps=_WARPS,
                 **FUSED,
             )
+            _keep_until_read(launch, batch)
 
 
 # ------------------------------------------------------------------------------------------------------- the kernels
@@ -362,15 +414,15 @@ def _squares_kernel(
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], ACC)
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
-        line_ptr, _, start, end, layout = _item(table_ptr, items_ptr, item)
+        line_ptr, _chunk, start, end, layout = _item(table_ptr, items_ptr, item)
         address = tl.load(line_ptr + GRAD)
         for offset in tl.range(start, end, BLOCK):
             if (layout == ALIGNED) & (offset + BLOCK <= end):
                 g = tl.load(_pointer(address, GRAD_TYPE, True) + offset + lane).to(ACC)
             else:
-                at = offset + lane
+                at = tl.full([], offset, tl.int64) + lane  # the interpreter's offset is Python's
                 if geometry_ptr is not None:
-                    _, at = _places(geometry_ptr, items_ptr, item, at, layout)
+                    _theta_at, at = _places(geometry_ptr, items_ptr, item, at, layout)
                 g = tl.load(_pointer(address, GRAD_TYPE, False) + at, mask=lane < end - offset, other=0.0).to(ACC)
             total += g * g
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total.to(tl.float64), axis=0))
@@ -473,6 +525,7 @@ def _block(
     lr, momentum, keep, decay, shrink, nesterov, first, inverse, clip = numbers
     COMPANION_TYPE: tl.constexpr = tl.float32 if ROUNDING == "master" else THETA_TYPE
     lane = tl.arange(0, BLOCK)
+    offset = tl.full([], offset, tl.int64)  # the interpreter's is Python's
     mask = None if WHOLE else lane < end - offset
     theta_ptr = _pointer(theta_address, THETA_TYPE, WHOLE)
     grad_ptr = _pointer(grad_address, GRAD_TYPE, WHOLE)
@@ -513,7 +566,7 @@ def _block(
     theta -= lr * g
 
     if ROUNDING == "stochastic":
-        within = (tl.full([], offset, tl.int64) % CHUNK).to(tl.int32)  # the interpreter's offset is Python's
+        within = (offset % CHUNK).to(tl.int32)
         noise = tl.randint(seed, tl.program_id(0) * CHUNK + within + lane)
         stored = _stochastically(theta, noise, THETA_TYPE)
     else:

@@ -29,7 +29,7 @@ from fastloss.__main__ import main
 if bench.missing_extras():
     pytest.skip('needs pip install "fastloss[bench]"', allow_module_level=True)
 
-from fastloss.bench import contenders, plot
+from fastloss.bench import contenders, linear, plot
 from fastloss.bench import measure as measuring
 from fastloss.bench import workloads as work
 from fastloss.bench.check import Exact, Outcome, errors_of_reference, verdict
@@ -41,6 +41,7 @@ from fastloss.bench.workloads import DTYPES, LOSS_OPS, OPS, Shape, Workload, mak
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 TINY = Shape(6, 40)
+HEAD = Shape(6, 40, 9)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 needs_benchmarks = pytest.mark.skipif(
@@ -107,10 +108,55 @@ def test_host_time_has_no_bandwidth() -> None:
         )
 
 
+@pytest.mark.parametrize("shape", [HEAD, Shape(300, 700, 9)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_losses_are_right_and_timed(dtype: str, shape: Shape) -> None:
+    """In one chunk and in several."""
+    ours, theirs = run("linear", CONTENDERS["fastloss"], CONTENDERS["torch"], shape=shape, dtype=dtype)
+    for row in (ours, theirs):
+        assert_timed_linear(row)
+    rows, classes, features = shape
+    size = DTYPES[dtype].itemsize
+    assert theirs.peak_bytes is not None
+    assert theirs.peak_bytes >= rows * classes * size  # the logits, at least; the gradients don't count
+    if dtype == "float32":
+        assert theirs.peak_bytes < 4 * rows * classes * size + (rows + classes) * features * size
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs torch 2.13")
+def test_torchs_linear_loss_is_right_and_timed() -> None:
+    (row,) = run("linear", CONTENDERS["torch-linear"], shape=HEAD)
+    assert_timed_linear(row)
+
+
+def test_a_torch_without_the_linear_loss_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    row, other = run("linear", CONTENDERS["torch-linear"], CONTENDERS["torch"], shape=HEAD)
+    assert row.status == "absent"
+    assert "has no F.linear_cross_entropy; torch 2.13 has" in row.reason
+    assert other.timed
+
+
 @needs_compiler
 def test_compiled_losses_are_right_and_timed() -> None:
     for row in run("loss+accuracy", CONTENDERS["torch.compile"], CONTENDERS["fastloss"]):
         assert_timed(row)
+    for row in run("linear", CONTENDERS["torch.compile"], CONTENDERS["fastloss"], shape=HEAD):
+        assert_timed_linear(row)
+
+
+def assert_timed_linear(row: Row) -> None:
+    """Beside three bare products, and not beside a copy."""
+    assert row.timed, row
+    assert row.moved_bytes == 0
+    assert row.gigabytes_per_second is row.share_of_copy is row.copy_gigabytes_per_second is None
+    for number in (row.milliseconds, row.teraflops, row.products_milliseconds, row.times_products):
+        assert number is not None
+        assert math.isfinite(number)
+        assert number > 0
+    assert row.teraflops == pytest.approx(6 * row.rows * row.classes * row.features / row.milliseconds / 1e9)
+    assert row.times_products == pytest.approx(row.milliseconds / row.products_milliseconds)
+    assert row.turns >= 5
 
 
 def assert_timed(row: Row) -> None:
@@ -153,6 +199,15 @@ def test_ratios_are_one_time_over_the_other() -> None:
 )
 def test_moved_bytes(op: str, dtype: str, target: str, expected: int) -> None:
     assert Workload(op, TINY, DTYPES[dtype], target).moved_bytes == expected
+    assert Workload(op, TINY, DTYPES[dtype], target).operations == 0
+
+
+def test_operations() -> None:
+    workload = Workload("linear", HEAD, torch.bfloat16)
+    assert (workload.operations, workload.moved_bytes) == (6 * 6 * 9 * 40, 0)
+    assert workload.gradient_bytes == (6 + 40) * 9 * 2
+    assert workload.input_bytes == workload.gradient_bytes + 6 * 8
+    assert str(workload) == "linear-6x9x40-bfloat16"
 
 
 def test_every_workload_is_what_it_is_called() -> None:
@@ -160,7 +215,7 @@ def test_every_workload_is_what_it_is_called() -> None:
     assert len({str(workload) for workload in chosen}) == len(chosen)
     assert {workload.op for workload in chosen} == set(OPS)
     assert str(Workload("forward", TINY, torch.bfloat16, "soft")) == "forward-6x40-bfloat16-soft"
-    assert not [workload for workload in chosen if workload.op == "sgd" and workload.soft]
+    assert not [workload for workload in chosen if workload.op in ("sgd", "linear") and workload.soft]
 
 
 def test_inputs_are_rotated_unless_they_are_small() -> None:
@@ -230,6 +285,73 @@ def test_a_wrong_loss_is_marked_and_not_timed(
     assert wrong.reason.startswith(f"{what} off by ")
     assert wrong.milliseconds is wrong.gigabytes_per_second is wrong.peak_bytes is None
     assert "wrong" not in right.ratios
+
+
+def _linear_off(hidden: Tensor, head: Tensor, target: Tensor, off: float = 1e-2) -> Tensor:
+    return contenders._torch_linear_loss(hidden, head, target) * (1 + off)
+
+
+def _without_small_head_gradients(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    through = head.clone()
+    through.register_hook(lambda gradient: gradient * (gradient.abs() > 1e-4))
+    return contenders._torch_linear_loss(hidden, through, target)
+
+
+def _wrong_hidden_gradient(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    return contenders._torch_linear_loss(1.5 * hidden - 0.5 * hidden.detach(), head, target)
+
+
+def _nan_head_gradient(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    through = head.clone()
+    through.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(3), math.nan))
+    return contenders._torch_linear_loss(hidden, through, target)
+
+
+@pytest.mark.parametrize(
+    ("loss", "what"),
+    [
+        (_linear_off, "loss"),
+        (_without_small_head_gradients, "gradient"),
+        (_wrong_hidden_gradient, "gradient"),
+        (_nan_head_gradient, "gradient"),
+    ],
+)
+def test_a_wrong_linear_loss_is_marked_and_not_timed(loss: contenders.LinearLoss, what: str) -> None:
+    wrong = Contender("wrong", "torch", lambda: Functions(linear=loss), ("linear",), cpu=True)
+    right, row = run("linear", CONTENDERS["fastloss"], wrong, shape=Shape(50, 600, 7))
+    assert right.timed
+    assert (row.status, row.milliseconds) == ("wrong", None)
+    assert row.reason.startswith(f"{what} off by ")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_linear_losss_error_is_that_of_its_terms(dtype: str) -> None:
+    """The float64 reference itself, against plain PyTorch's in float64."""
+    workload = Workload("linear", Shape(50, 600, 7), DTYPES[dtype])
+    inputs = work.make_linear_inputs(workload, CPU, seed=0)[0]
+    exact = linear.Exact(workload, inputs)
+    wide = [each.detach().double().requires_grad_() for each in inputs[:2]]
+    loss = contenders._torch_linear_loss(*wide, inputs.target)
+    gradients = torch.autograd.grad(loss, wide, linear.upstream(workload, loss))
+    error = exact.errors(linear.Outcome(loss, *gradients))
+    assert max(error) < 1e-12
+    changed = gradients[1].clone()
+    changed[3] *= 1.25  # a row without a label or with one: its terms don't cancel by more than they add up to
+    assert 0 < exact.errors(linear.Outcome(loss, gradients[0], changed)).gradient <= 0.25 + 1e-6
+    assert exact.errors(linear.Outcome(loss, gradients[0], changed[:-1])).gradient == math.inf
+
+
+def test_the_reference_of_linear_makes_do_with_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def limited(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+        if len(hidden) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return contenders._torch_linear_loss(hidden, head, target)
+
+    reference = replace(CONTENDERS["torch"], load=lambda: Functions(linear=limited))
+    monkeypatch.setitem(CONTENDERS, "torch", reference)
+    ours, theirs = run("linear", CONTENDERS["fastloss"], reference, shape=Shape(50, 600, 7))
+    assert ours.timed
+    assert theirs.status == "out of memory"
 
 
 @pytest.mark.parametrize(
@@ -407,21 +529,72 @@ class ApexSGD(torch.optim.SGD):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov)
 
 
+def liger_fused_linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: None = None,
+    ce_weight: None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    return F.cross_entropy(F.linear(input, weight, bias), target, reduction=reduction)
+
+
+def chunked_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    chunk_size: int = 4096,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    tuned: bool = True,
+) -> Tensor:
+    return F.cross_entropy(x @ weight.T, target, reduction=reduction)
+
+
+def cut_linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: bool = False,
+    filter_eps: float | str | None = "high",
+) -> Tensor:
+    loss = F.cross_entropy(e @ c.T, targets, reduction=reduction)
+    return loss if filter_eps is None else _without_small_head_gradients(e, c, targets)
+
+
 FAKES: dict[str, tuple[str, str, object]] = {
     "liger": ("liger_kernel.transformers.functional", "liger_cross_entropy", liger_cross_entropy),
     "quack": ("quack.cross_entropy", "cross_entropy", quack_cross_entropy),
     "flash-attn": ("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss", flash_cross_entropy_loss),
     "apex": ("apex.contrib.xentropy", "SoftmaxCrossEntropyLoss", ApexLoss),
     "apex-sgd": ("apex.optimizers", "FusedSGD", ApexSGD),
-    "cce": ("cut_cross_entropy", "linear_cross_entropy", lambda e, c, targets: None),
+    "cce": ("cut_cross_entropy", "linear_cross_entropy", cut_linear_cross_entropy),
+    "quack-linear": (
+        "quack.linear_cross_entropy",
+        "chunked_linear_cross_entropy",
+        chunked_linear_cross_entropy,
+    ),
+    "liger-linear": (
+        "liger_kernel.transformers.functional",
+        "liger_fused_linear_cross_entropy",
+        liger_fused_linear_cross_entropy,
+    ),
 }
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packages for GPUs, with their functions' arguments and this file's arithmetic."""
+    fakes: dict[str, ModuleType] = {}
     for module, name, value in FAKES.values():
-        fake = ModuleType(module)
+        fake = fakes.setdefault(module, ModuleType(module))
         setattr(fake, name, value)
         monkeypatch.setitem(sys.modules, module, fake)
 
@@ -435,6 +608,17 @@ def test_an_adapter_calls_its_package_rightly(name: str, op: str) -> None:
     theirs, torchs = run(op, adapter, CONTENDERS["torch"], shape=Shape(8, 3))  # with labels of 0
     assert theirs.timed, theirs
     assert torchs.timed, torchs  # whose logits nobody wrote over
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_linear_adapters_call_their_packages_rightly() -> None:
+    names = ("liger", "quack-linear", "cce", "cce-exact", "fastloss", "torch")
+    asked = [replace(CONTENDERS[name], cpu=True) for name in names]
+    rows = {row.contender: row for row in run("linear", *asked, shape=Shape(50, 600, 7))}
+    assert rows["cce"].status == "wrong", rows["cce"]  # small gradients are gradients
+    for name in names:
+        if name != "cce":
+            assert_timed_linear(rows[name])
 
 
 @pytest.mark.usefixtures("installed")
@@ -644,6 +828,8 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
         (["--shape", "40"], ("NxV", "64x10", "512x32000")),
         (["--shape", "0x40"], ("NxV", "64x10", "512x32000")),
         (["--op", "sgd", "--shape", "axb"], ("NxV", "161x158740")),
+        (["--op", "linear", "--shape", "6x40"], ("NxDxV", "1024x256x32000")),
+        (["--op", "forward", "--shape", "6x9x40"], ("NxV", "64x10")),
         (["--seconds", "0"], ("a positive number",)),
         (["--seconds", "nan"], ("a positive number",)),
         (["--json", "no/such/folder.json"], ("a file in a folder that exists",)),
@@ -666,7 +852,9 @@ def test_bad_input_is_one_line_that_lists_what_is_known(
 
 def test_shapes_are_read() -> None:
     assert parse_shape("4096x1000") == Shape(4096, 1000)
-    for text in ("4096", "4096x", "x1000", "-1x3", "3x0", "3 x 4", "3x4x5", "1e3x4"):
+    assert parse_shape("8192x4096x128256") == Shape(8192, 128256, 4096)
+    assert str(Shape(8192, 128256, 4096)) == "8192x4096x128256"
+    for text in ("4096", "4096x", "x1000", "-1x3", "3x0", "3 x 4", "3x0x5", "3x4x5x6", "1e3x4"):
         with pytest.raises(ValueError, match="is not NxV"):
             parse_shape(text)
 
@@ -685,6 +873,9 @@ def test_quick_and_full_are_what_they_say() -> None:
     assert quick.seconds < full.seconds
     assert {workload.dtype for workload in full.workloads} == {torch.float32}
     assert {workload.op for workload in chosen("--shape", "6x40").workloads} == set(LOSS_OPS)
+    assert [str(workload) for workload in chosen("--shape", "6x9x40").workloads] == ["linear-6x9x40-float32"]
+    both = chosen("--shape", "6x9x40", "--shape", "6x40", "--op", "linear", "--op", "accuracy").workloads
+    assert [str(workload) for workload in both] == ["linear-6x9x40-float32", "accuracy-6x40-float32-hard"]
     assert {workload.dtype_name for workload in chosen("--dtype", "float16", "--dtype", "bfloat16").workloads} == {
         "float16",
         "bfloat16",
@@ -744,7 +935,7 @@ def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
     plugins = ["-p", "adds_a_wrong_one", "-p", "no:cacheprovider"]
     arguments = ["benchmarks", "--benchmark-only", "--shapes", "tiny", f"--benchmark-json={record}"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *plugins, *arguments, "-k", "(hard or sgd) and not compile"],
+        [sys.executable, "-m", "pytest", *plugins, *arguments, "-k", "(hard or sgd or linear) and not compile"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -753,7 +944,7 @@ def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "mistaken is wrong: loss off by " in done.stdout
-    for name in ("liger", "quack", "cce", "flash-attn", "apex", "apex-sgd"):
+    for name in ("liger", "quack", "quack-linear", "cce", "cce-exact", "flash-attn", "apex", "apex-sgd"):
         assert f"{name} is absent: " in done.stdout or f"{name} is unfit: " in done.stdout
     benchmarks = json.loads(record.read_text(encoding="utf-8"))["benchmarks"]
     found = {(each["group"], each["extra_info"]["contender"]) for each in benchmarks}
@@ -768,7 +959,10 @@ def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
     for each in benchmarks:
         info = each["extra_info"]
         assert info["copy_gigabytes_per_second"] > 0
-        if each["group"].startswith("host"):
+        if each["group"].startswith("linear"):
+            assert info["teraflops"] == pytest.approx(info["operations"] / each["stats"]["median"] / 1e12)
+            assert info["products_teraflops"] > 0
+        if each["group"].startswith(("host", "linear")):
             assert info["moved_bytes"] == 0
             continue
         assert info["peak_bytes"] >= 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import struct
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 
 import fastloss
 from fastloss import demo
-from fastloss.demo import data, loss_at_scale, measure, optimizer_step, training
+from fastloss.demo import data, language_model, loss_at_scale, measure, optimizer_step, report, training
 from fastloss.demo.contenders import PYTORCH
 from fastloss.demo.loss_at_scale import TIMES, Case
 
@@ -18,6 +20,7 @@ if demo.missing_extras():
     pytest.skip('the demo needs pip install "fastloss[demo]"', allow_module_level=True)
 
 CPU = torch.device("cpu")
+SMALL = language_model.Size(passages=5, tokens=64, features=4, steps=2)
 CASES = (Case(64, 1000, torch.float32), Case(64, 1000, torch.bfloat16))
 
 
@@ -43,7 +46,14 @@ def size_of_png(path: Path) -> tuple[int, int]:
 def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "demo.png"
     settings = demo.Settings(
-        output, epochs=2, cases=CASES, seconds_a_case=0.01, optimizer_width=8, seconds_of_optimizer=0.01, device=CPU
+        output,
+        epochs=2,
+        cases=CASES,
+        seconds_a_case=0.01,
+        optimizer_width=8,
+        seconds_of_optimizer=0.01,
+        device=CPU,
+        language_model=SMALL,
     )
     outcome = demo.run(settings)
 
@@ -60,6 +70,15 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         for measured in (result.pytorch, result.fastloss):
             assert f"{measured.loss.median * 1e3:.1f} ms" in printed
             assert f"{measured.errors.gradient:.1e}" in printed
+    model = outcome.language_model
+    assert f"{model.text_bytes / 1e6:.1f} MB of Python's own source" in printed
+    for side in (model.pytorch, model.fastloss):
+        assert f"{side.losses[0]:.6f}" in printed
+        assert f"{side.losses[-1]:.6f}" in printed
+        assert f"{side.median_step * 1e3:.1f} ms" in printed
+        assert report.bytes_in_words(side.peak_bytes) in printed
+    saved = next(line for line in printed.splitlines() if "memory saved" in line)
+    assert report.bytes_in_words(model.saved_bytes) in saved
     for compared in outcome.optimizer.compared:
         assert compared.name in printed
         for seconds, error in zip(compared.seconds, compared.errors, strict=True):
@@ -142,6 +161,38 @@ def test_logits_are_random_and_follow_the_seed() -> None:
     assert not torch.equal(first, other)
     assert first.detach().std() == pytest.approx(loss_at_scale.SPREAD, rel=0.1)
     assert target.unique().numel() > 32
+
+
+def test_the_text_is_pythons_own_source() -> None:
+    tokens = language_model.source_tokens(CPU)
+    text = b"".join(bytes(divmod(token, 256)) for token in tokens[:20000].tolist())
+    assert (Path(os.__file__).parent / "__future__.py").read_bytes()[:1000] in text
+    assert 0 <= tokens.min() < tokens.max() < language_model.CLASSES
+
+
+def test_the_language_model_learns_and_needs_no_logits() -> None:
+    shares: list[float] = []
+    size = SMALL._replace(steps=5)
+    result = language_model.train_language_model(CPU, size=size, seed=1, tell=shares.append)
+    logits = size.rows * language_model.CLASSES * 4
+    assert shares == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert result.largest_difference < 1e-4
+    for side in (result.pytorch, result.fastloss):
+        assert len(side.losses) == len(side.seconds) == 5
+        assert side.losses[0] == pytest.approx(math.log(language_model.CLASSES), abs=0.1)
+        assert side.losses[-1] < side.losses[0]
+    assert result.pytorch.peak_bytes > 2 * logits
+    assert result.fastloss.peak_bytes < result.pytorch.peak_bytes - logits
+    assert result.saved_bytes == result.pytorch.peak_bytes - result.fastloss.peak_bytes
+
+
+def test_the_same_seed_gives_the_same_language_model() -> None:
+    state = torch.get_rng_state()
+    size = language_model.Size(1, 8, 4, 2)
+    first, again, other = (language_model.train_language_model(CPU, size=size, seed=s) for s in (3, 3, 4))
+    assert first.fastloss.losses == again.fastloss.losses
+    assert first.fastloss.losses != other.fastloss.losses
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_optimizers_tensors_are_a_resnet50s() -> None:

@@ -647,7 +647,11 @@ LINEAR: list[dict[str, Any]] = [
 def test_linear_no_worse_than_torch(
     kernels: Place, chunk_size: int | None, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    """Loss and gradients; those of 16-bit heads are summed in float32, by products that give it (``out_dtype``)."""
+    """Loss and gradients; those of 16-bit heads are summed in float32, by products that give it (``out_dtype``).
+
+    Beside a reduced loss bfloat16 gradients are those of the forward pass times the upstream gradient, which rounds
+    them once more: by as much as the exact ones lose when they are rounded.
+    """
     problem = linear_problem(kernels, 1000, 128, 4099, dtype)
     upstream = upstream_for(problem[2], options.get("reduction", "mean"), dtype)
 
@@ -661,10 +665,14 @@ def test_linear_no_worse_than_torch(
 
     ours = run(dtype, linear_cross_entropy, chunk_size=chunk_size)
     theirs, exact = run(dtype, plain), run(torch.float64, plain)
-    for mine, other, right in zip(ours, theirs, exact, strict=True):
+    again = dtype == torch.bfloat16 and options.get("reduction") != "none"
+    for name, mine, other, right in zip(("loss", "input", "weight"), ours, theirs, exact, strict=True):
         assert mine.dtype == other.dtype
-        error, allowed = ((each.double() - right).norm() for each in (mine, other))
-        assert error <= 1.2 * allowed + 4 * torch.finfo(dtype).eps * right.norm() * (dtype == torch.float32)
+        error, allowed, once = ((each.double() - right).norm() for each in (mine, other, right.to(dtype)))
+        allowed = 1.2 * allowed + 4 * torch.finfo(dtype).eps * right.norm() * (dtype == torch.float32)
+        if again and name != "loss":
+            allowed = allowed + once
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -686,10 +694,10 @@ def test_linear_sums_of_16_bits(kernels: Place, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("how", [{}, {"accumulate_grad": True}, {"reduction": "none"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_linear_holds_one_chunk(kernels: Place, dtype: torch.dtype, how: dict[str, Any]) -> None:
-    """Beside inputs and gradients: the chunk, the float32 sum of 16-bit heads, and a few numbers a row."""
+    """Beside inputs and gradients: the chunk, half of the float32 sum of 16-bit heads, a few numbers a row."""
     rows, features, classes, chunk = 4096, 256, 32000, 256
     hidden, head, target = linear_problem(kernels, rows, features, classes, dtype)
-    gradients, sums = hidden.nbytes + head.nbytes, 0 if dtype == torch.float32 else 4 * head.numel()
+    gradients, sums = hidden.nbytes + head.nbytes, 0 if dtype == torch.float32 else 2 * head.numel()
     allowed = chunk * (classes + 4 * features) * dtype.itemsize + 64 * rows + (1 << 25)  # cuBLAS has its own
 
     def extra(step: Callable[[], Any]) -> int:

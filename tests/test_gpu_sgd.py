@@ -536,10 +536,22 @@ def test_overflow_at_the_first_steps(kernels: Place, dtype: torch.dtype, dampeni
             scale = scaler.scale(torch.ones((), device=kernels.device))
             for param in params:
                 param.grad = torch.ones_like(param) * scale.to(dtype)
-            if number in (0, 1, 3):
+            overflows = number in (0, 1, 3)
+            if overflows:
                 params[1].grad[-1] = float("inf")  # type: ignore[index]
-            scaler.step(optimizer)
-            scaler.update()
+            if dtype == torch.float32:
+                scaler.step(optimizer)
+                scaler.update()
+            else:  # which torch's scaler has no kernel to look at: as it does, by hand
+                found_inf = torch.full((), float(overflows), device=kernels.device)
+                if optimizer_class is fastloss.SGD:
+                    optimizer.grad_scale, optimizer.found_inf = scale, found_inf
+                    optimizer.step()
+                elif not overflows:
+                    for param in params:
+                        param.grad /= scale  # type: ignore[operator]
+                    optimizer.step()
+                scaler.update(scale * (0.5 if overflows else 1.0))
             if number == 1:
                 state = optimizer.state_dict()["state"]
                 assert not any("momentum_buffer" in of_param for of_param in state.values())
@@ -547,6 +559,28 @@ def test_overflow_at_the_first_steps(kernels: Place, dtype: torch.dtype, dampeni
         assert scaler.get_scale() == 2.0
     for mine, right in zip(*runs, strict=True):
         torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.parametrize("through", ["kernels", "eager", "operators"])
+def test_bfloat16_gradients_are_unscaled(kernels: Place, through: str) -> None:
+    """By a scale that is no power of two, rounded once; torch has no kernel for it."""
+    params = [nn.Parameter(torch.randn(size, device=kernels.device).to(torch.bfloat16)) for size in (5, 9000)]
+    if through == "operators":  # parameters that overlap
+        params += [nn.Parameter(param.detach()[1:]) for param in params]
+    before = [param.detach().clone() for param in params]
+    optimizer = fastloss.SGD(params, lr=0.0)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    grads = [param.grad.float() for param in params]  # type: ignore[union-attr]
+    optimizer.grad_scale = torch.tensor(3.0, device=kernels.device)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.zeros((), device=kernels.device)  # type: ignore[attr-defined]
+    with fastloss.use_backend("eager" if through == "eager" else "auto"):
+        optimizer.step()
+    inverse = torch.tensor(3.0, dtype=torch.float64).reciprocal().float().to(kernels.device)
+    for param, start, grad in zip(params, before, grads, strict=True):
+        assert torch.equal(param.detach(), start)
+        assert param.grad is not None
+        assert torch.equal(param.grad, (grad * inverse).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("unscaled_before", [False, True])
@@ -624,6 +658,34 @@ def test_memory_is_the_state_and_small_tables(kernels: Place) -> None:
     before = torch.cuda.memory_allocated(kernels.device)
     optimizer.step()
     assert torch.cuda.max_memory_allocated(kernels.device) - before <= 1 << 20
+
+
+@pytest.mark.parametrize("then", ["new plan", "new tables"])
+@pytest.mark.parametrize("max_norm", [None, 1e9])
+def test_tables_live_until_another_stream_has_read_them(kernels: Place, max_norm: float | None, then: str) -> None:
+    """They were made on one stream, and are given up while a step on another one has still to read them."""
+    param = nn.Parameter(torch.zeros(5000, device=kernels.device))
+    gradient = param.grad = torch.ones_like(param)  # lives as long as this name
+    optimizer = fastloss.SGD([param], lr=1.0, momentum=0.5, dampening=0.5, max_norm=max_norm)
+    optimizer.grad_scale = torch.ones((), device=kernels.device)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.zeros((), device=kernels.device)  # type: ignore[attr-defined]
+    optimizer.step()  # compiles, and makes the tables on this stream
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(1 << 29)  # a quarter of a second
+        optimizer.step()
+        if then == "new plan":
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, device=kernels.device))]})
+        else:
+            param.grad = gradient.clone()
+        optimizer.step()
+    # What of it the allocator has back, is written over here; tables of zeros tell of tensors without elements.
+    taken = [torch.zeros(16, dtype=torch.int64, device=kernels.device) for _ in range(200)]
+    torch.cuda.synchronize()
+    del taken, gradient
+    torch.testing.assert_close(param.detach(), torch.full_like(param, -1.0 - 1.0 - 1.0))
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])

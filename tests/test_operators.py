@@ -58,6 +58,15 @@ def test_one_graph_for_any_batch_size(place: Place, kind: str) -> None:
     assert any("fastloss" in name for name in operator_names(graphs[0]))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_has_torch_s_operators_alone(place: Place, strict: bool) -> None:
+    """It may be loaded where this package is not."""
+    logits, target = torch.randn(6, 30, device=place.device), targets("labels", 6, 30, place.device)
+    exported = torch.export.export(CrossEntropyLoss(), (logits, target), strict=strict)
+    assert not any("fastloss" in name for name in operator_names(exported.graph_module))
+    torch.testing.assert_close(exported.module()(logits, target), F.cross_entropy(logits, target))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

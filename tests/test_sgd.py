@@ -9,6 +9,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from fastloss import SGD
+from fastloss.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest")
 
@@ -240,6 +242,50 @@ def test_rules(place: Place, rule: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rule", ["dampening", "nesterov, all"])
 def test_many_chunks(place: Place, rule: str) -> None:
     Twins(place, [([(4096,), (4097,), LARGE, (3,)], {})], **RULES[rule]).step(2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("rounding", ["nearest", "master"])
+def test_elements_beyond_2_31(kernels: Place, tmp_path: Path, layout: str, rounding: str) -> None:
+    """The last chunks of tensors in files with holes, by the kernels; nobody has to have the memory of the rest."""
+    if not kernels.interpreted:
+        pytest.skip("test_gpu_sgd.py has whole ones")
+    from fastloss.kernels import sgd
+
+    rows, columns = (1 << 16) + 3, 1 << 15
+    count, last = rows * columns, 5000
+
+    def in_a_file(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.from_file(str(tmp_path / name), shared=True, size=count, dtype=dtype)
+
+    theta, grad, momentum = (in_a_file(name, torch.float16) for name in ("theta", "grad", "momentum"))
+    master = in_a_file("master", torch.float32) if rounding == "master" else None
+    theta[-last:] = torch.arange(last) % 7
+    momentum[-last:] = 2.0
+    if master is not None:
+        master[-last:] = theta[-last:]
+    if layout == "transposed":
+        laid_out_as_theta, grad = torch.arange(count - last, count), grad.view(columns, rows).t()
+        row, column = laid_out_as_theta // columns, laid_out_as_theta % columns
+        grad[row, column] = (laid_out_as_theta % 5).to(torch.float16)
+    else:
+        grad[-last:] = torch.arange(count - last, count) % 5
+        grad = grad.view(rows, columns)
+    param = theta.view(rows, columns)
+    companions = [None if master is None else master.view(rows, columns)]
+    batch = SGDBatch([param], [momentum.view(rows, columns)], companions, [0], rounding, {})
+    (launch,) = sgd._launches(batch, [grad]).values()
+    assert launch.items is not None
+    assert len(launch.items) == -(-count // FLAG_ELEMENTS) > (1 << 19)
+    launch.items = launch.items[-2:].clone()
+    sgd.sgd_step(batch, [grad], [SGDRule(0.5, 0.5, 0.0, 0.0, False, False, False)], SGDControls())
+    places = torch.arange(count - last, count)
+    expected = (torch.arange(last) % 7).double() - 0.5 * (0.5 * 2.0 + (places % 5).double())
+    assert torch.equal(theta[-last:].double(), expected)
+    squares = torch.zeros((), dtype=torch.float64)
+    sgd.sgd_squares(batch, [grad], squares)
+    in_items = places[places >= (count - 1) // FLAG_ELEMENTS * FLAG_ELEMENTS - FLAG_ELEMENTS]
+    assert squares == (in_items % 5).double().square().sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -860,6 +906,27 @@ def test_state_dict_hooks(place: Place) -> None:
     optimizer.register_load_state_dict_pre_hook(lambda _, loaded: {**loaded, "param_groups": []})
     with pytest.raises(ValueError, match="different number of parameter groups"):
         optimizer.load_state_dict(state)
+
+
+def test_hooks_after_a_load(place: Place) -> None:
+    """They find the options and dtypes of this optimizer, and what they put in their place stays."""
+    param = nn.Parameter(torch.ones(4, dtype=torch.float16, device=place.device))
+    param.grad = torch.ones_like(param)
+    theirs = torch.optim.SGD([param], lr=0.1, momentum=0.5)
+    theirs.step()
+    group = {"params": [param], "max_norm": 7.0, "momentum_dtype": torch.float32}
+    optimizer = SGD([group], lr=0.1, momentum=0.5)
+    found = []
+
+    def reset(loaded: torch.optim.Optimizer) -> None:
+        buffer = loaded.state[param]["momentum_buffer"]
+        found.append((loaded.param_groups[0]["max_norm"], buffer.dtype))
+        loaded.state[param]["momentum_buffer"] = torch.zeros_like(buffer)
+
+    optimizer.register_load_state_dict_post_hook(reset)
+    optimizer.load_state_dict(theirs.state_dict())
+    assert found == [(7.0, torch.float32)]
+    assert not optimizer.state[param]["momentum_buffer"].any()
 
 
 def spoilt(state: dict[str, Any], how: str) -> tuple[dict[str, Any], str]:
@@ -1559,3 +1626,130 @@ def test_parameters_made_in_inference_mode(place: Place, options: dict[str, Any]
         for _ in range(2):
             optimizer.step()
         assert torch.equal(param, torch.full_like(param, 0.5))
+
+
+def test_all_groups_taken_away(place: Place) -> None:
+    """As programs do that build them anew."""
+    twins = Twins(place, [([SMALL, (3,)], {})], momentum=0.9)
+    twins.step()
+    for optimizer in twins.optimizers:
+        optimizer.param_groups.clear()
+        optimizer.state.clear()
+        optimizer.step()
+    for k, optimizer in enumerate(twins.optimizers):
+        optimizer.add_param_group({"params": [tensors[k] for tensors in twins.params]})
+    twins.step(2)
+
+
+@pytest.mark.parametrize("how", ["data", "resize"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(50,), SMALL, LARGE], ids=str)
+def test_gradient_that_shrinks_between_steps(
+    place: Place, shape: tuple[int, ...], dtype: torch.dtype, how: str
+) -> None:
+    """Under a plan that has been made: no memory of others is read."""
+    params = [nn.Parameter(torch.zeros(shape, device=place.device, dtype=dtype)) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    grad = params[1].grad
+    assert grad is not None
+    if how == "data":
+        grad.data = torch.ones(3, device=place.device, dtype=dtype)
+    else:
+        grad.resize_(3)
+    with pytest.raises(RuntimeError, match=r"has a gradient of shape \(3,\); expected its own shape"):
+        optimizer.step()
+    assert torch.equal(params[1].detach(), torch.full_like(params[1], -1.0))
+    params[1].grad = torch.ones_like(params[1])
+    params[0].grad = None
+    optimizer.step()
+    assert torch.equal(params[1].detach(), torch.full_like(params[1], -2.0))
+
+
+def test_gradient_that_would_be_spread_out(place: Place) -> None:
+    """A row is no gradient of a matrix, whatever copies of it would fit."""
+    param = nn.Parameter(torch.zeros(SMALL, device=place.device))
+    param.grad = torch.ones_like(param)
+    optimizer = SGD([param], lr=1.0)
+    optimizer.step()
+    param.grad.data = torch.ones(SMALL[1], device=place.device)
+    with pytest.raises(RuntimeError, match="expected its own shape"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("count", [20, 5000])
+def test_expanded_gradient_under_a_scale(place: Place, count: int) -> None:
+    """One number in memory is not divided once for each element that it stands for."""
+    param = nn.Parameter(torch.zeros(count, device=place.device))
+    optimizer = SGD([param], lr=1.0)
+    param.grad = torch.full((1,), 8.0, device=place.device).expand(count)
+    optimizer.grad_scale = torch.tensor(8.0, device=place.device)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.tensor(0.0, device=place.device)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="memory"):
+        optimizer.step()
+    assert not param.any()
+    param.grad = param.grad.clone()
+    optimizer.step()
+    assert torch.equal(param.detach(), torch.full_like(param, -1.0))
+
+
+@pytest.mark.parametrize("to", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [3000, 30000])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float16, {}),
+        (torch.float16, {"master_weights": True}),
+        (torch.float16, {"kahan_sum": True}),
+    ],
+    ids=str,
+)
+def test_buffers_given_another_dtype(
+    place: Place, dtype: torch.dtype, options: dict[str, Any], count: int, to: torch.dtype
+) -> None:
+    """By ``.data =``, as to save memory between steps: they stay the tensors that they were."""
+    param = nn.Parameter(torch.zeros(count, device=place.device, dtype=dtype))
+    optimizer = SGD([param], lr=0.5, momentum=0.5, **options)
+    for _ in range(4):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        for buffer in optimizer.state[param].values():
+            buffer.data = buffer.data.to(to)
+    assert torch.equal(param.detach(), torch.full_like(param, -3.0625))
+
+
+def test_tensor_without_elements_under_a_scale(place: Place) -> None:
+    """Its momentum begins when that of the others does: shards of one parameter must not differ in their state."""
+    params = [nn.Parameter(torch.zeros(size, device=place.device)) for size in (0, 5)]
+    optimizer = SGD(params, lr=1.0, momentum=0.5)
+    for overflow in (True, False, True):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.grad_scale = torch.ones((), device=place.device)  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.full((), float(overflow), device=place.device)  # type: ignore[attr-defined]
+        optimizer.step()
+    state = optimizer.state_dict()["state"]
+    assert [list(state[number]) for number in range(2)] == [["momentum_buffer"]] * 2
+    other = SGD(params, lr=1.0, momentum=0.5)
+    other.grad_scale, other.found_inf = optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    other.step()
+    assert other.state_dict()["state"] == {}
+
+
+def test_momentum_that_the_host_does_not_know(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's number of 0 begins no momentum; who turns it on later gets the gradient as its beginning."""
+    if place.device.type == "cpu":
+        if not place.interpreted:
+            pytest.skip("a CPU's numbers are read")
+        monkeypatch.setattr("fastloss.optim.sgd._on_host", lambda value: not isinstance(value, Tensor))
+    momentum = torch.zeros((), device=place.device)
+    param = nn.Parameter(torch.zeros(5, device=place.device))
+    optimizer = SGD([param], lr=1.0, momentum=momentum, dampening=0.5)
+    param.grad = torch.ones_like(param)
+    for value, expected in ((0.0, -1.0), (0.0, -2.0), (0.5, -3.0), (0.5, -4.0)):
+        momentum.fill_(value)
+        optimizer.step()
+        assert torch.equal(param.detach(), torch.full_like(param, expected))

@@ -10,8 +10,10 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from places import Place
 from torch import Tensor
 
@@ -405,3 +407,121 @@ def test_rounding_to_nearest_is_the_conversion(dtype: torch.dtype) -> None:
     for numbers in (wide, (grid + neighbour) / 2, special, -special):
         assert torch.equal(round_to_nearest(numbers, dtype), numbers.to(dtype).float())
     assert round_to_nearest(torch.tensor([float("nan")]), dtype).isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------- whatever may come
+
+
+class ByOperators(fastloss.SGD):
+    """The same rules by torch's operators, one parameter after the other."""
+
+    def _step(self) -> None:
+        self._step_by_operators(differentiable=False)
+
+
+DTYPES = (torch.float16, torch.float32, torch.float64)
+
+
+@st.composite
+def drawn_options(draw: st.DrawFn) -> dict[str, Any]:
+    momentum = draw(st.sampled_from([0.0, 0.5, 0.9]))
+    nesterov = momentum > 0 and draw(st.booleans())
+    return {
+        "lr": draw(st.sampled_from([0.01, 0.1])),
+        "momentum": momentum,
+        "nesterov": nesterov,
+        "dampening": 0.0 if nesterov else draw(st.sampled_from([0.0, 0.3])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.1])),
+        "maximize": draw(st.booleans()),
+        "decoupled_weight_decay": draw(st.booleans()),
+        "max_norm": draw(st.sampled_from([None, 0.1, 1.0])),
+        "momentum_dtype": draw(st.sampled_from([None, *DTYPES])),
+        **draw(st.sampled_from([{}, KEEPING["master"], KEEPING["kahan"]])),
+    }
+
+
+drawn_tensor = st.tuples(st.sampled_from([(), (0,), (3,), (5, 7), (2, 3, 4), (4097,)]), st.sampled_from(DTYPES))
+drawn_event = st.tuples(
+    st.sampled_from(["step"] * 4 + ["scaled", "overflow", "load", "deepcopy", "add", "write", "momentum", "forget"]),
+    st.integers(0, 5),
+    st.sets(st.integers(0, 5), max_size=3),
+)
+
+
+def happen(
+    optimizers: list[fastloss.SGD], event: str, number: int, without: set[int], device: torch.device
+) -> list[fastloss.SGD]:
+    """An event of the same numbers for both optimizers; which of them there are after it."""
+    lists = [[param for group in o.param_groups for param in group["params"]] for o in optimizers]
+    twins = list(zip(*lists, strict=True))
+    which = twins[number % len(twins)]
+    if event in ("step", "scaled", "overflow"):
+        for i, params in enumerate(twins):
+            grad = torch.randn(params[0].shape, device=device).to(params[0].dtype) * (1 if event == "step" else 8)
+            if event == "overflow" and grad.numel():
+                grad.view(-1)[0] = float("inf")
+            for param in params:
+                param.grad = None if i in without else grad.clone()
+        for optimizer in optimizers:
+            if event != "step":
+                optimizer.grad_scale = torch.tensor(8.0, device=device)  # type: ignore[attr-defined]
+                optimizer.found_inf = torch.tensor(float(event == "overflow"), device=device)  # type: ignore[attr-defined]
+            optimizer.step()
+            if event != "step":
+                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        norms = [optimizer.grad_norm for optimizer in optimizers]
+        torch.testing.assert_close(norms[0], norms[1], rtol=1e-5, atol=1e-6)
+    elif event == "load":  # each the other's
+        states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+        for optimizer, state in zip(optimizers, reversed(states), strict=True):
+            optimizer.load_state_dict(state)
+    elif event == "deepcopy":
+        return copy.deepcopy(optimizers)
+    elif event == "add":
+        numbers = torch.randn(6, 5, device=device).to(DTYPES[number % 2])
+        for optimizer in optimizers:
+            optimizer.add_param_group({"params": [torch.nn.Parameter(numbers.clone())], "lr": 0.05})
+    elif event == "write":
+        numbers = torch.randn(which[0].shape, device=device)
+        for param in which:
+            with torch.no_grad():
+                param.copy_(numbers)
+    elif event == "momentum":
+        for optimizer in optimizers:
+            optimizer.param_groups[0].update(momentum=(0.0, 0.7)[number % 2], nesterov=False)
+    else:
+        for optimizer, param in zip(optimizers, which, strict=True):
+            optimizer.state.pop(param, None)
+    return optimizers
+
+
+@pytest.mark.parametrize("examples", [150])
+def test_any_run_of_any_options(place: Place, examples: int) -> None:
+    """Dtypes and options mixed, clipped, scaled: what the backends do is what the operators do, but for rounding."""
+
+    @settings(
+        max_examples=examples if place.name == "eager" else examples // 4,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
+    )
+    @given(
+        drawn_options(), st.lists(drawn_tensor, min_size=1, max_size=4), st.lists(drawn_event, min_size=2, max_size=8)
+    )
+    def check(options: dict[str, Any], tensors: list[Any], events: list[Any]) -> None:
+        torch.manual_seed(len(events))
+        first = [torch.randn(shape, device=place.device).to(dtype) for shape, dtype in tensors]
+        optimizers: list[fastloss.SGD] = [
+            make([torch.nn.Parameter(param.clone()) for param in first], **options)
+            for make in (fastloss.SGD, ByOperators)
+        ]
+        for event in (*events, ("step", 0, set())):
+            optimizers = happen(optimizers, *event, device=place.device)
+        ours, theirs = ([p.detach() for group in o.param_groups for p in group["params"]] for o in optimizers)
+        short = torch.float16 in (options["momentum_dtype"], *(p.dtype for p in ours))
+        for mine, other in zip(ours, theirs, strict=True):
+            tolerance = 2e-2 if short else 1e-4
+            torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+    check()

@@ -272,6 +272,24 @@ def test_a_norm_beyond_float16(by_operators: bool) -> None:
     assert float(optimizer.grad_norm) == 512.0 * 256
 
 
+@pytest.mark.parametrize("by_operators", [False, True])
+def test_the_norm_is_that_of_the_last_step(by_operators: bool) -> None:
+    """Of one that overflowed too; and there is none of a step without gradients."""
+    param = torch.ones(4)
+    optimizer = fastloss.SGD([param], lr=0.1, max_norm=1.0, differentiable=by_operators)
+    assert optimizer.grad_norm is None
+    param.grad = torch.full((4,), 2.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 4.0
+    param.grad = torch.full((4,), float("inf"))
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(1.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert optimizer.grad_norm == float("inf")
+    param.grad = None
+    optimizer.step()
+    assert optimizer.grad_norm is None
+
+
 def test_the_norm_of_wide_gradients_of_narrow_parameters(place: Place) -> None:
     """``grad_dtype`` allows them: float64 gradients whose squares float32 does not hold."""
     params = [

@@ -4,7 +4,7 @@ Every number is measured in the run that prints it. The modules, in the order in
 
 - :mod:`.workloads`: operations, shapes, inputs, and the bytes that must move;
 - :mod:`.contenders`: an adapter for each package, which says why it is absent or can't serve;
-- :mod:`.check`, :mod:`.optimizer`: right or wrong, against float64, before anything is timed;
+- :mod:`.check`, :mod:`.linear`, :mod:`.optimizer`: right or wrong, against float64, before anything is timed;
 - :mod:`.measure`: turns, medians, peak memory, and a row for everybody;
 - :mod:`.report`, :mod:`.plot`: the tables, the JSON and the PNG.
 
@@ -34,7 +34,7 @@ __all__ = ["Settings", "add_arguments", "missing_extras", "run", "settings_from"
 # The packages that the command needs, by the name that is imported; fastloss[bench] brings them.
 _EXTRAS = {"matplotlib": "matplotlib", "psutil": "psutil", "rich": "rich"}
 
-QUICK_OPS = ("forward+backward", "loss+accuracy", "accuracy", "sgd", "host")
+QUICK_OPS = ("forward+backward", "loss+accuracy", "accuracy", "linear", "sgd", "host")
 SECONDS, QUICK_SECONDS = 2.0, 0.5  # of timing for each workload
 INTERRUPTED = 130  # the exit code that a shell gives for Ctrl-C
 
@@ -70,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         action="append",
         metavar="NxV",
-        help="N rows of V classes, or for sgd N tensors of V elements (may be given again); alone: of the losses",
+        help="N rows of V classes, NxDxV for linear, or for sgd N tensors of V elements (may be given again); "
+        "alone: of the losses, or of linear",
     )
     parser.add_argument("--contender", action="append", metavar="NAME", help="only this one (may be given again)")
     parser.add_argument(
@@ -95,15 +96,14 @@ def settings_from(options: argparse.Namespace) -> Settings:
         ValueError: one is unknown or does not fit; the message, one line, lists what is known.
     """
     from .contenders import CONTENDERS
-    from .workloads import DTYPES, LOSS_OPS, OPS, TARGETS, workloads
+    from .workloads import DTYPES, LOSS_OPS, OPS, TARGETS, fits, workloads
 
     device = _device(options.device)
     for name, known in (("op", OPS), ("dtype", tuple(DTYPES)), ("contender", tuple(CONTENDERS))):
         for value in getattr(options, name) or ():
             _check_known(f"--{name}", value, known)
     _check_known("--target", options.target, TARGETS)
-    default_ops = LOSS_OPS if options.shape else QUICK_OPS if options.quick else OPS
-    ops = options.op or default_ops
+    ops = options.op or (QUICK_OPS if options.quick else OPS)
     seconds = options.seconds
     if seconds is None:
         seconds = QUICK_SECONDS if options.quick else SECONDS
@@ -111,6 +111,14 @@ def settings_from(options: argparse.Namespace) -> Settings:
         raise ValueError(f"--seconds is {seconds}; expected a positive number")
     size = "quick" if options.quick else "full"
     shapes = [_shape(text, ops, device) for text in options.shape or ()]
+    if shapes and not options.op:
+        ops = [op for op in (*LOSS_OPS, "linear") if any(fits(op, shape) for shape in shapes)]
+    for text, shape in zip(options.shape or (), shapes, strict=True):
+        if not any(fits(op, shape) for op in ops):
+            raise _unfit_shape(text, ops, device)
+    for op in ops if shapes else ():
+        if not any(fits(op, shape) for shape in shapes):
+            raise _unfit_shape(options.shape[0], [op], device)
     dtypes = options.dtype or ["bfloat16" if device.type == "cuda" else "float32"]
     return Settings(
         workloads(ops, dtypes, [options.target], device, shapes=shapes, size=size),
@@ -188,13 +196,20 @@ def _check_known(name: str, value: str, known: Iterable[str]) -> None:
 
 
 def _shape(text: str, ops: Sequence[str], device: torch.device) -> Shape:
-    from .workloads import default_shapes, parse_shape
+    from .workloads import parse_shape
 
     try:
         return parse_shape(text)
     except ValueError:
-        known = ", ".join(map(str, default_shapes(ops[0], device)))
-        raise ValueError(f"--shape is {text!r}; expected NxV, two positive numbers; the default: {known}") from None
+        raise _unfit_shape(text, ops, device) from None
+
+
+def _unfit_shape(text: str, ops: Sequence[str], device: torch.device) -> ValueError:
+    from .workloads import default_shapes
+
+    known = ", ".join(map(str, default_shapes(ops[0], device)))
+    form = "NxDxV, three positive numbers" if ops[0] == "linear" else "NxV, two positive numbers"
+    return ValueError(f"--shape is {text!r}; for {ops[0]} expected {form}; the default: {known}")
 
 
 def _device(text: str | None) -> torch.device:

@@ -34,6 +34,8 @@ __all__ = [
     "errors_of_reference",
     "is_out_of_memory",
     "operation",
+    "upstream",
+    "upstream_value",
     "verdict",
 ]
 

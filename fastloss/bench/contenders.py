@@ -22,7 +22,7 @@ import fastloss
 from .optimizer import OPTIONS, Make
 from .workloads import DTYPES, LOSS_OPS, Workload
 
-__all__ = ["CONTENDERS", "OURS", "REFERENCE", "Contender", "Functions", "contenders_of"]
+__all__ = ["CONTENDERS", "OURS", "REFERENCE", "Contender", "Functions", "LinearLoss", "contenders_of"]
 
 OURS = "fastloss"
 REFERENCE = "torch"  # whose error is the measure of the others'
@@ -31,6 +31,7 @@ TOPK = (1, 5)
 Loss = Callable[[Tensor, Tensor], Tensor]
 Accuracies = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 LossAndAccuracies = Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]]
+LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Functions(NamedTuple):
@@ -40,6 +41,7 @@ class Functions(NamedTuple):
     accuracies: Accuracies | None = None  # top-1 and top-5, in [0, 1]
     loss_and_accuracies: LossAndAccuracies | None = None
     optimizer: Make | None = None  # SGD with OPTIONS
+    linear: LinearLoss | None = None  # the mean over the rows, from hidden states, head and labels
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Contender:
     cpu: bool = False
     dtypes: tuple[torch.dtype, ...] = tuple(DTYPES.values())
     overwrites: bool = False  # writes over the logits: it gets logits of its own
-    unfit: str = ""  # why it can serve none of these workloads
+    unfit: str = ""  # why it has no loss of logits
     note: str = ""  # what a reader of its numbers should know
     install: str = ""  # how to, where it is not pip install and the distribution's name
 
@@ -81,7 +83,9 @@ class Contender:
     def obstacle(self, workload: Workload, device: torch.device) -> str | None:
         """Why it can't serve a workload; None if it can, as far as is known before it is tried."""
         if workload.op not in self.ops:
-            return self.unfit or f"has no {workload.op}; it has {', '.join(self.ops)}"
+            return (
+                self.unfit if workload.op in LOSS_OPS else ""
+            ) or f"has no {workload.op}; it has {', '.join(self.ops)}"
         if device.type == "cpu" and not self.cpu:
             return "serves GPUs only"
         if workload.soft and not self.soft:
@@ -127,15 +131,20 @@ def _torch_loss(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
+def _torch_linear_loss(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, head), target)
+
+
 def _eager() -> Functions:
-    return Functions(_torch_loss, _topk_accuracies, _beside(_torch_loss))
+    return Functions(_torch_loss, _topk_accuracies, _beside(_torch_loss), linear=_torch_linear_loss)
 
 
 def _compiled() -> Functions:
     """Forgets what was compiled before: else the ninth shape would be served by a graph for any shape, or by none."""
     torch.compiler.reset()
     compiled = partial(torch.compile, dynamic=False)
-    return Functions(*map(compiled, (_torch_loss, _topk_accuracies, _beside(_torch_loss))))
+    of_logits = (compiled(_torch_loss), compiled(_topk_accuracies), compiled(_beside(_torch_loss)))
+    return Functions(*of_logits, linear=compiled(_torch_linear_loss))
 
 
 def _fastloss() -> Functions:
@@ -149,6 +158,7 @@ def _fastloss() -> Functions:
         lambda logits, target: fastloss.accuracy(logits, target, TOPK),
         loss_and_accuracies,
         lambda params: fastloss.SGD(params, **OPTIONS),
+        fastloss.linear_cross_entropy,
     )
 
 
@@ -158,7 +168,8 @@ def _imported(module: str, name: str) -> Any:
 
 def _liger() -> Functions:
     loss: Loss = _imported("liger_kernel.transformers.functional", "liger_cross_entropy")
-    return Functions(loss, None, _beside(loss))
+    linear: LinearLoss = _imported("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+    return Functions(loss, None, _beside(loss), linear=linear)
 
 
 def _quack() -> Functions:
@@ -167,9 +178,12 @@ def _quack() -> Functions:
     return Functions(loss, None, _beside(loss))
 
 
-def _cut_cross_entropy() -> Functions:
-    _imported("cut_cross_entropy", "linear_cross_entropy")
-    return Functions()
+def _quack_linear() -> Functions:
+    return Functions(linear=_imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy"))
+
+
+def _cut_cross_entropy(**options: Any) -> Functions:
+    return Functions(linear=partial(_imported("cut_cross_entropy", "linear_cross_entropy"), **options))
 
 
 def _flash_attention() -> Functions:
@@ -189,6 +203,13 @@ def _apex() -> Functions:
         return function.apply(logits, target, 0.0, -100).mean()  # smoothing, and the label that it ignores
 
     return Functions(loss, None, _beside(loss))
+
+
+def _torch_linear() -> Functions:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy; torch 2.13 has")
+    options = torch.nn.LinearCrossEntropyOptions()  # without it torch holds the logits
+    return Functions(linear=partial(F.linear_cross_entropy, options=options))
 
 
 # ---------------------------------------------------------------------------------------------------------------- SGD
@@ -213,19 +234,35 @@ _BUILD_APEX = "build github.com/NVIDIA/apex with its CUDA extensions"
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender(OURS, "fastloss", _fastloss, (*LOSS_OPS, "host", "sgd"), soft=True, cpu=True),
-        Contender(REFERENCE, "torch", _eager, (*LOSS_OPS, "host"), soft=True, cpu=True),
-        Contender("torch.compile", "torch", _compiled, (*LOSS_OPS, "host"), soft=True, cpu=True),
+        Contender(OURS, "fastloss", _fastloss, (*LOSS_OPS, "linear", "host", "sgd"), soft=True, cpu=True),
+        Contender(REFERENCE, "torch", _eager, (*LOSS_OPS, "linear", "host"), soft=True, cpu=True),
+        Contender("torch.compile", "torch", _compiled, (*LOSS_OPS, "linear", "host"), soft=True, cpu=True),
+        Contender("torch-linear", "torch", _torch_linear, ("linear",), cpu=True),
         Contender(
             "liger",
             "liger-kernel",
             _liger,
-            _WITHOUT_ACCURACY,
+            (*_WITHOUT_ACCURACY, "linear"),
             overwrites=True,
-            note=f"writes its gradient over the logits; {_TOPK_NOTE}",
+            note=f"writes its gradient over the logits; {_TOPK_NOTE}; linear: sums the head's gradient in its dtype",
         ),
         Contender("quack", "quack-kernels", _quack, _WITHOUT_ACCURACY, note=_TOPK_NOTE),
-        Contender("cce", "cut-cross-entropy", _cut_cross_entropy, (), unfit="takes hidden states, not logits"),
+        Contender("quack-linear", "quack-kernels", _quack_linear, ("linear",), note="in chunks of 4096 rows"),
+        Contender(
+            "cce",
+            "cut-cross-entropy",
+            _cut_cross_entropy,
+            ("linear",),
+            unfit="takes hidden states, not logits",
+            note="leaves out small gradients",
+        ),
+        Contender(
+            "cce-exact",
+            "cut-cross-entropy",
+            partial(_cut_cross_entropy, filter_eps=None),
+            ("linear",),
+            note="leaves no gradient out",
+        ),
         Contender("flash-attn", "flash-attn", _flash_attention, _WITHOUT_ACCURACY, note=_TOPK_NOTE),
         Contender("apex", "apex", _apex, _WITHOUT_ACCURACY, note=_TOPK_NOTE, install=_BUILD_APEX),
         Contender("torch-loop", "torch", partial(_torch_sgd, "loop"), ("sgd",), cpu=True),

@@ -1,8 +1,9 @@
 """One workload: who can't take part and why, who is wrong, and what the others take.
 
-Contenders take turns, with a device copy among them, so that a busy moment hits all alike and the bandwidth that they
-are held against is that of the same seconds. A turn is a block of calls: on a GPU so many that the host's time to
-queue the first is lost in it, on a CPU as many as settle the C library's allocator.
+Contenders take turns, with a device copy among them (beside linear_cross_entropy three bare products), so that a
+busy moment hits all alike and the limit that they are held against is that of the same seconds. A turn is a block
+of calls: on a GPU so many that the host's time to queue the first is lost in it, on a CPU as many as settle the C
+library's allocator.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import gc
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from ..demo.loss_at_scale import COPIES
 from ..demo.measure import Neighbours, Step, free_bytes, interleaved, peak_bytes, seconds
-from .check import Call, Exact, copies, errors_of_reference, is_out_of_memory, operation, verdict
+from . import linear
+from .check import Exact, copies, errors_of_reference, is_out_of_memory, operation, verdict
 from .contenders import OURS, Contender
 from .optimizer import Kind, deviations, ready
-from .workloads import Inputs, Shape, Workload, make_inputs
+from .workloads import Shape, Workload, make_inputs, make_linear_inputs
 
 __all__ = ["Copy", "Prepared", "Row", "block_of", "measure", "prepare"]
 
@@ -36,6 +38,7 @@ _HOST_BLOCK = 20
 _COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 _CHECKED_PARAMETERS = 1 << 22  # of an optimizer; the first tensors
 _SGD_SETS = 3  # parameters, gradients and momentum of each contender
+_LINEAR_BYTES = 24  # an element of hidden states and head: two of float64, two of float32
 
 
 @dataclass(frozen=True)
@@ -58,19 +61,23 @@ class Row:
     gigabytes_per_second: float | None = None  # moved_bytes over the time
     share_of_copy: float | None = None
     copy_gigabytes_per_second: float | None = None  # of a copy in the same turns, read and written
-    peak_bytes: int | None = None  # beyond the inputs, or the parameters and the optimizer's state
+    peak_bytes: int | None = None  # beyond the inputs (of "linear" their gradients too), or parameters and state
     turns: int = 0
     calls_a_turn: int = 0
     others_share: float | None = None  # of the CPUs' time, that went to other programs meanwhile
     ratios: dict[str, float] = field(default_factory=dict)  # this one's time over another's
+    features: int = 0  # of "linear", as all that follows
+    teraflops: float | None = None  # the three products' operations over the time
+    products_milliseconds: float | None = None  # of three bare products in the same turns
+    times_products: float | None = None
 
     @classmethod
     def of(cls, workload: Workload, contender: Contender, status: str, reason: str = "") -> Row:
-        target = "" if workload.op == "sgd" else workload.target
+        target = "" if workload.op in ("sgd", "linear") else workload.target
         return cls(
             workload.op,
             str(workload.shape),
-            *workload.shape,
+            *workload.shape[:2],
             workload.dtype_name,
             target,
             contender.name,
@@ -79,6 +86,7 @@ class Row:
             reason,
             contender.note if contender.name != OURS else "",
             workload.moved_bytes,
+            features=workload.shape.features,
         )
 
     @property
@@ -115,6 +123,7 @@ class Prepared:
     steps: dict[str, Step] = field(default_factory=dict)  # one call each
     peaks: dict[str, int | None] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)  # of those that are not to be timed, or have been
+    products: Callable[[], linear.Products] | None = None  # makes the limit of "linear"
 
 
 def measure(
@@ -155,7 +164,7 @@ def prepare(workload: Workload, contenders: Sequence[Contender], device: torch.d
         absence = contender.absence()
         obstacle = contender.obstacle(workload, device)
         if absence is not None:
-            unfit = f"; {contender.unfit}" if contender.unfit else ""
+            unfit = f"; {contender.unfit}" if contender.unfit and workload.op not in contender.ops else ""
             prepared.rows[contender.name] = Row.of(workload, contender, "absent", absence + unfit)
         elif obstacle is not None:
             prepared.rows[contender.name] = Row.of(workload, contender, "unfit", obstacle)
@@ -168,7 +177,7 @@ def prepare(workload: Workload, contenders: Sequence[Contender], device: torch.d
         words = f"needs {needed / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free on {device}"
         prepared.rows.update({each.name: Row.of(workload, each, "too large", words) for each in candidates})
         return prepared
-    prepare_each = _prepare_sgd if workload.op == "sgd" else _prepare_loss
+    prepare_each = {"sgd": _prepare_sgd, "linear": _prepare_linear}.get(workload.op, _prepare_loss)
     prepare_each(prepared, candidates, seed)
     return prepared
 
@@ -188,6 +197,10 @@ def _least_bytes(workload: Workload, contenders: int, device: torch.device) -> i
     size = workload.shape.numel * workload.dtype.itemsize
     if workload.op == "sgd":
         return _SGD_SETS * contenders * size
+    if workload.op == "linear":  # its exact gradients in float64 and their terms; on a CPU eager PyTorch's logits
+        gradients = workload.gradient_bytes // workload.dtype.itemsize
+        logits = COPIES * size if device.type == "cpu" else size
+        return workload.input_bytes + _LINEAR_BYTES * gradients + logits
     return workload.input_bytes + (COPIES if device.type == "cpu" else workload.differentiates) * size
 
 
@@ -217,15 +230,52 @@ def _prepare_loss(prepared: Prepared, candidates: Sequence[Contender], seed: int
             prepared.rows[contender.name] = _failed(workload, contender, error)
 
 
-def _next_call(call: Call, following: itertools.cycle[Inputs]) -> None:
+def _next_call(call: Callable[..., object], following: Iterator[Iterable[Tensor]]) -> None:
     """The result is dropped at the end, as it is in training: each call takes its memory anew."""
     call(*next(following))
+
+
+def _prepare_linear(prepared: Prepared, candidates: Sequence[Contender], seed: int) -> None:
+    workload, device = prepared.workload, prepared.device
+    try:
+        inputs = make_linear_inputs(workload, device, seed)
+        exact = linear.Exact(workload, inputs[0])
+        reference = linear.errors_of_reference(workload, inputs[0], exact)
+    except Exception as error:
+        rows = {each.name: _failed(workload, each, error, "too large") for each in candidates}
+        prepared.rows.update(rows)
+        return
+    calls = {}
+    for contender in candidates:
+        try:
+            loss = contender.load().linear
+            assert loss is not None
+            call = linear.operation(loss, workload)
+            wrong = verdict(exact.errors(call(*inputs[0])), reference, workload)
+            if wrong is not None:
+                prepared.rows[contender.name] = Row.of(workload, contender, "wrong", wrong)
+                continue
+            calls[contender.name] = call
+        except Exception as error:
+            prepared.rows[contender.name] = _failed(workload, contender, error)
+    del exact  # large, and in the way of those that follow
+    prepared.products = partial(linear.Products, workload, inputs[0])
+    for contender in candidates:
+        if contender.name not in calls:
+            continue
+        try:
+            step: Step = partial(_next_call, calls[contender.name], itertools.cycle(inputs))
+            step()
+            prepared.peaks[contender.name] = peak_bytes(step, device) - workload.gradient_bytes
+            prepared.steps[contender.name] = step
+        except Exception as error:
+            prepared.rows[contender.name] = _failed(workload, contender, error)
 
 
 def _prepare_sgd(prepared: Prepared, candidates: Sequence[Contender], seed: int) -> None:
     workload, device = prepared.workload, prepared.device
     kind = Kind(workload.dtype, device)
-    tensors, elements = workload.shape
+    tensors, elements = workload.shape[:2]
     checked = Shape(min(tensors, max(1, _CHECKED_PARAMETERS // elements)), elements)
     for contender in candidates:
         try:
@@ -270,10 +320,15 @@ def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, t
     turns: list[Step] = [partial(_repeat, step, blocks[name]) for name, step in steps.items()]
     # The host's time is that until the call returns, whatever the device does.
     clock = torch.device("cpu") if workload.op == "host" else device
-    copy = None if workload.op == "host" else Copy(device)
+    copy = Copy(device) if workload.moved_bytes else None
+    products = prepared.products() if prepared.products else None
+    limits = [limit.step for limit in (copy, products) if limit is not None]
+    for step in limits:
+        step()
     with Neighbours() as neighbours:
-        times = interleaved([*turns, copy.step] if copy else turns, clock, budget=max(budget, 1e-6), tell=tell)
+        times = interleaved([*turns, *limits], clock, budget=max(budget, 1e-6), tell=tell)
     copied = copy.gigabytes_per_second(times[-1]) if copy else None
+    bare = statistics.median(times[-1]) if products else None
     medians = {name: statistics.median(mine) / blocks[name] for name, mine in zip(steps, times, strict=False)}
     rows = {}
     for contender in contenders:
@@ -290,6 +345,9 @@ def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, t
             calls_a_turn=blocks[contender.name],
             others_share=neighbours.share,
             ratios={other: median / theirs for other, theirs in medians.items() if other != contender.name},
+            teraflops=workload.operations / median / 1e12 if workload.operations else None,
+            products_milliseconds=1e3 * bare if bare else None,
+            times_products=median / bare if bare else None,
         )
     return rows
 

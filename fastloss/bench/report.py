@@ -56,7 +56,8 @@ def table(workload: Workload, rows: Sequence[Row]) -> RenderableType:
     parts: list[RenderableType] = [Text(_title(workload), style="bold")]
     timed = sorted((row for row in rows if row.timed), key=lambda row: row.milliseconds or 0.0)
     if timed:
-        parts.append(_timed(timed, is_host=workload.op == "host"))
+        is_linear = workload.op == "linear"
+        parts.append(_timed_linear(timed) if is_linear else _timed(timed, is_host=workload.op == "host"))
     rest = Table.grid(padding=(0, 2))
     for row in rows:
         if not row.timed and row.status != "absent":  # those are listed above
@@ -76,6 +77,11 @@ def legend(rows: Sequence[Row], device: torch.device) -> RenderableType:
         "beyond the inputs. ratio: fastloss's time over this contender's, so below 1 fastloss is faster. Everybody "
         "was checked against float64 first; who is wrong has no time."
     )
+    if any(row.op == "linear" and row.timed for row in rows):
+        words += (
+            " linear: Tflop/s counts the operations of three bare products of matrices, which take turns with the "
+            "others; peak: beyond inputs and gradients."
+        )
     if device.type == "cpu" and any(row.op == "sgd" and row.timed for row in rows):
         words += (
             " On a CPU a step of SGD may be above 100 % of a copy: the memory that a copy writes to is "
@@ -104,7 +110,10 @@ def write_json(path: Path | None, device: torch.device, rows: Sequence[Row], *, 
 
 
 def _title(workload: Workload) -> str:
-    n, v = workload.shape
+    n, v, d = workload.shape
+    if workload.op == "linear":
+        size = f"{n} {TIMES} {d} \N{RIGHTWARDS ARROW} {v}"
+        return f"linear, {size}, {workload.dtype_name}: {workload.operations / 1e12:.3g} Tflop must be done"
     parts = [workload.op, f"{n} {TIMES} {v}", workload.dtype_name]
     if workload.op != "sgd":
         parts.append("class probabilities" if workload.soft else "class indices")
@@ -129,4 +138,20 @@ def _timed(rows: Sequence[Row], *, is_host: bool) -> Table:
     copied = rows[0].copy_gigabytes_per_second
     if copied is not None:
         result.add_row("a copy", "", f"{copied:.2f}", "100%", "", "", style="dim")
+    return result
+
+
+def _timed_linear(rows: Sequence[Row]) -> Table:
+    """Those that have a time, and the three products that they took turns with."""
+    result = plain_table("", "contender", "ms", "Tflop/s", "of the products", "peak", "ratio")
+    ours = next((row for row in rows if row.contender == OURS), None)
+    for row in rows:
+        ratio = f"{ours.ratios[row.contender]:.3f}" if ours is not None and row is not ours else ""
+        cells = [row.contender, f"{row.milliseconds:.4f}", f"{row.teraflops or 0.0:.4g}"]
+        cells += [f"{row.times_products or 0.0:.3f}", bytes_in_words(max(0, row.peak_bytes or 0)), ratio]
+        result.add_row(*cells, style="cyan" if row is ours else "")
+    bare = rows[0].products_milliseconds
+    if bare:
+        speed = (rows[0].teraflops or 0.0) * (rows[0].times_products or 0.0)
+        result.add_row("three products", f"{bare:.4f}", f"{speed:.4g}", "1.000", "", "", style="dim")
     return result

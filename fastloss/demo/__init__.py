@@ -6,6 +6,7 @@ Every number it prints or draws is measured in that run. The modules, in the ord
 - :mod:`.measure`: time and memory of one step;
 - :mod:`.data`, :mod:`.training`: the two runs on real scans of digits;
 - :mod:`.loss_at_scale`: the loss alone, at language-model size;
+- :mod:`.language_model`: the two runs on Python's own source, with logits and without;
 - :mod:`.optimizer_step`: SGD's step alone, over the tensors of a ResNet-50;
 - :mod:`.report`, :mod:`.picture`: the tables and the PNG.
 
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .language_model import LanguageModel, Size, size_for, train_language_model
 from .loss_at_scale import Case, LossAtScale, cases_for, compare
 from .optimizer_step import OptimizerStep, compare_steps, width_that_fits
 from .training import Training, train_side_by_side
@@ -54,6 +56,7 @@ class Settings:
     epochs: int = 30
     cases: Sequence[Case] | None = None  # None: what fits this machine
     seconds_a_case: float = 3.0  # of timing; it takes longer where five rounds do
+    language_model: Size | None = None  # None: what takes seconds
     optimizer_width: int | None = None  # None: a ResNet-50's, or the widest that fits this machine
     seconds_of_optimizer: float = 1.5  # of timing
 
@@ -64,6 +67,7 @@ class Outcome:
 
     training: Training
     at_scale: tuple[LossAtScale, ...]
+    language_model: LanguageModel
     optimizer: OptimizerStep
 
 
@@ -85,9 +89,11 @@ def run(settings: Settings) -> Outcome:
     console.print(report.training(training))
     at_scale = _compare(settings, device, console)
     console.print(report.at_scale(at_scale, device))
+    language_model = _train_language_model(settings, device, console)
+    console.print(report.language_model(language_model, device))
     optimizer = _compare_steps(settings, device, console)
     console.print(report.optimizer(optimizer, device))
-    outcome = Outcome(training, at_scale, optimizer)
+    outcome = Outcome(training, at_scale, language_model, optimizer)
     picture.draw(outcome, settings.output, caption=report.machine(device))
     console.print(f"The picture: {settings.output}", highlight=False, markup=False, soft_wrap=True)
     return outcome
@@ -112,6 +118,17 @@ def _compare(settings: Settings, device: torch.device, console: Console) -> tupl
             results.append(compare(case, device, seed=settings.seed, budget=settings.seconds_a_case, tell=done))
             done(1.0)
     return tuple(results)
+
+
+def _train_language_model(settings: Settings, device: torch.device, console: Console) -> LanguageModel:
+    from . import report
+
+    size = settings.language_model or size_for(device)
+    with report.progress(console) as bar:
+        done = functools.partial(
+            _set_share, bar, bar.add_task("a language model, with logits and without", total=1.0)
+        )
+        return train_language_model(device, size=size, seed=settings.seed, tell=done)
 
 
 def _compare_steps(settings: Settings, device: torch.device, console: Console) -> OptimizerStep:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
+from .language_model import CLASSES, LanguageModel
 from .loss_at_scale import TIMES, LossAtScale
 from .optimizer_step import Compared, OptimizerStep
 from .report import tensors_of
@@ -62,13 +63,16 @@ def draw(outcome: Outcome, path: Path, *, caption: str) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(16, 9.2), dpi=120, facecolor="white")
         FigureCanvasAgg(figure)
-        above = figure.add_gridspec(1, 2, left=LEFT, right=RIGHT, top=0.805, bottom=0.54, wspace=0.15)
+        above = figure.add_gridspec(
+            1, 3, left=LEFT, right=RIGHT, top=0.805, bottom=0.54, wspace=0.17, width_ratios=[3.3, 3, 1.9]
+        )
         pairs = [len(outcome.at_scale), len(outcome.at_scale), len(_steps_shown(outcome.optimizer))]
         below = figure.add_gridspec(
             1, 3, left=LEFT, right=RIGHT, top=0.38, bottom=0.115, wspace=0.1, width_ratios=[max(n, 3) for n in pairs]
         )
         _draw_losses(figure.add_subplot(above[0]), outcome.training)
         _draw_held_out(figure.add_subplot(above[1]), outcome.training)
+        _draw_language_model(figure.add_subplot(above[2]), outcome.language_model)
         _draw_times(figure.add_subplot(below[0]), outcome.at_scale)
         _draw_peaks(figure.add_subplot(below[1]), outcome.at_scale)
         _draw_steps(figure.add_subplot(below[2]), outcome.optimizer)
@@ -82,7 +86,7 @@ def _draw_head(figure: Figure) -> None:
     figure.text(
         LEFT,
         0.913,
-        "Above, one small network trained twice from one seed on scans of handwritten digits. "
+        "Above, a small network trained twice from one seed on scans of handwritten digits; right, a language model. "
         "Below, the loss alone at language-model size, and SGD's step alone.",
         fontsize=11.5,
         color=FAINT,
@@ -122,6 +126,17 @@ def _draw_losses(axes: Axes, training: Training) -> None:
         axes,
         f"Training loss: {_difference(training.largest_difference)}",
         "each step's loss; PyTorch's line is drawn broad, fastloss's thin, on top of it",
+    )
+
+
+def _draw_language_model(axes: Axes, result: LanguageModel) -> None:
+    name = f"{result.size.rows} {TIMES} {CLASSES}\nfloat32"
+    _bars(axes, [name], [(result.pytorch.peak_bytes / 1e6, result.fastloss.peak_bytes / 1e6)], _MEGABYTES)
+    axes.set_xlim(-1, 1)
+    title(
+        axes,
+        "A language model's memory",
+        "peak of a step; fastloss holds no logits",
     )
 
 

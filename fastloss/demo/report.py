@@ -17,6 +17,7 @@ from rich.text import Text
 import fastloss
 
 from .. import backend, info
+from .language_model import CLASSES, LanguageModel
 from .loss_at_scale import TIMES, LossAtScale, Timed
 from .optimizer_step import RESNET50_WIDTH, OptimizerStep, resnet50_shapes
 from .training import Training
@@ -25,6 +26,7 @@ __all__ = [
     "at_scale",
     "bytes_in_words",
     "heading",
+    "language_model",
     "machine",
     "optimizer",
     "plain_table",
@@ -92,6 +94,35 @@ def at_scale(results: Sequence[LossAtScale], device: torch.device) -> Renderable
         "Peak: bytes of tensors, beyond the logits and the labels. Ratio: PyTorch's number / fastloss's, so "
         "above 1 is in fastloss's favour. Errors: against float64, relative (of the gradient: the norm of "
         "the difference over the norm)."
+    )
+    return Group("", table, Padding(Text(notes, style="dim"), (0, 0, 1, 0)))
+
+
+def language_model(result: LanguageModel, device: torch.device) -> RenderableType:
+    """Losses, time and memory of the two runs."""
+    a, b, size = result.pytorch, result.fastloss, result.size
+    table = plain_table(
+        f"A language model on {result.text_bytes / 1e6:.1f} MB of Python's own source, on {device.type}",
+        f"{size.rows} tokens {TIMES} {CLASSES} classes a step",
+        "PyTorch",
+        "fastloss",
+        "ratio",
+    )
+    table.add_row("loss of the first step", f"{a.losses[0]:.6f}", f"{b.losses[0]:.6f}", "")
+    table.add_row(f"loss of step {size.steps}", f"{a.losses[-1]:.6f}", f"{b.losses[-1]:.6f}", "")
+    times = a.median_step, b.median_step
+    table.add_row("time of a step", *(f"{each * 1e3:.1f} ms" for each in times), f"{times[0] / times[1]:.2f}x")
+    peaks = a.peak_bytes, b.peak_bytes
+    table.add_row("peak of a step", *map(bytes_in_words, peaks), f"{peaks[0] / peaks[1]:.2f}x")
+    saved = result.saved_bytes
+    words = "saved" if saved >= 0 else "more taken"
+    table.add_row(f"memory {words}", "", bytes_in_words(abs(saved)), f"{abs(saved) / peaks[0]:.0%}")
+    notes = (
+        "PyTorch: F.cross_entropy(F.linear(hidden, head), labels). fastloss: linear_cross_entropy(hidden, head, "
+        "tokens, shift=True), which never holds the logits. A token is a pair of bytes; the head is the embedding. "
+        f"The loss curves differ by {result.largest_difference:.1e} at most. Peak: bytes of tensors beyond the "
+        f"model, its gradients among them. Time: median of {size.steps} steps in turn; "
+        f"others' CPU {result.neighbours:.0%}."
     )
     return Group("", table, Padding(Text(notes, style="dim"), (0, 0, 1, 0)))
 

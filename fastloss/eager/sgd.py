@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import SGDBatch, SGDControls, SGDRule, compute_dtype
+from ..contract import SGDBatch, SGDControls, SGDRule, check_gradients, compute_dtype
 from .rounding import compensated, round_stochastically, true_master, without_infinities
 from .workers import for_each
 
@@ -39,7 +39,7 @@ _NORM_PIECE = 1 << 14
 _NORM_EPSILON = 1e-6
 _ALL = slice(None)
 
-_dtype_of = operator.attrgetter("dtype")
+_bytes_of = operator.attrgetter("nbytes")
 
 
 def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
@@ -85,6 +85,7 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
             _step_small(part.small, grads, rule, clip, first=part.first)
         if part.large is not None:
             _step_large(batch, part.large, grads, rule, clip, first=part.first)
+        check_gradients([batch.params[i] for i in part.pieced], [grads[i] for i in part.pieced])
         for i in part.pieced:
             _step_by_pieces(batch, i, _laid_out_as(batch.params[i], grads[i]), rule, clip, first=part.first)
     for i, flags in batch.begun.items():
@@ -121,6 +122,7 @@ class _Gathered:
     buffers: list[Tensor]  # the single ones of both
     addresses: list[int]  # where those were
     vectors: bool  # all of them have one dimension
+    numels: list[int]  # of the parameters
     flat: dict[tuple[str, torch.dtype], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
     def has_moved(self) -> bool:
@@ -129,6 +131,8 @@ class _Gathered:
 
     def gather(self, tensors: list[Tensor], dtype: torch.dtype, name: str = "grads") -> Tensor:
         """The tensors side by side, in ``dtype``."""
+        if list(map(Tensor.numel, tensors)) != self.numels:
+            check_gradients(self.params, tensors)
         flat, views = self.room(name, dtype)
         with torch.inference_mode():  # costs a fifth less than no_grad
             if self.vectors:
@@ -145,7 +149,7 @@ class _Gathered:
 
     def room(self, name: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         if (name, dtype) not in self.flat:
-            flat = torch.empty(sum(p.numel() for p in self.params), dtype=dtype, device=self.params[0].device)
+            flat = torch.empty(sum(self.numels), dtype=dtype, device=self.params[0].device)
             self.flat[name, dtype] = flat, _views(flat, self.params)
         return self.flat[name, dtype]
 
@@ -160,6 +164,7 @@ class _Listed:
     several: list[Tensor]  # those of both that have more than one dimension
     strides: list[tuple[int, ...]]  # of those
     contiguous: bool  # all of the parameters are
+    nbytes: list[int]  # of the parameters
 
     @staticmethod
     def of(batch: SGDBatch, indices: list[int]) -> _Listed:
@@ -167,7 +172,8 @@ class _Listed:
         momentum = [m for i in indices if (m := batch.momentum[i]) is not None]
         several = [tensor for tensor in params + momentum if tensor.dim() > 1]
         strides = list(map(Tensor.stride, several))
-        return _Listed(indices, params, momentum, several, strides, all(map(Tensor.is_contiguous, params)))
+        contiguous, nbytes = all(map(Tensor.is_contiguous, params)), list(map(_bytes_of, params))
+        return _Listed(indices, params, momentum, several, strides, contiguous, nbytes)
 
     def holds(self) -> bool:
         """Are the tensors laid out as they were?"""
@@ -176,11 +182,11 @@ class _Listed:
     def fitting(self, grads: list[Tensor], share: slice = _ALL) -> list[Tensor]:
         """The gradients of a share of them, as the operator needs them."""
         chosen = grads[share] if len(self.indices) == len(grads) else [grads[i] for i in self.indices[share]]
-        wide = self.params[0].dtype
+        if list(map(_bytes_of, chosen)) != self.nbytes[share]:  # of another dtype, or another shape
+            check_gradients(self.params[share], chosen)
+            chosen = [grad.to(self.params[0].dtype) for grad in chosen]
         if not (self.contiguous and all(map(Tensor.is_contiguous, chosen))):
             chosen = [_laid_out_as(param, grad) for param, grad in zip(self.params[share], chosen, strict=True)]
-        if list(map(_dtype_of, chosen)).count(wide) != len(chosen):
-            chosen = [grad.to(wide) for grad in chosen]
         return chosen
 
 
@@ -260,7 +266,8 @@ def _gathered(batch: SGDBatch, indices: list[int]) -> _Gathered:
     flat = _side_by_side(momentum), _side_by_side(companions)
     buffers = momentum + companions
     addresses = list(map(Tensor.data_ptr, buffers))
-    return _Gathered(indices, params, *flat, buffers, addresses, all(param.dim() == 1 for param in params))
+    vectors, numels = all(param.dim() == 1 for param in params), list(map(Tensor.numel, params))
+    return _Gathered(indices, params, *flat, buffers, addresses, vectors, numels)
 
 
 def _side_by_side(buffers: list[Tensor]) -> Tensor | None:
@@ -438,16 +445,25 @@ def _listed(tensor: Tensor | None) -> list[Tensor]:
 
 
 def _unscale(grads: list[Tensor], grad_scale: Tensor) -> None:
-    unused = torch.zeros((), dtype=torch.float32, device=grad_scale.device)
     of_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     plain = _resolved(grads)
     for grad in plain:
         of_dtype[grad.dtype].append(grad)
     inverse = grad_scale.double().reciprocal().float()
     for some in of_dtype.values():
-        torch._amp_foreach_non_finite_check_and_unscale_(some, unused, inverse)
+        multiply(some, inverse)
     if plain is not grads:
         torch._foreach_copy_(grads, plain)
+
+
+def multiply(grads: list[Tensor], factor: Tensor) -> None:
+    """g ← g · factor, of one dtype and device, in float32 (float64 in its own) and rounded once."""
+    if grads[0].dtype == torch.bfloat16 and not grads[0].is_cpu:  # torch's operator for it takes none on a GPU
+        for grad in grads:
+            grad.copy_(grad.float().mul_(factor))
+        return
+    unused = torch.zeros((), dtype=torch.float32, device=factor.device)
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, unused, factor)
 
 
 def _clip_factor(controls: SGDControls) -> float:

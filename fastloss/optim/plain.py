@@ -19,6 +19,7 @@ from ..eager.rounding import (
     true_master,
     without_infinities,
 )
+from ..eager.sgd import multiply
 
 __all__ = ["norm", "step", "unscale"]
 
@@ -40,8 +41,7 @@ def unscale(grad: Tensor, grad_scale: Tensor) -> None:
     values = grad._values() if grad.is_sparse else grad
     values = torch.view_as_real(values) if values.is_complex() else values
     inverse = grad_scale.double().reciprocal().float().to(values.device)
-    unused = torch.zeros((), dtype=torch.float32, device=values.device)
-    torch._amp_foreach_non_finite_check_and_unscale_([values], unused, inverse)
+    multiply([values], inverse)
 
 
 def step(

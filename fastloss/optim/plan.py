@@ -34,6 +34,7 @@ _MOST_DIMENSIONS = 6
 SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _gradient_of = operator.attrgetter("grad")
 _layout_of = operator.attrgetter("layout")
+_dtype_of = operator.attrgetter("dtype")
 _address_of = torch.Tensor.data_ptr
 _HAVE_MEMORY = {Tensor, torch.nn.Parameter, type(None)}
 # What `.data =` can change without a change of address, as far as a backend does not look itself: the kernels' tables
@@ -76,6 +77,8 @@ class Plan:
     holders: list[dict[str, Any]] = field(default_factory=list)  # states[i][keys[i]] is kept[i]
     keys: list[str] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
+    companions: list[Tensor] = field(default_factory=list)  # of those, all but the momentum
+    dtypes: list[torch.dtype] = field(default_factory=list)  # of the companions
     stored: list[Tensor] = field(default_factory=list)  # parameters whose memory is stepped
     addresses: list[int] = field(default_factory=list)
     forms: list[list[Any]] = field(default_factory=list)  # of those, see _FORMS_OF
@@ -85,6 +88,9 @@ class Plan:
         self.holders.append(state)
         self.keys.append(key)
         self.kept.append(state[key])
+        if key != "momentum_buffer":  # which the backends take in any dtype
+            self.companions.append(state[key])
+            self.dtypes.append(state[key].dtype)
 
     def remember(self, states: Iterable[dict[str, Any]]) -> None:
         """The plan is complete."""
@@ -108,6 +114,7 @@ class Plan:
                 and _identical(chain.from_iterable(group["params"] for group in groups), self.params)
                 and _identical(states, self.states)
                 and _identical(map(operator.getitem, self.holders, self.keys), self.kept)
+                and list(map(_dtype_of, self.companions)) == self.dtypes
                 and list(map(_address_of, self.stored)) == self.addresses
                 and self._forms() == self.forms
                 and all(local(self.params[i]) is shard for i, shard in self.sharded.items())

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .. import backend as backends
-from ..contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule
+from ..contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
 from . import plain
 from .checkpoint import check_loaded, restore_dtypes
 from .plan import (
@@ -173,9 +173,9 @@ class SGD(Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The norm of all gradients, unscaled and before clipping, at the last step with ``max_norm``.
+        """The norm of all gradients, unscaled and before clipping, at the last step.
 
-        ``()`` float32 on the device; None if there was no such step.
+        ``()`` float32 on the device; None if that step had no ``max_norm`` or no gradients, or there was none yet.
         """
         squares = self._clipped["squares"]
         return None if squares is None else _norm(squares, self._clipped["scale"]).float()
@@ -210,7 +210,11 @@ class SGD(Optimizer):
             self._step_plainly(plan, i, grads[i], rules, controls)
         if self._begun and found_inf is None and not _capturing():
             for batch in plan.batches:
-                with_momentum = [i for i in batch.tensors.begun if batch.tensors.momentum[i] is not None]
+                with_momentum = [
+                    i
+                    for i in batch.tensors.begun
+                    if batch.tensors.momentum[i] is not None and _on_host(rules[batch.tensors.rules[i]].momentum)
+                ]
                 for i in with_momentum:
                     del self._begun[plan.params[batch.indices[i]]]
                 if with_momentum:
@@ -251,15 +255,16 @@ class SGD(Optimizer):
             self._settle(list(self._begun))
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if not grads or (found_inf is not None and found_inf.item() != 0):
-            return
         max_norm = self._max_norm()
+        self._clipped["squares"], self._clipped["scale"] = None, None
         clip = None
-        if max_norm is not None:
+        if grads and max_norm is not None:
             norms = torch.stack([plain.norm(grad).to(grads[0].device) for grad in grads])
             norm = torch.linalg.vector_norm(norms)
             self._clipped["squares"], self._clipped["scale"] = norm.detach().square(), scale
             clip = _clip_factor(norm if scale is None else norm / scale.to(norm.device), max_norm)
+        if found_inf is not None and found_inf.item() != 0:
+            return
         if scale is not None:
             with torch.no_grad():
                 for grad in grads:
@@ -317,11 +322,8 @@ class SGD(Optimizer):
                 continue
             stored = local(param) if is_sharded(param) else param
             grad = param.grad
-            if grad is not None and grad.shape != param.shape:  # .data= lets that pass
-                raise RuntimeError(
-                    f"fastloss.SGD: a parameter of shape {tuple(param.shape)} has a gradient of shape "
-                    f"{tuple(grad.shape)}; expected its own shape"
-                )
+            if grad is not None:
+                check_gradients([param], [grad])
             if param in seen:
                 plan.repeated.add(i)
                 twice.add(param)
@@ -383,7 +385,7 @@ class SGD(Optimizer):
                 # Nobody knows yet whether the buffer begins with this step. (Without dampening and overflows it does
                 # not matter: μ · 0 + g is g.)
                 flags = -(-stored.numel() // FLAG_ELEMENTS)
-                begun = torch.zeros(flags, dtype=torch.uint8, device=stored.device)
+                begun = torch.zeros(max(1, flags), dtype=torch.uint8, device=stored.device)
                 self._begun[param] = begun, state[key]
         buffer: Tensor = state[key]
         if isinstance(buffer, Tensor) and buffer.layout != torch.strided:
@@ -406,7 +408,7 @@ class SGD(Optimizer):
                 "max_norm must be the same in all parameter groups, whose gradients are clipped together; got "
                 + ", ".join(map(str, values))
             )
-        value: float | None = values.pop()
+        value: float | None = values.pop() if values else None  # a program may take all groups away for a while
         return value
 
     def _forget(self) -> None:
@@ -452,14 +454,18 @@ class SGD(Optimizer):
                 _check({**ours, **theirs})
             final.update(loaded)
 
-        hook = self.register_load_state_dict_pre_hook(check)  # the last of them sees what will be loaded
+        def restore(_: Optimizer) -> None:
+            for group, ours, theirs in zip(self.param_groups, before, final["param_groups"], strict=True):
+                group.update((name, ours[name]) for name in self.defaults if name not in theirs)
+            restore_dtypes(self, final)
+
+        # The last hook before the load sees what will be loaded; the others after it see what was, and may change it.
+        hooks = self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(restore, True)
         try:
             super().load_state_dict(state_dict)
         finally:
-            hook.remove()
-        for group, ours, theirs in zip(self.param_groups, before, final["param_groups"], strict=True):
-            group.update((name, ours[name]) for name in self.defaults if name not in theirs)
-        restore_dtypes(self, final)
+            for hook in hooks:
+                hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle(list(self._begun))
@@ -544,12 +550,16 @@ def _rule(group: dict[str, Any]) -> SGDRule:
 
 def _has_momentum(momentum: float | Tensor) -> bool:
     """As torch asks it; of a number on a GPU, which the host would have to wait for, the kernels ask it again."""
-    return bool(momentum != 0) if not isinstance(momentum, Tensor) or momentum.device.type == "cpu" else True
+    return bool(momentum != 0) if _on_host(momentum) else True
+
+
+def _on_host(value: float | Tensor) -> bool:
+    return not isinstance(value, Tensor) or value.device.type == "cpu"
 
 
 def _read(rule: SGDRule) -> SGDRule:
     """A rule whose tensors on the CPU are numbers."""
-    values: list[Any] = [v.item() if isinstance(v, Tensor) and v.device.type == "cpu" else v for v in rule]
+    values: list[Any] = [v.item() if isinstance(v, Tensor) and _on_host(v) else v for v in rule]
     return SGDRule(*values)
 
 

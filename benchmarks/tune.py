@@ -1,0 +1,284 @@
+"""Which tiles are fastest on this GPU: ``python -m benchmarks.tune``.
+
+``kernels/launch.py`` chooses tiles by arithmetic, never by trial. This is where its numbers are looked for: each form of
+the loss kernels is run with many tile shapes, warps, stages and programs a processor, and the table gives each one's
+bandwidth beside the one that is chosen today and beside a copy. Compilation, most of the work, is shared out to
+processes of their own, which fill Triton's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastloss import backend as backends
+from fastloss.contract import LossOptions
+
+from .measure import by_events, header
+
+FORMS = {
+    "gradient": (True, ()),
+    "gradient+accuracy": (True, (1, 5)),
+    "forward": (False, ()),
+    "accuracy": (False, (1, 5)),
+}
+LONG = (32000, 128256, 262144, 50257)
+SHORT = ((4096, 1000), (65536, 1024), (32768, 8192))
+
+
+class Choice(NamedTuple):
+    """A way to cut up the rows."""
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int = 1
+    registers: int = 0
+    looped: bool = True
+
+    def __str__(self) -> str:
+        kind = f"{'loop' if self.looped else 'tile'} s{self.stages}"
+        limit = f" {self.registers} registers" if self.registers else ""
+        return f"{kind} {self.rows}x{self.cols} w{self.warps}{limit}"
+
+
+LOOPED = [
+    Choice(1, cols, warps, stages)
+    for cols, warps, stages in ((4096, 4, 3), (4096, 8, 3), (8192, 16, 3), (16384, 32, 1), (16384, 32, 3))
+]
+SHARED = [
+    Choice(1, cols, warps, stages, registers, looped=False)
+    for cols, warps, registers, *of in (
+        (32768, 16, 128, 1, 2, 3),
+        (16384, 8, 128, 1, 2, 3),
+        (8192, 4, 128, 2),
+        (32768, 32, 64, 2),
+        (16384, 16, 128, 2, 3),
+    )
+    for stages in of
+]
+ODD = [
+    Choice(1, cols, warps, stages, registers, looped=False)
+    for cols, warps, registers, stages in (
+        (8192, 8, 128, 1),
+        (8192, 8, 128, 2),
+        (16384, 16, 128, 2),
+        (32768, 32, 64, 2),
+    )
+]
+RESIDENT = (1, 2, 3, 4, 6, 8)
+
+
+def whole(classes: int) -> list[Choice]:
+    """Choices for rows that are held whole."""
+    cols = max(16, 1 << (classes - 1).bit_length())
+    found = []
+    for elements in (2048, 4096, 8192):
+        rows = max(1, min(64, elements // cols))
+        for per_thread, stages in ((16, 1), (32, 1), (64, 1), (64, 2)):
+            warps = rows * cols // (32 * per_thread)
+            choice = Choice(rows, cols, warps, stages, 128 if per_thread == 64 else 0, looped=False)
+            if choice not in found and warps:
+                found.append(choice)
+    return found
+
+
+def _loss_kernels() -> Any:
+    backends.load("triton")
+    return sys.modules["fastloss.kernels.cross_entropy"]
+
+
+def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, resident: int = 1) -> Callable[[], Any]:
+    """A call with tiles as chosen; None: as the package chooses."""
+    module = _loss_kernels()
+    gradient, ks = FORMS[form]
+    options = LossOptions(-100, 0.0, "mean", 0.0, None, ks)
+    plan, power_of_2 = sys.modules["fastloss.kernels.launch"].plan, sys.modules["fastloss.kernels.launch"].power_of_2
+
+    def chosen(x: Tensor, result: Tensor | None = None) -> Any:
+        tiles = plan(x, result)
+        if choice is None:
+            return tiles
+        number = -(-x.shape[0] // choice.rows)
+        shifted = not choice.looped and choice.rows == 1 and bool(x.shape[1] % 8)
+        vec = 16 // x.element_size() if shifted else tiles.vec
+        parts = -(-(x.shape[1] + 7 * shifted) // choice.cols)
+        split = 1 if choice.looped else power_of_2(parts)
+        programs = torch.cuda.get_device_properties(0).multi_processor_count * resident
+        grid = max(split, min(number * split, programs // split * split))
+        return tiles._replace(
+            **choice._asdict(), number=number, split=split, shifted=shifted, vec=vec, grid=grid, all_registers=False
+        )
+
+    def call() -> Any:
+        module.plan, least = chosen, module.power_of_2
+        module.power_of_2 = lambda n: 2048 if n > 16 else least(n)  # of the grid: else each would be compiled anew
+        try:
+            return module.cross_entropy_forward(
+                logits[:, :, None], target, None, options, loss_dtype=logits.dtype, gradient=gradient, inplace=False
+            )
+        finally:
+            module.plan, module.power_of_2 = plan, least
+
+    return call
+
+
+def problems(only: list[str]) -> Iterator[tuple[str, tuple[int, int], list[Choice]]]:
+    """Form, shape, and what is tried."""
+    for form in only or FORMS:
+        for classes in LONG:
+            rows = (1 << 28) // classes // 64 * 64 + 64
+            yield (
+                form,
+                (rows, classes),
+                ODD if classes % 8 else LOOPED + (SHARED if form.startswith("gradient") else []),
+            )
+        for shape in SHORT:
+            if form == "gradient+accuracy":
+                yield form, shape, whole(shape[1])
+
+
+def compile_share(share: int, of: int, only: list[str]) -> None:
+    """Every so many'th choice, once, on few rows."""
+    todo = []
+    for form, (rows, classes), choices in problems(only):
+        if classes in LONG and classes % 8 == 0 and classes != 32000:
+            choices = [choice for choice in choices if not choice.looped]  # the others are compiled alike
+        few = min(rows, 2304)
+        todo += [(form, few, classes, choice) for choice in [None, *choices]]
+    cache: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for form, rows, classes, choice in todo[share::of]:
+        if (rows, classes) not in cache:
+            cache.clear()
+            cache[rows, classes] = make(rows, classes)
+        try:
+            run(*cache[rows, classes], form, choice)()
+        except Exception as error:
+            print(f"{form} {classes} {choice}: {type(error).__name__}", file=sys.stderr)
+
+
+def make(rows: int, classes: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(rows, classes, device="cuda", dtype=torch.bfloat16, generator=generator) * 3
+    return logits, torch.randint(classes, (rows,), device="cuda", generator=generator)
+
+
+def off_by(mine: Tensor, right: Tensor) -> str:
+    """Words where two gradients differ."""
+    few = slice(None, None, max(1, len(mine) // 64))
+    off = float((mine[few].float() - right[few].float()).abs().max()) / max(
+        float(right[few].float().abs().max()), 1e-30
+    )
+    return "" if off < 0.01 else f" GRADIENT WRONG by {off:.3g}"
+
+
+def by_graph(call: Callable[[], Any], block: int) -> float:
+    """The seconds that a GPU takes for a call when the host does not hold it up."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(block):
+            call()
+    graph.replay()
+    return min(by_events(graph.replay, 1) for _ in range(3)) / block
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
+    parser.add_argument("--form", action="append", choices=tuple(FORMS), default=[])
+    parser.add_argument("--output", type=Path, help="JSON lines")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of timing, after compilation (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks.tune: needs a GPU, and torch finds none", file=sys.stderr)
+        return 2
+    if options.share:
+        compile_share(*options.share, options.form)
+        return 0
+    start = time.perf_counter()
+    forms = [text for form in options.form for text in ("--form", form)]
+    command = [sys.executable, "-m", "benchmarks.tune", *forms, "--share"]
+    workers = [subprocess.Popen([*command, str(i), str(options.workers)]) for i in range(options.workers)]
+    for worker in workers:
+        worker.wait()
+    print(header(torch.cuda.get_device_name()), f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    found = []
+    end = time.perf_counter() + options.seconds
+    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
+    sink = torch.empty_like(source)
+    for form, (rows, classes), choices in problems(options.form):
+        if time.perf_counter() > end:
+            print("out of time", flush=True)
+            break
+        logits, target = make(rows, classes)
+        bytes_moved = logits.nbytes * (2 if form.startswith("gradient") else 1)
+        copied = min(by_events(lambda: sink.copy_(source), 5) for _ in range(3))
+        copy = 2 * source.nbytes / copied
+        long = classes in LONG
+        exact = run(logits, target, form, None)()
+        results: list[tuple[float, str]] = []
+        for choice, resident in [(None, 0), *itertools.product(choices, RESIDENT if long else (4, 8, 16))]:
+            if choice and resident * choice.warps * 32 * max(choice.registers, 32) > 65536:
+                continue
+            try:
+                call = run(logits, target, form, choice, resident)
+                mine = call()
+                wrong = "" if mine.gradient is None else off_by(mine.gradient, exact.gradient)
+                off = abs(float(mine.loss) - float(exact.loss))
+                bad = wrong or ("" if off < 0.05 else f" WRONG by {off:.3g}")
+                del mine
+                seconds = by_graph(call, 6 if long else 20)
+            except Exception as error:
+                results.append((float("inf"), f"{choice} {resident} {type(error).__name__}: {str(error)[:80]}"))
+                continue
+            words = "as it is" if choice is None else f"{choice}, {resident} a processor"
+            share = bytes_moved / seconds / copy
+            results.append(
+                (seconds, f"{words}: {1e3 * seconds:.4f} ms {bytes_moved / seconds / 1e9:.0f} GB/s {share:.3f}{bad}")
+            )
+            found.append(
+                {
+                    "form": form,
+                    "rows": rows,
+                    "classes": classes,
+                    "choice": words,
+                    "ms": 1e3 * seconds,
+                    "share": share,
+                    "copy": copy / 1e9,
+                }
+            )
+        now = results[0]
+        results.sort()
+        print(
+            f"{form} {rows}x{classes} copy {copy / 1e9:.0f}; now {now[1]}",
+            *(f"  {text}" for _, text in results[:8]),
+            sep="\n",
+            flush=True,
+        )
+        if options.output:
+            options.output.write_text("\n".join(map(json.dumps, found)) + "\n")
+        del logits, target, exact
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""What the forms of the cross-entropy kernel say of a row: its loss, its gradient, and how a launch's rows add up.
+
+The formula and its names are in ``fastloss/eager/cross_entropy.py``; what a row is, in ``rows.py``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .rows import add_up_counts, labels, last_to_end
+
+
+@triton.jit
+def weigh_rows(
+    target_ptr,
+    weight_ptr,
+    first,
+    end,
+    classes,
+    ignore_index,
+    HAS_WEIGHT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in tl.range(first, end, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        _, _, weight = labels(target_ptr, row, row < end, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
+        total += weight.to(tl.float64)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def scale_of_mean(
+    target_ptr,
+    weight_ptr,
+    weighed_ptr,
+    rows,
+    classes,
+    ignore_index,
+    N_WEIGHED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """1 / Σ w_y, from the parts of ``_weigh_kernel`` or, for few rows, from the labels themselves."""
+    if N_WEIGHED > 0:
+        part = tl.arange(0, N_WEIGHED)
+        total = tl.sum(tl.load(weighed_ptr + part).to(tl.float64), axis=0)
+    else:
+        total = weigh_rows(target_ptr, weight_ptr, 0, rows, classes, ignore_index, HAS_WEIGHT, ACC, BLOCK)
+    return 1.0 / total
+
+
+@triton.jit
+def slope(
+    p,  # (ROWS, COLS): softmax
+    dz,  # (ROWS, COLS): ∂z/∂x = 1 − tanh²(x / softcap), if SOFTCAP
+    cols,
+    start,  # the first of them
+    label,
+    level,  # A, times the scale
+    hit,  # w_y (1−ε), times the scale
+    spread,  # ε/C, times the scale
+    weight_ptr,
+    col_mask,
+    HAS_WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """∂L/∂x = (p A − [c = y] w_y (1−ε) − ε/C w_c) ∂z/∂x."""
+    g = p * level[:, None]
+    at = tl.max(label, axis=0)
+    if p.shape[0] > 1:
+        g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
+    elif (at >= start) & (at < start + p.shape[1]):  # of a single row's blocks one holds the label
+        g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
+    if SMOOTHING:
+        if HAS_WEIGHT:
+            w = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(p.dtype)
+            g -= spread[:, None] * w[None, :]
+        else:
+            g -= spread[:, None]
+    if SOFTCAP:
+        g *= dz
+    return g
+
+
+@triton.jit
+def row_results(
+    s,  # Σ exp(z − m)
+    m,  # the row's maximum
+    z_label,
+    wz,  # Σ_c w_c (z_c − r), if SMOOTHING
+    r,  # a number near the row's logits
+    w_total,  # W
+    weight,  # w_y
+    counted,
+    eps,
+    z_scale,
+    classes,
+    SMOOTHING: tl.constexpr,
+):
+    """Each row's loss, and A, w_y (1−ε) and ε/C before any scale. In float64: rows are few beside logits.
+
+    lse − z_y and lse − r are small where m, z_y and r are large alike: they are taken from differences.
+    """
+    log_s, m, r, z_label = tl.log(s).to(tl.float64), m.to(tl.float64), r.to(tl.float64), z_label.to(tl.float64)
+    weight, wz, w_total = weight.to(tl.float64), wz.to(tl.float64), w_total.to(tl.float64)
+    lse = log_s + m
+    hit = weight * (1.0 - eps)
+    loss = hit * (log_s + (m - z_label)) + weight * z_scale * lse * lse
+    level = hit + 2.0 * z_scale * weight * lse
+    spread = eps / classes + weight * 0.0
+    if SMOOTHING:
+        loss += spread * (w_total * (log_s + (m - r)) - wz)
+        level += spread * w_total
+    return tl.where(counted, loss, 0.0), level, hit, spread
+
+
+@triton.jit
+def end_launch(
+    loss_ptr,
+    right_ptr,
+    scale_ptr,
+    sums_ptr,
+    counts_ptr,
+    counter_ptr,
+    loss_sum,
+    weight_sum,
+    counted_sum,
+    right_sum,  # (K_PAD,)
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    MEAN: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Store what this program's rows add up to; the last program adds up the programs, in their order."""
+    program = tl.program_id(0)
+    tl.store(sums_ptr + program * 2, loss_sum)
+    tl.store(sums_ptr + program * 2 + 1, weight_sum)
+    if K > 0:
+        tl.store(counts_ptr + program * (1 + K_PAD), counted_sum)
+        tl.store(counts_ptr + program * (1 + K_PAD) + 1 + tl.arange(0, K_PAD), right_sum)
+    if last_to_end(counter_ptr):
+        tl.store(counter_ptr, 0)
+        index = tl.arange(0, G_PAD)
+        there = index < tl.num_programs(0)
+        loss = tl.sum(tl.load(sums_ptr + index * 2, mask=there, other=0.0, cache_modifier=".cg"), axis=0)
+        if MEAN:
+            weights = tl.load(sums_ptr + index * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+            total = tl.sum(weights, axis=0)
+            loss = tl.where(total == 0.0, float("nan"), loss / total)
+            tl.store(scale_ptr, 1.0 / total)
+        tl.store(loss_ptr, loss.to(ACC))
+        if K > 0:
+            add_up_counts(counts_ptr, right_ptr, K, K_PAD, G_PAD, MEAN)
+
+
+@triton.jit
+def sum_of_weights(weight_ptr, classes, ACC: tl.constexpr, COLS: tl.constexpr):
+    """W, the sum of the class weights."""
+    total = tl.zeros([COLS], ACC)
+    for start in tl.range(0, classes, COLS):
+        cols = start + tl.arange(0, COLS)
+        total += tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)
+    return tl.sum(total, axis=0)
