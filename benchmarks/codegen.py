@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastloss.contract import LossOptions, SGDBatch, SGDControls, SGDRule
+from fastloss.contract import LabelElsewhere, LossOptions, SGDBatch, SGDControls, SGDRule
 
 from .sass import Loop, hot_loops
 
@@ -240,6 +240,10 @@ STATISTICS = {
     "statistics-every": LossOptions(),
     "statistics-every+weight+smoothing+softcap": LossOptions(label_smoothing=0.1, softcap=30.0),
 }
+SHARDS = {
+    "shard": LossOptions(),
+    "shard-weight+smoothing+softcap": LossOptions(label_smoothing=0.1, softcap=30.0),
+}
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -358,6 +362,38 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield (
                 f"{shape_name} {dtype_name} {form} backward",
                 partial(kernels.row_statistics_backward, upstreams, logits, target, weight, options, row, row),
+            )
+
+        # What a shard of the classes is visited for.
+        row = meta(target.numel(), dtype=torch.float64)
+        elsewhere = LabelElsewhere(row, target, 5)
+        yield f"{shape_name} {dtype_name} shard ranks", partial(kernels.label_ranks, logits, elsewhere)
+        for form, options in SHARDS.items():
+            weight = meta(shape[1], dtype=dtype) if "weight" in form else None
+            yield (
+                f"{shape_name} {dtype_name} {form} forward",
+                partial(
+                    kernels.row_statistics_forward,
+                    *(logits, target, weight, options),
+                    entropy=False,
+                    predicted=False,
+                    every_row=False,
+                    ranked=elsewhere,
+                ),
+            )
+            yield (
+                f"{shape_name} {dtype_name} {form} soft forward",
+                partial(kernels.soft_statistics_forward, logits, logits, weight, options, ranked=elsewhere),
+            )
+            upstreams = (row, row, None, row if options.label_smoothing else None)
+            yield (
+                f"{shape_name} {dtype_name} {form} soft backward",
+                partial(
+                    kernels.soft_statistics_backward,
+                    *(upstreams, logits, logits, weight, options, row, row),
+                    gradient=True,
+                    target_gradient=False,
+                ),
             )
 
 

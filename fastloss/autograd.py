@@ -42,8 +42,12 @@ def fused_cross_entropy(
     backend: Backend,
     loss_dtype: torch.dtype,
     inplace: bool,
+    divisor: Tensor | float | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss (with a graph where ``input`` needs one) and the accuracies, all as ``()`` or ``(rows,)``.
+
+    ``divisor`` goes with reduction "sum": loss and gradient, not the accuracies, are divided by it. So these rows
+    give their part of a mean over more rows than they are. It is ``()`` in float64; beside a soft target a float.
 
     ``input`` is ``(C,)`` or ``(N, C, …)``; ``target``, unless it is soft and shaped like ``input``, and what comes
     back "a row" are flat.
@@ -51,7 +55,7 @@ def fused_cross_entropy(
     soft = target.is_floating_point()
     if not ((input.requires_grad or target.requires_grad) and torch.is_grad_enabled()):
         if soft:
-            return backend.soft_cross_entropy_forward(
+            loss = backend.soft_cross_entropy_forward(
                 as_rows(input),
                 as_rows(target),
                 weight,
@@ -60,11 +64,12 @@ def fused_cross_entropy(
                 gradient=False,
                 target_gradient=False,
                 inplace=False,
-            ).loss, ()
+            ).loss
+            return _divided(loss, divisor), ()
         result = backend.cross_entropy_forward(
             as_rows(input), target, weight, options, loss_dtype=loss_dtype, gradient=False, inplace=False
         )
-        return result.loss, result.accuracy
+        return _divided(result.loss, divisor), result.accuracy
     base = input._base if input._is_view() else None
     if (
         inplace
@@ -76,8 +81,12 @@ def fused_cross_entropy(
             "view of one; pass the output of an operation, or inplace=False"
         )
     function = _SoftCrossEntropy if soft else _CrossEntropy
-    loss, _, *accuracy = function.apply(input, target, weight, options, backend, loss_dtype, inplace)
+    loss, _, *accuracy = function.apply(input, target, weight, options, backend, loss_dtype, inplace, divisor)
     return loss, tuple(accuracy)
+
+
+def _divided(loss: Tensor, divisor: Tensor | float | None) -> Tensor:
+    return loss if divisor is None else (loss / divisor).to(loss.dtype)
 
 
 def as_rows(input: Tensor) -> Tensor:
@@ -103,6 +112,7 @@ class _CrossEntropy(Function):
         backend: Backend,
         loss_dtype: torch.dtype,
         inplace: bool,
+        divisor: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         logits = as_rows(input)
         # Where the view had to be a copy, the logits' own memory stays as it is.
@@ -114,8 +124,14 @@ class _CrossEntropy(Function):
         hides_softmax = options.softcap is not None or options.lse_square_scale != 0
         ctx.from_logits = not written or (hides_softmax and not inplace)
         result = backend.cross_entropy_forward(
-            logits, target, weight, options, loss_dtype=loss_dtype, gradient=written, inplace=inplace and written
+            *(logits, target, weight, options),
+            loss_dtype=loss_dtype,
+            gradient=written,
+            inplace=inplace and written,
+            divisor=divisor if written else None,
         )
+        loss, ctx.divisor = _divided(result.loss, divisor), divisor
+        scale = result.scale if divisor is None else divisor.reciprocal()
         ctx.mark_non_differentiable(*result.accuracy)
         ctx.written = written
         gradient = None if result.gradient is None else result.gradient.view(input.shape)
@@ -123,17 +139,15 @@ class _CrossEntropy(Function):
             torch.autograd.graph.increment_version(input)
             # An alias of the input shares its version: whoever writes over the gradient is found out.
             ctx.save_for_backward(input.detach())
-            return (result.loss, None, *result.accuracy)
-        ctx.save_for_backward(
-            input if ctx.from_logits else None, target, weight, gradient, result.scale, *result.saved
-        )
-        return (result.loss, gradient, *result.accuracy)
+            return (loss, None, *result.accuracy)
+        ctx.save_for_backward(input if ctx.from_logits else None, target, weight, gradient, scale, *result.saved)
+        return (loss, gradient, *result.accuracy)
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
         of_loss, of_gradient = upstreams[:2]
         differentiable = is_differentiable(upstreams[:2])
-        nothing = (None,) * 6
+        nothing = (None,) * 7
         if ctx.inplace and ctx.written:
             _refuse_second_derivative(upstreams[:2])
             return (*_handed_over(ctx, ctx.saved_tensors, of_loss), *nothing)
@@ -145,7 +159,7 @@ class _CrossEntropy(Function):
             if of_loss is None:
                 return (None, *nothing)
             result = ctx.backend.cross_entropy_backward(
-                of_loss,
+                of_loss if ctx.divisor is None else of_loss / ctx.divisor,
                 as_rows(input),
                 target,
                 weight,
@@ -184,6 +198,7 @@ class _SoftCrossEntropy(Function):
         backend: Backend,
         loss_dtype: torch.dtype,
         inplace: bool,
+        divisor: float | None,
     ) -> tuple[Tensor | None, ...]:
         of_input, of_target = ctx.needs_input_grad[:2]
         logits, soft = as_rows(input), as_rows(target)
@@ -203,22 +218,24 @@ class _SoftCrossEntropy(Function):
             gradient=ctx.written and of_input,
             target_gradient=ctx.written and of_target,
             inplace=overwrites,
+            divisor=1.0 if divisor is None else divisor,
         )
+        loss, ctx.divisor = _divided(result.loss, divisor), divisor
         gradient = None if result.gradient is None else result.gradient.view(input.shape)
         target_gradient = None if result.target_gradient is None else result.target_gradient.view(target.shape)
         if overwrites:
             torch.autograd.graph.increment_version(input)
             ctx.save_for_backward(input.detach(), target_gradient)
-            return result.loss, None
+            return loss, None
         ctx.save_for_backward(
             input if ctx.from_logits else None, target, weight, gradient, target_gradient, *result.saved
         )
-        return result.loss, gradient
+        return loss, gradient
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
         of_loss, of_gradient = upstreams
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         if ctx.inplace and ctx.written:
             _refuse_second_derivative(upstreams)
             return (*_handed_over(ctx, ctx.saved_tensors, of_loss), *nothing)
@@ -232,7 +249,7 @@ class _SoftCrossEntropy(Function):
             of_input, of_target = ctx.needs_input_grad[:2]
             inplace = ctx.inplace and not graph_is_kept()
             g, d = ctx.backend.soft_cross_entropy_backward(
-                of_loss,
+                of_loss if ctx.divisor is None else of_loss / ctx.divisor,
                 as_rows(input),
                 as_rows(target),
                 weight,
@@ -252,7 +269,7 @@ class _SoftCrossEntropy(Function):
         if differentiable or of_gradient is not None:
             total = None if of_loss is None else gradient * of_loss
             if of_gradient is not None:
-                second = _second(gradient, of_gradient, *_soft_slopes(gradient, target, weight, ctx.options))
+                second = _second(gradient, of_gradient, *_soft_slopes(gradient, target, weight, ctx))
                 total = second if total is None else total + second
             return (total, None, *nothing)
         return (*_handed_over(ctx, (gradient, target_gradient), of_loss), *nothing)
@@ -302,18 +319,16 @@ def _hard_slopes(
     return hit + spread * w.sum(), b, s
 
 
-def _soft_slopes(
-    gradient: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
-) -> tuple[Tensor, Tensor, Tensor]:
+def _soft_slopes(gradient: Tensor, target: Tensor, weight: Tensor | None, ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The same of soft targets: b_c = w_c u_c, and A their sum."""
     dtype = compute_dtype(gradient.dtype)
     b = as_rows(target).to(dtype)
     outer, classes, inner = b.shape
-    eps = options.label_smoothing
+    eps = ctx.options.label_smoothing
     b = b * (1 - eps) + eps / classes
     if weight is not None:
         b = b * weight.to(dtype).view(1, -1, 1)
-    s = 1.0 / (outer * inner) if options.reduction == "mean" else 1.0
+    s = 1.0 / (outer * inner) if ctx.options.reduction == "mean" else 1.0 / (ctx.divisor or 1.0)
     return b.sum(1, keepdim=True), b, torch.full((), s, dtype=dtype, device=gradient.device)
 
 
@@ -350,6 +365,7 @@ def _differentiable_gradients(
         elif input.dim() == 1:
             labels = target.view(())
         loss = composite.cross_entropy(rows, labels, None if weight is None else weight.to(dtype), ctx.options)
+        upstream = upstream if ctx.divisor is None else upstream / ctx.divisor
         results = iter(
             torch.autograd.grad(loss, wanted, upstream.to(loss.dtype).view(loss.shape), create_graph=create_graph)
         )

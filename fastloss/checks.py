@@ -17,8 +17,11 @@ __all__ = [
     "check_index_target",
     "check_labels",
     "check_logits",
+    "check_no_gradient",
     "check_soft_target",
     "check_switches",
+    "check_weight",
+    "check_weight_dtype",
     "checked_options",
     "checked_topk",
     "is_autocast",
@@ -110,9 +113,13 @@ def check_index_target(input: Tensor, target: object, weight: object) -> None:
             f"for an input of shape {tuple(input.shape)}"
         )
     _check_beside(input, target, weight)
-    if weight is None:
+    check_weight_dtype(input, weight)
+
+
+def check_weight_dtype(input: Tensor, weight: object) -> None:
+    """Class weights of labels: a dtype that fits ``input``, and no gradient."""
+    if not isinstance(weight, Tensor):
         return
-    assert isinstance(weight, Tensor)
     fitting = {input.dtype, torch.float32} if input.dtype.itemsize == 2 else {input.dtype}
     if is_autocast(input) and torch.float64 not in fitting:
         fitting = {torch.float16, torch.bfloat16, torch.float32}
@@ -120,6 +127,14 @@ def check_index_target(input: Tensor, target: object, weight: object) -> None:
         raise RuntimeError(f"fastloss: weight has dtype {weight.dtype}; expected {input.dtype}, as input has")
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("fastloss: weight requires grad, and the loss is not differentiable in it; detach it")
+
+
+def check_no_gradient(weight: object) -> None:
+    """Class weights of a loss over several ranks."""
+    if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "fastloss: weight requires grad, and over several ranks the loss is not differentiable in it; detach it"
+        )
 
 
 def check_soft_target(input: Tensor, target: Tensor, weight: object, ignore_index: int) -> None:
@@ -139,9 +154,14 @@ def check_soft_target(input: Tensor, target: Tensor, weight: object, ignore_inde
 
 def _check_beside(input: Tensor, target: Tensor, weight: object) -> None:
     """``target`` and ``weight`` are where ``input`` is, and there is a weight for each class."""
-    classes = input.shape[min(1, input.dim() - 1)]
     if target.device != input.device:
         raise RuntimeError(f"fastloss: target is on {target.device}; expected {input.device}, where input is")
+    check_weight(input, weight)
+
+
+def check_weight(input: Tensor, weight: object) -> None:
+    """A weight for each class, where ``input`` is; or None."""
+    classes = input.shape[min(1, input.dim() - 1)]
     if weight is None:
         return
     if not isinstance(weight, Tensor):

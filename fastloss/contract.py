@@ -25,12 +25,14 @@ __all__ = [
     "FLAG_ELEMENTS",
     "Backend",
     "Forward",
+    "LabelElsewhere",
     "LossOptions",
     "RowStatistics",
     "SGDBatch",
     "SGDControls",
     "SGDRule",
     "SoftForward",
+    "SoftRowStatistics",
     "check_gradients",
     "compute_dtype",
     "may_keep_memory",
@@ -86,6 +88,28 @@ class RowStatistics(NamedTuple):
     entropy: Tensor | None  # H = lse − Σ_c p_c z_c of the softmax p, if asked for
     weighted_sum: Tensor | None  # Σ_c w_c z_c, where options.label_smoothing is not 0; w = 1 without a weight
     predicted: Tensor | None  # int64: the class of the greatest logit, the first of equal ones; NaN is the greatest
+    rank: Tensor | None = None  # int64: how many of these classes stand before the label, if asked for
+
+
+class SoftRowStatistics(NamedTuple):
+    """The same of a row with soft targets t, in float64; ``(rows,)`` each."""
+
+    lse: Tensor  # log Σ_c exp(z_c)
+    nll: Tensor  # Σ_c w_c t_c (lse − z_c)
+    mass: Tensor  # Σ_c w_c t_c
+    weighted_sum: Tensor | None  # Σ_c w_c z_c, where options.label_smoothing is not 0
+    rank: Tensor | None  # as above
+
+
+class LabelElsewhere(NamedTuple):
+    """Each row's label, which may be a class that the logits at hand do not have; ``(rows,)`` each.
+
+    So the ranks that shards of the classes count add up to the rank among all of them.
+    """
+
+    logit: Tensor  # float64: the label's element of the input, before the softcap
+    position: Tensor  # int64, in [0, classes]: how many of the classes at hand have a lower index than the label
+    most_k: int  # a rank below it is exact; another is at least that
 
 
 class SGDRule(NamedTuple):
@@ -216,12 +240,14 @@ class Backend(Protocol):
         entropy: bool,
         predicted: bool,
         every_row: bool,
+        ranked: LabelElsewhere | None = None,
     ) -> RowStatistics:
         """What the logits say of each row, for losses that are put together from it.
 
         Of the options it heeds ``ignore_index``, ``softcap``, and whether ``label_smoothing`` is 0. Without
         ``every_row`` what is given for ignored rows means nothing, and their logits need not be read.
         A label out of bounds (off the CPU) is taken for 0: the layers above make such a row NaN.
+        ``ranked`` asks for the ranks too, of labels that need not be those of ``target``.
         """
         ...
 
@@ -234,13 +260,50 @@ class Backend(Protocol):
         options: LossOptions,
         lse: Tensor,
         entropy: Tensor | None,
+        *,
+        inplace: bool = False,
     ) -> Tensor:
         """The gradient from the logits x, for ``upstreams`` of lse, z_y, H and Σ_c w_c z_c, each ``(rows,)`` or None.
 
         (p_c g_lse − g_H p_c (log p_c + H) + [c = y] g_zy + g_wz w_c) ∂z_c/∂x_c,  where 0 · log 0 is 0;
 
         and 0 in a row whose upstreams are all 0, whatever it holds. ``lse`` and, if there is a g_H, ``entropy`` are
-        the forward's.
+        the forward's, or, where p is to be that of more classes than those at hand, theirs.
+        """
+        ...
+
+    def soft_statistics_forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        *,
+        ranked: LabelElsewhere | None = None,
+    ) -> SoftRowStatistics:
+        """What logits and soft targets say of each row, from one visit to both; options and ``ranked`` as above."""
+        ...
+
+    def soft_statistics_backward(
+        self,
+        upstreams: Sequence[Tensor | None],
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        lse: Tensor,
+        mass: Tensor,
+        *,
+        gradient: bool,
+        target_gradient: bool,
+        inplace: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients from both tensors, for ``upstreams`` of lse, nll, mass and Σ_c w_c z_c, ``(rows,)`` or None.
+
+        Of the logits x: (p_c (g_lse + g_nll mass) − g_nll w_c t_c + g_wz w_c) ∂z_c/∂x_c,  with p_c = exp(z_c − lse);
+        of the target:   w_c (g_nll (lse − z_c) + g_mass).
+
+        ``lse`` and ``mass`` may be of more classes than those at hand.
         """
         ...
 
@@ -265,6 +328,13 @@ class Backend(Protocol):
         self, logits: Tensor, target: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str
     ) -> tuple[Tensor, ...]:
         """For each k: the share (mean), number (sum) or 0 / 1 a row (none) of rows right at k, float32."""
+        ...
+
+    def label_ranks(self, logits: Tensor, label: LabelElsewhere) -> Tensor:
+        """How many classes stand before each row's label: a greater logit, or an equal one at a lower index.
+
+        ``(rows,)``, int64. NaN is the greatest value.
+        """
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import _reduction as legacy
 
-from . import backend, checks, composite, operators
+from . import backend, checks, collectives, composite, operators, parallel, placements
 from .autograd import as_rows, fused_cross_entropy
 from .contract import LossOptions
 
@@ -48,6 +49,7 @@ def cross_entropy(
     softcap: float | None = None,
     from_logits: bool = True,
     inplace: bool = False,
+    group: Any = None,
 ) -> Tensor:
     r"""Cross-entropy of logits and labels or class probabilities, with its gradient from the same pass over them.
 
@@ -82,7 +84,19 @@ def cross_entropy(
             are taken as they are, whatever they add up to. There is no ``softcap`` or ``lse_square_scale`` then.
         inplace: write the gradient over ``input``, which then no longer holds the logits: saves the gradient's
             memory. autograd raises its own error where the overwritten values are still needed; reading them again
-            without autograd gives the gradient. Compilers and function transforms do without it.
+            without autograd gives the gradient. Compilers and function transforms do without it, and so do calls
+            over several ranks.
+        group: a ``torch.distributed`` process group, each of whose ranks has a shard of the classes, in rank order,
+            of any sizes that add up to C. ``input`` is this rank's logits. Labels are among all C classes, and the
+            same on every rank; class probabilities are this rank's, as ``input`` is; ``weight`` is that of all C
+            classes. The loss is the same on every rank, and each has the gradient of its own logits. Every rank has
+            to make the call, and to call ``backward`` where one does.
+
+    ``input`` may be a DTensor instead, replicated or sharded on each dimension of the mesh, on one at most by class.
+    ``target`` is a DTensor whose rows lie as ``input``'s; or a tensor that is the whole target on each rank, which
+    serves as long as no rows are sharded (torch's own rule). ``weight`` is the whole of it, or a DTensor. The mean is
+    the one over all rows that count. The loss is a DTensor: replicated, or, for "none", placed as the rows; gradients
+    are placed as ``input``. Compilers take DTensors through torch's own operators.
 
     Returns:
         The loss, ``()``, or of a label's shape for each row for "none"; in ``input``'s dtype (float32 for 16-bit
@@ -92,7 +106,8 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, RuntimeError: arguments that don't fit, as torch raises them.
         IndexError: a label out of bounds, on a CPU. On a GPU the row's loss is NaN instead, since a look would
-            make the host wait; ``FASTLOSS_VALIDATE=1`` in the environment raises there too.
+            make the host wait; ``FASTLOSS_VALIDATE=1`` in the environment raises there too. Over several ranks what
+            one of them finds is raised on all of them.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3]], requires_grad=True)
@@ -114,7 +129,13 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     plain = lse_square_scale == 0.0 and softcap is None and from_logits is True
-    if plain and not inplace and label_smoothing.__class__ is float and is_small(input, target, weight):
+    if (
+        plain
+        and not inplace
+        and group is None
+        and label_smoothing.__class__ is float
+        and is_small(input, target, weight)
+    ):
         try:
             if not 0.0 <= label_smoothing <= 1.0:
                 raise ValueError  # torch lets some of these pass
@@ -134,7 +155,7 @@ def cross_entropy(
     options = checks.checked_options(
         ignore_index, label_smoothing, reduction, lse_square_scale, softcap, from_logits=from_logits
     )
-    return loss_and_accuracy(input, target, weight, options, inplace)[0]
+    return loss_and_accuracy(input, target, weight, options, inplace, group)[0]
 
 
 def cross_entropy_with_accuracy(
@@ -152,6 +173,7 @@ def cross_entropy_with_accuracy(
     softcap: float | None = None,
     from_logits: bool = True,
     inplace: bool = False,
+    group: Any = None,
 ) -> LossAndAccuracy:
     """:func:`cross_entropy` and :func:`accuracy` from one pass over the logits.
 
@@ -173,7 +195,7 @@ def cross_entropy_with_accuracy(
     options = checks.checked_options(
         ignore_index, label_smoothing, reduction, lse_square_scale, softcap, ks, from_logits
     )
-    loss, values = loss_and_accuracy(input, target, weight, options, inplace)
+    loss, values = loss_and_accuracy(input, target, weight, options, inplace, group)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
 
 
@@ -185,6 +207,7 @@ def accuracy(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    group: Any = None,
 ) -> Any:
     """The share of rows whose label is among the k highest scores; every k from one pass over ``input``.
 
@@ -199,6 +222,8 @@ def accuracy(
         ignore_index: a label whose rows count neither as right nor in the total.
         reduction: ``"mean"``: the share in [0, 1]; ``"sum"``: the number; ``"none"``: 1 or 0 for each row (0 where
             it is ignored), of the labels' shape.
+        group: each of its ranks has a shard of the classes, as in :func:`cross_entropy`; one-hot rows and
+            probabilities are sharded as ``input``. Or ``input`` is a DTensor, as there.
 
     Returns:
         A float32 tensor for an int ``topk``, a tuple of them for a tuple. No row counted: NaN for "mean".
@@ -217,6 +242,9 @@ def accuracy(
     checks.check_logits(input)
     ks = checks.checked_topk(topk)
     options = checks.checked_options(ignore_index, 0.0, reduction, 0.0, None, ks)
+    if group is not None or is_placed(input):
+        values = _over_ranks(input, target, None, options, group, only_accuracy=True)[1]
+        return values if isinstance(topk, Sequence) else values[0]
     if _is_dense(input, target):
         target = _labels_of(target)
         options = dataclasses.replace(options, ignore_index=-1)  # argmax gives none to ignore
@@ -261,8 +289,16 @@ def _check_shapes(input: Tensor, target: Tensor, weight: Tensor | None, options:
 
 
 def loss_and_accuracy(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, inplace: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    inplace: bool,
+    group: Any = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss and the accuracies of options that are checked."""
+    if group is not None or is_placed(input):
+        return _over_ranks(input, target, weight, options, group)
     if is_traced(input, target):
         _check_shapes(input, target, weight, options)
         if is_compiled(input, target, weight, options):
@@ -298,6 +334,105 @@ def loss_and_accuracy(
         shape = _row_shape(input)
         return loss.view(shape), tuple(value.view(shape) for value in values)
     return loss, values
+
+
+def is_placed(input: object) -> bool:
+    """Is it a DTensor, to be served shard by shard? A compiler's are left to torch's operators."""
+    return type(input) not in FUSED_TYPES and placements.is_dtensor(input) and not torch.compiler.is_compiling()
+
+
+@torch._disable_dynamo  # not torch.compiler.disable, which imports the compiler at once
+def _over_ranks(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    group: Any,
+    *,
+    only_accuracy: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss and the accuracies of a DTensor, or of a group's shards of the classes."""
+    checks.check_no_gradient(weight)
+    if placements.is_dtensor(input):
+        if group is not None:
+            raise ValueError("fastloss: group is given beside a DTensor, whose mesh says which ranks have what")
+        return _of_dtensor(input, target, weight, options, only_accuracy)
+    group = collectives.checked_group(group)
+    checks.check_logits(input)
+    look, fault = input.is_cpu or backend.validates(), None
+    try:
+        dense = _check_part(input, target, weight, only_accuracy, options)
+    except Exception as error:
+        fault, dense = error, True
+    rows = _row_shape(input)
+    layout = collectives.agreed_layout(
+        group,
+        input.shape[min(1, input.dim() - 1)],
+        math.prod(rows),
+        device=input.device,
+        facts=(options, rows, input.dtype, dense, only_accuracy, getattr(weight, "shape", None)),
+        labels=None if dense else target,
+        fault=fault,
+        look=look,
+    )
+    if look:
+        classes = int(layout.classes)
+        checks.check_weight(input.new_empty(()).expand(classes), weight)
+        if not dense:
+            checks.check_labels(target, classes, options.ignore_index)
+    served = backend.load(backend.choose(input))
+    if only_accuracy:
+        return input, parallel.accuracy(input, target, dense, options, layout, served)
+    return parallel.loss_and_accuracy(
+        input, target, weight, options, layout, served, loss_dtype(input, target, weight)
+    )
+
+
+def check_labels_together(target: Tensor, layout: collectives.Layout, ignore_index: int, **how: bool) -> None:
+    """:func:`checks.check_labels` of rows that several ranks share: what one finds is raised on all."""
+    fault = None
+    try:
+        checks.check_labels(target, int(layout.classes), ignore_index, **how)
+    except IndexError as error:
+        fault = error
+    collectives.raise_together(fault, layout.row_groups, target.device)
+
+
+def _check_part(
+    input: Tensor, target: Tensor, weight: Tensor | None, only_accuracy: bool, options: LossOptions
+) -> bool:
+    """Checks a rank's tensors, but for what all ranks' classes must be known for. Is the target dense?"""
+    if only_accuracy and _is_dense(input, target):
+        return True
+    if not only_accuracy and isinstance(target, Tensor) and composite.is_soft(input, target):
+        checks.check_soft_target(input, target, None, options.ignore_index)
+        return True
+    checks.check_index_target(input, target, None)
+    checks.check_weight_dtype(input, weight)
+    return False
+
+
+def _of_dtensor(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, only_accuracy: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """By the shards that this rank has, and DTensors again."""
+    if only_accuracy and _is_dense(input, target):
+        dense = True
+    else:
+        _check_shapes(input, target, weight, options)
+        dense = composite.is_soft(input, target)
+    plan = placements.plan(input, target, dense)
+    x, t, w = placements.local(input), plan.target, placements.whole(weight)
+    if not dense and (x.is_cpu or backend.validates()):
+        check_labels_together(t, plan.layout, options.ignore_index)
+    served = backend.load(backend.choose(x))
+    if only_accuracy:
+        values = parallel.accuracy(x, t, dense, options, plan.layout, served)
+        return input, tuple(plan.placed(value) for value in values)
+    loss, values = parallel.loss_and_accuracy(
+        x, t, w, options, plan.layout, served, loss_dtype(input, target, weight)
+    )
+    return plan.placed(loss), tuple(plan.placed(value) for value in values)
 
 
 def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype | None = None) -> torch.dtype:

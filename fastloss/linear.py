@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend, checks, functional, linear_operators
+from . import backend, checks, collectives, functional, linear_operators, parallel_linear, placements
 from .contract import LossOptions
 from .functional import LossAndAccuracy
 from .linear_autograd import fused_linear_cross_entropy
@@ -37,6 +37,7 @@ def linear_cross_entropy(
     memory_budget: int | None = None,
     skip_ignored: bool | None = None,
     accumulate_grad: bool = False,
+    group: Any = None,
 ) -> Tensor:
     r"""``cross_entropy(linear(input, linear_weight, linear_bias), target)``, without ever holding the logits.
 
@@ -68,6 +69,15 @@ def linear_cross_entropy(
             tensor's dtype, in the backward pass, which computes the logits once more for it: no buffer of the
             weight's size beside it. The weight is a leaf then. Hooks on it don't see that gradient, and compilers do
             without.
+        group: a ``torch.distributed`` process group, each of whose ranks has a shard of the classes, in rank order
+            and of any size: ``linear_weight`` and ``linear_bias`` are this rank's, and so are class probabilities.
+            ``input``, labels and ``weight`` are the same on every rank, and ``input``'s gradient is the whole of it.
+            As for :func:`fastloss.cross_entropy`, and without second derivatives.
+
+    ``linear_weight``, its bias, ``input`` and ``target`` may be DTensors: the first two replicated or, on one
+    dimension of the mesh, ``Shard(0)``; ``input`` replicated or sharded by rows, on other dimensions. Beside a
+    DTensor ``linear_weight`` a plain ``input`` or ``target`` is the whole of it. The result is a DTensor, and each
+    gradient lies as its tensor.
 
     Returns:
         The loss, ``()``; for "none" ``(…)``, of ``input``'s rows (with ``shift`` all but the last of each sequence).
@@ -96,7 +106,7 @@ def linear_cross_entropy(
         -100 if ignore_index is None else ignore_index, label_smoothing, reduction, lse_square_scale, softcap
     )
     sizes = _checked_sizes(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
-    return _loss_and_accuracy(input, linear_weight, target, linear_bias, weight, options, shift, sizes)[0]
+    return _loss_and_accuracy(input, linear_weight, target, linear_bias, weight, options, shift, sizes, group)[0]
 
 
 def linear_cross_entropy_with_accuracy(
@@ -117,6 +127,7 @@ def linear_cross_entropy_with_accuracy(
     memory_budget: int | None = None,
     skip_ignored: bool | None = None,
     accumulate_grad: bool = False,
+    group: Any = None,
 ) -> LossAndAccuracy:
     """:func:`linear_cross_entropy` and the accuracy of its logits, from the same chunks.
 
@@ -136,7 +147,7 @@ def linear_cross_entropy_with_accuracy(
         -100 if ignore_index is None else ignore_index, label_smoothing, reduction, lse_square_scale, softcap, ks
     )
     sizes = _checked_sizes(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
-    loss, values = _loss_and_accuracy(input, linear_weight, target, linear_bias, weight, options, shift, sizes)
+    loss, values = _loss_and_accuracy(input, linear_weight, target, linear_bias, weight, options, shift, sizes, group)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
 
 
@@ -173,15 +184,17 @@ def _loss_and_accuracy(
     options: LossOptions,
     shift: bool,
     sizes: dict[str, Any],
+    group: Any,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    if group is not None or functional.is_placed(input) or functional.is_placed(linear_weight):
+        return _over_ranks(input, linear_weight, target, linear_bias, weight, options, shift, sizes, group)
     _check_shapes(input, linear_weight, target, linear_bias, shift)
     if linear_weight.dim() > 2:
         _check_unchunked(linear_weight, sizes)
         return _of_many_dimensions(input, linear_weight, target, linear_bias, weight, options)
     lead, classes = input.shape[:-1], len(linear_weight)
     if shift:
-        last = target.new_full((*target.shape[:-1], 1), options.ignore_index, dtype=torch.int64)
-        target = torch.cat([target[..., 1:].long(), last], dim=-1)[..., : target.shape[-1]]
+        target = _shifted(target, options.ignore_index)
     rows = math.prod(lead)
     x = input.reshape(rows, input.shape[-1])
     soft = target.is_floating_point() and target.dim() == input.dim()
@@ -214,6 +227,103 @@ def _loss_and_accuracy(
     if shift:
         return loss.view(lead)[..., :-1], tuple(v.view(lead)[..., :-1] for v in values)
     return loss.view(lead), tuple(v.view(lead) for v in values)
+
+
+def _shifted(target: Tensor, ignore_index: int) -> Tensor:
+    """The labels of the next tokens; the last position has none."""
+    last = target.new_full((*target.shape[:-1], 1), ignore_index, dtype=torch.int64)
+    return torch.cat([target[..., 1:].long(), last], dim=-1)[..., : target.shape[-1]]
+
+
+@torch._disable_dynamo  # not torch.compiler.disable, which imports the compiler at once
+def _over_ranks(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    options: LossOptions,
+    shift: bool,
+    sizes: dict[str, Any],
+    group: Any,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Of DTensors, or of a group's shards of the classes."""
+    checks.check_no_gradient(weight)
+    plan, fault = None, None
+    x: Any
+    of_classes: Tensor | None
+    look = isinstance(input, Tensor) and (input.is_cpu or backend.validates())
+    soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() == input.dim()
+    by_mesh = any(placements.is_dtensor(tensor) for tensor in (input, linear_weight))
+    if by_mesh and group is not None:
+        raise ValueError("fastloss: group is given beside a DTensor, whose mesh says which ranks have what")
+    group = None if by_mesh else collectives.checked_group(group)
+    try:
+        _check_shapes(input, linear_weight, target, linear_bias, shift)
+        if linear_weight.dim() > 2:
+            raise ValueError(
+                f"fastloss: linear_weight has shape {tuple(linear_weight.shape)}, torch's K-dimensional loss, over "
+                "several ranks; expected (C, D)"
+            )
+        rows = input.new_empty((), dtype=_dtype_of_logits(input)).expand(input.shape[:-1].numel(), len(linear_weight))
+        if soft:
+            checks.check_soft_target(rows, target, None, options.ignore_index)
+        else:
+            checks.check_weight_dtype(rows, weight)
+        if sizes["accumulate_grad"] and (by_mesh or not linear_weight.is_leaf):
+            raise RuntimeError(
+                "fastloss: accumulate_grad=True beside a linear_weight that is a DTensor or not a leaf; pass a "
+                "parameter with group=, or accumulate_grad=False"
+            )
+    except Exception as error:
+        fault = error
+    if by_mesh:
+        if fault is not None:  # of whole tensors, which every rank knows alike
+            raise fault
+        plan = placements.plan_linear(input, linear_weight, target, linear_bias, soft)
+        if shift and any(p.is_shard() and p.dim == len(plan.row_shape) - 1 for p in plan.of_rows):
+            raise ValueError(
+                f"fastloss: shift=True with positions that are sharded ({plan.of_rows}); expected whole sequences on "
+                "each rank, or shift=False beside labels that are shifted already"
+            )
+        layout, t = plan.layout, plan.target
+        x, w, b = (placements.local(tensor) for tensor in (input, linear_weight, linear_bias))
+        of_classes = placements.whole(weight)
+    else:
+        layout = collectives.agreed_layout(
+            group,
+            len(linear_weight) if fault is None else 0,
+            input.shape[:-1].numel() if fault is None else 0,
+            device=input.device,
+            facts=(options, input.shape, input.dtype, soft, shift, sizes, getattr(weight, "shape", None)),
+            labels=None if soft else target,
+            fault=fault,
+            look=look,
+        )
+        x, w, b = input, linear_weight, linear_bias
+        t, of_classes = target, weight
+    if look:
+        checks.check_weight(input.new_empty(()).expand(int(layout.classes)), of_classes)
+    t = _shifted(t, options.ignore_index) if shift else t
+    if not soft and look:
+        functional.check_labels_together(t, layout, options.ignore_index, shifted=shift)
+    lead = x.shape[:-1]
+    x = x.reshape(-1, x.shape[-1])
+    t = t.reshape(-1, t.shape[-1]) if soft else t.reshape(-1).contiguous()
+    dtype = _dtype_of_logits(x)
+    call = Call(options, dtype, functional.loss_dtype(x, t, of_classes, dtype), **sizes)
+    trained = (tensor is not None and tensor.requires_grad for tensor in (x, w, b, t))
+    rows_of_chunk(call, len(x), w, Needs(*trained))  # has the budget room for a row?
+    served = backend.load(backend.choose(x))
+    loss, values = parallel_linear.loss_and_accuracy(x, w, t, b, of_classes, call, layout, served)
+    results = [loss, *values]
+    if options.reduction == "none":
+        results = [value.view(lead) for value in results]
+    if plan is not None:
+        results = [plan.placed(value) for value in results]
+    if options.reduction == "none" and shift:
+        results = [value[..., :-1] for value in results]
+    return results[0], tuple(results[1:])
 
 
 def _traced(

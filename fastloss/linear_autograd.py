@@ -8,6 +8,7 @@ hold the logits then.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -119,6 +120,9 @@ def _differentiable(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         narrow = (None if each is None else each.to(dtype) for each in (x, w, b))
         logits = F.linear(*narrow).to(ctx.call.loss_dtype)  # type: ignore[arg-type]
         of_classes = None if weight is None else weight.to(logits.dtype)
-        loss = composite.cross_entropy(logits, t, of_classes, ctx.call.options)
+        options, total = ctx.call.options, ctx.call.total
+        if total is not None and options.reduction == "mean":
+            upstream, options = upstream / total, dataclasses.replace(options, reduction="sum")
+        loss = composite.cross_entropy(logits, t, of_classes, options)
         results = iter(torch.autograd.grad(loss, wanted, upstream.to(loss.dtype), create_graph=create_graph))
     return tuple(next(results) if needed else None for needed in ctx.needs_input_grad[:4])

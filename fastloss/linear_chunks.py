@@ -20,14 +20,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .contract import Backend, LossOptions, compute_dtype
+from .rows import total_weight
 
-__all__ = ["Call", "Gradients", "Needs", "Result", "backward", "forward", "rows_of_chunk", "writes_gradients"]
+__all__ = [
+    "Call",
+    "Gradients",
+    "Needs",
+    "Result",
+    "Sums",
+    "Visit",
+    "backward",
+    "forward",
+    "rows_of_chunk",
+    "writes_gradients",
+]
 
 # Elements that a row of a GPU's logits begins at a multiple of: products of matrices whose rows begin anywhere, as
 # those of 50257 classes in 16 bits would, take slower kernels.
@@ -56,9 +68,11 @@ class Call:
     chunk_size: int | None = None
     memory_budget: int | None = None
     skip_ignored: bool | None = None  # None: where the host knows the labels
-    accumulate_grad: bool = (
-        False  # add to linear_weight.grad, in the backward pass, which knows the upstream gradient
-    )
+    # Add to linear_weight.grad, in the backward pass, which knows the upstream gradient.
+    accumulate_grad: bool = False
+    # What a mean divides by, where it is one over more rows than these; a float beside class probabilities. Then the
+    # accuracies are numbers of rows, not shares.
+    total: Tensor | float | None = None
 
 
 class Needs(NamedTuple):
@@ -192,15 +206,15 @@ def forward(
     written = writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
     part_dtype = call.loss_dtype if none else torch.promote_types(call.loss_dtype, torch.float32)
     part = dataclasses.replace(call.options, reduction="none" if none else "sum")
-    total = _total_weight(target, weight, call.options)
+    total: Any = total_weight(target, weight, call.options) if call.total is None else call.total
     divisor = total if call.options.reduction == "mean" else None
     ks = len(part.topk)
     loss = torch.zeros(
         rows if none else (), dtype=torch.float64 if not none else call.loss_dtype, device=input.device
     )
     right = torch.zeros((ks, rows) if none else (ks,), dtype=torch.float64, device=input.device)
-    visit = _Visit(rows, linear_weight, target, call, needs)
-    sums = _Sums(input, linear_weight, linear_bias, target, visit, needs if written else Needs(*[False] * 4))
+    visit = Visit(rows, linear_weight, target, call, needs)
+    sums = Sums(input, linear_weight, linear_bias, target, visit, needs if written else Needs(*[False] * 4))
     kept = input.new_empty((0, rows))
     for index, x, t, z in visit.chunks(input, linear_bias):
         logits = z.unsqueeze(2)
@@ -214,7 +228,7 @@ def forward(
                 gradient=written and any(needs[:3]),
                 target_gradient=written and needs.target,
                 inplace=written and any(needs[:3]),
-                divisor=float(rows) if divisor is not None else 1.0,
+                divisor=1.0 if divisor is None else float(rows if call.total is None else total),
             )
             sums.add_target(index, result.target_gradient)
         else:
@@ -244,7 +258,9 @@ def forward(
         del result, logits, z  # the target's gradient among it, and the chunk: the sums are rounded without it
     if divisor is not None:
         loss = loss / divisor
-    accuracy = _shares(right, target, call.options)
+    if call.total is None:
+        right = _shares(right, target, call.options)
+    accuracy = tuple(right.to(torch.float32).unbind(0))
     return Result(loss.to(call.loss_dtype), accuracy, sums.finished(), kept)
 
 
@@ -269,11 +285,12 @@ def backward(
     """
     part = dataclasses.replace(call.options, reduction="none", topk=())
     if call.options.reduction == "mean":
-        upstream = upstream.double() / _total_weight(target, weight, call.options)
+        total = total_weight(target, weight, call.options) if call.total is None else call.total
+        upstream = upstream.double() / total
     wide = torch.float32 if compute_dtype(call.compute_dtype) == torch.float32 else torch.float64
     upstream = upstream.to(wide).expand(len(input))
-    visit = _Visit(len(input), linear_weight, target, call, needs)
-    sums = _Sums(input, linear_weight, linear_bias, target, visit, needs, into=into)
+    visit = Visit(len(input), linear_weight, target, call, needs)
+    sums = Sums(input, linear_weight, linear_bias, target, visit, needs, into=into)
     for index, x, t, z in visit.chunks(input, linear_bias):
         saved = tuple(kept[:, index].contiguous().unbind(0)) if len(kept) else ()
         mine, logits = upstream[index].contiguous(), z.unsqueeze(2)
@@ -296,7 +313,7 @@ def backward(
 Index = slice | Tensor
 
 
-class _Visit:
+class Visit:
     """Which rows are visited, how many at a time, and W in the dtype of the products."""
 
     def __init__(self, rows: int, linear_weight: Tensor, target: Tensor, call: Call, needs: Needs) -> None:
@@ -341,27 +358,14 @@ def _counted_rows(target: Tensor, call: Call) -> tuple[Tensor | None, bool]:
     return None, ignored > 0
 
 
-def _total_weight(target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
-    """What a mean divides by, float64: Σ w_y of the rows that count, NaN if a label is none; the rows, if soft."""
-    if target.is_floating_point():
-        return torch.full((), float(len(target)), dtype=torch.float64, device=target.device)
-    counted = target != options.ignore_index
-    if weight is None:
-        return counted.sum(dtype=torch.float64)
-    label = torch.where(counted, target, 0).long()
-    inside = (label >= 0) & (label < len(weight))
-    of_label = torch.where(inside, weight.double()[torch.where(inside, label, 0)], float("nan"))
-    return torch.where(counted, of_label, 0.0).sum()
-
-
-def _shares(right: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
+def _shares(right: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     if options.reduction == "mean" and options.topk:
         counted = len(target) if target.is_floating_point() else (target != options.ignore_index).sum()
         right = right / counted
-    return tuple(right.to(torch.float32).unbind(0))
+    return right
 
 
-class _Sums:
+class Sums:
     """The gradients while chunks add to them."""
 
     def __init__(
@@ -370,7 +374,7 @@ class _Sums:
         linear_weight: Tensor,
         linear_bias: Tensor | None,
         target: Tensor,
-        visit: _Visit,
+        visit: Visit,
         needs: Needs,
         into: Tensor | None = None,
     ) -> None:

@@ -27,6 +27,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         softcap: bounds the logits by ``softcap * tanh(logits / softcap)``.
         from_logits: if False, the input is probabilities.
         inplace: write the gradient over the logits.
+        group: a process group whose ranks have a shard of the classes each.
 
     Example:
         >>> import torch
@@ -40,6 +41,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     softcap: float | None
     from_logits: bool
     inplace: bool
+    group: Any
 
     def __init__(
         self,
@@ -54,12 +56,14 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         softcap: float | None = None,
         from_logits: bool = True,
         inplace: bool = False,
+        group: Any = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.lse_square_scale = lse_square_scale
         self.softcap = softcap
         self.from_logits = from_logits
         self.inplace = inplace
+        self.group = group
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of ``input`` ``(N, C, …)`` and ``target`` ``(N, …)``, or class probabilities like ``input``."""
@@ -74,6 +78,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             softcap=self.softcap,
             from_logits=self.from_logits,
             inplace=self.inplace,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
@@ -92,12 +97,13 @@ class LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
 
     Args:
         in_features: D.
-        num_classes: C.
+        num_classes: C; beside ``group`` the number of this rank's classes.
         out_features: ``(d1, …, dK)`` of torch's K-dimensional loss.
         bias: does the linear map have one?
         device, dtype: of the linear map.
         reduction, weight, ignore_index, label_smoothing, lse_square_scale, softcap, shift, chunk_size, memory_budget,
-            skip_ignored, accumulate_grad: as in :func:`fastloss.linear_cross_entropy`.
+            skip_ignored, accumulate_grad, group: as in :func:`fastloss.linear_cross_entropy`. The linear map's
+            parameters may be made DTensors instead.
 
     Example:
         >>> import torch
@@ -125,12 +131,12 @@ class LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
         softcap: float | None = None,
         **how: Any,
     ) -> None:
-        if weight is not None and tuple(weight.shape) != (num_classes,):
+        if weight is not None and how.get("group") is None and tuple(weight.shape) != (num_classes,):
             raise RuntimeError(
                 f"fastloss: weight has shape {tuple(weight.shape)}; "
                 f"expected one weight for each class: ({num_classes},)"
             )
-        known = ("shift", "chunk_size", "memory_budget", "skip_ignored", "accumulate_grad")
+        known = ("shift", "chunk_size", "memory_budget", "skip_ignored", "accumulate_grad", "group")
         for name in how:
             if name not in known:
                 raise TypeError(

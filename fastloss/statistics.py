@@ -29,6 +29,7 @@ from . import backend as backends
 from . import checks, composite, functional
 from .autograd import as_rows, is_differentiable
 from .contract import Backend, LossOptions, RowStatistics, compute_dtype
+from .rows import LabelLosses
 
 __all__ = ["LossStatistics", "cross_entropy_with_statistics"]
 
@@ -149,7 +150,7 @@ def cross_entropy_with_statistics(
     every_row = lse or entropy or predicted
     labels = target.reshape(-1).contiguous()
     rows = _row_statistics(input, labels, weight, options, entropy, predicted or correct, every_row)
-    losses = _Losses(rows, labels, weight, options, input.shape[min(1, input.dim() - 1)])
+    losses = LabelLosses(rows, labels, weight, options, input.shape[min(1, input.dim() - 1)])
     loss_dtype = functional.loss_dtype(input, target, weight)
     loss, of_lse = losses.loss().to(loss_dtype), losses.z_loss().to(loss_dtype) if z_loss else None
     if options.reduction == "none":
@@ -181,57 +182,6 @@ def _predicted_and_correct(
         labels = target.long()
         correct = (predicted == labels) & (labels != ignore_index)
     return predicted if wanted.predicted else None, correct
-
-
-class _Losses:
-    """The losses that the rows' numbers make; every tensor is ``(rows,)``, and every operation differentiable."""
-
-    def __init__(
-        self, rows: RowStatistics, target: Tensor, weight: Tensor | None, options: LossOptions, classes: int
-    ) -> None:
-        self.options, self.classes = options, classes
-        self.lse, self.label_logit, self.weighted_sum = rows.lse, rows.label_logit, rows.weighted_sum
-        self.class_weight = None if weight is None else weight.to(self.lse.dtype)
-        labels = target.long()
-        counted = labels != options.ignore_index
-        label, invalid = labels, None
-        # Off the CPU a look at the labels would make the host wait.
-        if not target.is_cpu or not bool(counted.all()):
-            # With zeros for its numbers an ignored row adds nothing, and no gradient goes to it.
-            self.lse = torch.where(counted, self.lse, 0.0)
-            self.label_logit = torch.where(counted, self.label_logit, 0.0)
-            if self.weighted_sum is not None:
-                self.weighted_sum = torch.where(counted, self.weighted_sum, 0.0)
-            label = labels * counted
-        if not target.is_cpu:
-            invalid = counted & ((labels < 0) | (labels >= classes))
-            label = label * ~invalid
-        self.counted = counted
-        self.weight: Tensor | None = None  # w_y; None: 1 in every row that counts
-        if self.class_weight is not None:
-            self.weight = self.class_weight[label] * counted
-        if invalid is not None:
-            one = counted.to(self.lse.dtype) if self.weight is None else self.weight
-            self.weight = one.masked_fill(invalid, float("nan"))
-
-    def loss(self) -> Tensor:
-        eps = self.options.label_smoothing
-        value = self.lse - self.label_logit
-        value = value * (1 - eps) if eps else value
-        if self.options.lse_square_scale:
-            value = value + self.options.lse_square_scale * self.lse.square()
-        value = value if self.weight is None else value * self.weight
-        if self.weighted_sum is not None:
-            total = self.classes if self.class_weight is None else self.class_weight.sum()
-            value = value + (total * self.lse - self.weighted_sum) * (eps / self.classes)
-        return self._reduced(value)
-
-    def z_loss(self) -> Tensor:
-        value = self.options.lse_square_scale * self.lse.square()
-        return self._reduced(value if self.weight is None else value * self.weight)
-
-    def _reduced(self, value: Tensor) -> Tensor:
-        return composite.reduced(value, self.counted if self.weight is None else self.weight, self.options.reduction)
 
 
 def _of_probabilities(

@@ -3,17 +3,19 @@
 One file an op; ``rows`` holds what all of them say of a row, ``launch`` what all of them need to be started.
 """
 
-from .accuracy import accuracy
+from .accuracy import accuracy, label_ranks
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .rescale import rescale
 from .sgd import sgd_squares, sgd_step
 from .soft_cross_entropy import soft_cross_entropy_backward, soft_cross_entropy_forward
+from .soft_statistics import soft_statistics_backward, soft_statistics_forward
 from .statistics import row_statistics_backward, row_statistics_forward
 
 __all__ = [
     "accuracy",
     "cross_entropy_backward",
     "cross_entropy_forward",
+    "label_ranks",
     "rescale",
     "row_statistics_backward",
     "row_statistics_forward",
@@ -21,4 +23,6 @@ __all__ = [
     "sgd_step",
     "soft_cross_entropy_backward",
     "soft_cross_entropy_forward",
+    "soft_statistics_backward",
+    "soft_statistics_forward",
 ]

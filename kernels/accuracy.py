@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastloss.contract import LabelElsewhere
+
 from .launch import arithmetic, counter, on_device, plan, power_of_2
 from .rows import (
     add_up_counts,
@@ -31,7 +33,7 @@ from .rows import (
     tile_rows,
 )
 
-__all__ = ["accuracy"]
+__all__ = ["accuracy", "label_ranks"]
 
 
 def accuracy(
@@ -67,6 +69,111 @@ def accuracy(
             **tiles.constants(),
         )
     return tuple(right.unbind(0))
+
+
+def label_ranks(logits: Tensor, label: LabelElsewhere) -> Tensor:
+    """See :class:`fastloss.contract.Backend`. One launch."""
+    outer, classes, inner = logits.shape
+    rank = torch.empty(outer * inner, dtype=torch.int64, device=logits.device)
+    tiles = plan(logits)
+    tiles = tiles._replace(all_registers=tiles.all_registers or tiles.by_inner)
+    with on_device(logits):
+        _label_rank_kernel[(tiles.number,)](
+            logits,
+            label.logit,
+            label.position,
+            rank,
+            outer * inner,
+            classes,
+            inner,
+            *logits.stride(),
+            label.most_k,
+            LOOPED=tiles.looped,
+            GROUP=tiles.group,
+            ACC=arithmetic(logits.dtype),
+            **tiles.constants(),
+        )
+    return rank
+
+
+@triton.jit
+def _ranks_of_tile(
+    logits_ptr,
+    base,  # where the tile's rows begin
+    x_label,  # (ROWS,): the label's logit
+    label,  # (ROWS,): the label, in [0, classes]
+    counted,  # the rows whose rank is wanted
+    read,  # the rows that are read
+    classes,
+    x_class,
+    most_k,
+    LOOPED: tl.constexpr,
+    ACC: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """How many classes stand before each row's label, whole rows at once or block by block."""
+    if LOOPED:
+        group_rank = tl.zeros([ROWS, COLS // GROUP], tl.int32)
+        if tl.max(counted.to(tl.int32), axis=0) > 0:
+            full = classes // COLS * COLS
+            for start in tl.range(0, full, COLS):
+                cols = start + tl.arange(0, COLS)
+                pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
+                x = tl.load(pointers, mask=read[:, None], other=-float("inf")).to(ACC)
+                group_rank += before_label(x, x_label, cols, start, label, GROUP, ROWS, COLS)
+            if full < classes:
+                cols = full + tl.arange(0, COLS)
+                pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
+                mask = read[:, None] & inside(cols, classes, VEC)[None, :]
+                x = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
+                group_rank += before_label(x, x_label, cols, full, label, GROUP, ROWS, COLS)
+        rank = tl.sum(group_rank, axis=1)
+        is_nan = counted & (x_label != x_label)
+        if tl.max(is_nan.to(tl.int32), axis=0) > 0:
+            rank = tl.where(is_nan, nans_before(logits_ptr, base, label, is_nan, x_class, VEC, COLS), rank)
+    else:
+        cols = tl.arange(0, COLS)
+        pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
+        mask = read[:, None] & inside(cols, classes, VEC)[None, :]
+        x = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
+        rank = rank_in_tile(x, x_label, cols, label, counted, most_k)
+    return rank
+
+
+@triton.jit(do_not_specialize=["rows", "most_k"])
+def _label_rank_kernel(
+    logits_ptr,  # (outer, classes, inner), any strides
+    label_logit_ptr,  # (rows,), float64
+    position_ptr,  # (rows,), int64: in [0, classes]
+    rank_ptr,  # (rows,), int64
+    rows,
+    classes,
+    inner,
+    x_outer,
+    x_class,
+    x_inner,
+    most_k,
+    LOOPED: tl.constexpr,
+    ACC: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BY_INNER: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Reads each logit once."""
+    row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, ROWS, BY_INNER)
+    base = row_offsets(outer, within, x_outer, x_inner, VEC)
+    x_label = tl.load(label_logit_ptr + row, mask=in_range, other=0.0).to(ACC)
+    position = tl.load(position_ptr + row, mask=in_range, other=0)
+    rank = _ranks_of_tile(
+        logits_ptr, base, x_label, position, in_range, in_range, classes, x_class, most_k,
+        LOOPED, ACC, VEC, ROWS, COLS, GROUP,
+    )  # fmt: skip
+    tl.store(rank_ptr + row, rank.to(tl.int64), mask=in_range)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
@@ -106,31 +213,10 @@ def _rank_kernel(
         base = row_offsets(outer, within, x_outer, x_inner, VEC)
         x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
         read = rows_to_read(counted, in_range, BY_INNER)
-        if LOOPED:
-            group_rank = tl.zeros([ROWS, COLS // GROUP], tl.int32)
-            if tl.max(counted.to(tl.int32), axis=0) > 0:
-                full = classes // COLS * COLS
-                for start in tl.range(0, full, COLS):
-                    cols = start + tl.arange(0, COLS)
-                    pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
-                    x = tl.load(pointers, mask=read[:, None], other=-float("inf")).to(ACC)
-                    group_rank += before_label(x, x_label, cols, start, label, GROUP, ROWS, COLS)
-                if full < classes:
-                    cols = full + tl.arange(0, COLS)
-                    pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
-                    mask = read[:, None] & inside(cols, classes, VEC)[None, :]
-                    x = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
-                    group_rank += before_label(x, x_label, cols, full, label, GROUP, ROWS, COLS)
-            rank = tl.sum(group_rank, axis=1)
-            is_nan = counted & (x_label != x_label)
-            if tl.max(is_nan.to(tl.int32), axis=0) > 0:
-                rank = tl.where(is_nan, nans_before(logits_ptr, base, label, is_nan, x_class, VEC, COLS), rank)
-        else:
-            cols = tl.arange(0, COLS)
-            pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
-            mask = read[:, None] & inside(cols, classes, VEC)[None, :]
-            x = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
-            rank = rank_in_tile(x, x_label, cols, label, counted, most_k)
+        rank = _ranks_of_tile(
+            logits_ptr, base, x_label, label, counted, read, classes, x_class, most_k,
+            LOOPED, ACC, VEC, ROWS, COLS, GROUP,
+        )  # fmt: skip
         if REDUCTION == "none":
             store_ranks(right_ptr, rank, row, rows, in_range, counted, weight == weight, ks, K)
         else:

@@ -21,15 +21,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.contract import LossOptions, RowStatistics
+from fastloss.contract import LabelElsewhere, LossOptions, RowStatistics
 
 from .launch import arithmetic, in_blocks, on_device, plan
 from .rows import (
     LOG2_E,
+    before_label,
     class_offsets,
     fp64,
     inside,
     labels,
+    nans_before,
+    rank_in_tile,
     row_offsets,
     rows_to_read,
     tanh,
@@ -52,12 +55,14 @@ def row_statistics_forward(
     entropy: bool,
     predicted: bool,
     every_row: bool,
+    ranked: LabelElsewhere | None = None,
 ) -> RowStatistics:
     """See :class:`fastloss.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape
     rows = outer * inner
     tiles = plan(logits)
-    everything = entropy and options.label_smoothing != 0 and options.softcap is not None
+    extra = entropy or ranked is not None
+    everything = extra and options.label_smoothing != 0 and options.softcap is not None
     tiles = tiles._replace(all_registers=tiles.all_registers or everything)
 
     def rowwise(wanted: bool, dtype: torch.dtype = torch.float64) -> Tensor | None:
@@ -65,7 +70,7 @@ def row_statistics_forward(
 
     lse, label_logit = (torch.empty(rows, dtype=torch.float64, device=logits.device) for _ in range(2))
     row_entropy, weighted_sum = rowwise(entropy), rowwise(options.label_smoothing != 0)
-    row_predicted = rowwise(predicted, torch.int64)
+    row_predicted, rank = rowwise(predicted, torch.int64), rowwise(ranked is not None, torch.int64)
     with on_device(logits):
         kernel = _statistics_loop if tiles.looped else _statistics_tile
         kernel[(tiles.number,)](
@@ -77,6 +82,8 @@ def row_statistics_forward(
             row_entropy,
             weighted_sum,
             row_predicted,
+            rank,
+            *((None, None, 0) if ranked is None else ranked),
             rows,
             classes,
             inner,
@@ -91,7 +98,7 @@ def row_statistics_forward(
     if weighted_sum is not None:
         total = classes if weight is None else weight.sum(dtype=torch.float64)
         weighted_sum += total * torch.where(label_logit.isfinite(), label_logit, 0.0)
-    return RowStatistics(lse, label_logit, row_entropy, weighted_sum, row_predicted)
+    return RowStatistics(lse, label_logit, row_entropy, weighted_sum, row_predicted, rank)
 
 
 def row_statistics_backward(
@@ -102,10 +109,12 @@ def row_statistics_backward(
     options: LossOptions,
     lse: Tensor,
     entropy: Tensor | None,
+    *,
+    inplace: bool = False,
 ) -> Tensor:
     """See :class:`fastloss.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape
-    result = torch.empty_like(logits)
+    result = logits if inplace else torch.empty_like(logits)
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
     tiles, blocks = in_blocks(tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4), classes)
@@ -211,7 +220,14 @@ def _store_row(
         tl.store(predicted_ptr + row, first.to(tl.int64), mask=in_range)
 
 
-@triton.jit(do_not_specialize=["rows", "ignore_index"])
+@triton.jit
+def _load_label(logit_ptr, position_ptr, row, in_range, ACC: tl.constexpr):
+    """The label whose rank is wanted: its logit, and how many of the classes at hand have a lower index."""
+    x_label = tl.load(logit_ptr + row, mask=in_range, other=0.0).to(ACC)
+    return x_label, tl.load(position_ptr + row, mask=in_range, other=0)
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index", "most_k"])
 def _statistics_tile(
     logits_ptr,  # (outer, classes, inner), any strides
     target_ptr,  # (rows,)
@@ -221,6 +237,10 @@ def _statistics_tile(
     entropy_ptr,  # or None
     weighted_sum_ptr,  # or None
     predicted_ptr,  # (rows,), int64; or None
+    rank_ptr,  # (rows,), int64; or None
+    ranked_logit_ptr,  # (rows,), float64; or None: the label whose rank is wanted
+    ranked_position_ptr,  # (rows,), int64; or None
+    most_k,
     rows,
     classes,
     inner,
@@ -251,6 +271,10 @@ def _statistics_tile(
     near = _store_label_logit(
         label_logit_ptr, logits_ptr, base, label, row, counted, in_range, x_class, cap, SOFTCAP, ACC
     )
+    if rank_ptr is not None:
+        x_label, position = _load_label(ranked_logit_ptr, ranked_position_ptr, row, in_range, ACC)
+        rank = rank_in_tile(x, x_label, cols, position, read & in_range, most_k)
+        tl.store(rank_ptr + row, rank.to(tl.int64), mask=in_range)
 
     x_max = tl.max(x, axis=1)
     m = _capped(x_max, cap, SOFTCAP, ACC)
@@ -286,6 +310,7 @@ def _visit(
     wz_group,  # (ROWS, groups): Σ_c w_c (z_c − near)
     first_group,  # (ROWS, groups): the first class of the group's greatest logit
     best_group,  # (ROWS, groups): that logit
+    rank_group,  # (ROWS, groups): how many classes stand before the label that is ranked
     logits_ptr,
     weight_ptr,
     base,
@@ -294,11 +319,14 @@ def _visit(
     x_class,
     read,
     near,
+    x_label,
+    position,
     cap,
     MASKED: tl.constexpr,
     ENTROPY: tl.constexpr,
     WEIGHTED_SUM: tl.constexpr,
     PREDICTED: tl.constexpr,
+    RANKED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
@@ -322,6 +350,8 @@ def _visit(
         first = tl.min(tl.where(x_split == best[:, :, None], here, _NO_CLASS), axis=2)
         first_group = tl.where(best > best_group, first, first_group)
         best_group = tl.maximum(best_group, best)
+    if RANKED:
+        rank_group += before_label(x, x_label, cols, start, position, GROUP, ROWS, COLS)
     z = x
     if SOFTCAP:
         t, _ = tanh(x / cap[:, None], ACC)
@@ -345,10 +375,10 @@ def _visit(
     if ENTROPY:
         u_group = (u_group + s_group * fall) * factor + tl.sum(e * tl.maximum(below, _LOG_OF_0), axis=2)
     s_group = s_group * factor + tl.sum(e, axis=2)
-    return m_new, s_group, u_group, wz_group, first_group, best_group
+    return m_new, s_group, u_group, wz_group, first_group, best_group, rank_group
 
 
-@triton.jit(do_not_specialize=["rows", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "ignore_index", "most_k"])
 def _statistics_loop(
     logits_ptr,  # the arguments are those of _statistics_tile
     target_ptr,
@@ -358,6 +388,10 @@ def _statistics_loop(
     entropy_ptr,
     weighted_sum_ptr,
     predicted_ptr,
+    rank_ptr,
+    ranked_logit_ptr,
+    ranked_position_ptr,
+    most_k,
     rows,
     classes,
     inner,
@@ -393,21 +427,25 @@ def _statistics_loop(
     s_group = tl.zeros([ROWS, COLS // GROUP], ACC)
     u_group, wz_group, best_group = s_group, s_group, m_group
     first_group = tl.zeros([ROWS, 1], tl.int32) + (tl.arange(0, COLS // GROUP) * GROUP)[None, :]
+    rank_group, x_label, position = first_group, near, label
+    if rank_ptr is not None:
+        rank_group = tl.zeros([ROWS, COLS // GROUP], tl.int32)
+        x_label, position = _load_label(ranked_logit_ptr, ranked_position_ptr, row, in_range, ACC)
     full = classes // COLS * COLS
     if tl.max(read.to(tl.int32), axis=0) > 0:
         for start in tl.range(0, full, COLS):
-            m_group, s_group, u_group, wz_group, first_group, best_group = _visit(
-                m_group, s_group, u_group, wz_group, first_group, best_group,
-                logits_ptr, weight_ptr, base, start, classes, x_class, read, near, cap, False,
+            m_group, s_group, u_group, wz_group, first_group, best_group, rank_group = _visit(
+                m_group, s_group, u_group, wz_group, first_group, best_group, rank_group,
+                logits_ptr, weight_ptr, base, start, classes, x_class, read, near, x_label, position, cap, False,
                 entropy_ptr is not None, weighted_sum_ptr is not None, predicted_ptr is not None,
-                HAS_WEIGHT, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
+                rank_ptr is not None, HAS_WEIGHT, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
             )  # fmt: skip
         if full < classes:
-            m_group, s_group, u_group, wz_group, first_group, best_group = _visit(
-                m_group, s_group, u_group, wz_group, first_group, best_group,
-                logits_ptr, weight_ptr, base, full, classes, x_class, read, near, cap, True,
+            m_group, s_group, u_group, wz_group, first_group, best_group, rank_group = _visit(
+                m_group, s_group, u_group, wz_group, first_group, best_group, rank_group,
+                logits_ptr, weight_ptr, base, full, classes, x_class, read, near, x_label, position, cap, True,
                 entropy_ptr is not None, weighted_sum_ptr is not None, predicted_ptr is not None,
-                HAS_WEIGHT, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
+                rank_ptr is not None, HAS_WEIGHT, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
             )  # fmt: skip
 
     m = tl.max(m_group, axis=1)
@@ -420,6 +458,12 @@ def _statistics_loop(
         u = tl.sum((u_group + s_group * fall) * factor, axis=1)
     if weighted_sum_ptr is not None:
         wz = tl.sum(wz_group, axis=1)
+    if rank_ptr is not None:
+        rank = tl.sum(rank_group, axis=1)
+        is_nan = read & (x_label != x_label)
+        if tl.max(is_nan.to(tl.int32), axis=0) > 0:
+            rank = tl.where(is_nan, nans_before(logits_ptr, base, position, is_nan, x_class, VEC, COLS), rank)
+        tl.store(rank_ptr + row, rank.to(tl.int64), mask=in_range)
     if predicted_ptr is not None:
         best = tl.max(best_group, axis=1)
         first = tl.min(tl.where(best_group == best[:, None], first_group, _NO_CLASS), axis=1)

@@ -795,3 +795,63 @@ def test_linear_label_out_of_range(kernels: Place) -> None:
     rows = linear_cross_entropy(hidden, head, target, chunk_size=100, reduction="none")
     assert rows.isnan().nonzero().flatten().tolist() == [7]
     torch.cuda.synchronize()
+
+
+# ----------------------------------------------------------------------------- shards of the classes
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A group of one process, on NCCL."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_nccl_available() or dist.is_initialized():
+        pytest.skip("needs a process that can start a group on NCCL")
+    store = dist.FileStore(str(tmp_path_factory.mktemp("alone") / "store"), 1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(("shape", "dtype"), [(WHOLE[2], torch.bfloat16), (LOOPED[1], torch.float32)], ids=str)
+def test_a_shard_that_is_all(
+    kernels: Place, alone: Any, shape: tuple[int, ...], dtype: torch.dtype, soft: bool
+) -> None:
+    """By the kernels of shards, with a layout that only the device knows: what the others give."""
+    logits, target = make(kernels, shape, dtype)
+    if soft:
+        target = torch.softmax(torch.randn(shape, device=kernels.device), 1).to(dtype)
+    weight = torch.rand(shape[1], device=kernels.device).to(dtype)
+    results = []
+    for where in ({}, {"group": alone}):
+        x = logits.detach().requires_grad_()
+        loss, shares = cross_entropy_with_accuracy(
+            *(x, target, weight), topk=(1, 5), label_smoothing=0.1, lse_square_scale=1e-3, softcap=20.0, **where
+        )
+        results.append((loss.detach(), shares, *torch.autograd.grad(loss, x)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_shards_without_waiting(kernels: Place, alone: Any, soft: bool, no_host_sync: Callable[[], None]) -> None:
+    """Neither in forward nor in backward, of logits and of hidden states."""
+    logits, target = make(kernels, (513, 1003), torch.bfloat16)
+    hidden, head, _ = linear_problem(kernels, 513, 64, 1003, torch.bfloat16)
+    if soft:
+        target = torch.softmax(torch.randn(513, 1003, device=kernels.device), 1).bfloat16()
+    weight = torch.rand(1003, device=kernels.device).bfloat16()
+
+    def step() -> None:
+        for reduction in ("mean", "none"):
+            how: dict[str, Any] = {"reduction": reduction, "label_smoothing": 0.1, "weight": weight, "group": alone}
+            x = logits.detach().requires_grad_()
+            cross_entropy(x, target, **how).sum().backward()
+            cross_entropy_with_accuracy(x, target, topk=(1, 5), **how)[0].sum().backward()
+            linear_cross_entropy(hidden, head, target, chunk_size=256, **how).sum().backward()
+        accuracy(logits, target, (1, 5), group=alone)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    no_host_sync()
+    step()

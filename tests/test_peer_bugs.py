@@ -3,7 +3,7 @@
 From 21 on: those of the fused SGD in torch 2.13.
 
 Left out here: 5, 11, 17 and 18, which belong to ``torch.compile``, to the options' own cases, to double backward
-and to operations of their own.
+and to several processes (``test_parallel.py``).
 """
 
 from __future__ import annotations

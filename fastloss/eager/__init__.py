@@ -1,15 +1,17 @@
 """The fallback in plain torch ops: what ``fastloss.kernels`` offers, for tensors that Triton does not serve."""
 
-from .accuracy import accuracy
+from .accuracy import accuracy, label_ranks
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward, rescale
 from .sgd import sgd_squares, sgd_step
 from .soft_cross_entropy import soft_cross_entropy_backward, soft_cross_entropy_forward
+from .soft_statistics import soft_statistics_backward, soft_statistics_forward
 from .statistics import row_statistics_backward, row_statistics_forward
 
 __all__ = [
     "accuracy",
     "cross_entropy_backward",
     "cross_entropy_forward",
+    "label_ranks",
     "rescale",
     "row_statistics_backward",
     "row_statistics_forward",
@@ -17,4 +19,6 @@ __all__ = [
     "sgd_step",
     "soft_cross_entropy_backward",
     "soft_cross_entropy_forward",
+    "soft_statistics_backward",
+    "soft_statistics_forward",
 ]

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contract import compute_dtype
+from ..contract import LabelElsewhere, compute_dtype
 from .chunks import Chunk, Scratch, chunks, row_dtype
 from .workers import for_each
 
-__all__ = ["TargetRanks", "accuracy", "reduce_accuracy"]
+__all__ = ["TargetRanks", "accuracy", "label_ranks", "rank_of", "reduce_accuracy"]
 
 _PIECE = 1 << 20  # logits that are copied at once where single rows are looked at
 _SAMPLE_ROWS = 16
@@ -37,6 +37,19 @@ def accuracy(
     ranks = TargetRanks(logits, label, topk)
     for_each(chunks(logits.shape, logits.dtype), lambda chunk: ranks.visit(chunk, chunk.of(logits)), logits.device)
     return reduce_accuracy(ranks.right, counted, invalid, reduction)
+
+
+def label_ranks(logits: Tensor, label: LabelElsewhere) -> Tensor:
+    """See :class:`fastloss.contract.Backend`."""
+    rows = (logits.shape[0], 1, logits.shape[2])
+    mine, position = label.logit.to(logits.dtype).view(rows), label.position.view(rows)
+    rank = torch.empty_like(position)
+
+    def visit(chunk: Chunk) -> None:
+        chunk.of(rank).copy_(rank_of(chunk.of(logits), chunk.of(mine), chunk.of(position), label.most_k))
+
+    for_each(chunks(logits.shape, logits.dtype), visit, logits.device)
+    return rank.flatten()
 
 
 def _top_1(logits: Tensor, label: Tensor, counted: Tensor | None) -> Tensor:
@@ -137,8 +150,6 @@ class TargetRanks:
         self.topk = topk
         self.label = label
         self.right = tuple(torch.empty_like(label, dtype=torch.bool) for _ in topk)
-        # A count is a sum of ones: exact in float32 below 2²⁴ classes.
-        self._count_dtype = torch.float32 if logits.shape[1] < 1 << 24 else torch.float64
 
     def visit(self, chunk: Chunk, logits: Tensor) -> None:
         """Judge one chunk, in the dtype of the arithmetic if only k = 1 is asked for."""
@@ -146,26 +157,33 @@ class TargetRanks:
         if self.topk == (1,):
             chunk.of(self.right[0]).copy_(is_right_at_1(logits, label))
             return
-        rank = self._rank(logits, label)
+        rank = rank_of(logits, logits.gather(1, label), label, max(self.topk))
         for k, right in zip(self.topk, self.right, strict=True):
             chunk.of(right).copy_(rank < k)
 
-    def _rank(self, logits: Tensor, label: Tensor) -> Tensor:
-        """How many classes stand before the label: exact where that is below the largest k, else at least that."""
-        classes = logits.shape[1]
-        mine = logits.gather(1, label)
-        ones = Scratch("ones", self._count_dtype, logits.device).like(logits)
-        # "Not less or equal" is "greater or NaN".
-        before = classes - torch.le(logits, mine, out=ones).sum(1, keepdim=True)
-        before.masked_fill_(mine.isnan(), 0)
-        open_rows = before < max(self.topk)
-        if not _share(open_rows):
-            return before
-        tied = open_rows & (torch.eq(logits, mine, out=ones).sum(1, keepdim=True) != 1)  # 0 for a NaN
-        if _share(tied):
-            o, _, i = tied.nonzero(as_tuple=True)
-            before[o, :, i] = _before(logits, label, mine, o, i).to(before.dtype)
+
+def rank_of(logits: Tensor, mine: Tensor, position: Tensor, most_k: int) -> Tensor:
+    """How many classes stand before a label: exact where that is below ``most_k``, else at least that.
+
+    ``mine`` is the label's logit, and ``position``, in [0, classes], how many of the classes have a lower index. The
+    label is among them unless that is 0 or ``classes``. All three are ``(outer, classes or 1, inner)``.
+    """
+    classes = logits.shape[1]
+    # A count is a sum of ones: exact in float32 below 2²⁴ classes.
+    ones = Scratch("ones", torch.float32 if classes < 1 << 24 else torch.float64, logits.device).like(logits)
+    # "Not less or equal" is "greater or NaN".
+    before = classes - torch.le(logits, mine, out=ones).sum(1, keepdim=True)
+    mine_nan = mine.isnan()
+    before.masked_fill_(mine_nan, 0)
+    open_rows = (before < most_k) & (position > 0)
+    if not _share(open_rows):
         return before
+    equal = torch.eq(logits, mine, out=ones).sum(1, keepdim=True)  # 0 for a NaN, which is looked at in any case
+    tied = open_rows & ((equal != (position < classes)) | mine_nan)
+    if _share(tied):
+        o, _, i = tied.nonzero(as_tuple=True)
+        before[o, :, i] = _before(logits, position, mine, o, i).to(before.dtype)
+    return before
 
 
 def is_right_at_1(logits: Tensor, label: Tensor) -> Tensor:

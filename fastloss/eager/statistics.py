@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..contract import LossOptions, RowStatistics, compute_dtype
-from .accuracy import inside_label
+from ..contract import LabelElsewhere, LossOptions, RowStatistics, compute_dtype
+from .accuracy import inside_label, rank_of
 from .chunks import Chunk, Scratch, chunks, row_dtype
 from .softmax import LOG2_E, capped, tanh_slope_
 from .workers import for_each
@@ -42,6 +42,7 @@ def row_statistics_forward(
     entropy: bool,
     predicted: bool,
     every_row: bool,
+    ranked: LabelElsewhere | None = None,
 ) -> RowStatistics:
     """See :class:`fastloss.contract.Backend`; every row is visited."""
     outer, classes, inner = logits.shape
@@ -52,6 +53,7 @@ def row_statistics_forward(
     row_entropy = torch.empty_like(lse) if entropy else None
     weighted_sum = torch.empty_like(lse) if options.label_smoothing else None
     row_predicted = logits.new_empty(rows, dtype=torch.int64) if predicted else None
+    rank = None if ranked is None else ranked.position.new_empty(rows)
     class_weight = None if weight is None else weight.to(dtype)
     total_weight: Tensor | int = classes if weight is None else weight.sum(dtype=wide)
 
@@ -63,6 +65,9 @@ def row_statistics_forward(
         else:
             maximum, first = _first_maximum(x)
             chunk.of(row_predicted).copy_(first)
+        if ranked is not None and rank is not None:
+            mine, position = (chunk.of(number.view(rows)) for number in ranked[:2])
+            chunk.of(rank).copy_(rank_of(x, mine.to(x.dtype), position, ranked.most_k))
         maximum = capped(maximum.to(dtype), cap)
         z = x if x.dtype == dtype else buffer.copy_(x)
         if cap is not None:
@@ -90,6 +95,7 @@ def row_statistics_forward(
         None if row_entropy is None else row_entropy.flatten(),
         None if weighted_sum is None else weighted_sum.flatten(),
         None if row_predicted is None else row_predicted.flatten(),
+        None if rank is None else rank.flatten(),
     )
 
 
@@ -101,6 +107,8 @@ def row_statistics_backward(
     options: LossOptions,
     lse: Tensor,
     entropy: Tensor | None,
+    *,
+    inplace: bool = False,
 ) -> Tensor:
     """See :class:`fastloss.contract.Backend`; the softmax is computed again."""
     rows, cap, device = (logits.shape[0], 1, logits.shape[2]), options.softcap, logits.device
@@ -123,7 +131,7 @@ def row_statistics_backward(
     # lse in two parts, since the logits are near it and what is left of them must be exact.
     high = lse.view(rows).to(dtype)
     low = None if dtype == lse.dtype else (lse.view(rows) - high).to(dtype)
-    gradient = torch.empty_like(logits)
+    gradient = logits if inplace else torch.empty_like(logits)
 
     def visit(chunk: Chunk) -> None:
         x = chunk.of(logits)

@@ -1,0 +1,207 @@
+"""DTensors: which dimensions of the mesh cut the rows up, which one the classes, and the local tensors of both.
+
+Nothing is imported before there is a DTensor.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .collectives import Layout
+
+__all__ = ["Plan", "is_dtensor", "local", "plan", "plan_linear", "whole"]
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Is it a DTensor?"""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a loss of logits that lie on a mesh is computed by its ranks."""
+
+    mesh: Any
+    target: Tensor  # this rank's part: its rows' labels, or its part of the class probabilities
+    classes: int  # of all ranks
+    layout: Layout
+    of_rows: tuple[Any, ...]  # placements of what has a number a row: replicated over the ranks that share a row
+    row_shape: tuple[int, ...]  # of all rows
+
+    def placed(self, local: Tensor) -> Tensor:
+        """A result as a DTensor: replicated, or the rows' own."""
+        return placed(local, self.mesh, self.of_rows, self.row_shape)
+
+
+def local(tensor: Any) -> Any:
+    """A DTensor's part on this rank, whose gradient goes back into its placement; another tensor is itself."""
+    return tensor.to_local(grad_placements=tensor.placements) if is_dtensor(tensor) else tensor
+
+
+def placed(local: Tensor, mesh: Any, of_rows: Sequence[Any], shape: Sequence[int]) -> Tensor:
+    """A DTensor of what is the same on every rank, ``()``, or of this rank's part of a number a row."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not local.dim():
+        return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    size = torch.Size(shape)
+    stride = torch.empty(size, device="meta").stride()
+    return DTensor.from_local(local, mesh, of_rows, run_check=False, shape=size, stride=stride)
+
+
+def whole(tensor: Tensor | None) -> Tensor | None:
+    """The whole of a small tensor, on every rank."""
+    return cast(Any, tensor).full_tensor() if is_dtensor(tensor) else tensor
+
+
+def plan(input: Any, target: Tensor, dense: bool) -> Plan:
+    """Which rank does what for logits ``(C,)`` or ``(N, C, …)``.
+
+    Args:
+        input: a DTensor.
+        target: labels, or, if ``dense``, a value for each class. A DTensor, or the whole of it on each rank.
+
+    Raises:
+        ValueError: placements that can't be served; the error names them and what would do.
+    """
+    dim = min(1, input.dim() - 1)
+    return _plan(
+        f"input is placed as {input.placements}",
+        input.device_mesh,
+        [_checked(placement, "input", input) for placement in input.placements],
+        tuple(input.shape),
+        dim,
+        input.to_local().shape[dim],
+        target,
+        dense,
+    )
+
+
+def plan_linear(input: Any, linear_weight: Any, target: Tensor, linear_bias: Any, dense: bool) -> Plan:
+    """The same of ``linear(input, linear_weight)``, ``(…, C)``, whose logits never exist.
+
+    Args:
+        input: ``(…, D)``: a DTensor whose rows may be sharded, or the whole of it on each rank.
+        linear_weight: ``(C, D)``, a DTensor whose classes may be sharded.
+        target: labels ``(…)``, or, if ``dense``, a value for each class. As above.
+        linear_bias: ``(C,)``, placed as the weight; or None.
+        dense: see ``target``.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if not is_dtensor(linear_weight) or (linear_bias is not None and not is_dtensor(linear_bias)):
+        name = "linear_bias" if is_dtensor(linear_weight) else "linear_weight"
+        raise ValueError(f"fastloss: {name} is a plain tensor beside DTensors; expected one, placed on their mesh")
+    mesh = linear_weight.device_mesh
+    if not is_dtensor(input):
+        input = DTensor.from_local(input, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if input.device_mesh != mesh:
+        raise ValueError(f"fastloss: input is on {input.device_mesh}; expected {mesh}, linear_weight's mesh")
+    if linear_bias is not None and tuple(linear_bias.placements) != tuple(linear_weight.placements):
+        raise ValueError(
+            f"fastloss: linear_bias is placed as {linear_bias.placements}; expected {linear_weight.placements}, as "
+            "linear_weight is"
+        )
+    placements, last = [], input.dim() - 1
+    where = f"input is placed as {input.placements} and linear_weight as {linear_weight.placements}"
+    for of_input, of_weight in zip(input.placements, linear_weight.placements, strict=True):
+        _checked(of_input, "input", input)
+        _checked(of_weight, "linear_weight", linear_weight)
+        by_features = (of_input.is_shard() and of_input.dim % input.dim() == last) or (
+            of_weight.is_shard() and of_weight.dim % 2 == 1
+        )
+        if by_features or (of_input.is_shard() and of_weight.is_shard()):
+            raise ValueError(
+                f"fastloss: {where}; expected on each dimension of the mesh at most one of the two sharded: input by "
+                "rows, or linear_weight by classes (Shard(0))"
+            )
+        placements.append(Shard(last) if of_weight.is_shard() else of_input)
+    classes = int(linear_weight.shape[0])
+    shape, here = (*input.shape[:-1], classes), linear_weight.to_local().shape[0]
+    return _plan(where, mesh, placements, shape, last, here, target, dense)
+
+
+def _checked(placement: Any, name: str, tensor: Any) -> Any:
+    """A placement that can be served."""
+    from torch.distributed.tensor import Shard
+
+    if not placement.is_replicate() and type(placement) is not Shard:
+        raise ValueError(
+            f"fastloss: {name} is placed as {tensor.placements}, and {placement!r} can't be served; expected "
+            f"Replicate() or Shard(dim) on each dimension of the mesh: {name}.redistribute(placements=...)"
+        )
+    return placement
+
+
+def _plan(
+    where: str,
+    mesh: Any,
+    placements: Sequence[Any],
+    shape: tuple[int, ...],
+    dim: int,
+    classes_here: int,
+    target: Tensor,
+    dense: bool,
+) -> Plan:
+    """Of logits of that shape and those placements, with the classes in ``dim``; ``where`` names what was given."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    row_groups, class_dims, of_rows, expected = [], [], [], []
+    for mesh_dim, placement in enumerate(placements):
+        cut = placement.dim % len(shape) if placement.is_shard() else None
+        if cut is None:
+            of_rows.append(placement)
+        elif cut == dim:
+            class_dims.append(mesh_dim)
+            of_rows.append(Replicate())
+        else:
+            row_groups.append(mesh.get_group(mesh_dim))
+            of_rows.append(Shard(cut - (cut > dim)))
+        expected.append(placement if dense else of_rows[-1])
+    if len(class_dims) > 1:
+        raise ValueError(
+            f"fastloss: {where}, which shards the classes over dimensions {class_dims} of the mesh; expected one at "
+            "most: redistribute(placements=...)"
+        )
+    if not is_dtensor(target):
+        if row_groups:
+            raise ValueError(
+                f"fastloss: target is a plain tensor, and {where}: the rows are sharded, and it could be the whole "
+                f"or this rank's part; expected a DTensor placed as {tuple(expected)}: "
+                "DTensor.from_local(target, mesh, placements)"
+            )
+        target = DTensor.from_local(target, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    given = cast(Any, target)
+    if given.device_mesh != mesh:
+        raise ValueError(f"fastloss: target is on {given.device_mesh}; expected {mesh}, input's mesh")
+    for has, wants in zip(given.placements, expected, strict=True):
+        if has != wants and not (has.is_replicate() and wants.is_shard()):
+            raise ValueError(
+                f"fastloss: target is placed as {given.placements}, and {where}; expected the target as "
+                f"{tuple(expected)}, or with Replicate() in place of a Shard"
+            )
+    if given.placements != tuple(expected):
+        given = given.redistribute(placements=expected)  # each rank takes its part of what it has
+    classes, start = int(shape[dim]), 0
+    for mesh_dim in class_dims:
+        size = mesh.size(mesh_dim)
+        start = min(-(-classes // size) * mesh.get_local_rank(mesh_dim), classes)  # torch.chunk's sizes
+        least = min(-(-classes // size), classes - start)
+        if classes_here != least:
+            raise ValueError(
+                f"fastloss: {where}: {classes_here} of {classes} classes are on rank "
+                f"{mesh.get_local_rank(mesh_dim)} of {size}; expected {least}, as torch.chunk has "
+                "it (distribute_tensor does), or group= for shards of other sizes"
+            )
+    row_shape = (*shape[:dim], *shape[dim + 1 :])
+    group = mesh.get_group(class_dims[0]) if class_dims else None
+    layout = Layout(classes, start, group, tuple(row_groups), math.prod(row_shape))
+    return Plan(mesh, local(given), classes, layout, tuple(of_rows), row_shape)

@@ -1,0 +1,516 @@
+"""A process of several that share rows or classes: ``python ranks.py RANK RANKS FOLDER``.
+
+Each writes to FOLDER what it was given for its part; ``test_parallel.py`` puts the parts together and holds them
+against one process in float64.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+LIMIT = 180  # seconds, after which a process that waits for another gives up
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss over several ranks, whose tensors follow from its name."""
+
+    name: str
+    shape: tuple[int, ...] = (7, 13)
+    target: str = "labels"  # or "soft"
+    dtype: torch.dtype = torch.float64
+    weighted: bool = False
+    ignored: str = ""  # "some" rows or "all"
+    options: dict[str, Any] = field(default_factory=dict)
+    topk: tuple[int, ...] = ()
+    sizes: dict[int, tuple[int, ...]] = field(default_factory=dict)  # shards of the classes, by the number of ranks
+    placements: str = (
+        ""  # of a DTensor: a letter a dimension of the mesh, r, s (rows), t (trailing rows) or c (classes)
+    )
+    mesh: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    backend: str = "eager"
+    second: bool = False  # the second derivative too
+    special: str = ""  # logits that are not finite, or tied
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """Logits, target, class weights, upstream gradient of the loss, and one of the gradient."""
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        x = normal(*self.shape) * 2
+        dim = min(1, x.dim() - 1)
+        if self.special == "tied" or self.topk:
+            x = x.round() / 2
+        if self.special == "infinite":
+            x[0, 1:5] = -torch.inf
+            x[1, :-1] = -torch.inf  # whole shards
+        if self.special == "nan":
+            x[0, 3], x[1, 2], x[1, 5] = (torch.nan,) * 3
+        rows = self.shape[:dim] + self.shape[dim + 1 :]
+        if self.target == "soft":
+            t = torch.softmax(normal(*self.shape), dim)
+        else:
+            count = torch.Size(rows).numel()
+            # Every class is some row's label in turn, so that each rank has labels.
+            t = (torch.arange(count) * 5 % self.shape[dim]).view(rows)
+            if self.special == "infinite":
+                t[0], t[1] = self.shape[1] - 2, self.shape[1] - 1
+            if self.special == "nan":
+                t[0], t[1] = 3, 5
+            ignore = self.options.get("ignore_index", -100)
+            if self.ignored == "some":
+                t.view(-1)[::3] = ignore
+            elif self.ignored == "first half":  # all of a rank's
+                t.view(-1)[: count // 2] = ignore
+            elif self.ignored == "all":
+                t.fill_(ignore)
+        weight = (
+            torch.rand(self.shape[dim], generator=generator, dtype=torch.float64) + 0.5 if self.weighted else None
+        )
+        upstream = normal(*rows) if self.options.get("reduction") == "none" else normal(1)[0]
+        v = normal(*self.shape)
+        x, v = x.to(self.dtype), v.to(self.dtype)
+        t = t.to(self.dtype) if self.target == "soft" else t
+        return x, t, None if weight is None else weight.to(self.dtype), upstream, v
+
+    def class_dim(self) -> int:
+        return min(1, len(self.shape) - 1)
+
+    def shards(self, ranks: int) -> list[int]:
+        """How many classes each rank has."""
+        if ranks in self.sizes:
+            return list(self.sizes[ranks])
+        classes = self.shape[self.class_dim()]
+        size = -(-classes // ranks)
+        return [max(0, min(size, classes - size * rank)) for rank in range(ranks)]
+
+
+@dataclass(frozen=True)
+class Linear(Case):
+    """The same of ``linear_cross_entropy``: the logits are of 5 features."""
+
+    shape: tuple[int, ...] = (9, 13)  # (…, C)
+    how: dict[str, Any] = field(default_factory=lambda: {"chunk_size": 2})
+    bias: bool = True
+
+    def class_dim(self) -> int:
+        return len(self.shape) - 1
+
+    def map(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, W and b."""
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + 1)
+        shapes = (*self.shape[:-1], 5), (self.shape[-1], 5), self.shape[-1:]
+        x, w, b = (torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype) for shape in shapes)
+        return x, w, b
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        flat = Case(**{f: getattr(self, f) for f in Case.__dataclass_fields__} | {"shape": (-1, self.shape[-1])})
+        rows = torch.Size(self.shape[:-1]).numel()
+        _, t, weight, upstream, v = Case.tensors(replace(flat, shape=(rows, self.shape[-1])))
+        lead = self.shape[:-1]
+        t = t.view(*lead, *t.shape[1:])
+        return torch.empty(0), t, weight, upstream.view(lead) if upstream.dim() else upstream, v
+
+
+EVERYTHING = {"label_smoothing": 0.2, "lse_square_scale": 0.1, "softcap": 3.0}
+UNEVEN = {2: (4, 9), 4: (2, 6, 1, 4)}
+EMPTY = {2: (13, 0), 4: (0, 5, 8, 0)}
+GROUPS = [
+    Case("plain"),
+    Case("uneven", sizes=UNEVEN, ignored="some"),
+    Case("empty shards", sizes=EMPTY, options=EVERYTHING),
+    Case("sum", options={"reduction": "sum"}, weighted=True, ignored="some", sizes=UNEVEN),
+    Case("none", options={"reduction": "none", **EVERYTHING}, weighted=True, ignored="some", sizes=UNEVEN),
+    Case("smoothing", options={"label_smoothing": 0.3}, sizes=UNEVEN),
+    Case("smoothing, weights", options={"label_smoothing": 0.3}, weighted=True, ignored="some", sizes=UNEVEN),
+    Case("z-loss", options={"lse_square_scale": 0.2}, weighted=True, sizes=UNEVEN),
+    Case("softcap", options={"softcap": 2.0}, sizes=UNEVEN),
+    Case("everything", options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN, second=True),
+    Case("ignore_index is a class", options={"ignore_index": 3}, ignored="some", sizes=UNEVEN),
+    Case("all ignored", ignored="all"),
+    Case("all ignored, sum", ignored="all", options={"reduction": "sum", **EVERYTHING}),
+    Case("spatial", shape=(2, 13, 3, 2), options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN),
+    Case("one row", shape=(13,), options=EVERYTHING, sizes=UNEVEN),
+    Case("no rows", shape=(0, 13), options={"reduction": "sum"}),
+    Case("infinite", special="infinite", options={"reduction": "none"}),
+    Case("nan", special="nan", options={"reduction": "none"}, topk=(1, 2, 5)),
+    Case("second derivative", second=True, sizes=UNEVEN),
+    Case("soft", target="soft", sizes=UNEVEN),
+    Case("soft, second", target="soft", sizes=UNEVEN, second=True, options=EVERYTHING, weighted=True),
+    Case("soft, none", target="soft", sizes=UNEVEN, options={"reduction": "none", **EVERYTHING}, weighted=True),
+    Case("soft, empty shards", target="soft", sizes=EMPTY, options=EVERYTHING, weighted=True),
+    Case("soft, spatial", target="soft", shape=(2, 13, 3), options={"label_smoothing": 0.1}, sizes=UNEVEN),
+    Case("soft, top", target="soft", sizes=UNEVEN, topk=(1, 3), options=EVERYTHING),
+    Case("probabilities", options={"from_logits": False, "label_smoothing": 0.1}, weighted=True, ignored="some"),
+    Case("probabilities, soft", target="soft", options={"from_logits": False, "label_smoothing": 0.1}, weighted=True),
+    Case("probabilities, soft, sum", target="soft", options={"from_logits": False, "reduction": "sum"}, topk=(2,)),
+    Case("top-1", topk=(1,), sizes=UNEVEN, ignored="some", shape=(40, 13)),
+    Case("top", topk=(1, 3, 20), sizes=UNEVEN, ignored="some", shape=(40, 13), options=EVERYTHING),
+    Case("top, none", topk=(2, 4), options={"reduction": "none"}, ignored="some", shape=(6, 13, 4)),
+    Case("top, sum", topk=(2, 4), options={"reduction": "sum"}, sizes=EMPTY),
+    Case("float32", dtype=torch.float32, options=EVERYTHING, weighted=True, shape=(7, 501)),
+    Case("bfloat16", dtype=torch.bfloat16, shape=(7, 501)),
+    Case("soft float32", dtype=torch.float32, target="soft", options=EVERYTHING, weighted=True, shape=(7, 501)),
+    Case("kernels", backend="triton", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3), sizes=UNEVEN),
+    Case(
+        "kernels, soft", backend="triton", target="soft", options=EVERYTHING, weighted=True, topk=(2,), sizes=UNEVEN
+    ),
+    Case("kernels, empty", backend="triton", sizes=EMPTY, topk=(2,)),
+]
+TWO_D = {2: (2, 1), 4: (2, 2)}
+PLACED = [
+    Case("D replicated", placements="r", options=EVERYTHING, weighted=True, topk=(1,)),
+    Case("D rows", placements="s", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3)),
+    Case("D rows, plain", placements="s", ignored="first half", second=True),
+    Case("D rows, all ignored", placements="s", ignored="all", topk=(1,)),
+    Case("D rows, none", placements="s", options={"reduction": "none"}, topk=(2,), weighted=True),
+    Case("D rows, sum", placements="s", options={"reduction": "sum"}, ignored="some"),
+    Case("D few rows", placements="s", shape=(1, 13), options={"lse_square_scale": 0.1}, second=True),
+    Case("D rows, float16", placements="s", dtype=torch.float16, ignored="some"),
+    Case("D rows, soft", placements="s", target="soft", options=EVERYTHING, weighted=True, topk=(1,)),
+    Case("D rows, soft, second", placements="s", target="soft", second=True, options={"label_smoothing": 0.1}),
+    Case("D trailing rows", placements="t", shape=(2, 13, 5), weighted=True, options={"reduction": "none"}),
+    Case("D rows, probabilities", placements="s", options={"from_logits": False}, weighted=True, ignored="some"),
+    Case("D classes", placements="c", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3), second=True),
+    Case("D classes, soft", placements="c", target="soft", options=EVERYTHING, weighted=True, topk=(1, 3)),
+    Case("D classes, none", placements="c", options={"reduction": "none"}, shape=(3, 13, 4), topk=(2,)),
+    Case("D classes, one row", placements="c", shape=(13,)),
+    Case("D both", placements="sc", mesh=TWO_D, options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3)),
+    Case("D both, half ignored", placements="sc", mesh=TWO_D, ignored="first half", second=True),
+    Case("D both, none", placements="sc", mesh=TWO_D, options={"reduction": "none"}, topk=(1,)),
+    Case("D both, soft", placements="cs", mesh=TWO_D, target="soft", options=EVERYTHING, topk=(1,)),
+    Case("D both rows", placements="st", mesh=TWO_D, shape=(3, 13, 5), ignored="some", topk=(2,)),
+    Case("D rows and copies", placements="rs", mesh=TWO_D, weighted=True, topk=(1,)),
+    Case("D kernels", placements="sc", mesh=TWO_D, backend="triton", options=EVERYTHING, ignored="some", topk=(1,)),
+    Case("D rows, kernels", placements="s", backend="triton", options=EVERYTHING, ignored="some", topk=(1,)),
+]
+
+
+LINEAR = [
+    Linear("L plain"),
+    Linear("L uneven", sizes=UNEVEN, ignored="some", options=EVERYTHING, weighted=True),
+    Linear("L one chunk", sizes=UNEVEN, how={}, bias=False),
+    Linear("L empty shards", sizes=EMPTY, options=EVERYTHING),
+    Linear("L none", sizes=UNEVEN, options={"reduction": "none", **EVERYTHING}, weighted=True, ignored="some"),
+    Linear("L sum", options={"reduction": "sum"}, topk=(1, 3), ignored="some"),
+    Linear("L top", topk=(1, 3), ignored="some", options=EVERYTHING, sizes=UNEVEN),
+    Linear("L top, none", topk=(2,), options={"reduction": "none"}, ignored="some"),
+    Linear("L all ignored", ignored="all", topk=(1,)),
+    Linear("L soft", target="soft", sizes=UNEVEN, options=EVERYTHING, weighted=True, topk=(1,)),
+    Linear("L soft, none", target="soft", sizes=UNEVEN, options={"reduction": "none", **EVERYTHING}),
+    Linear("L shift", shape=(2, 4, 13), how={"shift": True, "chunk_size": 3}, ignored="some"),
+    Linear("L shift, none", shape=(2, 4, 13), how={"shift": True}, options={"reduction": "none"}),
+    Linear("L into", how={"accumulate_grad": True, "chunk_size": 4}, sizes=UNEVEN, options=EVERYTHING, weighted=True),
+    Linear("L float16", dtype=torch.float16, ignored="some"),
+    Linear("L bfloat16", dtype=torch.bfloat16, shape=(9, 301)),
+    Linear("L kernels", backend="triton", options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN, topk=(1,)),
+]
+LINEAR_PLACED = [  # of the input and of the head
+    Linear("LD replicated", placements="rr", topk=(1,)),
+    Linear("LD classes", placements="rc", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3)),
+    Linear("LD classes, plain input", placements="-c", target="soft"),
+    Linear("LD classes, none", placements="rc", options={"reduction": "none"}, topk=(1,)),
+    Linear("LD rows", placements="sr", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3)),
+    Linear("LD rows, half ignored", placements="sr", ignored="first half"),
+    Linear("LD rows, none", placements="sr", options={"reduction": "none"}, topk=(2,), ignored="some"),
+    Linear("LD rows, soft", placements="sr", target="soft", options=EVERYTHING, weighted=True, topk=(1,)),
+    Linear("LD rows, float16", placements="sr", dtype=torch.float16),
+    Linear("LD few rows", placements="sr", shape=(1, 13), topk=(1,)),
+    Linear("LD sequences", placements="sr", shape=(3, 4, 13), how={"shift": True}, topk=(1,)),
+    Linear("LD positions", placements="tr", shape=(3, 4, 13), ignored="some", options={"reduction": "none"}),
+    Linear("LD both", placements="srrc", mesh=TWO_D, options=EVERYTHING, ignored="some", topk=(1, 3)),
+    Linear("LD both, soft", placements="rscr", mesh=TWO_D, target="soft", options={"reduction": "sum"}),
+    Linear("LD both, none", placements="srrc", mesh=TWO_D, shape=(3, 4, 13), options={"reduction": "none"}),
+    Linear("LD kernels", placements="srrc", mesh=TWO_D, backend="triton", ignored="some", topk=(1,)),
+]
+
+
+COUNTED = [
+    Case("plain"),
+    Case("with accuracy", topk=(1, 3), options=EVERYTHING, weighted=True),
+    Case("many classes", shape=(7, 1300), topk=(1, 3), options=EVERYTHING, weighted=True),
+    Case("soft", target="soft", options=EVERYTHING, weighted=True),
+    Case("soft with accuracy", target="soft", topk=(2,)),
+    Case("D classes", placements="c", options=EVERYTHING, weighted=True),
+    Case("D classes with accuracy", placements="c", topk=(1, 3), options=EVERYTHING, weighted=True),
+    Case("D rows", placements="s", topk=(1, 3), options=EVERYTHING),
+    Case("D both", placements="sc", mesh=TWO_D, topk=(1,)),
+    Linear("linear", how={"chunk_size": 3}),
+    Linear("linear with accuracy", how={"chunk_size": 3}, topk=(1,)),
+]
+BLIND = [case for case in (*GROUPS, *LINEAR) if case.name in ("everything", "soft, top", "top", "L top", "L soft")]
+
+
+def grouped_linear(case: Linear, rank: int, ranks: int, group: Any) -> dict[str, Any]:
+    """This rank's part of a case of :data:`LINEAR`."""
+    _, t, weight, upstream, _ = case.tensors()
+    x, w, b = case.map()
+    sizes, soft = case.shards(ranks), case.target == "soft"
+    x.requires_grad_()
+    w, b = (each.split(sizes)[rank].clone().requires_grad_() for each in (w, b))
+    target = t.split(sizes, -1)[rank].clone().requires_grad_() if soft else t
+    loss, right = _called_linear(case, x, w, target, b, weight, {"group": group})
+    up = upstream[..., :-1] if case.how.get("shift") and upstream.dim() else upstream
+    loss.backward(up.to(loss.dtype))
+    wanted = [x, w] + ([b] if case.bias else []) + ([target] if soft else [])
+    return {"loss": loss.detach(), "accuracy": right, "gradients": [each.grad for each in wanted]}
+
+
+def placed_linear(case: Linear, ranks: int) -> dict[str, Any]:
+    """A case of :data:`LINEAR_PLACED`."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    _, t, weight, upstream, _ = case.tensors()
+    x, w, b = case.map()
+    mesh = init_device_mesh("cpu", case.mesh.get(ranks, (ranks,)))
+    of_input, of_head = case.placements[: mesh.ndim], case.placements[mesh.ndim :]
+    soft, last = case.target == "soft", x.dim() - 1
+    of: dict[str, Any] = {"r": Replicate(), "s": Shard(0), "t": Shard(last - 1), "c": Shard(0), "-": Replicate()}
+    head = [of[letter] for letter in of_head]
+    if of_input != "-":
+        x = distribute_tensor(x, mesh, [of[letter] for letter in of_input])
+    x.requires_grad_()
+    w, b = (distribute_tensor(each, mesh, head).requires_grad_() for each in (w, b))
+    lies = [Shard(last) if h == "c" and soft else of[i] for i, h in zip(of_input, of_head, strict=True)]
+    target = distribute_tensor(t, mesh, lies)
+    if soft:
+        target.requires_grad_()
+    loss, right = _called_linear(case, x, w, target, b, weight, {})
+    up = upstream[..., :-1] if case.how.get("shift") and upstream.dim() else upstream
+    loss.backward(distribute_tensor(up.to(loss.dtype), mesh, loss.placements))
+    wanted: list[Any] = [x, w] + ([b] if case.bias else []) + ([target] if soft else [])
+
+    def whole(tensor: Any) -> Tensor:
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    return {
+        "loss": whole(loss.detach()),
+        "accuracy": tuple(map(whole, right)),
+        "kept placements": [getattr(v, "placements", 0) == getattr(v.grad, "placements", 0) for v in wanted],
+        "gradients": [whole(each.grad) for each in wanted],
+    }
+
+
+def _called_linear(case: Linear, x: Any, w: Any, t: Any, b: Any, weight: Any, where: Any) -> tuple[Any, Any]:
+    import fastloss
+
+    options = {**case.options, **case.how, **where, "linear_bias": b if case.bias else None, "weight": weight}
+    with fastloss.use_backend(case.backend):
+        if case.topk:
+            result = fastloss.linear_cross_entropy_with_accuracy(x, w, t, topk=case.topk, **options)
+            return result.loss, result.accuracy
+        return fastloss.linear_cross_entropy(x, w, t, **options), ()
+
+
+def grouped(case: Case, rank: int, ranks: int, group: Any, *, accuracy: bool = True) -> dict[str, Any]:
+    """This rank's part of a case of :data:`GROUPS`."""
+    import fastloss
+
+    x, t, weight, upstream, v = case.tensors()
+    dim, sizes = min(1, x.dim() - 1), case.shards(ranks)
+    mine = x.split(sizes, dim)[rank].clone().requires_grad_()
+    soft = case.target == "soft"
+    target = t.split(sizes, dim)[rank].clone().requires_grad_() if soft else t
+    loss, right = _called(case, fastloss, mine, target, weight, {"group": group})
+    result: dict[str, Any] = {"loss": loss.detach(), "accuracy": right}
+    if case.topk and accuracy:
+        options = {k: v for k, v in case.options.items() if k in ("reduction", "ignore_index")}
+        result["alone"] = fastloss.accuracy(mine.detach(), target.detach(), case.topk, group=group, **options)
+    wanted = [mine, target] if soft else [mine]
+    gradients = torch.autograd.grad(loss, wanted, upstream.to(loss.dtype), create_graph=case.second)
+    result["gradients"] = [g.detach() for g in gradients]
+    if case.second:
+        result["second"] = torch.autograd.grad(gradients[0], wanted, v.split(sizes, dim)[rank])
+    return result
+
+
+def placed(case: Case, rank: int, ranks: int, *, gathered: bool = True) -> dict[str, Any]:
+    """A case of :data:`PLACED`; whole tensors, which every rank has. Or, if not ``gathered``, the call alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    import fastloss
+
+    x, t, weight, upstream, v = case.tensors()
+    mesh = init_device_mesh("cpu", case.mesh.get(ranks, (ranks,)))
+    dim, soft = min(1, x.dim() - 1), case.target == "soft"
+    of = {"r": Replicate(), "s": Shard(0), "t": Shard(x.dim() - 1), "c": Shard(dim)}
+    of_target = {"r": Replicate(), "s": Shard(0), "t": Shard(x.dim() - 2), "c": Replicate()}
+    places = [of[letter] for letter in case.placements]
+    d = distribute_tensor(x, mesh, places, src_data_rank=None).requires_grad_()
+    lies = places if soft else [of_target[letter] for letter in case.placements]
+    target: Tensor = distribute_tensor(t, mesh, lies, src_data_rank=None)
+    if soft:
+        target.requires_grad_()
+    elif not set(case.placements) & set("st"):
+        target = t  # the whole of it
+    loss, right = _called(case, fastloss, d, target, weight, {})
+    if not gathered:
+        loss.backward()
+        return {}
+    result: dict[str, Any] = {
+        "loss": loss.detach().full_tensor(),
+        "accuracy": tuple(value.full_tensor() for value in right),
+        "placed": [loss.placements, [value.placements for value in right]],
+    }
+    if case.topk:
+        options = {k: v for k, v in case.options.items() if k in ("reduction", "ignore_index")}
+        alone = fastloss.accuracy(d.detach(), target.detach(), case.topk, **options)
+        result["alone"] = tuple(value.full_tensor() for value in alone)
+    wanted = [d, target] if soft else [d]
+    up = distribute_tensor(upstream.to(loss.dtype), mesh, loss.placements)
+    gradients = torch.autograd.grad(loss, wanted, up, create_graph=case.second)
+    result["kept placements"] = [g.placements == w.placements for g, w in zip(gradients, wanted, strict=True)]
+    result["gradients"] = [g.detach().full_tensor() for g in gradients]
+    if case.second:
+        seconds = torch.autograd.grad(gradients[0], wanted, distribute_tensor(v, mesh, places))
+        result["second"] = [g.full_tensor() for g in seconds]
+    return result
+
+
+def _called(case: Case, fastloss: Any, x: Any, t: Any, weight: Any, where: Any) -> tuple[Any, tuple[Any, ...]]:
+    with fastloss.use_backend(case.backend):
+        if case.topk:
+            result = fastloss.cross_entropy_with_accuracy(x, t, weight, topk=case.topk, **case.options, **where)
+            return result.loss, result.accuracy
+        return fastloss.cross_entropy(x, t, weight, **case.options, **where), ()
+
+
+def main(rank: int, ranks: int, folder: Path) -> None:
+    import torch.distributed as dist
+
+    from fastloss import backend as backends
+    from fastloss import collectives
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'meeting'}",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=LIMIT),
+    )
+    results: dict[str, Any] = {}
+    world = dist.group.WORLD
+    for case in (*GROUPS, *PLACED, *LINEAR, *LINEAR_PLACED):
+        if case.backend == "triton" and backends.triton_version() is None:
+            continue
+        if isinstance(case, Linear):
+            found = placed_linear(case, ranks) if case.placements else grouped_linear(case, rank, ranks, world)
+        else:
+            found = placed(case, rank, ranks) if case.placements else grouped(case, rank, ranks, world)
+        results[case.name] = found
+    results["counts"] = {case.name: counted(case, rank, ranks, world) for case in COUNTED}
+    # As on a GPU, where the host does not look at what the ranks tell each other first.
+    told = collectives.agreed_layout
+    collectives.agreed_layout = lambda *args, **how: told(*args, **{**how, "look": False})  # type: ignore[assignment]
+    for case in BLIND:
+        alone = grouped_linear if isinstance(case, Linear) else grouped
+        results["blind", case.name] = alone(case, rank, ranks, world)  # type: ignore[operator]
+    torch.save(results, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class Listener(TorchDispatchMode):
+    """Notes each collective's name, and how many bytes a rank gives to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        if "c10d" in name and "wrap_tensor" not in name and "wait_tensor" not in name:
+            self.heard.append((name.split(".")[1], args[0].numel() * args[0].element_size()))
+        return function(*args, **(kwargs or {}))
+
+
+def counted(case: Case, rank: int, ranks: int, group: Any) -> tuple[int, list[tuple[str, int]]]:
+    """The number of collectives of a case by torch's own count, and what this file's listener heard."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    one = replace(case, second=False)
+    with Listener() as listener, CommDebugMode() as mode:
+        if isinstance(one, Linear):
+            grouped_linear(one, rank, ranks, group)
+        elif one.placements:
+            placed(one, rank, ranks, gathered=False)
+        else:
+            grouped(one, rank, ranks, group, accuracy=False)
+    return mode.get_total_counts(), listener.heard
+
+
+FAILURES = ("rows", "options", "labels", "arguments", "label", "label, rows", "weight", "linear", "dead")
+
+
+def failing(name: str, rank: int, group: Any) -> None:
+    """A call that does not fit on one rank, the last one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    import fastloss
+
+    last = rank == group.size() - 1
+    x, t = torch.zeros(6, 4, requires_grad=True), torch.arange(6)
+    if name == "rows":
+        x, t = (x[:5], t[:5]) if last else (x, t)
+        fastloss.cross_entropy(x, t, group=group)
+    elif name == "options":
+        fastloss.cross_entropy(x, t, label_smoothing=0.1 * last, group=group)
+    elif name == "labels":
+        fastloss.cross_entropy(x, t + last, group=group)
+    elif name == "arguments":
+        fastloss.accuracy(x, t[:3] if last else t, group=group)
+    elif name == "label":
+        fastloss.cross_entropy(x, t + 4 * group.size(), group=group)
+    elif name == "label, rows":
+        mesh = init_device_mesh("cpu", (group.size(),))
+        t[-1] = 4  # one of the last rank's rows
+        d, labels = (distribute_tensor(each, mesh, [Shard(0)]) for each in (x.detach(), t % 5))
+        fastloss.cross_entropy(d, labels)
+    elif name == "weight":
+        fastloss.cross_entropy(x, t, torch.ones(4 * group.size() - last), group=group)
+    elif name == "linear":
+        fastloss.linear_cross_entropy(torch.zeros(6, 3), torch.zeros(4, 3 - last), t, group=group)
+    elif name == "dead":
+        if last:
+            os._exit(7)
+        fastloss.cross_entropy(x, t, group=group)
+
+
+def fail(rank: int, ranks: int, folder: Path) -> None:
+    """Each of :data:`FAILURES` in turn; what each rank's error was goes to a file."""
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=ranks, timeout=timedelta(seconds=20)
+    )
+    assert dist.group.WORLD is not None
+    errors = {}
+    for name in FAILURES:
+        try:
+            failing(name, rank, dist.group.WORLD)
+            errors[name] = ("", "")
+        except Exception as error:
+            errors[name] = (type(error).__name__, str(error))
+        torch.save(errors, folder / f"{rank}.pt")
+    os._exit(0)  # the group can't be left in order: one rank is dead
+
+
+if __name__ == "__main__":
+    program = fail if sys.argv[4:] == ["fail"] else main
+    program(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

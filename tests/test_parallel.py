@@ -1,0 +1,497 @@
+"""Losses and accuracies whose rows or classes several processes share: real ones, on gloo, against one process.
+
+What each has computed is in files; the reference is computed here, in float64, by torch's own operators.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks as worker
+import reference
+import torch
+import torch.nn.functional as F
+from ranks import GROUPS, LINEAR, LINEAR_PLACED, PLACED, Case, Linear
+from torch import Tensor
+
+import fastloss
+from fastloss import backend as backends
+
+HERE = Path(__file__).resolve().parent
+
+
+def run_together(script: str, ranks: int, folder: Path, *arguments: str, limit: float) -> list[int | None]:
+    """The exit codes of so many processes, None for one that had to be killed; what they print is in ``RANK.log``."""
+    path = os.pathsep.join([str(Path(fastloss.__file__).resolve().parents[1]), str(HERE)])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    processes = []
+    codes: list[int | None] = []
+    try:
+        for rank in range(ranks):
+            with open(folder / f"{rank}.log", "w", encoding="utf-8") as log:
+                command = [sys.executable, str(HERE / script), str(rank), str(ranks), str(folder), *arguments]
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        end = time.monotonic() + limit
+        while time.monotonic() < end and any(process.poll() is None for process in processes):
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            codes.append(process.poll())
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    return codes
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(
+        f"{log.name}:\n{log.read_text(encoding='utf-8')[-3000:]}" for log in sorted(folder.glob("*.log"))
+    )
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of some processes has for each case."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    folder = tmp_path_factory.mktemp("together")
+    codes = run_together("ranks.py", request.param, folder, limit=worker.LIMIT)
+    if any(codes):
+        pytest.fail(f"the processes ended with {codes}\n{logs(folder)}")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+
+
+def soft_loss(x: Tensor, t: Tensor, weight: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """The formula of :func:`fastloss.cross_entropy`, a row each."""
+    dim = min(1, x.dim() - 1)
+    cap, eps = options.get("softcap"), options.get("label_smoothing", 0.0)
+    z = x if cap is None else cap * torch.tanh(x / cap)
+    w = (torch.ones(x.shape[dim], dtype=x.dtype) if weight is None else weight).view([-1] + [1] * (x.dim() - dim - 1))
+    u = (1 - eps) * t + eps / x.shape[dim]
+    if not options.get("from_logits", True):
+        return -(w * u * x.log()).sum(dim)
+    lse = torch.logsumexp(z, dim, keepdim=True)
+    rows = (w * u * (lse - z)).sum(dim)
+    return rows + options.get("lse_square_scale", 0.0) * (lse.squeeze(dim) ** 2) * (w * t).sum(dim)
+
+
+def expected_loss(case: Case, x: Tensor, t: Tensor, weight: Tensor | None) -> Tensor:
+    options = dict(case.options)
+    if case.target == "soft":
+        rows = soft_loss(x, t, weight, options)
+        return {"none": rows, "sum": rows.sum(), "mean": rows.mean()}[options.get("reduction", "mean")]
+    if not options.pop("from_logits", True):
+        eps = options.get("label_smoothing", 0.0)
+        counted = t != -100
+        w = torch.ones(x.shape[1], dtype=x.dtype) if weight is None else weight
+        label = torch.where(counted, t, 0)
+        rows = -(1 - eps) * w[label] * x.log().gather(1, label[:, None])[:, 0] - eps / x.shape[1] * (w * x.log()).sum(
+            1
+        )
+        return (rows * counted).sum() / (w[label] * counted).sum()
+    return reference.loss(x, t, weight, **options)
+
+
+def inputs(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    x, t, weight, upstream, v = case.tensors()
+    t = t.to(dtype) if case.target == "soft" else t
+    return x.to(dtype), t, None if weight is None else weight.to(dtype), upstream, v.to(dtype)
+
+
+def derivatives(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The loss, its gradients, and the second derivative's product, in one process."""
+    x, t, weight, upstream, v = inputs(case, dtype)
+    wanted = [x.requires_grad_()] + ([t.requires_grad_()] if case.target == "soft" else [])
+    loss = expected_loss(case, x, t, weight)
+    gradients = torch.autograd.grad(loss, wanted, upstream.to(loss.dtype), create_graph=case.second)
+    second = list(torch.autograd.grad(gradients[0], wanted, v)) if case.second else []
+    return loss.detach(), [g.detach() for g in gradients], second
+
+
+def assert_close(found: Tensor, case: Case, exact: Tensor, theirs: Tensor, what: str) -> None:
+    if case.dtype == torch.float64:
+        torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-12, equal_nan=True, msg=lambda m: f"{what}: {m}")
+    else:
+        reference.assert_no_worse(found, theirs, exact, what)
+
+
+def check(case: Case, found: dict[str, Any]) -> None:
+    exact, theirs = derivatives(case), derivatives(case, case.dtype)
+    if case.special == "nan":
+        for number in (0, 1):
+            assert found["loss"][number].isnan()
+            assert found["gradients"][0][number].isnan().all()
+        rest = slice(2, None)
+        torch.testing.assert_close(found["loss"][rest], exact[0][rest])
+        torch.testing.assert_close(found["gradients"][0][rest], exact[1][0][rest])
+    else:
+        assert_close(found["loss"], case, exact[0], theirs[0], "loss")
+        for number, gradient in enumerate(found["gradients"]):
+            wants = exact[1][number]
+            if case.ignored == "all":
+                wants = torch.zeros_like(wants)  # torch's mean over nothing has NaN
+            assert_close(gradient, case, wants, theirs[1][number], f"gradient {number}")
+    for gradient, second in zip(found.get("second", []), exact[2], strict=True):
+        torch.testing.assert_close(gradient, second, rtol=1e-9, atol=1e-11)
+    if not case.topk:
+        return
+    x, t, *_ = case.tensors()
+    labels = t.argmax(min(1, t.dim() - 1)) if case.target == "soft" else t
+    ignore, reduction = case.options.get("ignore_index", -100), case.options.get("reduction", "mean")
+    assert len(found["accuracy"]) == len(found["alone"]) == len(case.topk)
+    for k, value, alone in zip(case.topk, found["accuracy"], found["alone"], strict=True):
+        assert value.dtype == torch.float32
+        assert torch.equal(value.nan_to_num(7), alone.nan_to_num(7))
+        if reduction == "none":
+            rows = x.movedim(1, -1).reshape(-1, x.shape[1])
+            right = [
+                float(label != ignore and reference.rank(row, label) < k)
+                for row, label in zip(rows, labels.flatten().tolist(), strict=True)
+            ]
+            assert value.flatten().tolist() == right
+            assert value.shape == labels.shape
+        else:
+            share = reference.accuracy(x, labels, k, ignore)
+            share *= 1 if reduction == "mean" else int((labels != ignore).sum())
+            assert float(value) == pytest.approx(share, nan_ok=True)
+
+
+def of(case: Case, together: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if case.backend == "triton" and (backends.triton_version() is None or torch.cuda.is_available()):
+        pytest.skip("Triton serves no CPU tensors here")
+    return [results[case.name] for results in together]
+
+
+@pytest.mark.parametrize("case", GROUPS, ids=lambda case: case.name)
+def test_shards_of_the_classes(together: list[dict[str, Any]], case: Case) -> None:
+    """``group=``: the loss is the same on every rank, and the gradients are those of its logits."""
+    found = of(case, together)
+    for name in ("loss", "accuracy"):
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], found[0][name], rtol=0, atol=0, equal_nan=True)
+    dim = min(1, len(case.shape) - 1)
+    whole = {**found[0]}
+    for name in ("gradients", "second"):
+        if name in whole:
+            whole[name] = [torch.cat(parts, dim) for parts in zip(*(rank[name] for rank in found), strict=True)]
+    check(case, whole)
+
+
+@pytest.mark.parametrize("case", PLACED, ids=lambda case: case.name)
+def test_dtensors(together: list[dict[str, Any]], case: Case) -> None:
+    """Placements of all kinds: gradients lie as the input does, and a reduced loss is everywhere."""
+    for found in of(case, together):
+        check(case, found)
+        assert all(found["kept placements"])
+        of_loss, of_accuracies = found["placed"]
+        assert all(placements == of_loss for placements in of_accuracies)
+        if case.options.get("reduction") == "none":
+            assert [p.is_shard() for p in of_loss] == [letter in "st" for letter in case.placements]
+        else:
+            assert all(p.is_replicate() for p in of_loss)
+
+
+# ------------------------------------------------------------------------------------------------------------ linear
+
+
+def linear_derivatives(case: Linear, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The loss, the gradients of input, W, b and probabilities, and the logits, in one process."""
+    _, t, weight, upstream, _ = case.tensors()
+    x, w, b = (each.to(dtype).requires_grad_() for each in case.map())
+    soft, shift = case.target == "soft", case.how.get("shift", False)
+    t = t.to(dtype).requires_grad_() if soft else t
+    weight = None if weight is None else weight.to(dtype)
+    logits = F.linear(x, w, b if case.bias else None)
+    if shift:
+        logits, rows = logits[..., :-1, :], t[..., 1:]
+        upstream = upstream[..., :-1] if upstream.dim() else upstream
+    else:
+        rows = t
+    flat = logits.reshape(-1, logits.shape[-1])
+    loss = expected_loss(case, flat, rows.reshape(-1, rows.shape[-1]) if soft else rows.reshape(-1), weight)
+    loss = loss.view(logits.shape[:-1]) if loss.dim() else loss
+    wanted = [x, w] + ([b] if case.bias else []) + ([t] if soft else [])
+    return loss.detach(), list(torch.autograd.grad(loss, wanted, upstream.to(loss.dtype))), logits.detach()
+
+
+def check_linear(case: Linear, found: dict[str, Any]) -> None:
+    exact, theirs = linear_derivatives(case), linear_derivatives(case, case.dtype)
+    assert_close(found["loss"], case, exact[0], theirs[0], "loss")
+    for number, gradient in enumerate(found["gradients"]):
+        wants = torch.zeros_like(exact[1][number]) if case.ignored == "all" else exact[1][number]
+        assert_close(gradient, case, wants, theirs[1][number], f"gradient {number}")
+    if not case.topk:
+        return
+    _, t, *_ = case.tensors()
+    labels = t.argmax(-1) if case.target == "soft" else t
+    labels = labels[..., 1:] if case.how.get("shift") else labels
+    logits = exact[2].reshape(-1, exact[2].shape[-1])
+    for k, value in zip(case.topk, found["accuracy"], strict=True):
+        if case.options.get("reduction") == "none":
+            assert value.shape == labels.shape
+            right = [
+                float(label != -100 and reference.rank(row, label) < k)
+                for row, label in zip(logits, labels.flatten().tolist(), strict=True)
+            ]
+            assert value.flatten().tolist() == right
+        else:
+            share = reference.accuracy(logits, labels, k)
+            share *= int((labels != -100).sum()) if case.options.get("reduction") == "sum" else 1
+            assert float(value) == pytest.approx(share, nan_ok=True)
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=lambda case: case.name)
+def test_shards_of_the_head(together: list[dict[str, Any]], case: Linear) -> None:
+    """``group=``: every rank has the whole gradient of the input, and that of its own classes' weights."""
+    found = of(case, together)
+    dims = [None, 0] + ([0] if case.bias else []) + ([-1] if case.target == "soft" else [])
+    gradients = []
+    for number, dim in enumerate(dims):
+        parts = [rank["gradients"][number] for rank in found]
+        gradients.append(parts[0] if dim is None else torch.cat(parts, dim))
+        if dim is None:
+            for part in parts[1:]:
+                assert torch.equal(part, parts[0])
+    for other in found[1:]:
+        assert torch.equal(other["loss"].nan_to_num(7), found[0]["loss"].nan_to_num(7))
+    check_linear(case, {**found[0], "gradients": gradients})
+
+
+@pytest.mark.parametrize("case", LINEAR_PLACED, ids=lambda case: case.name)
+def test_dtensors_of_the_head(together: list[dict[str, Any]], case: Linear) -> None:
+    for found in of(case, together):
+        check_linear(case, found)
+        assert all(found["kept placements"])
+
+
+# ------------------------------------------------------------------------------------------- what the ranks tell
+
+
+def test_collectives_and_their_bytes(together: list[dict[str, Any]]) -> None:
+    """Forward and backward: at most two collectives of a few float64 numbers a row; nothing grows with the classes.
+
+    A group's ranks first tell each other what they have, in 40 bytes; a mesh knows.
+    """
+    hello = ("all_gather_into_tensor", 40)
+
+    def gathered(numbers: int, rows: int = 7) -> tuple[str, int]:
+        return "all_gather_into_tensor", 8 * numbers * rows
+
+    def reduced(numbers: int, rows: int = 1) -> tuple[str, int]:
+        return "all_reduce", 8 * numbers * rows
+
+    # lse, z_y, Σ w z where there is smoothing, and the rank; of probabilities nll and mass in the place of z_y
+    expected = {
+        "plain": [hello, gathered(2)],
+        "with accuracy": [hello, reduced(1, 7), gathered(4)],
+        "many classes": [hello, reduced(1, 7), gathered(4)],
+        "soft": [hello, gathered(4)],
+        "soft with accuracy": [hello, gathered(3), gathered(4)],
+        "D classes": [gathered(3)],
+        "D classes with accuracy": [reduced(1, 7), gathered(4)],
+        # Is something wrong on a rank? What do the means divide by? The loss, and how many rows are right.
+        "D rows": [reduced(1), reduced(2), reduced(3)],
+        "linear": [hello, *[gathered(2, 3)] * 3, reduced(5, 9)],  # 9 rows, 3 a chunk; the input's gradient
+        "linear with accuracy": [hello, *[reduced(1, 3), gathered(3, 3)] * 3, reduced(5, 9)],
+    }
+    for results in together:
+        found = dict(results["counts"])
+        both = found.pop("D both")[1]  # the rows' small numbers around the classes' own, which are as above
+        rows = -(-7 // 2)
+        assert [one for one in both if one[1] >= 8 * (rows - 1)][-3:-1] != []
+        assert len(both) == 5
+        for name, (number, heard) in found.items():
+            assert number == len(heard), f"{name}: torch counts {number}"
+            assert heard == expected[name], name
+
+
+@pytest.mark.parametrize("case", worker.BLIND, ids=lambda case: case.name)
+def test_a_host_that_does_not_look(together: list[dict[str, Any]], case: Case) -> None:
+    """As on a GPU: where this rank's classes stand is known to the device alone, and the results are the same."""
+    for results in together:
+        found, looked = results["blind", case.name], results[case.name]
+        torch.testing.assert_close(found["loss"], looked["loss"], rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(found["accuracy"], looked["accuracy"])
+        torch.testing.assert_close(found["gradients"], looked["gradients"], rtol=1e-12, atol=1e-13)
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[str, str]]]:
+    """The errors of three processes, the last of which dies in the end; none of them hangs."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    folder = tmp_path_factory.mktemp("failures")
+    codes = run_together("ranks.py", 3, folder, "fail", limit=60)
+    if codes != [0, 0, 7]:
+        pytest.fail(f"the processes ended with {codes}\n{logs(folder)}")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "last"),
+    [
+        ("rows", r"RuntimeError.*differ in their rows: 6 on rank 0, 6 on rank 1, 5 on rank 2", None),
+        ("options", r"RuntimeError.*differ in their options", None),
+        ("labels", r"RuntimeError.*differ in their labels", None),
+        ("arguments", r"RuntimeError.*rank 2 of the group refused", r"ValueError.*target has shape \(3,\)"),
+        ("label", r"IndexError.*target\[0\] is 12.*\[0, 12\)", None),
+        ("label, rows", r"IndexError.*on another of the 3 ranks", r"IndexError.*target\[0\] is 4"),
+        ("weight", r"RuntimeError.*differ in their options", None),
+        ("linear", r"RuntimeError.*rank 2 of the group refused", r"RuntimeError.*with the same D"),
+    ],
+)
+def test_what_is_wrong_on_one_rank_is_an_error_on_all(
+    failures: list[dict[str, tuple[str, str]]], name: str, others: str, last: str | None
+) -> None:
+    for rank, errors in enumerate(failures):
+        pattern = last if last and rank == 2 else others
+        assert re.search(pattern, ": ".join(errors[name])), f"rank {rank}: {errors[name]}"
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others(failures: list[dict[str, tuple[str, str]]]) -> None:
+    """The engine's own, at the latest when its timeout is over."""
+    assert "dead" not in failures[2]
+    for errors in failures[:2]:
+        assert errors["dead"][0]
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+X, T = torch.arange(24.0).view(6, 4), torch.arange(6) % 4
+
+
+def test_a_group_without_torch_distributed() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        pytest.skip("it is initialised")
+    with pytest.raises(RuntimeError, match=r"group is given, but torch.distributed is not initialised"):
+        fastloss.cross_entropy(X, T, group=object())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A group of one process, this one."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    if dist.is_initialized():
+        pytest.skip("this process is in a group already")
+    store = dist.FileStore(str(tmp_path_factory.mktemp("alone") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def dtensor(tensor: Tensor, *placements: Any) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh("cpu", (1,) * len(placements))
+    return DTensor.from_local(tensor, mesh, placements, run_check=False)
+
+
+def test_placements_that_cannot_be_served(alone: Any) -> None:
+    """Each error names what the placements were and what would do."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    for call in (fastloss.cross_entropy, fastloss.accuracy, fastloss.cross_entropy_with_accuracy):
+        with pytest.raises(ValueError, match=r"Partial\(sum\).* can't be served; expected Replicate\(\) or Shard"):
+            call(dtensor(X, Partial()), T)
+        with pytest.raises(ValueError, match=r"shards the classes over dimensions \[0, 1\] of the mesh; expected"):
+            call(dtensor(X, Shard(1), Shard(-1)), T)
+        with pytest.raises(ValueError, match=r"target is a plain tensor, and input is placed as .*Shard.*DTensor"):
+            call(dtensor(X, Shard(0)), T)
+        with pytest.raises(ValueError, match=r"target is placed as \(Shard\(dim=0\),\), and input is .*Replicate"):
+            call(dtensor(X, Replicate()), dtensor(T, Shard(0)))
+        with pytest.raises(ValueError, match=r"target is placed as .*Shard.*Shard\(dim=1\).*expected the target as"):
+            call(dtensor(X, Shard(1)), dtensor(T, Shard(0)))
+        with pytest.raises(ValueError, match="group is given beside a DTensor"):
+            call(dtensor(X, Shard(1)), T, group=alone)
+    other = dtensor(T, Replicate(), Replicate())
+    with pytest.raises(ValueError, match=r"target is on DeviceMesh.*input's mesh"):
+        fastloss.cross_entropy(dtensor(X, Shard(1)), other)
+
+
+def test_placements_of_a_head_that_cannot_be_served(alone: Any) -> None:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    w, call = torch.ones(4, 4), fastloss.linear_cross_entropy
+    for placements in ((Shard(0), Shard(0)), (Shard(1), Replicate()), (Replicate(), Shard(1))):
+        with pytest.raises(ValueError, match=r"input is placed as .* and linear_weight as .*; expected on each dim"):
+            call(dtensor(X, placements[0]), dtensor(w, placements[1]), T)
+    with pytest.raises(ValueError, match=r"linear_weight is placed as .*Partial.*redistribute"):
+        call(dtensor(X, Replicate()), dtensor(w, Partial()), T)
+    with pytest.raises(ValueError, match="linear_weight is a plain tensor beside DTensors"):
+        call(dtensor(X, Replicate()), w, T)
+    with pytest.raises(ValueError, match="linear_bias is a plain tensor beside DTensors"):
+        call(X, dtensor(w, Shard(0)), T, linear_bias=torch.ones(4))
+    with pytest.raises(ValueError, match=r"linear_bias is placed as .*; expected \(Shard"):
+        call(X, dtensor(w, Shard(0)), T, linear_bias=dtensor(torch.ones(4), Replicate()))
+    with pytest.raises(ValueError, match="target is a plain tensor, and input is placed as"):
+        call(dtensor(X, Shard(0)), dtensor(w, Replicate()), T)
+    x = X.view(2, 3, 4)
+    with pytest.raises(ValueError, match=r"shift=True with positions that are sharded"):
+        call(dtensor(x, Shard(1)), dtensor(w, Replicate()), dtensor(T.view(2, 3), Shard(1)), shift=True)
+    with pytest.raises(RuntimeError, match="accumulate_grad=True beside a linear_weight that is a DTensor"):
+        call(X, dtensor(w, Shard(0)).requires_grad_(), T, accumulate_grad=True)
+    with pytest.raises(ValueError, match="K-dimensional loss, over several ranks"):
+        call(X, torch.ones(4, 2, 4), torch.zeros(6, 2, dtype=torch.long), group=alone)
+
+
+def test_groups_that_are_none(alone: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    with pytest.raises(TypeError, match=r"group must be a torch.distributed ProcessGroup, got str"):
+        fastloss.cross_entropy(X, T, group="tensor")
+    with pytest.raises(TypeError, match=r"got DeviceMesh; pass mesh.get_group\(\)"):
+        fastloss.accuracy(X, T, group=init_device_mesh("cpu", (1,)))
+    with pytest.raises(RuntimeError, match=r"weight has shape \(3,\); expected one weight for each class: \(4,\)"):
+        fastloss.cross_entropy(X, T, torch.ones(3), group=alone)
+    with pytest.raises(RuntimeError, match="weight requires grad, and over several ranks"):
+        fastloss.cross_entropy(X, torch.softmax(X, 1), torch.ones(4, requires_grad=True), group=alone)
+    with pytest.raises(ValueError, match="the least that would do is"):
+        fastloss.linear_cross_entropy(X, torch.ones(4, 4), T, memory_budget=10, group=alone)
+    x = X.clone().requires_grad_()
+    loss = fastloss.linear_cross_entropy(x, torch.ones(4, 4), T, group=alone)
+    with pytest.raises(RuntimeError, match=r"no second derivative; with create_graph=True use cross_entropy"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_modules_and_compilers(alone: Any) -> None:
+    """The modules hand the group on; a compiler leaves such a call to Python."""
+    loss = fastloss.CrossEntropyLoss(label_smoothing=0.1, group=alone)
+    torch.testing.assert_close(loss(X, T), F.cross_entropy(X, T, label_smoothing=0.1))
+    compiled = torch.compile(loss, backend="eager")
+    torch.testing.assert_close(compiled(X, T), F.cross_entropy(X, T, label_smoothing=0.1))
+    head = fastloss.LinearCrossEntropyLoss(4, 4, weight=torch.arange(1.0, 5.0), group=alone)
+    expected = F.cross_entropy(F.linear(X, head.linear.weight), T, torch.arange(1.0, 5.0))
+    torch.testing.assert_close(head(X, T), expected)
+
+
+def test_twice_backward_and_no_grad(alone: Any) -> None:
+    """Under ``retain_graph`` both passes are right, and without a graph nothing is kept."""
+    from torch.distributed.tensor import Replicate
+
+    for call in (
+        lambda x: fastloss.cross_entropy(x, T, group=alone),
+        lambda x: fastloss.linear_cross_entropy(x, torch.eye(4), T, group=alone),
+        lambda x: fastloss.cross_entropy(dtensor(x, Replicate()), T).to_local(),
+    ):
+        x = X.clone().requires_grad_()
+        loss = call(x)
+        first = torch.autograd.grad(loss, x, torch.tensor(3.0), retain_graph=True)[0].clone()
+        second = torch.autograd.grad(loss, x)[0]
+        expected = torch.autograd.grad(F.cross_entropy(x, T), x)[0]
+        torch.testing.assert_close(second, expected)
+        torch.testing.assert_close(first, 3 * expected)
+        with torch.no_grad():
+            assert not call(x).requires_grad
