@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .functional import accuracy, is_dense
+from .functional import accuracy, is_dense, is_placed
 
 if TYPE_CHECKING:
     from .running import Metric
@@ -46,11 +46,13 @@ class Accuracy(Metric):
         ignore_index: a label whose rows count neither as right nor in the total.
         sync_on_compute: let :meth:`compute` add up the counts of all processes, by one all-reduce, where
             ``torch.distributed`` is initialized. All of them must call it then.
-        group: the processes that it adds up; None is all of them. Processes that count the same rows, as those do
-            among which only the classes are divided, may all be in it if all rows are counted equally often.
+        process_group: those that it adds up; None is all.
+        group: each of its ranks has a shard of the classes, as in :func:`fastloss.accuracy`.
 
     Shape:
-        ``metric(input, target)`` and ``metric.update(input, target)`` take what :func:`fastloss.accuracy` takes.
+        ``metric(input, target)`` and ``metric.update(input, target)`` take what :func:`fastloss.accuracy` takes. Of a
+        DTensor each process counts the rows that it has. Where several have the same rows, as where only the classes
+        are sharded, all of these rows are counted as often, and the share stays what it is.
 
     Raises:
         TypeError, ValueError: ``topk`` or ``ignore_index`` don't fit.
@@ -82,10 +84,13 @@ class Accuracy(Metric):
         *,
         ignore_index: int = -100,
         sync_on_compute: bool = True,
+        process_group: Any = None,
         group: Any = None,
     ) -> None:
-        super().__init__(sync_on_compute=sync_on_compute)
+        super().__init__(sync_on_compute=sync_on_compute, process_group=process_group)
         self._ks = checks.checked_topk(topk)
+        if not self._ks:
+            raise ValueError("fastloss.Accuracy: topk is empty; expected an int, or at least one of them")
         self._ignore_index = checks.checked_options(ignore_index, 0.0, "sum", 0.0, None, self._ks).ignore_index
         self._is_tuple = isinstance(topk, Sequence)
         self._group = _Shared(group)
@@ -118,21 +123,37 @@ class Accuracy(Metric):
         values = tuple(torch.where(invalid > 0, torch.nan, r / rows).float() for r in right)
         return values if self._is_tuple else values[0]
 
-    def _counts_of(self, input: Tensor, target: Tensor) -> Tensor:
-        exact = not isinstance(target, Tensor) or target.numel() <= _EXACT
+    @property
+    def process_group(self) -> Any:
+        """The processes that :meth:`compute` adds up; None is all."""
+        return self._process_group.value
+
+    @process_group.setter
+    def process_group(self, value: Any) -> None:
+        self._process_group = _Shared(value)
+
+    def _counts_of(self, input: Tensor, target: Any) -> Tensor:
+        placed = is_placed(input)  # then rows stay on their processes
+        many = not isinstance(target, Tensor) or target.numel() > _EXACT
+        reduction = "none" if placed or many else "sum"
         found = accuracy(
-            input, target, self._ks, ignore_index=self._ignore_index, reduction="sum" if exact else "none"
+            input, target, self._ks, ignore_index=self._ignore_index, reduction=reduction, group=self._group.value
         )
-        if is_dense(input, target):  # every row counts
-            number = target.numel() // target.shape[min(1, target.dim() - 1)]
-            rows = torch.full((), number, dtype=torch.int64, device=target.device)
-        else:
+        dense = is_dense(input, target)
+        if placed:
+            if is_placed(target) and not dense:
+                target = target.redistribute(placements=found[0].placements).to_local()
+            found = tuple(f.to_local() for f in found)
+        if not dense:
             rows = (target != self._ignore_index).sum()
+        else:  # every row counts
+            number = found[0].numel() if placed else target.numel() // target.shape[min(1, target.dim() - 1)]
+            rows = torch.full((), number, dtype=torch.int64, device=found[0].device)
         right = torch.stack([rows.to(_wide(rows)), *(f.sum(dtype=_wide(f)) for f in found)])
         return torch.cat([right[:1], right.isnan().any(0, keepdim=True), right[1:].nan_to_num()]).long()
 
     def _sync_dist(self, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:
-        group = process_group or self.process_group or self._group.value
+        group = process_group or self.process_group
         if dist_sync_fn is not gather_all_tensors:  # somebody's own
             super()._sync_dist(dist_sync_fn, group)
             return

@@ -25,6 +25,7 @@ class Metric(nn.Module):
     update: Callable[..., None]
     compute: Callable[[], Any]
     _sync_dist: Callable[..., None]
+    process_group: Any
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

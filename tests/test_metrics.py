@@ -52,7 +52,7 @@ def same(value: Any, expected: list[tuple[int, int]]) -> None:
 # ----------------------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize("topk", [1, 3, (1, 5), (2, 40), ()])
+@pytest.mark.parametrize("topk", [1, 3, (1, 5), (2, 40)])
 def test_over_batches(classes: Any, place: Place, topk: int | tuple[int, ...]) -> None:
     """Batches of unequal lengths and shapes, with ties, NaN and ignored rows: each row weighs the same."""
     metric = classes(topk, ignore_index=3).to(place.device)
@@ -144,7 +144,8 @@ def test_what_it_knows_when_a_label_was_out_of_bounds(classes: Any, monkeypatch:
     ("arguments", "error", "words"),
     [
         ({"topk": 0}, ValueError, "topk holds 0"),
-        ({"topk": "1"}, TypeError, "topk is '1'"),
+        ({"topk": ()}, ValueError, "topk is empty"),
+        ({"topk": "1"}, TypeError, "topk holds '1'|topk is '1'"),
         ({"ignore_index": 0.5}, TypeError, "ignore_index is 0.5"),
         ({"top_k": 1}, TypeError, "top_k"),
     ],
@@ -336,6 +337,21 @@ def test_over_processes(counters: list[dict[str, dict[str, Any]]], name: str) ->
         same(found["copied"], more)
         assert found["synced"].tolist() == [more[0][1], 0, more[0][0], more[1][0]]
     same(counters[0][name]["first"], expected(*((0, number) for number in numbers)))
+
+
+@pytest.mark.parametrize("name", list(ALONE))
+@pytest.mark.parametrize("how", ["rows", "replicated target", "dense rows", "classes", "group"])
+def test_sharded_batches(counters: list[dict[str, dict[str, Any]]], name: str, how: str) -> None:
+    """Of a DTensor, or of a shard of the classes: each process counts its rows, and all of them are the batch's."""
+    scores, target = counting.sharded_batch()
+    if how == "dense rows":
+        target = target.clamp(min=0)
+    rows = scores.chunk(2), target.chunk(2)
+    for rank, found in enumerate(process[name] for process in counters):
+        x, y = (part[rank] for part in rows) if "rows" in how or "target" in how else (scores, target)
+        own = [right(x, y, k) for k in (1, 3)]
+        assert found["sharded"][how]["own"].tolist() == [own[0][1], 0, own[0][0], own[1][0]]
+        same(found["sharded"][how]["all"], [right(scores, target, k) for k in (1, 3)])
 
 
 # ----------------------------------------------------------------------------- on a GPU
