@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -49,6 +50,29 @@ def together(script: str, count: int, folder: Path, *arguments: str, limit: floa
         logs = [(folder / f"{rank}.log").read_text(encoding="utf-8")[-3000:] for rank in range(count)]
         pytest.fail("\n".join(["the processes did not come to their end", *logs]))
     return torch.load(folder / "results.pt", weights_only=False)
+
+
+def torchrun(count: int, *command: str, limit: float = LIMIT) -> str:
+    """What ``torchrun --nproc-per-node COUNT COMMAND`` prints, which must come to its end in time."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *command]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment.pop("FASTLOSS_BACKEND", None)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        run, env=environment, cwd=HERE.parent, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            out, errors = "", f"not at its end after {limit} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # those that it started, too
+    if process.returncode:
+        pytest.fail(f"{' '.join(command)}\n{out[-3000:]}\n{errors[-6000:]}")
+    return out
 
 
 def join(rank: int, count: int, folder: Path) -> None:
