@@ -148,7 +148,7 @@ def compare(shape: tuple[int, int], dtype: torch.dtype, mesh: Any, rounds: int, 
     )
     small = Problem.random(min(rows, CHECKED_ROWS), classes, dtype, mesh, seed=1)
     errors = {name: small.error(step) for name, step in CONTENDERS.items()}
-    bar = max(_TIMES_PLAIN * errors[GATHERED], torch.finfo(dtype).eps)
+    bar = _TIMES_PLAIN * max(errors[GATHERED], torch.finfo(dtype).eps)
     right = {name: error <= bar for name, error in errors.items()}
     sent = {name: sent_by(lambda step=step: small.step(step)) for name, step in CONTENDERS.items()}  # type: ignore[misc]
     problem = Problem.random(rows, classes, dtype, mesh)

@@ -1,12 +1,12 @@
-"""A small language model on several processes: FSDP2, a head whose vocabulary is divided among them, and SGD.
+"""A small language model on several processes: FSDP2, a head whose vocabulary they share, and SGD.
 
     torchrun --nproc-per-node 2 docs/recipe_distributed.py             # the vocabulary among 2 processes
     torchrun --nproc-per-node 2 docs/recipe_distributed.py --tensor 1  # the batch among 2
     torchrun --nproc-per-node 4 docs/recipe_distributed.py             # the batch among 2, the vocabulary among 2
 
-On GPUs, if there is one for each process (NCCL), else on the CPU (gloo). The processes form a mesh, data × tensor. Each
-row of it has a share of the batch; the processes of a row have the same share, and a part of the vocabulary each. All
-parameters are sharded over the columns, the head over both. The text is this file.
+On GPUs, if there is one for each process (NCCL), else on the CPU (gloo). The processes form a mesh, data × tensor.
+Each row of it has a share of the batch; the processes of a row have the same share, and a part of the vocabulary
+each. All parameters are sharded over the rows of the mesh, the head over both dimensions. The text is this file.
 
 Each step is also taken in one process by PyTorch alone, and the two must agree.
 """
@@ -33,7 +33,7 @@ OPTIONS = {"lr": 0.3, "momentum": 0.9, "weight_decay": 1e-3}
 MAX_NORM = 1.0
 
 
-# ----------------------------------------------------------------------------- the model, which knows nothing of meshes
+# ----------------------------------------------------------------------------- the model
 
 
 class Block(nn.Module):
@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The linear map to the vocabulary and its loss, without the logits."""
+    """The linear map to the vocabulary and its loss, without the logits. FSDP gathers the weight for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class LanguageModel(nn.Module):
 
 
 def batches(steps: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Tokens and the next ones, of all processes together. The first labels of each row don't count, as a prompt's."""
+    """Tokens and the next ones, of all processes together; those of a row's beginning don't count, as a prompt's."""
     text = torch.tensor(list(Path(__file__).read_bytes()))
     generator = torch.Generator().manual_seed(1)
     result = []
@@ -101,7 +101,7 @@ def batches(steps: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
 
 
 def distribute(model: LanguageModel, mesh: DeviceMesh) -> None:
-    """Sharded over both dimensions: the head; over the data alone: all else."""
+    """In place. The head's classes over one dimension of the mesh; then all parameters over the other, by FSDP."""
     model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh["tensor"], [Shard(0)]))
     for part in (*model.blocks, model.head, model):
         fully_shard(part, mesh=mesh["data"])
@@ -112,7 +112,8 @@ def step(model: nn.Module, optimizer: SGD, tokens: Tensor, labels: Tensor, data:
     group = data.get_group()
     counted = (labels != -100).sum()
     dist.all_reduce(counted, group=group)  # the processes' rows have unequal numbers of labels
-    loss, right = model(tokens, labels)
+    # DTensors, as the head's weight is: the same on the processes that share the vocabulary.
+    loss, right = (value.to_local() for value in model(tokens, labels))
     (loss * data.size() / counted).backward()  # FSDP takes the mean over the data dimension
     optimizer.step()
     optimizer.zero_grad()
@@ -122,7 +123,7 @@ def step(model: nn.Module, optimizer: SGD, tokens: Tensor, labels: Tensor, data:
     return mean_loss, accuracy
 
 
-# ----------------------------------------------------------------------------- the same in one process, by PyTorch alone
+# ----------------------------------------------------------------------------- one process, PyTorch alone
 
 
 def step_alone(

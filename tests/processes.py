@@ -28,9 +28,7 @@ def together(script: str, count: int, folder: Path, *arguments: str, limit: floa
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
     folder.mkdir(parents=True, exist_ok=True)
-    path = os.pathsep.join([str(Path(fastloss.__file__).resolve().parents[1]), str(HERE)])
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    processes = []
+    environment, processes = _environment(), []
     try:
         for rank in range(count):
             with open(folder / f"{rank}.log", "w", encoding="utf-8") as log:
@@ -57,9 +55,8 @@ def torchrun(count: int, *command: str, limit: float = LIMIT) -> str:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *command]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment, pipe = _environment(), subprocess.PIPE
     environment.pop("FASTLOSS_BACKEND", None)
-    pipe = subprocess.PIPE
     with subprocess.Popen(
         run, env=environment, cwd=HERE.parent, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     ) as process:
@@ -73,6 +70,12 @@ def torchrun(count: int, *command: str, limit: float = LIMIT) -> str:
     if process.returncode:
         pytest.fail(f"{' '.join(command)}\n{out[-3000:]}\n{errors[-6000:]}")
     return out
+
+
+def _environment() -> dict[str, str]:
+    """This one's fastloss and tests, one thread each, no GPU."""
+    path = os.pathsep.join([str(Path(fastloss.__file__).resolve().parents[1]), str(HERE)])
+    return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def join(rank: int, count: int, folder: Path) -> None:
