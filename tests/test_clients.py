@@ -455,8 +455,8 @@ def test_sgd_over_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["vocabulary", "batch", "both"],
 )
 def test_a_language_model_on_a_mesh(count: int, arguments: list[str], mesh: str) -> None:
-    """docs/recipe_distributed.py, in float64: the loss and the accuracy of every step, and the weights at the end, are
-    those of PyTorch in one process. The program itself ends in an error where they are not.
+    """docs/recipe_distributed.py, in float64: loss and accuracy of every step, and the weights at the end, are those
+    of PyTorch in one process. The program itself ends in an error where they are not.
     """
     steps = 6
     program = str(RECIPES.with_name("recipe_distributed.py"))
