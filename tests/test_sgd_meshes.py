@@ -96,6 +96,7 @@ def test_saved_by_two_loaded_by_four(four: dict[str, Any], mesh: str, checkpoint
     torch.testing.assert_close(four[f"{mesh}: {checkpoint}"], uninterrupted(checkpoint))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # as it is meant
 @pytest.mark.parametrize("checkpoint", list(meshes.CHECKPOINTS))
 def test_saved_by_two_loaded_by_one(saved_by_two: Path, checkpoint: str) -> None:
     """In a program that knows nothing of processes."""
