@@ -10,6 +10,8 @@
 tensor(0.5000)
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import _layout
 
 _layout.extend(__path__)
@@ -26,10 +28,14 @@ from .modules import CrossEntropyLoss, LinearCrossEntropyLoss  # noqa: E402
 from .optim import SGD  # noqa: E402
 from .statistics import LossStatistics, cross_entropy_with_statistics  # noqa: E402
 
+if TYPE_CHECKING:
+    from .metrics import Accuracy
+
 __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "Accuracy",
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "LossAndAccuracy",
@@ -42,3 +48,12 @@ __all__ = [
     "linear_cross_entropy_with_accuracy",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``Accuracy`` is a metric of torchmetrics, if that is installed: it is imported when it is asked for."""
+    if name == "Accuracy":
+        from .metrics import Accuracy
+
+        return Accuracy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

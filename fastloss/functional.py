@@ -245,7 +245,7 @@ def accuracy(
     if group is not None or is_placed(input):
         values = _over_ranks(input, target, None, options, group, only_accuracy=True)[1]
         return values if isinstance(topk, Sequence) else values[0]
-    if _is_dense(input, target):
+    if is_dense(input, target):
         target = _labels_of(target)
         options = dataclasses.replace(options, ignore_index=-1)  # argmax gives none to ignore
     checks.check_index_target(input, target, None)
@@ -402,7 +402,7 @@ def _check_part(
     input: Tensor, target: Tensor, weight: Tensor | None, only_accuracy: bool, options: LossOptions
 ) -> bool:
     """Checks a rank's tensors, but for what all ranks' classes must be known for. Is the target dense?"""
-    if only_accuracy and _is_dense(input, target):
+    if only_accuracy and is_dense(input, target):
         return True
     if not only_accuracy and isinstance(target, Tensor) and composite.is_soft(input, target):
         checks.check_soft_target(input, target, None, options.ignore_index)
@@ -416,7 +416,7 @@ def _of_dtensor(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, only_accuracy: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """By the shards that this rank has, and DTensors again."""
-    if only_accuracy and _is_dense(input, target):
+    if only_accuracy and is_dense(input, target):
         dense = True
     else:
         _check_shapes(input, target, weight, options)
@@ -528,7 +528,7 @@ def _accuracy(input: Tensor, target: Tensor, options: LossOptions, *, checked: b
     return tuple(v.view(target.shape) for v in values) if options.reduction == "none" else values
 
 
-def _is_dense(input: Tensor, target: object) -> bool:
+def is_dense(input: Tensor, target: object) -> bool:
     """Does ``target`` hold a value for each class: one-hot rows, or probabilities?"""
     if not isinstance(target, Tensor) or target.shape != input.shape:
         return False

@@ -1,4 +1,4 @@
-"""A process of several that train together: ``python sharded.py RANK FOLDER BACKEND...``.
+"""A process of several that train together: ``python sharded.py RANK COUNT FOLDER BACKEND...``.
 
 The first of them writes to FOLDER what the tests of ``test_sgd_worlds.py`` then hold against one process.
 """
@@ -6,16 +6,15 @@ The first of them writes to FOLDER what the tests of ``test_sgd_worlds.py`` then
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from processes import join, leave, whole
 from torch import Tensor, nn
 
 PROCESSES = 2
-LIMIT = 100  # seconds, after which a process that waits for another gives up
 ROWS = 6  # of a batch, over all processes
 NETWORKS: dict[str, dict[str, Any]] = {
     "plain": {"lr": 0.1},
@@ -60,10 +59,6 @@ def lies_as(state: dict[str, Any], param: Any) -> bool:
         and buffer.placements == param.placements
         and buffer.to_local().shape == param.to_local().shape
     )
-
-
-def whole(tensor: Any) -> Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 class Process:
@@ -247,19 +242,10 @@ class Process:
         return [whole(p) for p in params]
 
 
-def main(rank: int, folder: Path, names: list[str]) -> None:
-    import torch.distributed as dist
-
+def main(rank: int, count: int, folder: Path, names: list[str]) -> None:
     import fastloss
 
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'meeting'}",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=LIMIT),
-    )
+    join(rank, count, folder)
     process = Process(rank)
     results: dict[str, Any] = {}
     for name in names:
@@ -277,11 +263,8 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
             }
     results["checkpoints"] = process.checkpoints()
     results["compiled"] = process.compiled()
-    if rank == 0:
-        torch.save(results, folder / "results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave(rank, folder, results)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,7 @@ def test_every_recipe_is_run_here() -> None:
         "SGD in Hugging Face's Trainer",
         "SGD in PyTorch Lightning",
         "SGD over FSDP2",
+        "FSDP2 and a vocabulary that processes share",
     ]
 
 
@@ -230,7 +232,8 @@ def test_lightning(tmp_path: Path, fused: list[tuple[int, ...]], monkeypatch: py
     our_steps, our_last, ours = run("ours")
     assert fused, "the batches are so small that torch's own operator served them"
     monkeypatch.setattr(fastloss, "cross_entropy_with_accuracy", with_accuracy)
-    monkeypatch.setattr(fastloss, "accuracy", lambda logits, target: top(1, logits, target))
+    micro = pytest.importorskip("torchmetrics").classification.MulticlassAccuracy(classes, average="micro")
+    monkeypatch.setattr(fastloss, "Accuracy", lambda: micro, raising=False)
     their_steps, their_last, theirs = run("theirs")
 
     assert len(our_steps) == len(their_steps) == epochs * steps
@@ -444,3 +447,30 @@ def test_sgd_over_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(clipped.norms) > 1
     for mine, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize(
+    ("count", "arguments", "mesh"),
+    [(2, [], "1 x 2"), (2, ["--tensor", "1"], "2 x 1"), (4, [], "2 x 2")],
+    ids=["vocabulary", "batch", "both"],
+)
+def test_a_language_model_on_a_mesh(count: int, arguments: list[str], mesh: str) -> None:
+    """docs/recipe_distributed.py, in float64: loss and accuracy of every step, and the weights at the end, are those
+    of PyTorch in one process. The program itself ends in an error where they are not.
+    """
+    steps = 6
+    program = str(RECIPES.with_name("recipe_distributed.py"))
+    out = processes.torchrun(count, program, "--dtype", "float64", "--steps", str(steps), *arguments)
+    head, titles, *lines, last = out.splitlines()
+    assert head == f"{count} processes on cpu: {mesh} (data x tensor)"
+    assert titles.split() == ["step", "loss", "in", "one", "process", "accuracy", "in", "one", "process"]
+    assert last == "equal in every step, and so are the weights"
+    losses = []
+    for number, line in enumerate(lines):
+        step, loss, loss_alone, accuracy, accuracy_alone = map(float, line.split())
+        assert step == number
+        assert loss == loss_alone
+        assert accuracy == accuracy_alone
+        losses.append(loss)
+    assert len(losses) == steps
+    assert losses[-1] < losses[0]

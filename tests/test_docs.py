@@ -13,6 +13,7 @@ MODULES = {
     "fastloss.functional": {"accuracy", "cross_entropy", "cross_entropy_with_accuracy"},
     "fastloss.linear": {"linear_cross_entropy", "linear_cross_entropy_with_accuracy"},
     "fastloss.statistics": {"cross_entropy_with_statistics"},
+    "fastloss.metrics": {"Accuracy"},
     "fastloss.modules": {"CrossEntropyLoss", "LinearCrossEntropyLoss"},
     "fastloss.backend": {"use_backend"},
     "fastloss.optim.sgd": {"SGD"},

@@ -10,13 +10,10 @@ import copy
 import itertools
 import os
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import sharded
 import torch
@@ -312,39 +309,11 @@ def test_the_norm_of_wide_gradients_of_narrow_parameters(place: Place) -> None:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes computed together. They are ended after a while, come what may."""
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("needs torch.distributed with gloo")
-    folder = tmp_path_factory.mktemp("together")
+    """What two processes computed together."""
     names = ["eager"] + ["triton"] * (backends.triton_version() is not None and not torch.cuda.is_available())
-    here = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(Path(fastloss.__file__).resolve().parents[1]), str(here)])
-    processes = []
-    try:
-        for rank in range(sharded.PROCESSES):
-            with open(folder / f"{rank}.log", "w", encoding="utf-8") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(here / "sharded.py"), str(rank), str(folder), *names],
-                        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-        end = time.monotonic() + sharded.LIMIT
-        while time.monotonic() < end and any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes):
-                break  # one has failed: the others would wait for it
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-    if not (folder / "results.pt").exists() or any(process.returncode for process in processes):
-        logs = [(folder / f"{rank}.log").read_text(encoding="utf-8")[-3000:] for rank in range(sharded.PROCESSES)]
-        pytest.fail("\n".join(["the processes did not come to their end", *logs]))
-    results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=False)
+    results: dict[str, Any] = processes.together(
+        "sharded.py", sharded.PROCESSES, tmp_path_factory.mktemp("together"), *names
+    )
     return results
 
 

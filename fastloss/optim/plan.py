@@ -16,19 +16,9 @@ import torch
 from torch import Tensor
 
 from ..contract import SGDBatch
+from .shards import Shards, ShardSums, is_sharded, local
 
-__all__ = [
-    "SERVED_DTYPES",
-    "Batch",
-    "Plan",
-    "gradients",
-    "is_sharded",
-    "local",
-    "over_shards",
-    "overlapping",
-    "serves",
-    "shards_of",
-]
+__all__ = ["SERVED_DTYPES", "Batch", "Plan", "gradients", "overlapping", "serves"]
 
 _MOST_DIMENSIONS = 6
 SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,6 +42,7 @@ class Batch:
     tensors: SGDBatch
     backend: str
     indices: list[int]
+    shards: Shards | None  # of what all of them are the shards
 
     def take(self, grads: list[Tensor]) -> list[Tensor]:
         """The batch's gradients among all."""
@@ -82,6 +73,7 @@ class Plan:
     stored: list[Tensor] = field(default_factory=list)  # parameters whose memory is stepped
     addresses: list[int] = field(default_factory=list)
     forms: list[list[Any]] = field(default_factory=list)  # of those, see _FORMS_OF
+    sums: ShardSums | None = None  # over the shards of all DTensors that are stepped; made when it is needed
 
     def keep(self, state: dict[str, Any], key: str) -> None:
         """The plan uses this tensor: it is to be noticed when another takes its place."""
@@ -142,39 +134,6 @@ def gradients(params: Iterable[Tensor]) -> tuple[list[Tensor | None], list[torch
             if type(grad) not in _HAVE_MEMORY and not is_sharded(grad):
                 layouts[i] = type(grad)
     return grads, layouts
-
-
-def is_sharded(param: Tensor) -> bool:
-    """Is it a DTensor? (Asked without an import of torch.distributed.)"""
-    return type(param) is not Tensor and hasattr(param, "to_local") and hasattr(param, "device_mesh")
-
-
-def local(param: Tensor, like: Tensor | None = None) -> Tensor:
-    """A DTensor's local shard; with ``like``, that of the tensor brought into the placement of ``like``."""
-    sharded: Any = param
-    if like is not None and sharded.placements != like.placements:  # type: ignore[attr-defined]
-        sharded = sharded.redistribute(placements=like.placements)  # type: ignore[attr-defined]
-    shard: Tensor = sharded.to_local()
-    return shard
-
-
-def shards_of(param: Any) -> tuple[Any, ...] | None:
-    """The mesh of a DTensor and those of its dimensions that cut the tensor up; None for other tensors."""
-    if not is_sharded(param):
-        return None
-    return param.device_mesh, tuple(d for d, placement in enumerate(param.placements) if not placement.is_replicate())
-
-
-def over_shards(squares: Tensor, param: Any) -> Tensor:
-    """Squares of the local shards of parameters placed like ``param``, added up over all shards."""
-    shards = shards_of(param)
-    if shards is None or not shards[1]:
-        return squares
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    mesh, cut = shards
-    placements = [Partial() if d in cut else Replicate() for d in range(mesh.ndim)]
-    return DTensor.from_local(squares, mesh, placements, run_check=False).full_tensor()
 
 
 def serves(param: Tensor) -> bool:

@@ -14,18 +14,8 @@ from .. import backend as backends
 from ..contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
 from . import plain
 from .checkpoint import check_loaded, restore_dtypes
-from .plan import (
-    SERVED_DTYPES,
-    Batch,
-    Plan,
-    gradients,
-    is_sharded,
-    local,
-    over_shards,
-    overlapping,
-    serves,
-    shards_of,
-)
+from .plan import SERVED_DTYPES, Batch, Plan, gradients, overlapping, serves
+from .shards import Shards, ShardSums, is_sharded, local, shards_of
 
 __all__ = ["SGD"]
 
@@ -235,19 +225,35 @@ class SGD(Optimizer):
 
     def _sum_of_squares(self, plan: Plan, grads: list[Any]) -> Tensor:
         """Σ g² over all gradients as they come, ``()`` on the device of the first."""
-        total: Tensor | None = None
+        found: dict[Shards | None, Tensor] = {}  # by the shards that they are of, on one device each
+
+        def total(shards: Shards | None, device: torch.device) -> Tensor:
+            if shards not in found:
+                found[shards] = torch.zeros((), dtype=torch.float64, device=device)
+            return found[shards]
+
         for batch in plan.batches:
             device = batch.tensors.params[0].device
-            found = torch.zeros((), dtype=torch.float64, device=device)
-            backends.load(batch.backend).sgd_squares(batch.tensors, batch.take(grads), found)
-            found = over_shards(found, plan.params[batch.indices[0]])
-            total = found if total is None else total + found.to(total.device)
+            squares = total(batch.shards, device)
+            apart = squares if squares.device == device else torch.zeros((), dtype=torch.float64, device=device)
+            backends.load(batch.backend).sgd_squares(batch.tensors, batch.take(grads), apart)
+            if apart is not squares:
+                squares += apart.to(squares.device)
         for i in plan.plain:
             if i not in plan.repeated:
-                found = plain.norm(grads[i]).square()
-                total = found if total is None else total + found.to(total.device)
-        assert total is not None  # a step without gradients has ended before
-        return total
+                param, grad = plan.params[i], grads[i]
+                shards = shards_of(param) if is_sharded(grad) else None
+                squares = plain.norm(grad if shards is None else local(grad, like=param)).square()
+                there = found.setdefault(shards, torch.zeros_like(squares))
+                there += squares.to(there.device)
+        if plan.sums is None:
+            plan.sums = ShardSums(
+                p for p, layout in zip(plan.params, plan.layouts, strict=True) if layout is not None
+            )
+        first, *others = plan.sums(found)  # a step without gradients has ended before
+        for other in others:
+            first = first + other.to(first.device)
+        return first
 
     def _step_by_operators(self, differentiable: bool) -> None:
         """The step in torch's operators alone, for autograd and for compilers to see."""
@@ -341,9 +347,10 @@ class SGD(Optimizer):
         for i, stored in memory.items():
             param, group = params[i], self.param_groups[group_of[i]]
             rounding, name = _rounding(group, stored), backends.choose(stored)
-            key = (name, stored.device, stored.dtype, rounding, shards_of(param))
+            shards = shards_of(param)
+            key = (name, stored.device, stored.dtype, rounding, shards)
             if key not in together:
-                together[key] = Batch(SGDBatch([], [], [], [], rounding, {}), name, [])
+                together[key] = Batch(SGDBatch([], [], [], [], rounding, {}), name, [], shards)
             batch = together[key]
             if stored is not param:
                 plan.sharded[i] = stored

@@ -1,0 +1,206 @@
+"""Running metrics. Where torchmetrics is installed they are its; it is imported with this module, and that when
+``fastloss.Accuracy`` is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .functional import accuracy, is_dense, is_placed
+
+if TYPE_CHECKING:
+    from .running import Metric
+
+    gather_all_tensors = None
+else:
+    try:
+        from torchmetrics import Metric
+        from torchmetrics.utilities.distributed import gather_all_tensors
+    except ImportError:
+        from .running import Metric
+
+        gather_all_tensors = None
+
+__all__ = ["Accuracy"]
+
+_EXACT = 1 << 24  # rows, up to which a float32 counts them
+
+
+class Accuracy(Metric):
+    """:func:`fastloss.accuracy` over many batches, and over many processes.
+
+    The share of all rows so far whose label is among the k highest scores: rows are counted, so that a batch weighs
+    as much as it has rows that count. The counts are int64, on the metric's device (``.to(device)``); nothing waits
+    for them, and no process for another, until :meth:`compute`.
+
+    Where torchmetrics is installed this is a ``torchmetrics.Metric``, for ``MetricCollection``, Lightning's
+    ``self.log`` and everything else there; it is the same class without it, without those.
+
+    Args:
+        topk: an int, or a tuple of ints; each at least 1.
+        ignore_index: a label whose rows count neither as right nor in the total.
+        sync_on_compute: let :meth:`compute` add up the counts of all processes, by one all-reduce, where
+            ``torch.distributed`` is initialized. All of them must call it then.
+        process_group: those that it adds up; None is all.
+        group: each of its ranks has a shard of the classes, as in :func:`fastloss.accuracy`.
+
+    Shape:
+        ``metric(input, target)`` and ``metric.update(input, target)`` take what :func:`fastloss.accuracy` takes. Of a
+        DTensor each process counts the rows that it has. Where several have the same rows, as where only the classes
+        are sharded, all of these rows are counted as often, and the share stays what it is.
+
+    Raises:
+        TypeError, ValueError: ``topk`` or ``ignore_index`` don't fit.
+        RuntimeError: a batch on another device than the metric; a state dict of another ``topk`` or ``ignore_index``.
+
+    Example:
+        >>> import fastloss, torch
+        >>> metric = fastloss.Accuracy(topk=(1, 2))
+        >>> metric.update(torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]), torch.tensor([0, 1]))
+        >>> metric(torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([2]))  # counts this batch too, and gives its value
+        (tensor(0.), tensor(0.))
+        >>> metric.compute()
+        (tensor(0.3333), tensor(0.6667))
+        >>> metric.reset()
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    counts: Tensor  # (2 + len(ks),) int64: rows, rows or sums without a value, rows right at each k
+    settings: Tensor  # (1 + len(ks),) int64: ignore_index and the ks
+
+    def __init__(
+        self,
+        topk: int | Sequence[int] = 1,
+        *,
+        ignore_index: int = -100,
+        sync_on_compute: bool = True,
+        process_group: Any = None,
+        group: Any = None,
+    ) -> None:
+        super().__init__(sync_on_compute=sync_on_compute, process_group=process_group)
+        self._ks = checks.checked_topk(topk)
+        if not self._ks:
+            raise ValueError("fastloss.Accuracy: topk is empty; expected an int, or at least one of them")
+        self._ignore_index = checks.checked_options(ignore_index, 0.0, "sum", 0.0, None, self._ks).ignore_index
+        self._is_tuple = isinstance(topk, Sequence)
+        self._group = _Shared(group)
+        # One state, one collective. The settings are a state beside it, always the same: a MetricCollection takes two
+        # metrics for one if their states are equal after the first batch, as the counts for k = 1 and k = 5 may be.
+        zeros = torch.zeros(2 + len(self._ks), dtype=torch.int64)
+        self.add_state("counts", zeros, dist_reduce_fx="sum", persistent=True)
+        settings = torch.tensor([self._ignore_index, *self._ks])
+        self.add_state("settings", settings, dist_reduce_fx="max", persistent=True)
+
+    @torch.no_grad()
+    def update(self, input: Tensor, target: Tensor) -> None:
+        """Count a batch."""
+        if isinstance(input, Tensor) and input.device != self.counts.device:
+            raise RuntimeError(
+                f"fastloss.Accuracy: the metric is on {self.counts.device}, input on {input.device}; "
+                f"expected one device: metric.to({str(input.device)!r})"
+            )
+        self.counts = self.counts + self._counts_of(input, target)
+
+    @torch.no_grad()
+    def compute(self) -> Any:
+        """The share of right rows among all that were counted, in [0, 1].
+
+        Returns:
+            ``()`` float32 on the metric's device for an int ``topk``, a tuple of them for a tuple. NaN where no row
+            was counted, or where a label was out of bounds and its batch on a GPU.
+        """
+        rows, invalid, *right = self.counts.to(_wide(self.counts)).unbind()
+        values = tuple(torch.where(invalid > 0, torch.nan, r / rows).float() for r in right)
+        return values if self._is_tuple else values[0]
+
+    @property
+    def process_group(self) -> Any:
+        """The processes that :meth:`compute` adds up; None is all."""
+        return self._process_group.value
+
+    @process_group.setter
+    def process_group(self, value: Any) -> None:
+        self._process_group = _Shared(value)
+
+    def _counts_of(self, input: Tensor, target: Any) -> Tensor:
+        placed = is_placed(input)  # then rows stay on their processes
+        many = not isinstance(target, Tensor) or target.numel() > _EXACT
+        reduction = "none" if placed or many else "sum"
+        found = accuracy(
+            input, target, self._ks, ignore_index=self._ignore_index, reduction=reduction, group=self._group.value
+        )
+        dense = is_dense(input, target)
+        if placed:
+            if is_placed(target) and not dense:
+                target = target.redistribute(placements=found[0].placements).to_local()
+            found = tuple(f.to_local() for f in found)
+        if not dense:
+            rows = (target != self._ignore_index).sum()
+        else:  # every row counts
+            number = found[0].numel() if placed else target.numel() // target.shape[min(1, target.dim() - 1)]
+            rows = torch.full((), number, dtype=torch.int64, device=found[0].device)
+        right = torch.stack([rows.to(_wide(rows)), *(f.sum(dtype=_wide(f)) for f in found)])
+        return torch.cat([right[:1], right.isnan().any(0, keepdim=True), right[1:].nan_to_num()]).long()
+
+    def _sync_dist(self, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:
+        group = process_group or self.process_group
+        if dist_sync_fn is not gather_all_tensors:  # somebody's own
+            super()._sync_dist(dist_sync_fn, group)
+            return
+        self.counts = self.counts.clone()
+        torch.distributed.all_reduce(self.counts, group=group)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        device, settings = self.counts.device, self.settings.tolist()
+        theirs = state_dict.get(prefix + "settings", self.settings).tolist()
+        if theirs != settings:
+            error_msgs.append(
+                f"fastloss.Accuracy: the counts of {prefix or 'the state dict'} are for topk {tuple(theirs[1:])} and "
+                f"ignore_index {theirs[0]}; this metric's are for {tuple(settings[1:])} and {settings[0]}"
+            )
+            state_dict.pop(prefix + "counts", None)
+            state_dict.pop(prefix + "settings")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self.counts, self.settings = self.counts.to(device), self.settings.to(device)
+        self._computed = None
+
+    def extra_repr(self) -> str:
+        """What the metric counts, for ``print``."""
+        topk = self._ks if self._is_tuple else self._ks[0]
+        return f"topk={topk}, ignore_index={self._ignore_index}"
+
+
+class _Shared:
+    """A process group: copies of a metric share it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: Any) -> _Shared:
+        return self
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

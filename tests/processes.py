@@ -1,0 +1,103 @@
+"""Several processes that compute together, over gloo: started, and ended after a while come what may."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastloss
+
+LIMIT = 100  # seconds, after which a process that waits for another gives up
+HERE = Path(__file__).resolve().parent
+
+
+def together(script: str, count: int, folder: Path, *arguments: str, limit: float = LIMIT) -> Any:
+    """What the first of ``count`` processes of ``python tests/SCRIPT RANK COUNT FOLDER ARGUMENTS`` wrote.
+
+    They are ended when the time is up, and when one of them has failed, for the others would wait for it.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    folder.mkdir(parents=True, exist_ok=True)
+    environment, processes = _environment(), []
+    try:
+        for rank in range(count):
+            with open(folder / f"{rank}.log", "w", encoding="utf-8") as log:
+                command = [sys.executable, str(HERE / script), str(rank), str(count), str(folder), *arguments]
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        end = time.monotonic() + limit
+        while time.monotonic() < end and any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                break
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    if not (folder / "results.pt").exists() or any(process.returncode for process in processes):
+        logs = [(folder / f"{rank}.log").read_text(encoding="utf-8")[-3000:] for rank in range(count)]
+        pytest.fail("\n".join(["the processes did not come to their end", *logs]))
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+def torchrun(count: int, *command: str, limit: float = LIMIT) -> str:
+    """What ``torchrun --nproc-per-node COUNT COMMAND`` prints, which must come to its end in time."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *command]
+    environment, pipe = _environment(), subprocess.PIPE
+    environment.pop("FASTLOSS_BACKEND", None)
+    with subprocess.Popen(
+        run, env=environment, cwd=HERE.parent, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            out, errors = "", f"not at its end after {limit} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # those that it started, too
+    if process.returncode:
+        pytest.fail(f"{' '.join(command)}\n{out[-3000:]}\n{errors[-6000:]}")
+    return out
+
+
+def _environment() -> dict[str, str]:
+    """This one's fastloss and tests, one thread each, no GPU."""
+    path = os.pathsep.join([str(Path(fastloss.__file__).resolve().parents[1]), str(HERE)])
+    return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def join(rank: int, count: int, folder: Path) -> None:
+    """In each of them, before anything else."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'meeting'}",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=LIMIT),
+    )
+
+
+def leave(rank: int, folder: Path, results: Any) -> None:
+    """In each of them, after everything else."""
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    """All of a DTensor, on every process."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
