@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,6 +43,7 @@ MINUTES = 8.0
 _TESTS_SHARE, _CHECKER_SHARE = 0.35, 0.15
 CHECKED = "layouts_sizes_and_offsets or gradients_change_their_layout"  # tests for the memory checker
 CHECKERS = ("compute-sanitizer",)
+_LAST_WORDS = 15.0  # seconds that interrupted tests have to say what they know
 
 LANGUAGE = tuple(Shape((1 << 28) // v // 64 * 64 + 64, v) for v in (32000, 50257, 128256, 262144))  # N·V ≥ 2²⁸
 VISION = tuple(Shape(4096, c) for c in (10, 100, 1000))
@@ -123,32 +128,47 @@ def workloads(device: torch.device) -> list[Workload]:
         chosen = [Workload(op, shape, torch.float32) for op in (*LOSS_OPS, "sgd") for shape in _TINY]
         return [*chosen, Workload("linear", _TINY_HEAD, torch.float32)]
     narrow, wide = torch.bfloat16, torch.float32
-    chosen = [Workload(op, shape, narrow) for shape in LANGUAGE for op in ("forward+backward", "forward")]
-    chosen += [Workload("loss+accuracy", shape, narrow) for shape in LANGUAGE]
+    chosen = [Workload("forward+backward", shape, narrow) for shape in LANGUAGE]
     chosen += [Workload("sgd", shape, wide) for shape in OPTIMIZER]
-    chosen += [Workload("loss+accuracy", shape, wide) for shape in VISION]
     chosen += [Workload("linear", HEAD, narrow)]
+    chosen += [Workload("forward", shape, narrow) for shape in LANGUAGE]
+    chosen += [Workload("loss+accuracy", shape, narrow) for shape in LANGUAGE]
+    chosen += [Workload("loss+accuracy", shape, wide) for shape in VISION]
     chosen += [Workload("accuracy", LANGUAGE[2], narrow), Workload("forward+backward", LANGUAGE[2], narrow, "soft")]
     return [*chosen, Workload("host", Shape(64, 1000), wide)]
 
 
 def run_tests(seconds: float, *, python: Sequence[str] = (sys.executable,), only: str = "") -> dict[str, Any]:
-    """pytest's last line, its exit code, and the failures."""
+    """pytest's last line, its exit code, and the failures; all of its output is in a temporary file.
+
+    Compiling the kernels takes most of the time: where pytest-xdist is installed, several processes share it.
+    """
     command = [*python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *(["-k", only] if only else [])]
+    if importlib.util.find_spec("xdist") is not None and len(python) == 1:
+        command += ["-n", str(max(1, min(14, (os.cpu_count() or 2) - 2)))]
     start = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finished = True
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1.0), check=False
-        )
-        output, code = done.stdout + done.stderr, done.returncode
-    except subprocess.TimeoutExpired as error:
-        output, code = (error.stdout or b"").decode(errors="replace"), None
+        output, _ = process.communicate(timeout=max(seconds, 1.0))
+    except subprocess.TimeoutExpired:
+        finished = False
+        process.send_signal(signal.SIGINT)  # it still says what has failed so far
+        try:
+            output, _ = process.communicate(timeout=_LAST_WORDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+    with tempfile.NamedTemporaryFile("w", prefix="fastloss-tests-", suffix=".log", delete=False) as log:
+        log.write(output)
+        print(f"what the tests printed: {log.name}", flush=True)
     lines = output.strip().splitlines() or [""]
     took = f"{time.monotonic() - start:.0f} s"
+    last = lines[-1].strip("= ")
     return {
         "command": " ".join([Path(command[0]).name, *command[1:]]),
-        "exit_code": code,
-        "summary": lines[-1].strip("= ") if code is not None else f"not finished after {took}",
+        "exit_code": process.returncode if finished else None,
+        "summary": last if finished else f"not finished after {took}: {last}",
         "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
     }
 
@@ -224,6 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="in all (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="the folder")
     parser.add_argument("--no-tests", action="store_true", help="measurements alone")
+    parser.add_argument("--no-checker", action="store_true", help="tests, but none under a memory checker")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
@@ -246,7 +267,16 @@ def main(arguments: list[str] | None = None) -> int:
         {name: presence(each) for name, each in asked.items()},
     )
     try:
-        _make(record, path, chosen, device, end, tests=not options.no_tests, minutes=options.minutes)
+        _make(
+            record,
+            path,
+            chosen,
+            device,
+            end,
+            tests=not options.no_tests,
+            checker=not options.no_checker,
+            minutes=options.minutes,
+        )
     except KeyboardInterrupt:
         record.write(path)
         print(f"interrupted; what was finished is in {path}")
@@ -264,30 +294,32 @@ def _make(
     end: float,
     *,
     tests: bool,
+    checker: bool,
     minutes: float,
 ) -> None:
     if tests:
         record.tests = run_tests(60 * minutes * _TESTS_SHARE)
         print(f"tests: {record.tests['summary']}", *record.tests["failures"], sep="\n", flush=True)
         record.write(path)
+    if tests and checker:
         record.memory_checker = check_memory(60 * minutes * _CHECKER_SHARE)
         print(f"memory checker: {record.memory_checker['summary']}", flush=True)
         record.write(path)
     graphs = VISION if device.type == "cuda" else ()
+    for shape in graphs:
+        record.graphs.append(under_a_graph(shape, device, 2.0))
+        print(f"under a CUDA graph: {record.graphs[-1]}", flush=True)
     for done, workload in enumerate(chosen):
         left = end - time.monotonic()
         if left < 0:
             print(f"out of time: {len(chosen) - done} workloads are left out", flush=True)
             return
-        share = left / (len(chosen) - done + len(graphs))
+        share = left / (len(chosen) - done)
         new = measure(workload, contenders_of(workload.op), device, budget=share / 4)
         record.rows += new
         record.write(path)
         timed = [f"{row.contender} {row.milliseconds:.3f} ms" for row in new if row.timed]
         print(f"{workload}: {', '.join(timed) or 'nothing timed'}", flush=True)
-    for shape in graphs:
-        record.graphs.append(under_a_graph(shape, device, 2.0))
-        print(f"under a CUDA graph: {record.graphs[-1]}", flush=True)
     record.finished = True
     record.write(path)
 

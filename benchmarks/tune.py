@@ -1,8 +1,8 @@
 """Which tiles are fastest on this GPU: ``python -m benchmarks.tune``.
 
-``kernels/launch.py`` chooses tiles by arithmetic, never by trial. This is where its numbers are looked for: each form of
-the loss kernels is run with many tile shapes, warps, stages and programs a processor, and the table gives each one's
-bandwidth beside the one that is chosen today and beside a copy. Compilation, most of the work, is shared out to
+``kernels/launch.py`` chooses tiles by arithmetic, never by trial. This is where its numbers are looked for: each form
+of the loss kernels is run with many tile shapes, warps, stages and programs a processor, and the table gives each
+one's bandwidth beside the one that is chosen today and beside a copy. Compilation, most of the work, is shared out to
 processes of their own, which fill Triton's cache.
 """
 
@@ -34,48 +34,33 @@ FORMS = {
     "accuracy": (False, (1, 5)),
 }
 LONG = (32000, 128256, 262144, 50257)
+
 SHORT = ((4096, 1000), (65536, 1024), (32768, 8192))
 
 
 class Choice(NamedTuple):
     """A way to cut up the rows."""
 
+    kind: str  # "loop", "tile" (whole rows) or "part" (rows that programs share)
     rows: int
     cols: int
     warps: int
     stages: int = 1
     registers: int = 0
-    looped: bool = True
 
     def __str__(self) -> str:
-        kind = f"{'loop' if self.looped else 'tile'} s{self.stages}"
         limit = f" {self.registers} registers" if self.registers else ""
-        return f"{kind} {self.rows}x{self.cols} w{self.warps}{limit}"
+        return f"{self.kind} {self.rows}x{self.cols} w{self.warps} s{self.stages}{limit}"
 
 
 LOOPED = [
-    Choice(1, cols, warps, stages)
-    for cols, warps, stages in ((4096, 4, 3), (4096, 8, 3), (8192, 16, 3), (16384, 32, 1), (16384, 32, 3))
+    Choice("loop", 1, cols, warps, stages)
+    for cols, warps, stages in ((4096, 4, 3), (4096, 8, 3), (8192, 16, 1), (16384, 32, 1))
 ]
 SHARED = [
-    Choice(1, cols, warps, stages, registers, looped=False)
-    for cols, warps, registers, *of in (
-        (32768, 16, 128, 1, 2, 3),
-        (16384, 8, 128, 1, 2, 3),
-        (8192, 4, 128, 2),
-        (32768, 32, 64, 2),
-        (16384, 16, 128, 2, 3),
-    )
-    for stages in of
-]
-ODD = [
-    Choice(1, cols, warps, stages, registers, looped=False)
-    for cols, warps, registers, stages in (
-        (8192, 8, 128, 1),
-        (8192, 8, 128, 2),
-        (16384, 16, 128, 2),
-        (32768, 32, 64, 2),
-    )
+    Choice("part", 1, cols, warps, stages, registers)
+    for cols, warps, registers in ((8192, 8, 128), (16384, 8, 128), (16384, 16, 128), (8192, 4, 128))
+    for stages in (1, 2, 3)
 ]
 RESIDENT = (1, 2, 3, 4, 6, 8)
 
@@ -88,7 +73,7 @@ def whole(classes: int) -> list[Choice]:
         rows = max(1, min(64, elements // cols))
         for per_thread, stages in ((16, 1), (32, 1), (64, 1), (64, 2)):
             warps = rows * cols // (32 * per_thread)
-            choice = Choice(rows, cols, warps, stages, 128 if per_thread == 64 else 0, looped=False)
+            choice = Choice("tile", rows, cols, warps, stages, 128 if per_thread == 64 else 0)
             if choice not in found and warps:
                 found.append(choice)
     return found
@@ -104,32 +89,41 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
     module = _loss_kernels()
     gradient, ks = FORMS[form]
     options = LossOptions(-100, 0.0, "mean", 0.0, None, ks)
-    plan, power_of_2 = sys.modules["fastloss.kernels.launch"].plan, sys.modules["fastloss.kernels.launch"].power_of_2
+    launch = sys.modules["fastloss.kernels.launch"]
 
-    def chosen(x: Tensor, result: Tensor | None = None) -> Any:
-        tiles = plan(x, result)
+    def chosen(x: Tensor, result: Tensor | None = None, *, plain: bool = False) -> Any:
+        tiles = launch.plan(x, result, plain=plain)
         if choice is None:
             return tiles
+        kind, *sizes = choice
         number = -(-x.shape[0] // choice.rows)
-        shifted = not choice.looped and choice.rows == 1 and bool(x.shape[1] % 8)
-        vec = 16 // x.element_size() if shifted else tiles.vec
-        parts = -(-(x.shape[1] + 7 * shifted) // choice.cols)
-        split = 1 if choice.looped else power_of_2(parts)
+        widest = 16 // x.element_size()
+        split = launch.power_of_2(-(-(x.shape[1] + widest) // choice.cols)) if kind == "part" else 0
         programs = torch.cuda.get_device_properties(0).multi_processor_count * resident
-        grid = max(split, min(number * split, programs // split * split))
+        grid = max(1, min(number, programs))
+        if split:
+            grid = max(split, min(number * split, programs // split * split))
+        shifted = bool(split and x.shape[1] % widest)
         return tiles._replace(
-            **choice._asdict(), number=number, split=split, shifted=shifted, vec=vec, grid=grid, all_registers=False
+            **dict(zip(Choice._fields[1:], sizes, strict=True)),
+            looped=kind == "loop",
+            vec=widest if split else tiles.vec,
+            split=split,
+            shifted=shifted,
+            number=number,
+            grid=grid,
+            all_registers=False,
         )
 
     def call() -> Any:
-        module.plan, least = chosen, module.power_of_2
+        module.plan, least = chosen, launch.power_of_2
         module.power_of_2 = lambda n: 2048 if n > 16 else least(n)  # of the grid: else each would be compiled anew
         try:
             return module.cross_entropy_forward(
                 logits[:, :, None], target, None, options, loss_dtype=logits.dtype, gradient=gradient, inplace=False
             )
         finally:
-            module.plan, module.power_of_2 = plan, least
+            module.plan, module.power_of_2 = launch.plan, least
 
     return call
 
@@ -142,7 +136,7 @@ def problems(only: list[str]) -> Iterator[tuple[str, tuple[int, int], list[Choic
             yield (
                 form,
                 (rows, classes),
-                ODD if classes % 8 else LOOPED + (SHARED if form.startswith("gradient") else []),
+                (SHARED if form.startswith("gradient") or classes % 8 else []) + ([] if classes % 8 else LOOPED),
             )
         for shape in SHORT:
             if form == "gradient+accuracy":
@@ -154,7 +148,7 @@ def compile_share(share: int, of: int, only: list[str]) -> None:
     todo = []
     for form, (rows, classes), choices in problems(only):
         if classes in LONG and classes % 8 == 0 and classes != 32000:
-            choices = [choice for choice in choices if not choice.looped]  # the others are compiled alike
+            choices = [choice for choice in choices if choice.kind != "loop"]  # the others are compiled alike
         few = min(rows, 2304)
         todo += [(form, few, classes, choice) for choice in [None, *choices]]
     cache: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -212,7 +206,7 @@ def main() -> int:
         print("benchmarks.tune: needs a GPU, and torch finds none", file=sys.stderr)
         return 2
     if options.share:
-        compile_share(*options.share, options.form)
+        compile_share(options.share[0], options.share[1], options.form)
         return 0
     start = time.perf_counter()
     forms = [text for form in options.form for text in ("--form", form)]

@@ -125,7 +125,7 @@ def cross_entropy_forward(
         if tiles.split:
             for name in ("ACC", "ROWS", "BY_INNER", "HAS_WEIGHT", "SOFTCAP"):
                 del constants[name]
-            of_part = WORDS[constants["SMOOTHING"]]
+            of_part = WORDS[options.label_smoothing != 0]
             words = torch.full((rows, tiles.split, of_part), -1, dtype=torch.int64, device=device)
             constants |= {"SPLIT": tiles.split, "WORDS": of_part, "THREADS": 32 * tiles.warps}
             outer_and_inner = (*strides[:4], *strides[5:7], strides[8])

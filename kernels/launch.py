@@ -38,9 +38,9 @@ LONGEST_TILE = 8192
 # Every launch says so itself: a multiplication and an addition may be fused. Triton's own default changes in 3.10.
 FUSED = {"enable_fp_fusion": True}
 _MOST_BLOCKS = 65535
-# Parts of rows that programs share: classes, warps, programs a processor. Of rows that begin where a 128-bit access
+# Parts of rows that programs share: classes, warps, programs a processor, stages. Of rows that begin where a 128-bit access
 # may, of others, which take more registers, and of those in float32.
-_PARTS = {"whole": (8192, 8, 2), "shifted": (8192, 8, 2), "shifted wide": (8192, 16, 1)}
+_PARTS = {"whole": (8192, 8, 2, 2), "shifted": (8192, 8, 2, 2), "shifted wide": (8192, 16, 1, 2)}
 # Programs of the interpreter's grids: few, so that each serves several tiles and the adding up is exercised.
 _INTERPRETED_PROCESSORS = 3
 
@@ -170,11 +170,11 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int) ->
         return tiles(1, 4096, 4, 4, 3, 0, looped=True)
     aligned = all(t.data_ptr() % 16 == 0 for t in (logits, gradient) if t is not None)
     alike = gradient is None or gradient.stride() == logits.stride()
-    cols, warps, resident = _PARTS["whole" if vec == widest else "shifted" if itemsize == 2 else "shifted wide"]
+    cols, warps, resident, stages = _PARTS["whole" if vec == widest else "shifted" if itemsize == 2 else "shifted wide"]
     split = power_of_2(triton.cdiv(classes + widest, cols))
     if not (aligned and (alike or vec == widest)) or split > processors or 4 * split > 8 * 32:
         return None
-    found = tiles(1, cols, warps, resident, 2, 128)
+    found = tiles(1, cols, warps, resident, stages, 128)
     grid = max(split, min(rows * split, found.grid // split * split))
     return found._replace(vec=widest, split=split, shifted=vec != widest, number=rows, grid=grid)
 
