@@ -59,8 +59,8 @@ LOOPED = [
 ]
 SHARED = [
     Choice("part", 1, cols, warps, stages, registers)
-    for cols, warps, registers in ((8192, 8, 128), (16384, 8, 128), (16384, 16, 128), (8192, 4, 128))
-    for stages in (1, 2, 3)
+    for cols, warps, registers, *of in ((8192, 8, 128, 1, 2, 3), (16384, 8, 128, 1, 2), (16384, 16, 128, 2))
+    for stages in of
 ]
 RESIDENT = (1, 2, 3, 4, 6, 8)
 
@@ -128,25 +128,25 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
     return call
 
 
-def problems(only: list[str]) -> Iterator[tuple[str, tuple[int, int], list[Choice]]]:
+def problems(only: list[str], only_classes: list[int]) -> Iterator[tuple[str, tuple[int, int], list[Choice]]]:
     """Form, shape, and what is tried."""
     for form in only or FORMS:
-        for classes in LONG:
+        for classes in only_classes or LONG:
             rows = (1 << 28) // classes // 64 * 64 + 64
             yield (
                 form,
                 (rows, classes),
                 (SHARED if form.startswith("gradient") or classes % 8 else []) + ([] if classes % 8 else LOOPED),
             )
-        for shape in SHORT:
+        for shape in () if only_classes else SHORT:
             if form == "gradient+accuracy":
                 yield form, shape, whole(shape[1])
 
 
-def compile_share(share: int, of: int, only: list[str]) -> None:
+def compile_share(share: int, of: int, only: list[str], only_classes: list[int]) -> None:
     """Every so many'th choice, once, on few rows."""
     todo = []
-    for form, (rows, classes), choices in problems(only):
+    for form, (rows, classes), choices in problems(only, only_classes):
         if classes in LONG and classes % 8 == 0 and classes != 32000:
             choices = [choice for choice in choices if choice.kind != "loop"]  # the others are compiled alike
         few = min(rows, 2304)
@@ -195,6 +195,7 @@ def by_graph(call: Callable[[], Any], block: int) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--form", action="append", choices=tuple(FORMS), default=[])
+    parser.add_argument("--classes", type=int, action="append", default=[], help="of rows of 2²⁸ logits in all")
     parser.add_argument("--output", type=Path, help="JSON lines")
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="of timing, after compilation (default: %(default)s)"
@@ -206,10 +207,11 @@ def main() -> int:
         print("benchmarks.tune: needs a GPU, and torch finds none", file=sys.stderr)
         return 2
     if options.share:
-        compile_share(options.share[0], options.share[1], options.form)
+        compile_share(options.share[0], options.share[1], options.form, options.classes)
         return 0
     start = time.perf_counter()
     forms = [text for form in options.form for text in ("--form", form)]
+    forms += [text for classes in options.classes for text in ("--classes", str(classes))]
     command = [sys.executable, "-m", "benchmarks.tune", *forms, "--share"]
     workers = [subprocess.Popen([*command, str(i), str(options.workers)]) for i in range(options.workers)]
     for worker in workers:
@@ -219,7 +221,7 @@ def main() -> int:
     end = time.perf_counter() + options.seconds
     source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
     sink = torch.empty_like(source)
-    for form, (rows, classes), choices in problems(options.form):
+    for form, (rows, classes), choices in problems(options.form, options.classes):
         if time.perf_counter() > end:
             print("out of time", flush=True)
             break

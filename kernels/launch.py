@@ -170,7 +170,9 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int) ->
         return tiles(1, 4096, 4, 4, 3, 0, looped=True)
     aligned = all(t.data_ptr() % 16 == 0 for t in (logits, gradient) if t is not None)
     alike = gradient is None or gradient.stride() == logits.stride()
-    cols, warps, resident, stages = _PARTS["whole" if vec == widest else "shifted" if itemsize == 2 else "shifted wide"]
+    cols, warps, resident, stages = _PARTS[
+        "whole" if vec == widest else "shifted" if itemsize == 2 else "shifted wide"
+    ]
     split = power_of_2(triton.cdiv(classes + widest, cols))
     if not (aligned and (alike or vec == widest)) or split > processors or 4 * split > 8 * 32:
         return None
