@@ -38,8 +38,8 @@ LONGEST_TILE = 8192
 # Every launch says so itself: a multiplication and an addition may be fused. Triton's own default changes in 3.10.
 FUSED = {"enable_fp_fusion": True}
 _MOST_BLOCKS = 65535
-# Parts of rows that programs share: classes, warps, programs a processor, stages. Of rows that begin where a 128-bit access
-# may, of others, which take more registers, and of those in float32.
+# Parts of rows that programs share: classes, warps, programs a processor, stages. Of rows that begin where a 128-bit
+# access may, of others, which take more registers, and of those in float32.
 _PARTS = {"whole": (8192, 8, 2, 2), "shifted": (8192, 8, 2, 2), "shifted wide": (8192, 16, 1, 2)}
 # Programs of the interpreter's grids: few, so that each serves several tiles and the adding up is exercised.
 _INTERPRETED_PROCESSORS = 3
