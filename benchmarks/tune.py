@@ -103,13 +103,11 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
         grid = max(1, min(number, programs))
         if split:
             grid = max(split, min(number * split, programs // split * split))
-        shifted = bool(split and x.shape[1] % widest)
         return tiles._replace(
             **dict(zip(Choice._fields[1:], sizes, strict=True)),
             looped=kind == "loop",
             vec=widest if split else tiles.vec,
             split=split,
-            shifted=shifted,
             number=number,
             grid=grid,
             all_registers=False,

@@ -133,7 +133,6 @@ def cross_entropy_forward(
                 forward_parts[(tiles.grid,)](
                     *(logits, target, result, *results, words, *outer_and_inner, *numbers, options.topk),
                     STEP=step,
-                    SHIFTED=tiles.shifted,
                     **constants,
                 )
         else:

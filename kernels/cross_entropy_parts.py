@@ -1,4 +1,8 @@
-r"""Cross-entropy of rows that are too long for one program: several share a row, and nobody waits for anybody.
+r"""Cross-entropy of long rows that begin where no wide access may, as those of an odd number of classes do.
+
+Whole aligned groups of logits are read and written; what such a group holds of a neighbouring row is dropped, and the
+ends of a row are written one by one (``_write_ends``). That takes registers: several programs share a row, and nobody
+waits for anybody.
 
 Each program has a part of the classes, the same in all of its rows. Of its part of row i it computes the maximum m,
 the sum of exponentials s and, if asked for, the rank of the label, and publishes them. Then it does not wait for what
@@ -7,10 +11,6 @@ have long been there. So few rows are in flight that it finds its part of row i 
 
 Bytes of device memory for N rows, V classes, b bytes a logit: 2·N·V·b with a gradient (read once, written once, and
 read a second time from the cache), N·V·b without.
-
-Rows that begin anywhere, as those of an odd number of classes do, are read and written in whole aligned groups too;
-what such a group holds of a neighbouring row is dropped, and the ends of a row are written one by one
-(``_write_ends``).
 """
 
 from __future__ import annotations
@@ -55,23 +55,17 @@ def _part(
     counted,
     classes,
     VEC: tl.constexpr,
-    SHIFTED: tl.constexpr,
 ):
     """This part of a row ``(1, COLS)``, −inf where it is not; where its lanes' classes begin; and the row's shift."""
     pointers = logits_ptr + base[:, None] + lanes.to(tl.int64)[None, :]
     # One bound for what is read, other in each row: masks that are the same for all rows would be kept in registers.
     end = tl.max(tl.where(counted, end, 0), axis=0)
-    if SHIFTED:
-        shift = tl.max(start - base, axis=0).to(tl.int32)
-        mask = (lanes // VEC < tl.minimum(tl.cdiv(shift + classes, VEC), end // VEC))[None, :]
-        x = tl.load(pointers, mask=mask, other=-float("inf")).to(tl.float32)
-        # Neither the row before nor the one behind: below 0 unsigned numbers are great.
-        within = (lanes - shift).to(tl.uint32, bitcast=True) < tl.minimum(end - shift, classes).to(tl.uint32)
-        x = tl.where(within[None, :], x, -float("inf"))
-    else:
-        shift = 0
-        mask = (lanes // VEC < end // VEC)[None, :]
-        x = tl.load(pointers, mask=mask, other=-float("inf")).to(tl.float32)
+    shift = tl.max(start - base, axis=0).to(tl.int32)
+    mask = (lanes // VEC < tl.minimum(tl.cdiv(shift + classes, VEC), end // VEC))[None, :]
+    x = tl.load(pointers, mask=mask, other=-float("inf")).to(tl.float32)
+    # Neither the row before nor the one behind: below 0 unsigned numbers are great.
+    within = (lanes - shift).to(tl.uint32, bitcast=True) < tl.minimum(end - shift, classes).to(tl.uint32)
+    x = tl.where(within[None, :], x, -float("inf"))
     return x, shift
 
 
@@ -148,7 +142,6 @@ def forward_parts(
     SPLIT: tl.constexpr,  # programs that share a row, neighbours in the grid; a power of 2
     WORDS: tl.constexpr,
     THREADS: tl.constexpr,  # of a program
-    SHIFTED: tl.constexpr,
     STAGES: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -161,9 +154,9 @@ def forward_parts(
     """
     part, team, teams = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT, tl.num_programs(0) // SPLIT
     # All parts begin where a 128-bit access may.
-    share = tl.cdiv(tl.cdiv(classes + VEC - 1 if SHIFTED else classes, SPLIT), 8) * 8
+    share = tl.cdiv(tl.cdiv(classes + VEC - 1, SPLIT), 8) * 8
     first = part * share
-    end = first + share if SHIFTED else tl.minimum(first + share, classes)
+    end = first + share
     lanes = first + tl.arange(0, COLS)
     place = tl.arange(0, THREADS) % (SPLIT * WORDS)
     kind = place % WORDS
@@ -186,7 +179,7 @@ def forward_parts(
             label, counted, _ = labels(target_ptr, row, row < rows, None, classes, ignore_index, False, tl.float32)
             start = row_offsets(row // inner, row % inner, x_outer, x_inner, 1)
             base = row_offsets(row // inner, row % inner, x_outer, x_inner, VEC)
-            x, shift = _part(logits_ptr, base, start, lanes, end, counted, classes, VEC, SHIFTED)
+            x, shift = _part(logits_ptr, base, start, lanes, end, counted, classes, VEC)
             z_label = label_logit(logits_ptr, start + label, counted, True, tl.float32)
             rank = tl.zeros([1], tl.int32)
             if K > 0:
@@ -255,7 +248,7 @@ def forward_parts(
                 start = row_offsets(row // inner, row % inner, x_outer, x_inner, 1)
                 base = row_offsets(row // inner, row % inner, x_outer, x_inner, VEC)
                 g_base = row_offsets(row // inner, row % inner, g_outer, g_inner, VEC)
-                x, shift = _part(logits_ptr, base, start, lanes, end, counted, classes, VEC, SHIFTED)
+                x, shift = _part(logits_ptr, base, start, lanes, end, counted, classes, VEC)
                 level = tl.where(counted, (level * scale).to(tl.float32) / s, 0.0)
                 hit, spread = (hit * scale).to(tl.float32), tl.where(counted, spread * scale, 0.0).to(tl.float32)
                 e = tl.exp2((x - m[:, None]) * LOG2_E)
@@ -264,16 +257,13 @@ def forward_parts(
                 if (at >= first - shift) & (at < first - shift + COLS):
                     g = subtract_at_label(g, label, hit, first - shift, 1, COLS)
                 group, after = lanes // VEC, tl.max(tl.where(there, end, 0), axis=0) // VEC
-                if SHIFTED:
-                    after = tl.minimum((shift + classes) // VEC, after)
-                    whole = (group >= tl.cdiv(shift, VEC)) & (group < after)
-                    if part == 0:
-                        _write_ends(
-                            logits_ptr, gradient_ptr, base, g_base, shift, classes, there, counted, label, m, level,
-                            hit, spread, SMOOTHING, VEC,
-                        )  # fmt: skip
-                else:
-                    whole = group < after
+                after = tl.minimum((shift + classes) // VEC, after)
+                whole = (group >= tl.cdiv(shift, VEC)) & (group < after)
+                if part == 0:
+                    _write_ends(
+                        logits_ptr, gradient_ptr, base, g_base, shift, classes, there, counted, label, m, level,
+                        hit, spread, SMOOTHING, VEC,
+                    )  # fmt: skip
                 pointers = gradient_ptr + g_base[:, None] + lanes.to(tl.int64)[None, :]
                 tl.store(pointers, g, mask=whole[None, :])
     if REDUCTION != "none" and STEP != "publish":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,9 +37,8 @@ LONGEST_TILE = 8192
 # Every launch says so itself: a multiplication and an addition may be fused. Triton's own default changes in 3.10.
 FUSED = {"enable_fp_fusion": True}
 _MOST_BLOCKS = 65535
-# Parts of rows that programs share: classes, warps, programs a processor, stages. Of rows that begin where a 128-bit
-# access may, of others, which take more registers, and of those in float32.
-_PARTS = {"whole": (8192, 8, 2, 2), "shifted": (8192, 8, 2, 2), "shifted wide": (8192, 16, 1, 2)}
+# Parts of rows that programs share: classes, warps, programs a processor; of 16 and of 32 bits.
+_PARTS = {2: (16384, 8, 2), 4: (8192, 16, 1)}
 # Programs of the interpreter's grids: few, so that each serves several tiles and the adding up is exercised.
 _INTERPRETED_PROCESSORS = 3
 
@@ -60,8 +58,7 @@ class Tiles(NamedTuple):
     all_registers: bool = False  # see :meth:`constants`
     registers: int = 0  # the most that a thread may have; 0: what the compiler thinks best
     stages: int = 1  # tiles or blocks that are on their way from memory at once, this one among them
-    split: int = 0  # programs that share a row; 0: a program has whole rows
-    shifted: bool = False  # of shared rows: they begin anywhere within an access of VEC classes
+    split: int = 0  # programs that share a row, which may begin anywhere in an access; 0: a program has whole rows
 
     def constants(self) -> dict[str, object]:
         """The compile-time arguments of a kernel that follow from it.
@@ -135,8 +132,9 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int) ->
     - Up to 8192 classes: as above, in half or a quarter of the warps; or, where there are too few rows to fill the
       GPU several times, small tiles of 16 logits a thread.
     - Up to 64 KB a row: whole rows still, the next two on their way into shared memory meanwhile.
-    - Longer ones, and those of which no access may begin where the row does: shared by several programs.
-    - Without a gradient there is no second visit, and long rows are visited in small blocks.
+    - Longer rows with a gradient are visited twice, by one program of 1024 threads a processor: so few rows are in
+      flight that the second visit finds most of them in the L2 cache. Without a gradient, in small blocks.
+    - Long rows that begin where no 128-bit access may are shared by several programs.
     """
     outer, classes, inner = logits.shape
     rows, itemsize, processors = outer * inner, logits.element_size(), _processors(logits.device)
@@ -168,17 +166,18 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int) ->
         return tiles(1, cols, warps, 16 // warps, 3, 128)
     if vec == widest and gradient is None:
         return tiles(1, 4096, 4, 4, 3, 0, looped=True)
+    if vec == widest:
+        return tiles(1, 16384, 32, 1, 1, 64, looped=True)
     aligned = all(t.data_ptr() % 16 == 0 for t in (logits, gradient) if t is not None)
-    alike = gradient is None or gradient.stride() == logits.stride()
-    cols, warps, resident, stages = _PARTS[
-        "whole" if vec == widest else "shifted" if itemsize == 2 else "shifted wide"
-    ]
+    cols, warps, resident = _PARTS[itemsize]
     split = power_of_2(triton.cdiv(classes + widest, cols))
-    if not (aligned and (alike or vec == widest)) or split > processors or 4 * split > 8 * 32:
+    if not aligned or (gradient is not None and gradient.stride() != logits.stride()):
         return None
-    found = tiles(1, cols, warps, resident, stages, 128)
+    if split > processors or 4 * split > 32 * warps:  # a thread for each number that parts publish
+        return None
+    found = tiles(1, cols, warps, resident, 1, 128)
     grid = max(split, min(rows * split, found.grid // split * split))
-    return found._replace(vec=widest, split=split, shifted=vec != widest, number=rows, grid=grid)
+    return found._replace(vec=widest, split=split, number=rows, grid=grid)
 
 
 def in_blocks(tiles: Tiles, classes: int) -> tuple[Tiles, int]:
@@ -243,14 +242,11 @@ def _stream_counter(index: int, stream: int) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", index))
 
 
-@contextlib.contextmanager
-def on_device(tensor: Tensor) -> Iterator[None]:
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launch on the tensor's own GPU, whichever is current."""
-    if tensor.is_cuda:
-        with torch.cuda.device(tensor.device):
-            yield
-    else:
-        yield
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 @functools.cache
