@@ -13,7 +13,9 @@ from dataclasses import dataclass
 __all__ = ["Loop", "hot_loops"]
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
-_WIDE = re.compile(r"^(LDG|STG)\b.*\.128\b")
+_WIDE = re.compile(r"^(LDG|STG|LDGSTS)\b.*\.128\b")  # LDGSTS: into shared memory
+
+_ACCESS = re.compile(r"^(LDG|STG|LDGSTS)\b")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def hot_loops(disassembly: str) -> list[Loop]:
                     sum(i.name.startswith("MUFU") for i in usual),
                     sum(i.name.startswith("LDG") and ".128" in i.name for i in body),
                     sum(i.name.startswith("STG") and ".128" in i.name for i in body),
-                    sum(i.name[:3] in ("LDG", "STG") and ".128" not in i.name for i in usual),
+                    sum(bool(_ACCESS.match(i.name)) and ".128" not in i.name for i in usual),
                 )
             )
     return loops

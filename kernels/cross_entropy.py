@@ -90,6 +90,8 @@ def cross_entropy_forward(
         (tiles.looped and tiles.by_inner) or of_few or (divisor is not None and not tiles.looped)
     ):
         tiles = tiles._replace(all_registers=True)  # compiled for sm_80 or sm_100 they would spill 8 bytes
+    if tiles.looped and tiles.warps == 32 and options.topk:
+        tiles = tiles._replace(cols=8192, warps=16, registers=128)  # ranks would spill
     k_pad = power_of_2(max(len(options.topk), 1))
 
     def rowwise(wanted: bool, dtype: torch.dtype) -> Tensor | None:
@@ -507,7 +509,7 @@ def _write_gradient(
     if e.shape[0] > 1:
         g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
     elif (at >= start) & (at < start + COLS):  # of a single row's blocks one holds the label
-        g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
+        g = subtract_at_label(g, label, hit, start, 1, COLS)
     if SOFTCAP:
         g *= dz
     if BY_INNER:

@@ -237,7 +237,7 @@ def forward_parts(
                     counted_sum += (counted & once).to(tl.int32)
                     invalid_sum += ((weight != weight) & once).to(tl.int32)
             if REDUCTION == "none":
-                tl.store(loss_ptr + row, loss, mask=there & once)
+                tl.store(loss_ptr + row, loss.to(tl.float32), mask=there & once)
             else:
                 loss_sum += tl.where(once, loss, 0.0)
                 weight_sum += tl.where(once, weight, 0.0).to(tl.float64)

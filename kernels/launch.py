@@ -38,7 +38,7 @@ LONGEST_TILE = 8192
 FUSED = {"enable_fp_fusion": True}
 _MOST_BLOCKS = 65535
 # Parts of rows that programs share: classes, warps, programs a processor; of 16 and of 32 bits.
-_PARTS = {2: (16384, 8, 2), 4: (8192, 16, 1)}
+_PARTS = {2: (8192, 8, 2), 4: (8192, 16, 1)}
 # Programs of the interpreter's grids: few, so that each serves several tiles and the adding up is exercised.
 _INTERPRETED_PROCESSORS = 3
 
@@ -162,7 +162,7 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int) ->
             return tiles(tile_rows, cols, warps, 6, 1, 168)
         return tiles(tile_rows, cols, warps, 4, 1, 128)
     if vec == widest and gradient is not None and cols * itemsize <= 65536:
-        warps = cols * itemsize // 4096
+        warps = max(1, cols * itemsize // 4096)
         return tiles(1, cols, warps, 16 // warps, 3, 128)
     if vec == widest and gradient is None:
         return tiles(1, 4096, 4, 4, 3, 0, looped=True)
@@ -175,7 +175,7 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int) ->
         return None
     if split > processors or 4 * split > 32 * warps:  # a thread for each number that parts publish
         return None
-    found = tiles(1, cols, warps, resident, 1, 128)
+    found = tiles(1, cols, warps, resident, 2, 128)
     grid = max(split, min(rows * split, found.grid // split * split))
     return found._replace(vec=widest, split=split, number=rows, grid=grid)
 

@@ -209,8 +209,12 @@ def before_label(x, x_label, cols, start, label, GROUP: tl.constexpr, ROWS: tl.c
     count = tl.sum(tl.reshape((~(x <= threshold[:, None])).to(tl.int32), SPLIT), axis=2)
     at = tl.max(label, axis=0)
     if (at >= start) & (at < start + COLS):
-        tied = (x == x_label[:, None]) & (cols[None, :] < label[:, None])
-        count += tl.sum(tl.reshape(tied.to(tl.int32), SPLIT), axis=2)
+        # By its group and its place in it, as in `subtract_at_label`.
+        place = (label - start)[:, None, None]
+        group, within = tl.arange(0, COLS // GROUP)[None, :, None], tl.arange(0, GROUP)[None, None, :]
+        lower = (group < place // GROUP) | ((group == place // GROUP) & (within < place % GROUP))
+        tied = (tl.reshape(x, SPLIT) == x_label[:, None, None]) & lower
+        count += tl.sum(tied.to(tl.int32), axis=2)
     return count
 
 
