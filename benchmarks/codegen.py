@@ -7,8 +7,8 @@ special-function operations an element, and the share of an H100's issue slots t
 at the full bandwidth of its memory. No GPU is needed, and none is asked.
 
 The exit code is 1 if something spills or doesn't compile, if a hot loop has an access narrower than 128 bits, or if a
-kernel is over its budget. (Class weights of logits whose neighbours in memory are rows may be read narrow: one number
-serves a line of the tile.)
+kernel is over its budget. (Class weights may be read narrow where the logits' neighbours in memory are rows, as one
+number serves a line of the tile, and beside a shard of the classes, which begins anywhere.)
 """
 
 from __future__ import annotations
@@ -185,7 +185,8 @@ def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
             result.widths[key] = result.widths.get(key, 0) + 1
         if _goes_block_by_block(launch):
             result.loops, result.elements = hot_loops(sass), _elements(launch)
-            result.by_line = bool(launch.options.get("BY_INNER") and launch.options.get("HAS_WEIGHT"))
+            shard = "soft_statistics" in launch.kernel.__name__
+            result.by_line = bool((launch.options.get("BY_INNER") or shard) and launch.options.get("HAS_WEIGHT"))
     else:
         text = compiled.asm["amdgcn"]
         result.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]

@@ -85,13 +85,15 @@ def cross_entropy_forward(
     result = (logits if inplace else torch.empty_like(logits)) if gradient else None
     plain = weight is None and options.softcap is None
     tiles = plan(logits, result, plain=plain)
-    of_few = options.topk and not gradient and tiles.cols <= 16
+    of_few = options.topk and not gradient and (tiles.cols <= 16 or tiles.by_inner)
     if not tiles.registers and (
         (tiles.looped and tiles.by_inner) or of_few or (divisor is not None and not tiles.looped)
     ):
         tiles = tiles._replace(all_registers=True)  # compiled for sm_80 or sm_100 they would spill 8 bytes
     if tiles.looped and tiles.warps == 32 and options.topk:
         tiles = tiles._replace(cols=8192, warps=16, registers=128)  # ranks would spill
+    elif not tiles.looped and tiles.stages > 1 and tiles.warps >= 16 and options.topk:
+        tiles = tiles._replace(stages=1)
     k_pad = power_of_2(max(len(options.topk), 1))
 
     def rowwise(wanted: bool, dtype: torch.dtype) -> Tensor | None:

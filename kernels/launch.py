@@ -20,6 +20,7 @@ __all__ = [
     "FUSED",
     "Tiles",
     "arithmetic",
+    "at_most",
     "counter",
     "in_blocks",
     "on_device",
@@ -67,14 +68,13 @@ class Tiles(NamedTuple):
         threads. With ``all_registers`` it may take as many as there are; AMD's compiler has no such option.
         """
         most = self.registers or (min(255, 65536 // (32 * self.warps)) if self.all_registers else 0)
-        limit = {"maxnreg": most} if most else {}
         return {
             "VEC": self.vec,
             "ROWS": self.rows,
             "COLS": self.cols,
             "BY_INNER": self.by_inner,
             "num_warps": self.warps,
-            **(limit if torch.version.hip is None else {}),
+            **(at_most(most) if most else {}),
             **FUSED,
         }
 
@@ -240,6 +240,11 @@ def counter(device: torch.device) -> Tensor:
 @functools.cache
 def _stream_counter(index: int, stream: int) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", index))
+
+
+def at_most(registers: int) -> dict[str, int]:
+    """The launch option by which a thread has so many registers; AMD's compiler knows none."""
+    return {"maxnreg": registers} if torch.version.hip is None else {}
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastloss.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
 
-from .launch import FUSED, arithmetic, counter, on_device, power_of_2, spread
+from .launch import FUSED, arithmetic, at_most, counter, on_device, power_of_2, spread
 from .rows import fp64, last_to_end
 
 __all__ = ["sgd_squares", "sgd_step"]
@@ -389,6 +389,7 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
                 ACC=arithmetic(torch.promote_types(first.dtype, grad_dtype)),
                 G_PAD=power_of_2(spread(1 << 30, first.device)),  # alike for any number of items
                 num_warps=_WARPS,
+                **at_most(128),  # compiled for sm_100 strided gradients would spill 8 bytes
                 **FUSED,
             )
             _keep_until_read(launch, batch)
