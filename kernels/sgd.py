@@ -389,7 +389,7 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
                 ACC=arithmetic(torch.promote_types(first.dtype, grad_dtype)),
                 G_PAD=power_of_2(spread(1 << 30, first.device)),  # alike for any number of items
                 num_warps=_WARPS,
-                **at_most(128),  # compiled for sm_100 strided gradients would spill 8 bytes
+                **at_most(255),  # compiled for sm_100 strided gradients would spill 8 bytes
                 **FUSED,
             )
             _keep_until_read(launch, batch)
