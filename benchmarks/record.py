@@ -184,7 +184,7 @@ def check_memory(seconds: float) -> dict[str, Any]:
 
 def under_a_graph(shape: Shape, device: torch.device, seconds: float) -> dict[str, Any]:
     """Loss, top-1 and top-5 accuracy and gradient: fastloss's from a CUDA graph, eager PyTorch's without."""
-    logits = torch.randn(shape, device=device, requires_grad=True)
+    logits = torch.randn(shape.rows, shape.classes, device=device, requires_grad=True)
     target = torch.randint(shape.classes, (shape.rows,), device=device)
 
     def ours() -> Tensor:
