@@ -367,8 +367,8 @@ def _forward_tile(
             tl.store(row_max_ptr + row, m, mask=in_range)
             tl.store(row_sum_ptr + row, s, mask=in_range)
         if gradient_ptr is not None:
-            level, hit, spread = (level * scale).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC)
-            g = slope(e, dz, cols, level / s, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING, False)
+            level, hit, spread = (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC)
+            g = slope(e, dz, cols, level, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING, False)
             g = subtract_at_label(g, label, hit, 0, ROWS, COLS)
             if SOFTCAP:
                 g *= dz
@@ -643,7 +643,7 @@ def _forward_loop(
             tl.store(row_sum_ptr + row, s, mask=in_range)
         if gradient_ptr is not None:
             g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
-            level, hit, spread = (level * scale).to(ACC) / s, (hit * scale).to(ACC), (spread * scale).to(ACC)
+            level, hit, spread = (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC)
             if full < classes:
                 _write_gradient(
                     logits_ptr, gradient_ptr, weight_ptr, base, g_base, full, classes, x_class, g_class,
@@ -729,6 +729,6 @@ def _backward(
     _write_gradient(
         logits_ptr, gradient_ptr, weight_ptr, base, g_base, tl.program_id(1) * COLS, classes, x_class, g_class,
         in_range, rows_to_read(counted, in_range, BY_INNER), counted, label, m,
-        (level * scale).to(ACC) / s, (hit * scale).to(ACC), (spread * scale).to(ACC), cap,
+        (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC), cap,
         True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS, BY_INNER,
     )  # fmt: skip

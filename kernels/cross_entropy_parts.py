@@ -249,7 +249,7 @@ def forward_parts(
                 base = row_offsets(row // inner, row % inner, x_outer, x_inner, VEC)
                 g_base = row_offsets(row // inner, row % inner, g_outer, g_inner, VEC)
                 x, shift = _part(logits_ptr, base, start, lanes, end, counted, classes, VEC)
-                level = tl.where(counted, (level * scale).to(tl.float32) / s, 0.0)
+                level = tl.where(counted, (level * scale / s).to(tl.float32), 0.0)
                 hit, spread = (hit * scale).to(tl.float32), tl.where(counted, spread * scale, 0.0).to(tl.float32)
                 e = tl.exp2((x - m[:, None]) * LOG2_E)
                 g = slope(e, x, lanes, level, spread, None, lanes >= 0, False, SMOOTHING, False)
