@@ -368,7 +368,7 @@ def _forward_tile(
             tl.store(row_sum_ptr + row, s, mask=in_range)
         if gradient_ptr is not None:
             level, hit, spread = (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC)
-            g = slope(e, dz, cols, level, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING, False)
+            g = slope(e, cols, level, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING)
             g = subtract_at_label(g, label, hit, 0, ROWS, COLS)
             if SOFTCAP:
                 g *= dz
@@ -507,7 +507,7 @@ def _write_gradient(
     level, hit, spread = tl.where(counted, level, 0.0), tl.where(counted, hit, 0.0), tl.where(counted, spread, 0.0)
     label = label.to(tl.int32)  # as the columns are: 64 bits for each of them would take two registers
     at = tl.max(label, axis=0)
-    g = slope(e, dz, cols, level, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING, False)
+    g = slope(e, cols, level, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING)
     if e.shape[0] > 1:
         g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
     elif (at >= start) & (at < start + COLS):  # of a single row's blocks one holds the label

@@ -252,7 +252,7 @@ def forward_parts(
                 level = tl.where(counted, (level * scale / s).to(tl.float32), 0.0)
                 hit, spread = (hit * scale).to(tl.float32), tl.where(counted, spread * scale, 0.0).to(tl.float32)
                 e = tl.exp2((x - m[:, None]) * LOG2_E)
-                g = slope(e, x, lanes, level, spread, None, lanes >= 0, False, SMOOTHING, False)
+                g = slope(e, lanes, level, spread, None, None, False, SMOOTHING)
                 at = tl.max(label, axis=0)
                 if (at >= first - shift) & (at < first - shift + COLS):
                     g = subtract_at_label(g, label, hit, first - shift, 1, COLS)

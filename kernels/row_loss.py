@@ -56,7 +56,6 @@ def scale_of_mean(
 @triton.jit
 def slope(
     p,  # (ROWS, COLS): softmax
-    dz,  # (ROWS, COLS): ∂z/∂x = 1 − tanh²(x / softcap), if SOFTCAP
     cols,
     level,  # A, times the scale
     spread,  # ε/C, times the scale
@@ -64,9 +63,8 @@ def slope(
     col_mask,
     HAS_WEIGHT: tl.constexpr,
     SMOOTHING: tl.constexpr,
-    SOFTCAP: tl.constexpr,
 ):
-    """∂L/∂x = (p A − ε/C w_c) ∂z/∂x, of all classes but the label."""
+    """∂L/∂z = p A − ε/C w_c, of all classes but the label."""
     g = p * level[:, None]
     if SMOOTHING:
         if HAS_WEIGHT:
@@ -74,8 +72,6 @@ def slope(
             g -= spread[:, None] * w[None, :]
         else:
             g -= spread[:, None]
-    if SOFTCAP:
-        g *= dz
     return g
 
 
