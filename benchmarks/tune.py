@@ -91,8 +91,8 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
     options = LossOptions(-100, 0.0, "mean", 0.0, None, ks)
     launch = sys.modules["fastloss.kernels.launch"]
 
-    def chosen(x: Tensor, result: Tensor | None = None, *, plain: bool = False) -> Any:
-        tiles = launch.plan(x, result, plain=plain)
+    def chosen(x: Tensor, result: Tensor | None = None, **how: bool) -> Any:
+        tiles = launch.plan(x, result, **how)
         if choice is None:
             return tiles
         kind, *sizes = choice
@@ -110,10 +110,10 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
             split=split,
             number=number,
             grid=grid,
-            all_registers=False,
         )
 
     def call() -> Any:
+        launch.forget()
         module.plan, least = chosen, launch.power_of_2
         module.power_of_2 = lambda n: 2048 if n > 16 else least(n)  # of the grid: else each would be compiled anew
         try:
@@ -122,6 +122,7 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
             )
         finally:
             module.plan, module.power_of_2 = launch.plan, least
+            launch.forget()
 
     return call
 

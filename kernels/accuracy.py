@@ -8,6 +8,8 @@ registers, or block by block.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from fastloss.contract import LabelElsewhere
 
-from .launch import arithmetic, counter, on_device, plan, power_of_2
+from .launch import ALL_REGISTERS, Launch, Memory, alike, arithmetic, begin, on_device, plan, power_of_2, scratch
 from .rows import (
     add_up_counts,
     before_label,
@@ -40,35 +42,44 @@ def accuracy(
     logits: Tensor, target: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str
 ) -> tuple[Tensor, ...]:
     """See :class:`fastloss.contract.Backend`. One launch."""
-    outer, classes, inner = logits.shape
-    rows, none = outer * inner, reduction == "none"
-    tiles, k_pad = plan(logits), power_of_2(len(topk))
-    tiles = tiles._replace(all_registers=tiles.all_registers or tiles.by_inner)
+    rows, none = logits.shape[0] * logits.shape[2], reduction == "none"
+    key = (logits.shape, logits.stride(), logits.device, topk, ignore_index, reduction, alike(logits), alike(target))
+    form = _forms.get(key, lambda: _form(logits, topk, ignore_index, reduction))
     right = torch.empty((len(topk), rows) if none else (len(topk),), dtype=torch.float32, device=logits.device)
-    counts = None if none else torch.empty((tiles.grid, 1 + k_pad), dtype=torch.int32, device=logits.device)
     with on_device(logits):
-        _rank_kernel[(tiles.grid,)](
-            logits,
-            target,
-            right,
-            counts,
-            None if none else counter(logits.device),
-            rows,
-            classes,
-            inner,
-            *logits.stride(),
-            ignore_index,
-            topk,
-            REDUCTION=reduction,
-            K=len(topk),
-            K_PAD=k_pad,
-            G_PAD=power_of_2(tiles.grid),
-            LOOPED=tiles.looped,
-            GROUP=tiles.group,
-            ACC=arithmetic(logits.dtype),
-            **tiles.constants(),
-        )
-    return tuple(right.unbind(0))
+        _, counts, arrived = (None, None, None) if none else scratch(logits.device, form.programs, form.counts)
+        form.launch(logits, target, right, counts, arrived, *form.numbers)
+    return right.unbind(0)
+
+
+class _Form(NamedTuple):
+    """What the accuracies of such logits need, but for the tensors."""
+
+    launch: Launch
+    numbers: tuple[object, ...]  # its arguments past the tensors
+    programs: int
+    counts: int  # that each of them leaves
+
+
+_forms: Memory[_Form] = Memory()
+
+
+def _form(logits: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str) -> _Form:
+    outer, classes, inner = logits.shape
+    tiles, k_pad = plan(logits), power_of_2(len(topk))
+    tiles = tiles._replace(registers=ALL_REGISTERS if tiles.by_inner else tiles.registers)
+    constants = {
+        "REDUCTION": reduction,
+        "K": len(topk),
+        "K_PAD": k_pad,
+        "G_PAD": power_of_2(tiles.grid),
+        "LOOPED": tiles.looped,
+        "GROUP": tiles.group,
+        "ACC": arithmetic(logits.dtype),
+        **tiles.constants(),
+    }
+    numbers = (outer * inner, classes, inner, *logits.stride(), ignore_index, topk)
+    return _Form(Launch(_rank_kernel, (tiles.grid,), constants), numbers, tiles.grid, 1 + k_pad)
 
 
 def label_ranks(logits: Tensor, label: LabelElsewhere) -> Tensor:
@@ -76,22 +87,18 @@ def label_ranks(logits: Tensor, label: LabelElsewhere) -> Tensor:
     outer, classes, inner = logits.shape
     rank = torch.empty(outer * inner, dtype=torch.int64, device=logits.device)
     tiles = plan(logits)
-    tiles = tiles._replace(all_registers=tiles.all_registers or tiles.by_inner)
+    tiles = tiles._replace(registers=ALL_REGISTERS if tiles.by_inner else tiles.registers)
     with on_device(logits):
-        _label_rank_kernel[(tiles.number,)](
-            logits,
-            label.logit,
-            label.position,
-            rank,
-            outer * inner,
-            classes,
-            inner,
-            *logits.stride(),
-            label.most_k,
-            LOOPED=tiles.looped,
-            GROUP=tiles.group,
-            ACC=arithmetic(logits.dtype),
-            **tiles.constants(),
+        begin(
+            _label_rank_kernel,
+            (tiles.number,),
+            (*(logits, *label[:2], rank, outer * inner, classes, inner), *logits.stride(), label.most_k),
+            {
+                "LOOPED": tiles.looped,
+                "GROUP": tiles.group,
+                "ACC": arithmetic(logits.dtype),
+                **tiles.constants(),
+            },
         )
     return rank
 

@@ -17,7 +17,7 @@ in the same order, so that results are equal from run to run. Nothing waits for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,16 +26,20 @@ from torch import Tensor
 
 from fastloss.contract import Forward, LossOptions, compute_dtype
 
-from . import launch
 from .cross_entropy_parts import WORDS, forward_parts
 from .launch import (
+    ALL_REGISTERS,
     FUSED,
+    Launch,
+    Memory,
     Tiles,
+    alike,
     arithmetic,
-    counter,
+    in_blocks,
     on_device,
     plan,
     power_of_2,
+    scratch,
     steps_of,
 )
 from .row_loss import end_launch, row_results, scale_of_mean, slope, subtract_at_label, sum_of_weights, weigh_rows
@@ -78,45 +82,87 @@ def cross_entropy_forward(
     divisor: Tensor | None = None,
 ) -> Forward:
     """See :class:`fastloss.contract.Backend`. One launch; two for a mean with a gradient over many rows."""
-    outer, classes, inner = logits.shape
-    rows = outer * inner
-    device, acc = logits.device, compute_dtype(logits.dtype)
+    outer, _, inner = logits.shape
+    rows, device, k = outer * inner, logits.device, len(options.topk)
     mean, none = options.reduction == "mean", options.reduction == "none"
     result = (logits if inplace else torch.empty_like(logits)) if gradient else None
-    plain = weight is None and options.softcap is None
-    tiles = plan(logits, result, plain=plain)
-    of_few = options.topk and not gradient and (tiles.cols <= 16 or tiles.by_inner)
-    if not tiles.registers and (
-        (tiles.looped and tiles.by_inner) or of_few or (divisor is not None and not tiles.looped)
-    ):
-        tiles = tiles._replace(all_registers=True)  # compiled for sm_80 or sm_100 they would spill 8 bytes
-    if tiles.looped and tiles.warps == 32 and options.topk:
-        tiles = tiles._replace(cols=8192, warps=16, registers=128)  # ranks would spill
-    elif not tiles.looped and tiles.stages > 1 and tiles.warps >= 16 and options.topk:
-        tiles = tiles._replace(stages=1)
-    k_pad = power_of_2(max(len(options.topk), 1))
+    weighed = None if divisor is None else divisor.view(1)
+    key = (
+        *(logits.shape, logits.stride(), device, options, loss_dtype, None if result is None else result.stride()),
+        *map(alike, (logits, target, weight, result, weighed)),
+    )
+    form = _forms.get(key, lambda: _form(logits, target, weight, result, weighed, options))
 
     def rowwise(wanted: bool, dtype: torch.dtype) -> Tensor | None:
         return torch.empty(rows, dtype=dtype, device=device) if wanted else None
 
     loss = torch.empty(rows if none else (), dtype=loss_dtype, device=device)
-    k = len(options.topk)
     right = torch.empty((k, rows) if none else (k,), dtype=torch.float32, device=device)
     scale = torch.empty((), dtype=torch.float64, device=device) if mean else None
     # The backward pass is wanted later only where the gradient is not written now; then m and the sum are kept.
-    row_max, row_sum = rowwise(not gradient, acc), rowwise(not gradient, acc)
-    sums = None if none else torch.empty((tiles.grid, 2), dtype=torch.float64, device=device)
-    counts = None if none else torch.empty((tiles.grid, 1 + k_pad), dtype=torch.int32, device=device)
-    weighed = None if divisor is None else divisor.view(1)
-    if mean and gradient and rows > _WEIGHED_BY_EACH:
-        weighed = _weigh(target, weight, classes, options)
+    row_max, row_sum = rowwise(not gradient, form.acc), rowwise(not gradient, form.acc)
+    ends = (None, None, None) if none else scratch(device, form.programs, form.counts)
+    with on_device(logits):
+        if form.weigh is not None:
+            weighed = torch.empty(_WEIGH_PARTS, dtype=torch.float64, device=device)
+            form.weigh(target, weight, weighed, *form.weigh_numbers)
+        sums, counts, arrived = ends
+        results = (loss, right, scale, row_max, row_sum, sums, counts, weighed, arrived)
+        if form.words:
+            words = torch.full((rows, form.split, form.words), -1, dtype=torch.int64, device=device)
+            for launch in form.launches:
+                launch(logits, target, result, *results, words, *form.numbers)
+        else:
+            for launch in form.launches:
+                launch(logits, target, weight, result, *results, *form.numbers)
+    return Forward(
+        loss,
+        right.unbind(0) if k else (),
+        result,
+        saved=tuple(t for t in (row_max, row_sum, None if gradient else scale) if t is not None),
+        scale=scale if gradient else None,
+    )
 
-    kernel: Any
-    results = (loss, right, scale, row_max, row_sum, sums, counts, weighed, None if none else counter(device))
+
+class _Form(NamedTuple):
+    """What a forward pass over such logits with such options needs, but for the tensors."""
+
+    launches: tuple[Launch, ...]
+    numbers: tuple[object, ...]  # the launches' arguments past the tensors
+    acc: torch.dtype
+    programs: int
+    counts: int  # that each of them leaves
+    split: int  # programs that share a row
+    words: int  # that each of those publishes; 0: none do
+    weigh: Launch | None
+    weigh_numbers: tuple[int, ...]
+
+
+_forms: Memory[_Form] = Memory()
+
+
+def _form(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    result: Tensor | None,
+    weighed: Tensor | None,
+    options: LossOptions,
+) -> _Form:
+    outer, classes, inner = logits.shape
+    rows, k = outer * inner, len(options.topk)
+    tiles = plan(logits, result, plain=weight is None and options.softcap is None, ranked=k > 0)
+    of_few = k and result is None and (tiles.cols <= 16 or tiles.by_inner)
+    if not tiles.registers and (
+        (tiles.looped and tiles.by_inner) or of_few or (weighed is not None and not tiles.looped)
+    ):
+        tiles = tiles._replace(registers=ALL_REGISTERS)  # compiled for sm_80 or sm_100 they would spill 8 bytes
+    k_pad = power_of_2(max(k, 1))
+    many = weighed is None and options.reduction == "mean" and result is not None and rows > _WEIGHED_BY_EACH
     strides = _shape_arguments(logits, logits if result is None else result)
     numbers = (options.ignore_index, options.label_smoothing, options.lse_square_scale)
     constants = {
-        "N_WEIGHED": 0 if weighed is None else weighed.numel(),
+        "N_WEIGHED": _WEIGH_PARTS if many else 0 if weighed is None else weighed.numel(),
         "REDUCTION": options.reduction,
         "K": k,
         "K_PAD": k_pad,
@@ -125,35 +171,38 @@ def cross_entropy_forward(
         "STAGES": tiles.stages,
         **_constants(logits, weight, options, tiles),
     }
-    with on_device(logits):
-        if tiles.split:
-            for name in ("ACC", "ROWS", "BY_INNER", "HAS_WEIGHT", "SOFTCAP"):
-                del constants[name]
-            of_part = WORDS[options.label_smoothing != 0]
-            words = torch.full((rows, tiles.split, of_part), -1, dtype=torch.int64, device=device)
-            constants |= {"SPLIT": tiles.split, "WORDS": of_part, "THREADS": 32 * tiles.warps}
-            outer_and_inner = (*strides[:4], *strides[5:7], strides[8])
-            for step in steps_of(device):
-                forward_parts[(tiles.grid,)](
-                    *(logits, target, result, *results, words, *outer_and_inner, *numbers, options.topk),
-                    STEP=step,
-                    **constants,
-                )
-        else:
-            kernel = _forward_loop if tiles.looped else _forward_tile
-            pairs = tiles.stages > 1 and logits.data_ptr() % 4 == 0
-            constants |= {"GROUP": tiles.group} if tiles.looped else {"PAIRS": pairs}
-            kernel[(tiles.grid,)](
-                *(logits, target, weight, result, *results, *strides, *numbers, options.softcap or 1.0, options.topk),
-                **constants,
-            )
-    return Forward(
-        loss,
-        tuple(right.unbind(0)),
-        result,
-        saved=tuple(t for t in (row_max, row_sum, None if gradient else scale) if t is not None),
-        scale=scale if gradient else None,
+    words, grid = 0, (tiles.grid,)
+    if tiles.split:
+        for name in ("ACC", "ROWS", "BY_INNER", "HAS_WEIGHT", "SOFTCAP"):
+            del constants[name]
+        words = WORDS[options.label_smoothing != 0]
+        constants |= {"SPLIT": tiles.split, "WORDS": words, "THREADS": 32 * tiles.warps}
+        launches = tuple(Launch(forward_parts, grid, {**constants, "STEP": step}) for step in steps_of(logits.device))
+        arguments = (*strides[:4], *strides[5:7], strides[8], *numbers, options.topk)
+    else:
+        pairs = tiles.stages > 1 and logits.data_ptr() % 4 == 0
+        constants |= {"GROUP": tiles.group} if tiles.looped else {"PAIRS": pairs}
+        launches = (Launch(_forward_loop if tiles.looped else _forward_tile, grid, constants),)
+        arguments = (*strides, *numbers, options.softcap or 1.0, options.topk)
+    share = triton.cdiv(rows, _WEIGH_PARTS)
+    return _Form(
+        launches,
+        arguments,
+        compute_dtype(logits.dtype),
+        tiles.grid,
+        1 + k_pad,
+        tiles.split,
+        words,
+        _weigh(weight) if many else None,
+        (rows, share, classes, options.ignore_index),
     )
+
+
+def _weigh(weight: Tensor | None) -> Launch:
+    """The sum of the counted rows' weights, in a few parts: a gradient of a mean needs it before it is written."""
+    acc = arithmetic(torch.float32 if weight is None else weight.dtype)
+    constants = {"HAS_WEIGHT": weight is not None, "ACC": acc, "BLOCK": _WEIGH_BLOCK, "num_warps": 4, **FUSED}
+    return Launch(_weigh_kernel, (_WEIGH_PARTS,), constants)
 
 
 def cross_entropy_backward(
@@ -169,31 +218,39 @@ def cross_entropy_backward(
     """See :class:`fastloss.contract.Backend`. One launch."""
     row_max, row_sum, *scale = saved
     result = logits if inplace else torch.empty_like(logits)
+    key = (
+        *(logits.shape, logits.stride(), logits.device, options, result.stride(), upstream.stride(), bool(scale)),
+        *map(alike, (logits, target, weight, result, upstream)),
+    )
+    launch, numbers = _backward_forms.get(key, lambda: _backward_form(logits, weight, result, upstream, options))
+    with on_device(logits):
+        tensors = (logits, target, weight, result, upstream, scale[0] if scale else None, row_max, row_sum)
+        launch(*tensors, *numbers)
+    return result
+
+
+_backward_forms: Memory[tuple[Launch, tuple[object, ...]]] = Memory()
+
+
+def _backward_form(
+    logits: Tensor, weight: Tensor | None, result: Tensor, upstream: Tensor, options: LossOptions
+) -> tuple[Launch, tuple[object, ...]]:
+    """The backward launch, and its arguments past the tensors."""
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
     many = weight is not None or options.softcap is not None or options.reduction == "none"
-    tiles = tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4, all_registers=many)
-    tiles, blocks = launch.in_blocks(tiles, logits.shape[1])
-    grid = (tiles.number, blocks)
-    with on_device(logits):
-        _backward[grid](
-            logits,
-            target,
-            weight,
-            result,
-            upstream,
-            scale[0] if scale else None,
-            row_max,
-            row_sum,
-            *_shape_arguments(logits, result),
-            upstream.stride(0) if upstream.dim() else 0,
-            options.ignore_index,
-            options.label_smoothing,
-            options.lse_square_scale,
-            options.softcap or 1.0,
-            **_constants(logits, weight, options, tiles),
-        )
-    return result
+    registers = ALL_REGISTERS if many else 0
+    tiles = tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4, registers=registers)
+    tiles, blocks = in_blocks(tiles, logits.shape[1])
+    numbers = (
+        *_shape_arguments(logits, result),
+        upstream.stride(0) if upstream.dim() else 0,
+        options.ignore_index,
+        options.label_smoothing,
+        options.lse_square_scale,
+        options.softcap or 1.0,
+    )
+    return Launch(_backward, (tiles.number, blocks), _constants(logits, weight, options, tiles)), numbers
 
 
 def _shape_arguments(logits: Tensor, gradient: Tensor) -> tuple[int, ...]:
@@ -210,28 +267,6 @@ def _constants(logits: Tensor, weight: Tensor | None, options: LossOptions, tile
         "ACC": arithmetic(logits.dtype),
         **tiles.constants(),
     }
-
-
-def _weigh(target: Tensor, weight: Tensor | None, classes: int, options: LossOptions) -> Tensor:
-    """The sum of the counted rows' weights, in a few parts: a gradient of a mean needs it before it is written."""
-    rows = target.numel()
-    weighed = torch.empty(_WEIGH_PARTS, dtype=torch.float64, device=target.device)
-    with on_device(target):
-        _weigh_kernel[(_WEIGH_PARTS,)](
-            target,
-            weight,
-            weighed,
-            rows,
-            triton.cdiv(rows, _WEIGH_PARTS),
-            classes,
-            options.ignore_index,
-            HAS_WEIGHT=weight is not None,
-            ACC=arithmetic(torch.float32 if weight is None else weight.dtype),
-            BLOCK=_WEIGH_BLOCK,
-            num_warps=4,
-            **FUSED,
-        )
-    return weighed
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])

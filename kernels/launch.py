@@ -7,25 +7,35 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from fastloss.contract import may_keep_memory
 
 __all__ = [
+    "ALL_REGISTERS",
     "FUSED",
+    "Launch",
+    "Memory",
     "Tiles",
+    "alike",
     "arithmetic",
     "at_most",
+    "begin",
     "counter",
+    "forget",
     "in_blocks",
     "on_device",
     "plan",
     "power_of_2",
+    "scratch",
     "spread",
     "steps_of",
     "vector_width",
@@ -40,6 +50,8 @@ FUSED = {"enable_fp_fusion": True}
 _MOST_BLOCKS = 65535
 # Parts of rows that programs share: classes, warps, programs a processor; of 16 and of 32 bits.
 _PARTS = {2: (8192, 8, 2), 4: (8192, 16, 1)}
+# As many as a thread can have: fewer where a program has more than 256 of them.
+ALL_REGISTERS = 255
 # Programs of the interpreter's grids: few, so that each serves several tiles and the adding up is exercised.
 _INTERPRETED_PROCESSORS = 3
 
@@ -56,7 +68,6 @@ class Tiles(NamedTuple):
     vec: int  # classes that one access takes
     number: int  # of tiles
     grid: int  # programs
-    all_registers: bool = False  # see :meth:`constants`
     registers: int = 0  # the most that a thread may have; 0: what the compiler thinks best
     stages: int = 1  # tiles or blocks that are on their way from memory at once, this one among them
     split: int = 0  # programs that share a row, which may begin anywhere in an access; 0: a program has whole rows
@@ -65,9 +76,9 @@ class Tiles(NamedTuple):
         """The compile-time arguments of a kernel that follow from it.
 
         ptxas aims at more programs on a processor than one, and spills a few bytes for that: at 64 registers for 512
-        threads. With ``all_registers`` it may take as many as there are; AMD's compiler has no such option.
+        threads. With :data:`ALL_REGISTERS` it may take as many as there are; AMD's compiler has no such option.
         """
-        most = self.registers or (min(255, 65536 // (32 * self.warps)) if self.all_registers else 0)
+        most = min(self.registers, 65536 // (32 * self.warps))
         return {
             "VEC": self.vec,
             "ROWS": self.rows,
@@ -79,7 +90,82 @@ class Tiles(NamedTuple):
         }
 
 
-def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False) -> Tiles:
+class Launch:
+    """A kernel, its grid and what it is compiled for, made ready to be started again and again.
+
+    At each launch Triton looks at every argument for what it may compile in: dtypes, ints that are 1 or a multiple of
+    16, addresses that are. For arguments that are alike in all of that the answer is the same, and that look is most
+    of a launch's host time: whoever keeps a ``Launch`` promises that they are, and only the first start takes it.
+    """
+
+    __slots__ = ("_compiled_in", "_constants", "_grid", "_kernel", "_start")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, object]) -> None:
+        self._kernel, self._grid, self._constants = kernel, grid, constants
+        self._start: Callable[..., None] | None = None
+        self._compiled_in: tuple[object, ...] = ()
+
+    def __call__(self, *arguments: object) -> None:
+        if self._start is not None:
+            self._start(*arguments, *self._compiled_in)
+            return
+        compiled = self._kernel[self._grid](*arguments, **self._constants)
+        if isinstance(compiled, CompiledKernel):  # not what the interpreter gives, nor a compilation that still runs
+            names = self._kernel.arg_names[len(arguments) :]
+            self._compiled_in = tuple(self._constants[name] for name in names)
+            self._start = compiled[(*self._grid, 1, 1)[:3]]
+
+
+Ready = TypeVar("Ready")
+_MOST_REMEMBERED = 1024
+_memories: list[dict[Any, Any]] = []
+
+
+class Memory(Generic[Ready]):
+    """What was worked out for calls that are alike: tiles, arguments, launches. The oldest goes when it is full."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Ready] = {}
+        _memories.append(self._known)
+
+    def get(self, key: Hashable, make: Callable[[], Ready]) -> Ready:
+        found = self._known.get(key)
+        if found is None:
+            found = make()
+            if len(self._known) >= _MOST_REMEMBERED:
+                self._known.pop(next(iter(self._known)), None)
+            self._known[key] = found
+        return found
+
+
+def forget() -> None:
+    """Work everything out anew: after a change of what plans are made of, as tests and the tuner make."""
+    for known in _memories:
+        known.clear()
+
+
+def alike(tensor: Tensor | None) -> Hashable:
+    """What is the same of two tensors that one :class:`Launch` can take: all but shape, strides and device."""
+    return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16)
+
+
+_launches: Memory[Launch] = Memory()
+
+
+def begin(kernel: Any, grid: tuple[int, ...], arguments: tuple[object, ...], constants: dict[str, object]) -> None:
+    """``kernel[grid](*arguments, **constants)``, by a :class:`Launch` if arguments alike were seen before.
+
+    For callers that work out everything else at each call.
+    """
+    kinds = tuple(
+        alike(a) if isinstance(a, Tensor) else a if a is None or type(a) is int else (type(a), a) for a in arguments
+    )
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    key = (kernel, grid, device, kinds, tuple(constants.items()))
+    _launches.get(key, lambda: Launch(kernel, grid, constants))(*arguments)
+
+
+def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False, ranked: bool = False) -> Tiles:
     """The tiles for ``(outer, classes, inner)`` logits, and a gradient of that shape where one is written.
 
     - A short row shares its program with up to 63 others.
@@ -89,7 +175,7 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False)
     - Where neighbouring rows are neighbours in memory, ``(N, C, d1, …)``, a tile is wide in rows.
 
     ``plain``: the kernel keeps so little beside the logits (no class weights, no softcap) that a thread can have 64
-    of them; then :func:`_plan_plain` knows better.
+    of them; then :func:`_plan_plain` knows better. ``ranked``: for it, the kernel counts ranks too.
     """
     outer, classes, inner = logits.shape
     rows, itemsize = outer * inner, logits.element_size()
@@ -98,7 +184,7 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False)
     cols = max(power_of_2(classes), 16)
     by_inner = inner > 1 and logits.stride(1) != 1
     if plain and not by_inner and logits.stride(1) == 1 and logits.dtype != torch.float64:
-        better = _plan_plain(logits, gradient, vec, cols)
+        better = _plan_plain(logits, gradient, vec, cols, ranked)
         if better is not None:
             return better
     looped = cols > (64 if by_inner else LONGEST_TILE)
@@ -121,11 +207,11 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False)
             resident, max(1, _l2_bytes(logits.device) // (2 * classes * itemsize * _processors(logits.device)))
         )
     grid = max(1, min(number, _processors(logits.device) * resident))
-    by_address = looped and vec == 1 and not by_inner
-    return Tiles(tile_rows, cols, warps, looped, by_inner, group, vec, number, grid, all_registers=by_address)
+    registers = ALL_REGISTERS if looped and vec == 1 and not by_inner else 0
+    return Tiles(tile_rows, cols, warps, looped, by_inner, group, vec, number, grid, registers)
 
 
-def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int) -> Tiles | None:
+def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ranked: bool) -> Tiles | None:
     """Tiles of 64 logits a thread (32 of 32 bits), for as few warps a row as can hold it: what a row costs beside its
     logits, its sums over threads above all, each warp pays. ``python -m benchmarks.tune`` measures them.
 
@@ -135,6 +221,8 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int) ->
     - Longer rows with a gradient are visited twice, by one program of 1024 threads a processor: so few rows are in
       flight that the second visit finds most of them in the L2 cache. Without a gradient, in small blocks.
     - Long rows that begin where no 128-bit access may are shared by several programs.
+
+    Where ranks are counted, the longest of these forms would spill: fewer of a row's logits are at hand at once then.
     """
     outer, classes, inner = logits.shape
     rows, itemsize, processors = outer * inner, logits.element_size(), _processors(logits.device)
@@ -163,9 +251,11 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int) ->
         return tiles(tile_rows, cols, warps, 4, 1, 128)
     if vec == widest and gradient is not None and cols * itemsize <= 65536:
         warps = max(1, cols * itemsize // 4096)
-        return tiles(1, cols, warps, 16 // warps, 3, 128)
+        return tiles(1, cols, warps, 16 // warps, 1 if ranked and warps >= 16 else 3, 128)
     if vec == widest and gradient is None:
         return tiles(1, 4096, 4, 4, 3, 0, looped=True)
+    if vec == widest and ranked:
+        return tiles(1, 8192, 16, 1, 1, 128, looped=True)
     if vec == widest:
         return tiles(1, 16384, 32, 1, 1, 64, looped=True)
     aligned = all(t.data_ptr() % 16 == 0 for t in (logits, gradient) if t is not None)
@@ -232,14 +322,38 @@ def counter(device: torch.device) -> Tensor:
     captured launch gets its own; so does one in a compiled program, whose memory may belong to a pool in which
     nothing is to stay behind.
     """
+    stream = _lasting_stream(device)
+    return torch.zeros(1, dtype=torch.int32, device=device) if stream is None else _stream_counter(device, stream)
+
+
+def scratch(device: torch.device, programs: int, counts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the programs of a launch leave to the last of them: ``(programs, 2)`` sums in float64, ``(programs,
+    counts)`` int32, and the :func:`counter`. Launches on one stream share them, as they do that.
+    """
+    stream = _lasting_stream(device)
+    make = _stream_scratch.__wrapped__ if stream is None else _stream_scratch
+    return make(device, stream, programs, counts)
+
+
+def _lasting_stream(device: torch.device) -> int | None:
+    """The current stream, if what launches on it share may be kept from one call to the next."""
     if device.type != "cuda" or not may_keep_memory.get() or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    return _stream_counter(device.index, torch.cuda.current_stream(device).cuda_stream)
+        return None
+    return int(driver.active.get_current_stream(device.index))
 
 
 @functools.cache
-def _stream_counter(index: int, stream: int) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", index))
+def _stream_counter(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(256)
+def _stream_scratch(
+    device: torch.device, stream: int | None, programs: int, counts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = torch.empty((programs, 2), dtype=torch.float64, device=device)
+    of_counts = torch.empty((programs, counts), dtype=torch.int32, device=device)
+    return sums, of_counts, torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def at_most(registers: int) -> dict[str, int]:

@@ -6,25 +6,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, on_device, spread
+from .launch import FUSED, Launch, Memory, alike, on_device, spread
 
 __all__ = ["rescale"]
 
 _BLOCK = 8192
+_launches: Memory[Launch] = Memory()
 
 
 def rescale(gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
     """See :class:`fastloss.contract.Backend`."""
     if not inplace:
         return gradient * factor
-    span = 1 + sum((size - 1) * stride for size, stride in zip(gradient.shape, gradient.stride(), strict=True))
-    if gradient.numel() != span:  # there are gaps between its elements
-        return gradient.mul_(factor)
-    flat = gradient.as_strided((span,), (1,))
+    span = gradient.numel()
+    if not gradient.is_contiguous():
+        reach = 1 + sum((n - 1) * step for n, step in zip(gradient.shape, gradient.stride(), strict=True))
+        if span != reach:  # there are gaps between its elements
+            return gradient.mul_(factor)
+
+    def make() -> Launch:
+        programs = spread(triton.cdiv(span, _BLOCK), gradient.device)
+        return Launch(_rescale_kernel, (programs,), {"BLOCK": _BLOCK, "num_warps": 4, **FUSED})
+
+    launch = _launches.get((span, gradient.device, alike(gradient), alike(factor)), make)
     with on_device(gradient):
-        _rescale_kernel[(spread(triton.cdiv(span, _BLOCK), gradient.device),)](
-            flat, factor, span, BLOCK=_BLOCK, num_warps=4, **FUSED
-        )
+        launch(gradient, factor, span)
     return gradient
 
 

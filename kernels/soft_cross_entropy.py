@@ -41,7 +41,7 @@ from torch import Tensor
 from fastloss.contract import LossOptions, SoftForward
 
 from . import launch
-from .launch import Tiles, arithmetic, counter, on_device, plan, power_of_2, vector_width
+from .launch import ALL_REGISTERS, Tiles, arithmetic, begin, counter, on_device, plan, power_of_2, vector_width
 from .rows import LOG2_E, class_offsets, fp64, inside, last_to_end, row_offsets, tanh, tile_count, tile_rows
 
 __all__ = ["soft_cross_entropy_backward", "soft_cross_entropy_forward"]
@@ -85,22 +85,16 @@ def soft_cross_entropy_forward(
         }
         tensors = (input, target, weight, result, target_result)
         if not options.from_logits:
-            _probabilities[(tiles.grid,)](
-                *tensors, None, *ends, *shape, 0, *_scalars(input, options, divisor), LOOPED=tiles.looped, **constants
-            )
+            arguments = (*tensors, None, *ends, *shape, 0, *_scalars(input, options, divisor))
+            begin(_probabilities, (tiles.grid,), arguments, {"LOOPED": tiles.looped, **constants})
         else:
-            kernel = _forward_loop if tiles.looped else _forward_tile
-            kernel[(tiles.grid,)](
-                *tensors,
-                *(saved or (None, None, None)),
-                *ends,
-                *shape,
-                *_scalars(input, options, divisor),
-                options.lse_square_scale,
-                options.softcap or 1.0,
-                **_logit_constants(options),
-                **constants,
-                **({"GROUP": tiles.group} if tiles.looped else {}),
+            scalars = (*_scalars(input, options, divisor), options.lse_square_scale, options.softcap or 1.0)
+            constants |= {**_logit_constants(options), **({"GROUP": tiles.group} if tiles.looped else {})}
+            begin(
+                _forward_loop if tiles.looped else _forward_tile,
+                (tiles.grid,),
+                (*tensors, *(saved or (None, None, None)), *ends, *shape, *scalars),
+                constants,
             )
     return SoftForward(loss, result, target_result, saved)
 
@@ -131,29 +125,26 @@ def soft_cross_entropy_backward(
     )
     with on_device(input):
         if not options.from_logits:
-            _probabilities[(tiles.grid,)](
-                *tensors,
-                None,
-                None,
-                None,
-                *shape,
-                REDUCTION=options.reduction,
-                G_PAD=1,
-                LOOPED=tiles.looped,
-                **_constants(input, target, weight, options, tiles),
+            begin(
+                _probabilities,
+                (tiles.grid,),
+                (*tensors, None, None, None, *shape),
+                {
+                    "REDUCTION": options.reduction,
+                    "G_PAD": 1,
+                    "LOOPED": tiles.looped,
+                    **_constants(input, target, weight, options, tiles),
+                },
             )
         else:
             # No row is held whole here: each program takes one tile of some rows and some classes.
             cols = min(tiles.cols, max(16, _BACKWARD_TILE // tiles.rows))
             tiles, blocks = launch.in_blocks(tiles._replace(cols=cols, warps=4), input.shape[1])
-            _backward[(tiles.number, blocks)](
-                *tensors,
-                *saved,
-                *shape,
-                options.lse_square_scale,
-                options.softcap or 1.0,
-                **_logit_constants(options),
-                **_constants(input, target, weight, options, tiles),
+            begin(
+                _backward,
+                (tiles.number, blocks),
+                (*tensors, *saved, *shape, options.lse_square_scale, options.softcap or 1.0),
+                {**_logit_constants(options), **_constants(input, target, weight, options, tiles)},
             )
     return result, target_result
 
@@ -167,7 +158,8 @@ def _plan(
     classes = input.shape[1]
     vec = vector_width(input, target, *written, classes=classes)
     many = len(written) == 2 or (written and options.softcap is not None)
-    tiles = tiles._replace(vec=vec, all_registers=bool(many or (tiles.looped and vec == 1 and not tiles.by_inner)))
+    of_all = many or (tiles.looped and vec == 1 and not tiles.by_inner)
+    tiles = tiles._replace(vec=vec, registers=ALL_REGISTERS if of_all else 0)
     if written and not tiles.looped and _compute_dtype(input, target) == torch.float32:
         if tiles.warps > 8:
             # 32 elements a thread and two programs a processor, where with 16 there would be room for one alone: it

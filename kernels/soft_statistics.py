@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastloss.contract import LabelElsewhere, LossOptions, SoftRowStatistics
 
-from .launch import Tiles, arithmetic, in_blocks, on_device, plan, vector_width
+from .launch import ALL_REGISTERS, Tiles, arithmetic, begin, in_blocks, on_device, plan, vector_width
 from .rows import (
     LOG2_E,
     before_label,
@@ -63,26 +63,15 @@ def soft_statistics_forward(
     weighted_sum, near = (rowwise(), rowwise()) if smoothing else (None, None)
     rank = None if ranked is None else rowwise(torch.int64)
     with on_device(logits):
-        _soft_statistics[(tiles.number,)](
-            logits,
-            target,
-            weight,
-            lse,
-            nll,
-            mass,
-            weighted_sum,
-            near,
-            rank,
-            *((None, None) if ranked is None else ranked[:2]),
-            rows,
-            classes,
-            inner,
-            *logits.stride(),
-            *target.stride(),
-            options.softcap or 1.0,
-            GROUP=tiles.group,
-            **_constants(logits, target, weight, options),
-            **tiles.constants(),
+        begin(
+            _soft_statistics,
+            (tiles.number,),
+            (
+                *(logits, target, weight, lse, nll, mass, weighted_sum, near, rank),
+                *((None, None) if ranked is None else ranked[:2]),
+                *(rows, classes, inner, *logits.stride(), *target.stride(), options.softcap or 1.0),
+            ),
+            {"GROUP": tiles.group, **_constants(logits, target, weight, options), **tiles.constants()},
         )
     if weighted_sum is not None and near is not None:
         weighted_sum += (classes if weight is None else weight.sum(dtype=torch.float64)) * near
@@ -114,24 +103,16 @@ def soft_statistics_backward(
     tiles = _plan(logits, target, *results)
     tiles, blocks = in_blocks(tiles._replace(cols=max(16, min(tiles.cols, 2048 // tiles.rows)), warps=4), classes)
     with on_device(logits):
-        _soft_statistics_gradient[(tiles.number, blocks)](
-            logits,
-            target,
-            weight,
-            of_logits,
-            of_target,
-            lse,
-            level.contiguous(),
-            of_nll,
-            of_mass,
-            of_sum,
-            outer * inner,
-            classes,
-            inner,
-            *(stride for tensor in (logits, target, *results) for stride in tensor.stride()),
-            options.softcap or 1.0,
-            **_constants(logits, target, weight, options),
-            **tiles.constants(),
+        begin(
+            _soft_statistics_gradient,
+            (tiles.number, blocks),
+            (
+                *(logits, target, weight, of_logits, of_target, lse, level.contiguous(), of_nll, of_mass, of_sum),
+                *(outer * inner, classes, inner),
+                *(stride for tensor in (logits, target, *results) for stride in tensor.stride()),
+                options.softcap or 1.0,
+            ),
+            {**_constants(logits, target, weight, options), **tiles.constants()},
         )
     return of_logits, of_target
 
@@ -139,7 +120,8 @@ def soft_statistics_backward(
 def _plan(logits: Tensor, target: Tensor, *results: Tensor) -> Tiles:
     """The logits' tiles, for programs that read the target beside them."""
     tiles = plan(logits)
-    tiles = tiles._replace(vec=vector_width(logits, target, *results, classes=logits.shape[1]), all_registers=True)
+    vec = vector_width(logits, target, *results, classes=logits.shape[1])
+    tiles = tiles._replace(vec=vec, registers=ALL_REGISTERS)
     if tiles.looped and not tiles.by_inner:
         # Two tensors' blocks, and five numbers of each group, are to fit in the registers.
         tiles = tiles._replace(cols=min(tiles.cols, 4096 if tiles.vec > 1 else 2048))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastloss.contract import LabelElsewhere, LossOptions, RowStatistics
 
-from .launch import arithmetic, in_blocks, on_device, plan
+from .launch import ALL_REGISTERS, arithmetic, begin, in_blocks, on_device, plan
 from .rows import (
     LOG2_E,
     before_label,
@@ -63,7 +63,7 @@ def row_statistics_forward(
     tiles = plan(logits)
     extra = entropy or ranked is not None
     everything = extra and options.label_smoothing != 0 and options.softcap is not None
-    tiles = tiles._replace(all_registers=tiles.all_registers or everything)
+    tiles = tiles._replace(registers=ALL_REGISTERS if everything else tiles.registers)
 
     def rowwise(wanted: bool, dtype: torch.dtype = torch.float64) -> Tensor | None:
         return torch.empty(rows, dtype=dtype, device=logits.device) if wanted else None
@@ -73,27 +73,20 @@ def row_statistics_forward(
     row_predicted, rank = rowwise(predicted, torch.int64), rowwise(ranked is not None, torch.int64)
     with on_device(logits):
         kernel = _statistics_loop if tiles.looped else _statistics_tile
-        kernel[(tiles.number,)](
-            logits,
-            target,
-            weight,
-            lse,
-            label_logit,
-            row_entropy,
-            weighted_sum,
-            row_predicted,
-            rank,
-            *((None, None, 0) if ranked is None else ranked),
-            rows,
-            classes,
-            inner,
-            *logits.stride(),
-            options.ignore_index,
-            options.softcap or 1.0,
-            EVERY_ROW=every_row,
-            **_constants(logits, weight, options),
-            **tiles.constants(),
-            **({"GROUP": tiles.group} if tiles.looped else {}),
+        begin(
+            kernel,
+            (tiles.number,),
+            (
+                *(logits, target, weight, lse, label_logit, row_entropy, weighted_sum, row_predicted, rank),
+                *((None, None, 0) if ranked is None else ranked),
+                *(rows, classes, inner, *logits.stride(), options.ignore_index, options.softcap or 1.0),
+            ),
+            {
+                "EVERY_ROW": every_row,
+                **_constants(logits, weight, options),
+                **tiles.constants(),
+                **({"GROUP": tiles.group} if tiles.looped else {}),
+            },
         )
     if weighted_sum is not None:
         total = classes if weight is None else weight.sum(dtype=torch.float64)
@@ -119,23 +112,16 @@ def row_statistics_backward(
     # No row is held whole here: each program takes one tile of some rows and some classes.
     tiles, blocks = in_blocks(tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4), classes)
     with on_device(logits):
-        _statistics_gradient[(tiles.number, blocks)](
-            logits,
-            target,
-            weight,
-            result,
-            lse,
-            entropy,
-            *(None if u is None else u.contiguous() for u in upstreams),
-            outer * inner,
-            classes,
-            inner,
-            *logits.stride(),
-            *result.stride(),
-            options.ignore_index,
-            options.softcap or 1.0,
-            **_constants(logits, weight, options),
-            **tiles.constants(),
+        begin(
+            _statistics_gradient,
+            (tiles.number, blocks),
+            (
+                *(logits, target, weight, result, lse, entropy),
+                *(None if u is None else u.contiguous() for u in upstreams),
+                *(outer * inner, classes, inner, *logits.stride(), *result.stride()),
+                *(options.ignore_index, options.softcap or 1.0),
+            ),
+            {**_constants(logits, weight, options), **tiles.constants()},
         )
     return result
 

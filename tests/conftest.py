@@ -8,6 +8,7 @@ imported.
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 
@@ -50,6 +51,14 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Place]:
 def seed(request: pytest.FixtureRequest) -> None:
     """Other random inputs in every test, and the same ones in every run of it."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> None:
+    """Tests that change what the kernels' plans are made of find none that was made before."""
+    launch = sys.modules.get("fastloss.kernels.launch")
+    if launch is not None:
+        launch.forget()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,166 @@
+"""Launches on a GPU that is not there: what they would start, and with which arguments.
+
+Triton compiles for sm_90 as on a GPU, and a driver that starts nothing takes what the launcher is given. Tensors lie
+in the host's memory. Run as a program by ``test_launch.py``, in a process whose Triton is not its interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import fastloss.backend as backends
+from fastloss.contract import LossOptions
+
+Started = tuple[object, ...]
+started: list[Started] = []
+
+
+class Launcher:
+    def __init__(self, source: Any, metadata: Any) -> None:
+        constants = {str(place): str(value) for place, value in source.constants.items()}
+        self.compiled = (source.name, str(source.signature), str(constants), str(source.attrs), metadata.num_warps)
+
+    def __call__(self, *arguments: Any) -> None:
+        grid, numbers = arguments[:3], arguments[9:]
+        of_arguments = tuple((x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in numbers)
+        started.append((self.compiled, grid, str(of_arguments)))
+
+
+class Utilities:
+    def load_binary(self, name: str, *_: object) -> tuple[object, ...]:
+        return object(), 1, 32, 0, 1024
+
+    def unload_module(self, module: object) -> None: ...
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+
+class Driver:
+    launcher_cls, utils = Launcher, Utilities()
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def at(offset: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    """Random numbers that begin so many elements past a multiple of 64 bytes."""
+    count = math.prod(shape)
+    return torch.randn(count + 64, dtype=torch.float32).to(dtype)[offset : offset + count].view(shape)
+
+
+def calls() -> dict[str, Callable[[], object]]:
+    """Alike and not: in shape, layout, dtype, alignment, options."""
+    kernels: Any = backends.load("triton")
+    found: dict[str, Callable[[], object]] = {}
+    whole, shared, long = (48, 96, 1), (4, 33, 16), (2, 8999, 1)
+    places = [
+        *((whole, torch.float32, offset) for offset in (0, 1, 4)),
+        *(((64, 96, 1), torch.bfloat16, offset) for offset in (0, 1)),
+        ((3000, 16, 1), torch.float32, 0),
+        (shared, torch.float32, 0),
+        *((long, torch.float32, offset) for offset in (0, 1)),
+    ]
+    plain, ranked, none = LossOptions(), LossOptions(topk=(1, 5)), LossOptions(reduction="none")
+    for shape, dtype, offset in places:
+        logits, rows = at(offset, *shape, dtype=dtype), shape[0] * shape[2]
+        target = torch.randint(shape[1], (rows,))
+        name = f"{shape} {dtype} {offset}"
+
+        def loss(
+            options: LossOptions, gradient: bool, loss_dtype: torch.dtype, x: Tensor = logits, y: Tensor = target
+        ) -> None:
+            kernels.cross_entropy_forward(
+                x, y, None, options, loss_dtype=loss_dtype, gradient=gradient, inplace=False
+            )
+
+        def backward(upstream: Tensor, numbers: Tensor, x: Tensor = logits, y: Tensor = target) -> None:
+            kernels.cross_entropy_backward(upstream, x, y, None, none, (numbers, numbers), inplace=False)
+
+        def add(what: str, call: Callable[..., object], *arguments: object, name: str = name) -> None:
+            found[f"{what} {name}"] = functools.partial(call, *arguments)
+
+        add("loss and gradient", loss, plain, True, dtype)
+        add("loss and gradient, the loss in float32", loss, plain, True, torch.float32)
+        if shape[0] >= 48:
+            add("loss, accuracy and gradient", loss, ranked, True, dtype)
+            add("loss", loss, plain, False, torch.float32)
+            add("accuracy", kernels.accuracy, logits, target, (1,), -100, "mean")
+            add("backward", backward, torch.ones(rows, dtype=dtype), torch.ones(rows))
+            add("rescale", functools.partial(kernels.rescale, inplace=True), logits, torch.ones(()))
+        if shape == whole:
+            add("accuracies", kernels.accuracy, logits, target, (1, 5), -100, "mean")
+            add("labels of 32 bits", kernels.accuracy, logits, target.int(), (1,), -100, "mean")
+            add("backward of one", backward, torch.ones(()).expand(rows), torch.ones(rows))
+            double = torch.ones((), dtype=torch.float64)
+            add("rescale by 64 bits", functools.partial(kernels.rescale, inplace=True), logits, double)
+    for shape, strides in (((48, 96, 1), (1, 48, 1)), ((96, 96, 1), (96, 1, 1)), ((96, 96, 1), (1, 96, 1))):
+        logits = torch.randn(shape[0] * shape[1]).as_strided(shape, strides)
+        target, soft = torch.randint(96, shape[:1]), torch.softmax(logits, 1)
+        name = f"{shape} {strides}"
+        add("loss and gradient", loss, plain, True, torch.float32, logits, target, name=name)
+        add("loss", loss, plain, False, torch.float32, logits, target, name=name)
+        add("accuracy", kernels.accuracy, logits, target, (1,), -100, "mean", name=name)
+        of_soft = functools.partial(kernels.soft_cross_entropy_forward, target_gradient=False, inplace=False)
+        of_soft = functools.partial(of_soft, loss_dtype=torch.float32, gradient=True)
+        for form in (plain, LossOptions(reduction="sum")):
+            add(f"soft loss and gradient, {form.reduction}", of_soft, logits, soft, None, form, name=name)
+        of_rows = functools.partial(kernels.row_statistics_forward, predicted=False, every_row=False)
+        for wanted in (False, True):
+            more = functools.partial(of_rows, entropy=wanted)
+            add(f"entropy {wanted}", more, logits, target, None, plain, name=name)
+    return found
+
+
+def main() -> None:
+    """Each call twice in a row, all of them mixed, and each with nothing remembered: they start the same."""
+    driver.set_active(Driver())  # type: ignore[arg-type]
+    backends.load("triton")
+    launch: Any = sys.modules["fastloss.kernels.launch"]
+    launch._processors, launch._l2_bytes = lambda device: 132, lambda device: 50 << 20
+    torch.manual_seed(0)
+    problems = calls()
+
+    def starts(call: Callable[[], object]) -> list[Started]:
+        started.clear()
+        call()
+        return list(started)
+
+    expected = {}
+    for name, call in problems.items():
+        launch.forget()
+        expected[name] = starts(call)
+    launch.forget()
+    looked: list[object] = []
+    run = triton.runtime.jit.JITFunction.run
+    triton.runtime.jit.JITFunction.run = lambda self, *a, **k: (looked.append(self), run(self, *a, **k))[1]
+    names = list(problems)
+    for number, name in enumerate(names):
+        for again in range(2):
+            before = len(looked)
+            assert starts(problems[name]) == expected[name], f"{name}, call {again}"
+            assert not again or len(looked) == before, f"{name}: Triton looked at its arguments again"
+        other = names[torch.randint(number + 1, ()).item()]
+        assert starts(problems[other]) == expected[other], other
+    different = len({start[0] for starts in expected.values() for start in starts})
+    print(f"{len(problems)} calls, {sum(map(len, expected.values()))} launches of {different} kernels")
+
+
+if __name__ == "__main__":
+    main()
