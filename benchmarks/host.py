@@ -3,6 +3,9 @@
 On a GPU that is what it takes to check the arguments and to queue the launches (nothing is waited for); on a CPU the
 whole of the work, which for (8, 10) is next to none. Contenders take turns in one process and medians are compared.
 The bar holds on the CPU.
+
+``--launches``, where there is no GPU: the kernels' host side alone, up to launches that start nothing, beside
+PyTorch's whole call for (8, 10) on the CPU.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from .measure import Budget, header, interleaved
 
 _BAR = 1.5
 
+Contest = tuple[str, str, "float | None", Tensor, Callable[[Tensor], object], Callable[[Tensor], object]]
+
 
 def rows(device: torch.device, budget: Budget) -> list[Row]:
     """Loss alone, with its backward pass, and with accuracy, beside what one would write without fastloss."""
@@ -35,7 +40,7 @@ def rows(device: torch.device, budget: Budget) -> list[Row]:
         with fastloss.use_backend("eager"):
             return fastloss.cross_entropy(x, target)
 
-    contests: list[tuple[str, str, float | None, Tensor, Callable[..., object], Callable[..., object]]] = [
+    contests: list[Contest] = [
         (
             "forward",
             "F.cross_entropy",
@@ -80,10 +85,38 @@ def rows(device: torch.device, budget: Budget) -> list[Row]:
                 forward_backward(F.cross_entropy, target),
             )
         )
+    return _measured(contests, budget)
+
+
+def launches(budget: Budget) -> list[Row]:
+    """The same for logits that the kernels serve, whose launches end at the driver."""
+    from .no_gpu import pretend
+
+    pretend()
+    torch.set_num_threads(1)
+    target = torch.randint(1000, (64,))
+    small, labels = torch.randn(8, 10), torch.randint(10, (8,))
+
+    def torch_forward(_: Tensor) -> object:
+        return F.cross_entropy(small, labels)
+
+    leaf = torch.randn(8, 10).requires_grad_()
+    backward = forward_backward(F.cross_entropy, labels)
+    x, wanted = torch.randn(64, 1000), torch.randn(64, 1000).requires_grad_()
+    ours = forward_backward(fastloss.cross_entropy, target)
+    contests: list[Contest] = [
+        ("forward", "F.cross_entropy", None, x, lambda x: fastloss.cross_entropy(x, target), torch_forward),
+        ("forward + backward", "F.cross_entropy", None, wanted, ours, lambda _: backward(leaf)),
+        ("accuracy", "F.cross_entropy", None, x, lambda x: fastloss.accuracy(x, target), torch_forward),
+    ]
+    return _measured(contests, budget, "(64, 1000)")
+
+
+def _measured(contests: list[Contest], budget: Budget, shape: str = "(8, 10)") -> list[Row]:
     results = []
     for name, other, limit, tensor, ours, their in contests:
         mine, others = interleaved([ours, their], [tensor], budget)
-        results.append(Row(f"{name} (8, 10)", other, mine, others, limit))
+        results.append(Row(f"{name} {shape}", other, mine, others, limit))
         print(
             f"{results[-1].name:52} {1e3 * mine:8.1f} us  {other:>20} {1e3 * others:8.1f} us  "
             f"ratio {mine / others:5.2f}" + ("" if limit is None else f"  ≤ {limit}"),
@@ -97,9 +130,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each line (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--launches", action="store_true", help="the kernels' host side, without a GPU")
     parsed = parser.parse_args(arguments)
-    print(header(parsed.device))
-    results = rows(torch.device(parsed.device), Budget(parsed.seconds, 20))
+    print(header("launches that start nothing" if parsed.launches else parsed.device))
+    budget = Budget(parsed.seconds, 20)
+    results = launches(budget) if parsed.launches else rows(torch.device(parsed.device), budget)
     missed = [row for row in results if row.bar is not None and row.ratio > row.bar]
     print(f"{len(missed)} bars missed")
     return 1 if missed else 0

@@ -321,7 +321,7 @@ def loss_and_accuracy(
         return composed(input, target, weight, options)
     loss, values = fused_cross_entropy(
         input,
-        target if soft else target.reshape(-1).contiguous(),
+        target if soft else _flat(target),
         None if weight is None else weight.contiguous(),
         options,
         backend.load(backend.choose(input)),
@@ -523,9 +523,13 @@ def _accuracy(input: Tensor, target: Tensor, options: LossOptions, *, checked: b
     if input.numel() == 0 or (input.numel() <= SMALL_ON_CPU // 16 and is_small(input, target)):
         return composite.accuracy(input, target, options)
     served = backend.load(backend.choose(input))
-    labels = target.reshape(-1).contiguous()
+    labels = _flat(target)
     values = served.accuracy(as_rows(input), labels, options.topk, options.ignore_index, options.reduction)
     return tuple(v.view(target.shape) for v in values) if options.reduction == "none" else values
+
+
+def _flat(target: Tensor) -> Tensor:
+    return target if target.dim() == 1 and target.is_contiguous() else target.reshape(-1).contiguous()
 
 
 def is_dense(input: Tensor, target: object) -> bool:
