@@ -31,6 +31,7 @@ class Layout:
     class_group: Any = None  # each of its ranks has a shard of the classes, in rank order; None: this one has all
     row_groups: tuple[Any, ...] = ()  # each of these cuts the rows up among its ranks
     rows: int = 0  # of all of them together
+    most_classes: int | None = None  # of the rank that has the most, where the host knows
 
 
 def gather(tensor: Tensor, group: Any) -> Tensor:
@@ -146,7 +147,7 @@ def agreed_layout(
             found = f": {', '.join(f'{value} on rank {r}' for r, value in enumerate(values))}" if column == 2 else ""
             raise RuntimeError(f"fastloss: the ranks of the group differ in their {name}{found}; expected the same")
     sizes = [line[1] for line in told]
-    return Layout(sum(sizes), sum(sizes[:rank]), group, rows=rows)
+    return Layout(sum(sizes), sum(sizes[:rank]), group, rows=rows, most_classes=max(sizes))
 
 
 def raise_together(fault: Exception | None, groups: Sequence[Any], device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Sequence
@@ -313,7 +314,9 @@ def _over_ranks(
     dtype = _dtype_of_logits(x)
     call = Call(options, dtype, functional.loss_dtype(x, t, of_classes, dtype), **sizes)
     trained = (tensor is not None and tensor.requires_grad for tensor in (x, w, b, t))
-    rows_of_chunk(call, len(x), w, Needs(*trained))  # has the budget room for a row?
+    size = parallel_linear.common_rows_of_chunk(call, len(x), w, Needs(*trained), layout)
+    if layout.class_group is not None:
+        call = dataclasses.replace(call, chunk_size=size, memory_budget=None)
     served = backend.load(backend.choose(x))
     loss, values = parallel_linear.loss_and_accuracy(x, w, t, b, of_classes, call, layout, served)
     results = [loss, *values]

@@ -45,7 +45,7 @@ __all__ = [
 # those of 50257 classes in 16 bits would, take slower kernels.
 _PITCH = {"cuda": 64}
 # The rows of a chunk, and the bytes of its logits: see rows_of_chunk.
-_CPU_ROWS, _GPU_ROWS = 256, 4096
+_CPU_ROWS, _GPU_ROWS = 256, 1664
 _CPU_BYTES, _GPU_BYTES = 96 << 20, 5 << 28
 _FEWEST_CPU_ROWS, _CPU_STEP = 128, 64
 # Rows are left out where at least so many of them are ignored.
@@ -118,12 +118,15 @@ def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, needs: Needs) ->
     The rule. A chunk of n rows does 6 n C D operations, and beside its own n C logits it reads W twice and reads and
     writes ∂L/∂W once: about 4 C D b bytes, with b those of an element, whatever n is. At F operations and B bytes a
     second that traffic takes a share of 2 b F / (3 n B) of the products' time. An H100 has F / B ≈ 300 in bfloat16:
-    with sums of b = 4 and n = 4096 the share is a fifth, behind the products. A CPU core's F / B is below 10,
+    with sums of b = 4 and n = 1664 the share is a half, behind the products. A CPU core's F / B is below 10,
     and n = 256 leaves a tenth at most. Larger chunks would only take more memory: n C b bytes.
 
-    Heads so wide that these are more than 1.3 GB on a GPU, or 96 MiB on a CPU, get fewer rows. In float32 on a CPU
-    that is past 98304 classes: 192 rows of 128256, and a seventh at most. There are 128 rows or more, a fifth at
-    most, and multiples of 64, as the products' own blocks are.
+    On a GPU, rows that fit into one chunk in the memory that several take are one chunk. Its weight gradient needs no
+    sums in 32 bits: in 16 bits that is the memory of the logits of D more rows.
+
+    Heads so wide that a chunk's logits are more than 1.3 GB on a GPU, or 96 MiB on a CPU, get fewer rows. In float32
+    on a CPU that is past 98304 classes: 192 rows of 128256, and a seventh at most. There are 128 rows or more, a
+    fifth at most, and multiples of 64, as the products' own blocks are.
 
     Raises:
         ValueError: the budget has no room for a row.
@@ -137,13 +140,22 @@ def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, needs: Needs) ->
     if on_cpu:
         most = max(_FEWEST_CPU_ROWS, _CPU_BYTES // row_bytes // _CPU_STEP * _CPU_STEP)
         return max(1, min(_CPU_ROWS, most, rows))
-    return max(1, min(_GPU_ROWS, _GPU_BYTES // row_bytes, rows))
+    several = min(_GPU_ROWS, _GPU_BYTES // row_bytes)
+    alone = several + _bytes_of_sums(call, linear_weight, needs) // row_bytes
+    return max(1, rows if rows <= alone else several)
 
 
 def _pitch(classes: int, device: torch.device) -> int:
     """How far apart the logits' rows lie."""
     step = _PITCH.get(device.type, 1)
     return -(-classes // step) * step
+
+
+def _bytes_of_sums(call: Call, linear_weight: Tensor, needs: Needs) -> int:
+    """What the weight gradient's sums in 32 bits take beside the gradient: their rounding needs no more memory."""
+    if call.accumulate_grad or not needs.linear_weight:
+        return 0
+    return linear_weight.numel() * max(_wide(call.compute_dtype).itemsize - linear_weight.dtype.itemsize, 0)
 
 
 def _rows_within(budget: int, call: Call, rows: int, linear_weight: Tensor, needs: Needs) -> int:
@@ -161,10 +173,7 @@ def _rows_within(budget: int, call: Call, rows: int, linear_weight: Tensor, need
     always = rows * _ROW_NUMBERS + (linear_weight.numel() * narrow if linear_weight.dtype != dtype else 0)
     if on_cpu and narrow < wide and needs.input:
         always += linear_weight.numel() * narrow  # oneDNN lays W out anew for g W
-    # Their rounding takes half of the sums' own memory.
-    of_sums = linear_weight.numel() * max(wide - linear_weight.dtype.itemsize, 0) if sums else 0
-    if call.accumulate_grad:
-        of_sums = 0
+    of_sums = _bytes_of_sums(call, linear_weight, needs)
     one_chunk = always + rows * row + (of_sums if linear_weight.dtype != dtype else 0)
     if budget >= one_chunk:
         return rows
@@ -420,7 +429,8 @@ class Sums:
 
     def _add_to_weight(self, x: Tensor, g: Tensor) -> None:
         dtype = torch.promote_types(self._weight.dtype, _wide(g.dtype))
-        if not self._of_weight:
+        before = int(bool(self._of_weight))
+        if not before:
             only = len(x) == self._rows and g.dtype == self._weight.dtype  # the only chunk is rounded once
             if only or dtype == g.dtype:
                 self._of_weight = [torch.mm(g.t(), x)]
@@ -430,10 +440,10 @@ class Sums:
             if dtype.itemsize > self._weight.dtype.itemsize:
                 half = min(rows, -(-rows // 128) * 64)  # at which addresses are multiples of 128 bytes
                 parts = [half, rows - half]
-            self._of_weight = [torch.zeros((part, columns), dtype=dtype, device=x.device) for part in parts]
+            self._of_weight = [torch.empty((part, columns), dtype=dtype, device=x.device) for part in parts]
         start = 0
         for total in self._of_weight:
-            _add_product(total, g[:, start : start + len(total)], x)
+            _add_product(total, g[:, start : start + len(total)], x, before=before)
             start += len(total)
 
     def _finished_weight(self) -> Tensor | None:
@@ -446,17 +456,18 @@ class Sums:
         return _rounded(sums[0], sums[1], like) if len(sums) == 2 else sums[0].to(like.dtype)
 
 
-def _add_product(total: Tensor, g: Tensor, x: Tensor) -> None:
-    """``total += gᵀ x``, ``(C, D)``."""
+def _add_product(total: Tensor, g: Tensor, x: Tensor, *, before: int) -> None:
+    """``total = before * total + gᵀ x``, ``(C, D)``; with a 0, what was in it is not read."""
     if total.dtype == g.dtype:
-        total.addmm_(g.t(), x)
+        total.addmm_(g.t(), x, beta=before)
     elif total.is_cuda and total.dtype == torch.float32 and torch.version.hip is None:
-        torch.addmm(total, g.t(), x, out_dtype=torch.float32, out=total)
+        torch.addmm(total, g.t(), x, beta=before, out_dtype=torch.float32, out=total)
     else:  # widened by parts
         x = x.to(total.dtype)
         step = max(1, _WIDENED // max(len(x), 1))
         for start in range(0, len(total), step):
-            total[start : start + step].addmm_(g[:, start : start + step].t().to(total.dtype), x)
+            part = g[:, start : start + step].t().to(total.dtype)
+            total[start : start + step].addmm_(part, x, beta=before)
 
 
 def _rounded(first: Tensor, second: Tensor, like: Tensor) -> Tensor:

@@ -25,13 +25,13 @@ from torch.autograd import Function
 
 from . import linear_chunks
 from .autograd import graph_is_kept, is_differentiable
-from .collectives import Layout, replicated, summed
+from .collectives import Layout, gather, replicated, summed
 from .contract import Backend
 from .linear_autograd import fused_linear_cross_entropy
 from .linear_chunks import Call, Needs, Sums, Visit
 from .parallel import Kind, Share, label_elsewhere
 
-__all__ = ["loss_and_accuracy"]
+__all__ = ["common_rows_of_chunk", "loss_and_accuracy"]
 
 
 def loss_and_accuracy(
@@ -74,6 +74,25 @@ def loss_and_accuracy(
         )
     right = torch.stack(tuple(values)).double() if len(values) else None
     return share.finished(loss, right, dtype, (len(input),))
+
+
+def common_rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, needs: Needs, layout: Layout) -> int:
+    """:func:`linear_chunks.rows_of_chunk`, the same on all ranks that share the classes: a chunk has collectives.
+
+    That of the rank that has the most classes. On a GPU with ``group=`` the host doesn't know of it: there the rule
+    leaves the width of the head out, and for a ``memory_budget`` the host waits once.
+
+    Raises:
+        ValueError: the budget has no room for a row; on all ranks.
+    """
+    if layout.class_group is None:
+        return linear_chunks.rows_of_chunk(call, rows, linear_weight, needs)
+    most = layout.most_classes
+    if most is None and call.memory_budget is not None:
+        mine = torch.full((), len(linear_weight), dtype=torch.int64, device=linear_weight.device)
+        most = int(gather(mine, layout.class_group).max())
+    stand_in = linear_weight.new_empty(()).expand(1 if most is None else most, linear_weight.shape[1])
+    return linear_chunks.rows_of_chunk(call, rows, stand_in, needs)
 
 
 class _SharedClasses(Function):

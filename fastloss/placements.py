@@ -190,11 +190,12 @@ def _plan(
             )
     if given.placements != tuple(expected):
         given = given.redistribute(placements=expected)  # each rank takes its part of what it has
-    classes, start = int(shape[dim]), 0
+    classes, start, most = int(shape[dim]), 0, int(shape[dim])
     for mesh_dim in class_dims:
         size = mesh.size(mesh_dim)
         start = min(-(-classes // size) * mesh.get_local_rank(mesh_dim), classes)  # torch.chunk's sizes
-        least = min(-(-classes // size), classes - start)
+        most = -(-classes // size)
+        least = min(most, classes - start)
         if classes_here != least:
             raise ValueError(
                 f"fastloss: {where}: {classes_here} of {classes} classes are on rank "
@@ -203,5 +204,5 @@ def _plan(
             )
     row_shape = (*shape[:dim], *shape[dim + 1 :])
     group = mesh.get_group(class_dims[0]) if class_dims else None
-    layout = Layout(classes, start, group, tuple(row_groups), math.prod(row_shape))
+    layout = Layout(classes, start, group, tuple(row_groups), math.prod(row_shape), most)
     return Plan(mesh, local(given), classes, layout, tuple(of_rows), row_shape)

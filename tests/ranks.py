@@ -213,6 +213,8 @@ LINEAR = [
     Linear("L shift", shape=(2, 4, 13), how={"shift": True, "chunk_size": 3}, ignored="some"),
     Linear("L shift, none", shape=(2, 4, 13), how={"shift": True}, options={"reduction": "none"}),
     Linear("L into", how={"accumulate_grad": True, "chunk_size": 4}, sizes=UNEVEN, options=EVERYTHING, weighted=True),
+    # Alone, ranks of fewer classes would have larger chunks, and so fewer collectives.
+    Linear("L budget", how={"memory_budget": 1276}, sizes={2: (10, 3), 4: (6, 4, 2, 1)}, topk=(1,)),
     Linear("L float16", dtype=torch.float16, ignored="some"),
     Linear("L bfloat16", dtype=torch.bfloat16, shape=(9, 301)),
     Linear("L kernels", backend="triton", options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN, topk=(1,)),
@@ -222,6 +224,7 @@ LINEAR_PLACED = [  # of the input and of the head
     Linear("LD classes", placements="rc", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3)),
     Linear("LD classes, plain input", placements="-c", target="soft"),
     Linear("LD classes, none", placements="rc", options={"reduction": "none"}, topk=(1,)),
+    Linear("LD budget", placements="rc", how={"memory_budget": 1096}),
     Linear("LD rows", placements="sr", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3)),
     Linear("LD rows, half ignored", placements="sr", ignored="first half"),
     Linear("LD rows, none", placements="sr", options={"reduction": "none"}, topk=(2,), ignored="some"),

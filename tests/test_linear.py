@@ -7,6 +7,7 @@ bfloat16, which Triton's interpreter rounds by its own rules, is for the eager b
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import pickle
 import re
@@ -641,6 +642,25 @@ def test_wide_heads_have_chunks_of_fewer_rows(classes: int, dtype: torch.dtype, 
     call = Call(LossOptions(), dtype, torch.float32)
     weight = torch.empty(1, dtype=dtype).expand(classes, 4)
     assert rows_of_chunk(call, rows, weight, Needs(True, True, False, False)) == expected
+
+
+def test_a_gpus_rows_are_one_chunk_where_that_takes_no_more_memory() -> None:
+    """By the arithmetic alone: of meta tensors, whose device is no CPU."""
+    weight = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta")
+    call, trained = Call(LossOptions(), torch.bfloat16, torch.float32), Needs(True, True, False, False)
+    several = rows_of_chunk(call, 1 << 20, weight, trained)
+    row, sums = 128256 * 2, 128256 * 4096 * 2
+    assert several * row + sums <= 1.5e9  # the bar at 8192 rows
+    assert rows_of_chunk(call, 8192, weight, trained) == several
+    assert rows_of_chunk(call, several + 4096, weight, trained) == several + 4096
+    assert rows_of_chunk(call, several + 4097, weight, trained) == several
+    # Frozen, or in float32, or summed up in its .grad, the head has no sums that a single chunk would spare.
+    for frozen_call, needs, head in (
+        (call, Needs(True, False, False, False), weight),
+        (dataclasses.replace(call, accumulate_grad=True), trained, weight),
+        (call, trained, weight.float()),
+    ):
+        assert rows_of_chunk(frozen_call, several + 1, head, needs) == several
 
 
 def test_a_wide_head_takes_a_quarter_of_the_plain_forms_memory() -> None:
