@@ -45,8 +45,9 @@ __all__ = [
 # those of 50257 classes in 16 bits would, take slower kernels.
 _PITCH = {"cuda": 64}
 # The rows of a chunk, and the bytes of its logits: see rows_of_chunk.
-_CPU_ROWS, _GPU_ROWS = 256, 1664
-_CPU_BYTES, _GPU_BYTES = 96 << 20, 5 << 28
+_CPU_ROWS, _CPU_BYTES = 256, 96 << 20
+_GPU_ROWS, _MANY_GPU_ROWS = 1664, 4096
+_FEW_GPU_BYTES, _GPU_BYTES = 5 << 26, 5 << 28
 _FEWEST_CPU_ROWS, _CPU_STEP = 128, 64
 # Rows are left out where at least so many of them are ignored.
 _SHARE_LEFT_OUT = 1 / 16
@@ -118,8 +119,9 @@ def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, needs: Needs) ->
     The rule. A chunk of n rows does 6 n C D operations, and beside its own n C logits it reads W twice and reads and
     writes ∂L/∂W once: about 4 C D b bytes, with b those of an element, whatever n is. At F operations and B bytes a
     second that traffic takes a share of 2 b F / (3 n B) of the products' time. An H100 has F / B ≈ 300 in bfloat16:
-    with sums of b = 4 and n = 1664 the share is a half, behind the products. A CPU core's F / B is below 10,
-    and n = 256 leaves a tenth at most. Larger chunks would only take more memory: n C b bytes.
+    with sums of b = 4 and n = 1664 the share is a half, behind the products; up to n = 4096, a fifth, it gets as many
+    rows as 0.3 GB of logits have. A CPU core's F / B is below 10, and n = 256 leaves a tenth at most. Larger chunks
+    would only take more memory: n C b bytes.
 
     On a GPU, rows that fit into one chunk in the memory that several take are one chunk. Its weight gradient needs no
     sums in 32 bits: in 16 bits that is the memory of the logits of D more rows.
@@ -140,7 +142,7 @@ def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, needs: Needs) ->
     if on_cpu:
         most = max(_FEWEST_CPU_ROWS, _CPU_BYTES // row_bytes // _CPU_STEP * _CPU_STEP)
         return max(1, min(_CPU_ROWS, most, rows))
-    several = min(_GPU_ROWS, _GPU_BYTES // row_bytes)
+    several = min(max(_GPU_ROWS, min(_FEW_GPU_BYTES // row_bytes, _MANY_GPU_ROWS)), _GPU_BYTES // row_bytes)
     alone = several + _bytes_of_sums(call, linear_weight, needs) // row_bytes
     return max(1, rows if rows <= alone else several)
 

@@ -654,6 +654,10 @@ def test_a_gpus_rows_are_one_chunk_where_that_takes_no_more_memory() -> None:
     assert rows_of_chunk(call, 8192, weight, trained) == several
     assert rows_of_chunk(call, several + 4096, weight, trained) == several + 4096
     assert rows_of_chunk(call, several + 4097, weight, trained) == several
+    assert several == 1664
+    for classes, expected in ((32000, 4096), (65536, 2560), (1 << 20, 640)):  # 0.3 GB of logits, and 1.3 at most
+        head = torch.empty(classes, 1, dtype=torch.bfloat16, device="meta")
+        assert rows_of_chunk(call, 1 << 20, head, trained) == expected
     # Frozen, or in float32, or summed up in its .grad, the head has no sums that a single chunk would spare.
     for frozen_call, needs, head in (
         (call, Needs(True, False, False, False), weight),
