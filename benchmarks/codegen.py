@@ -6,9 +6,10 @@ wide the accesses to device memory are, and what a round of each hot loop (see `
 special-function operations an element, and the share of an H100's issue slots that they take if its accesses go
 at the full bandwidth of its memory. No GPU is needed, and none is asked.
 
-The exit code is 1 if something spills or doesn't compile, if a hot loop has an access narrower than 128 bits, or if a
-kernel is over its budget. (Class weights may be read narrow where the logits' neighbours in memory are rows, as one
-number serves a line of the tile, and beside a shard of the classes, which begins anywhere.)
+The exit code is 1 if something spills or doesn't compile, if a hot loop has an access narrower than 128 bits, if a
+product is taken from itself (see :func:`rounding_errors`), or if a kernel is over its budget. (Class weights may be
+read narrow where the logits' neighbours in memory are rows, as one number serves a line of the tile, and beside a
+shard of the classes, which begins anywhere.)
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Compiled:
     widths: dict[str, int] = field(default_factory=dict)  # "LDG.128" → how many stand in the code
     loops: list[Loop] = field(default_factory=list)
     elements: int = 1  # that a thread takes in a round of those
+    residues: int = 0  # products taken from themselves: see rounding_errors()
     by_line: bool = False  # class weights are read, one number for each line of a tile that is wide in rows
     error: str | None = None
 
@@ -104,6 +106,7 @@ class Compiled:
         found = [f"spills {self.spills} bytes"] if self.spills else []
         narrow = 0 if self.by_line else sum(loop.narrow for loop in self.loops)
         found += [f"{narrow} narrow accesses in hot loops"] if narrow else []
+        found += [f"{self.residues} products taken from themselves"] if self.residues else []
         budget = BUDGETS.get(self.label)
         if budget is not None and self.loops:
             for name, value in zip(Budget._fields, (self.instructions, self.special, self.slots), strict=True):
@@ -179,6 +182,7 @@ def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
             result.registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
             result.spills = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
             sass = _tool("cuobjdump", "-sass", str(cubin))
+        result.residues = len(rounding_errors(compiled.asm["ptx"]))
         for kind, modifiers in re.findall(r"\b(LDG|STG)((?:\.\w+)*)", sass):
             width = re.search(r"\.(64|128|U8|U16|S16|S8|256)\b", modifiers)
             key = f"{kind}.{width[1] if width else '32'}"
@@ -195,6 +199,35 @@ def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
             key = f"{'LDG' if 'load' in kind else 'STG'}.{width}"
             result.widths[key] = result.widths.get(key, 0) + 1
     return result
+
+
+def rounding_errors(ptx: str) -> list[str]:
+    """The registers that hold a·b less what a·b was rounded to: fma(a, b, −(a·b)).
+
+    ``x - x == 0``, which asks whether x is finite, becomes that where x is a product, and is false of most numbers.
+    The interpreter, which fuses nothing, shows no such thing.
+    """
+    products: dict[str, list[str]] = {}
+    negated: dict[str, str] = {}
+    found = []
+
+    def factors(names: list[str]) -> tuple[list[str], int]:
+        """Without their signs, in order; and how many of those there were."""
+        return sorted(negated.get(name, name) for name in names), sum(name in negated for name in names)
+
+    for operation, result, rest in re.findall(r"\b(mul|neg|fma)(?:\.\w+)*\.f(?:32|64)\s+(%\w+), ([^;]+);", ptx):
+        operands = [operand.strip() for operand in rest.split(",")]
+        if operation == "mul":
+            products[result] = operands
+        elif operation == "neg":
+            negated[result] = operands[0]
+        else:
+            term = negated.get(operands[2], operands[2])
+            mine, signs = factors(operands[:2])
+            theirs, other_signs = factors(products.get(term, []))
+            if mine == theirs and (signs + other_signs + (operands[2] in negated)) % 2:
+                found.append(result)
+    return found
 
 
 def _goes_block_by_block(launch: Launch) -> bool:
@@ -230,6 +263,7 @@ OPTIONS = {
     "none+accuracy": LossOptions(reduction="none", topk=(1, 5)),
     "softcap+z": LossOptions(softcap=30.0, lse_square_scale=1e-4),
 }
+CAPPED = LossOptions(label_smoothing=0.1, softcap=30.0)
 SOFT = {
     "soft": LossOptions(),
     "soft-weight+smoothing": LossOptions(label_smoothing=0.1),
@@ -293,6 +327,9 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             if options.reduction != "none":  # whose gradient waits for the upstream one
                 yield f"{label} forward+gradient", partial(forward, True)
             yield f"{label} backward", backward
+        if dtype == torch.bfloat16:
+            # Whose sum of logits is relative to a product, the label's capped logit.
+            yield f"{shape_name} {dtype_name} smoothing+softcap forward", partial(forward, False, options=CAPPED)
         yield (
             f"{shape_name} {dtype_name} chunk of a larger batch",
             partial(

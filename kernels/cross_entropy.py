@@ -47,6 +47,7 @@ from .rows import (
     LOG2_E,
     before_label,
     class_offsets,
+    finite,
     fp64,
     inside,
     ks_of,
@@ -630,7 +631,7 @@ def _forward_loop(
         if SOFTCAP:
             t_label, _ = tanh(x_label / cap, ACC)
             z_label = t_label * cap
-        r = tl.where(z_label - z_label == 0.0, z_label, 0.0)
+        r = tl.where(finite(z_label), z_label, 0.0)
         m_group = tl.full([ROWS, COLS // GROUP], -float("inf"), ACC)
         s_group = tl.zeros([ROWS, COLS // GROUP], ACC)
         wz_group = tl.zeros([ROWS, COLS // GROUP], ACC)

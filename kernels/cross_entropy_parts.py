@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .row_loss import end_launch, row_results, scale_of_mean, slope, subtract_at_label
-from .rows import LOG2_E, fp64, ks_of, label_logit, labels, rank_held, row_offsets, store_ranks
+from .rows import LOG2_E, finite, fp64, ks_of, label_logit, labels, rank_held, row_offsets, store_ranks
 
 __all__ = ["WORDS", "forward_parts"]
 
@@ -191,7 +191,7 @@ def forward_parts(
             s = tl.sum(tl.exp2((x - m[:, None]) * LOG2_E), axis=1)
             own = words_ptr + (row.to(tl.int64) * SPLIT + part) * WORDS
             if SMOOTHING:
-                r = tl.where(z_label - z_label == 0.0, z_label, 0.0)
+                r = tl.where(finite(z_label), z_label, 0.0)
                 cols = lanes - shift
                 of_part = (cols >= 0) & (cols < tl.minimum(end - shift, classes))
                 wz = tl.sum(tl.where(of_part[None, :], x - r[:, None], 0.0), axis=1)
@@ -221,7 +221,7 @@ def forward_parts(
             m = tl.zeros([1], tl.float32) + greatest
             s = tl.zeros([1], tl.float32) + tl.sum(s_parts, axis=0) * (1.0 / TIMES)
             z_label = tl.zeros([1], tl.float32) + tl.max(tl.where(kind == 1, low, -float("inf")), axis=0)
-            r, wz = tl.where(z_label - z_label == 0.0, z_label, 0.0), tl.zeros([1], tl.float32)
+            r, wz = tl.where(finite(z_label), z_label, 0.0), tl.zeros([1], tl.float32)
             if SMOOTHING:
                 wz += tl.sum(tl.where(kind == 2, high, 0.0), axis=0) * (1.0 / TIMES)
             w_total = tl.zeros([1], tl.float32) + classes

@@ -117,6 +117,12 @@ def tanh(u, ACC: tl.constexpr):
 
 
 @triton.jit
+def finite(x):
+    """Is x a number? Not by x − x = 0: of a product t·c the compiler makes fma(t, c, −t·c), what rounding took."""
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
 def next_below(x):
     """The greatest number below ``x``: then "≥ x" is "> next_below(x)". NaN, above which all is, for −inf."""
     x = x + 0.0  # −0 becomes +0

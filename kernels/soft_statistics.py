@@ -29,6 +29,7 @@ from .rows import (
     LOG2_E,
     before_label,
     class_offsets,
+    finite,
     fp64,
     inside,
     nans_before,
@@ -250,7 +251,7 @@ def _soft_statistics(
         if SOFTCAP:
             t, _ = tanh(near / cap, ACC)
             near = t * cap
-        near = tl.where(near - near == 0.0, near, 0.0)
+        near = tl.where(finite(near), near, 0.0)
         tl.store(near_ptr + row, near.to(tl.float64), mask=in_range)
     if rank_ptr is not None:
         rank_group = tl.zeros([ROWS, COLS // GROUP], tl.int32)

@@ -28,6 +28,7 @@ from .rows import (
     LOG2_E,
     before_label,
     class_offsets,
+    finite,
     fp64,
     inside,
     labels,
@@ -178,7 +179,7 @@ def _store_label_logit(
         tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC), cap, SOFTCAP, ACC
     )
     tl.store(label_logit_ptr + row, z_label.to(tl.float64), mask=in_range)
-    return tl.where(z_label - z_label == 0.0, z_label, 0.0)
+    return tl.where(finite(z_label), z_label, 0.0)
 
 
 @triton.jit

@@ -52,6 +52,17 @@ def test_hot_loops_are_within_their_budgets(label: str) -> None:
         assert re.search(r" \d+\.\d \d\.\d\d +\d+%", line), line  # a hot loop was found in each
 
 
+@pytest.mark.parametrize("form", ["smoothing+softcap forward", "smoothing+softcap soft forward"])
+def test_no_product_is_taken_from_itself(form: str) -> None:
+    """The capped logit is a product, t·c; whether it is finite must not hang on how it was rounded."""
+    done = codegen("--target", "sm_90", "--quick", "--only", form)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = {line.split()[0] for line in done.stdout.splitlines() if form in line}
+    assert kernels >= (
+        {"soft_statistics"} if "soft forward" in form else {"forward_loop", "statistics_loop", "statistics_tile"}
+    )
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_sgd_spills_nowhere(target: str) -> None:
     done = codegen("--target", target, "--only", "sgd ")
@@ -64,6 +75,7 @@ def test_sgd_spills_nowhere(target: str) -> None:
         ("spilling", "spills"),
         ("narrow", "narrow accesses in hot loops"),
         ("costly", "instructions, over 0.5"),
+        ("inexact", "8 products taken from themselves"),
     ],
 )
 def test_a_bad_kernel_is_caught(kernel: str, fault: str, tmp_path: Path) -> None:
@@ -111,6 +123,12 @@ def costly(x_ptr, n, COLS: tl.constexpr):
         for _ in tl.static_range(8):
             x = x * x + 1.0
         tl.store(x_ptr + start + lane, x)
+
+
+@triton.jit
+def inexact(x_ptr, n, COLS: tl.constexpr):  # 0 for most finite numbers too; 8 of them a thread
+    x = tl.load(x_ptr + tl.arange(0, COLS)) * 3.0
+    tl.store(x_ptr + tl.arange(0, COLS), tl.where(x - x == 0.0, x, 0.0))
 
 
 name = sys.argv[1]

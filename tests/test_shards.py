@@ -131,6 +131,33 @@ def test_numbers_of_soft_targets(
             reference.assert_no_worse(mine, other.to(dtype), truth, f"gradient of the {name}", ulps=4.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("weighted", "options"), SOFT, ids=["plain", "weighted", "all"])
+def test_numbers_of_labels(
+    place: Place, shape: tuple[int, ...], dtype: torch.dtype, weighted: bool, options: LossOptions
+) -> None:
+    """The same of class indices. Away from 0: what Σ w z is summed relative to has to be given back."""
+    x = (3 * torch.randn(shape) + 5).to(place.device, dtype)
+    weight = (torch.rand(shape[1]) + 0.5).to(place.device, dtype) if weighted else None
+    target = torch.randint(shape[1], (shape[0] * shape[2],), device=place.device)
+    found = served(place).row_statistics_forward(
+        *(x, target, weight, options), entropy=False, predicted=False, every_row=False
+    )
+    arithmetic = torch.promote_types(dtype, torch.float32)
+    hot = torch.zeros_like(x).scatter_(1, target.view(shape[0], 1, shape[2]), 1.0)
+    total = shape[1] if weight is None else weight.double().sum()
+    cases = [("lse", found.lse, hot, None, 0), ("nll", found.lse - found.label_logit, hot, None, 1)]
+    if options.label_smoothing:
+        assert found.weighted_sum is not None
+        cases.append(("spread", total * found.lse - found.weighted_sum, torch.ones_like(x), weight, 1))
+    for name, mine, t, w, at in cases:
+        exact, theirs = (numbers(x, t, w, options, d)[at] for d in (torch.float64, arithmetic))
+        assert mine.dtype == torch.float64
+        # Σ w (z − z_y) is a sum in float32, of numbers as large as z_y is far from the others.
+        reference.assert_no_worse(mine.to(arithmetic), theirs, exact, name, ulps=32.0 if name == "spread" else 4.0)
+
+
 def test_gradients_that_are_not_asked_for(place: Place) -> None:
     x, t = torch.randn(4, 20, 1, device=place.device), torch.rand(4, 20, 1, device=place.device)
     backend, options = served(place), LossOptions()
