@@ -9,6 +9,7 @@ Bytes for each float32 parameter with momentum: read θ, g and m, write θ and m
 from __future__ import annotations
 
 import operator
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
+from fastloss.contract import FLAG_ELEMENTS, Addresses, SGDBatch, SGDControls, SGDRule, check_gradients
 
 from .launch import FUSED, arithmetic, at_most, counter, on_device, power_of_2, spread
 from .rows import fp64, last_to_end
@@ -64,9 +65,11 @@ class Launch:
     momentum: list[Tensor]
     companions: list[Tensor]
     sizes: list[torch.Size] = field(default_factory=list)  # of parameters
-    addresses: list[list[int]] = field(default_factory=list)  # of gradients and buffers, at the last upload
-    strides: list[tuple[int, ...]] = field(default_factory=list)  # of gradients
+    grads: Addresses | None = None  # of gradients, at the last upload
+    buffers: Addresses | None = None  # of momentum and companions, when the tables were laid out
+    strides: list[tuple[int, ...]] = field(default_factory=list)  # of gradients and buffers, then
     lines: Tensor | None = None  # the table on the host
+    by_16: Tensor | None = None  # a line each, of bools: may its blocks be read by 128 bits, but for the gradient?
     table: Tensor | None = None
     items: Tensor | None = None
     geometry: Tensor | None = None  # the table of strides, where there is one
@@ -78,11 +81,13 @@ class Launch:
     streams: set[int] = field(default_factory=set)  # those on which the tables have been read
 
 
-def _resolved(grads: list[Tensor]) -> list[Tensor]:
+def _resolved(batch: SGDBatch, grads: list[Tensor]) -> list[Tensor]:
     """Without those that are not what lies in their memory: negated when they are read, as autograd makes them of
     complex conjugates; or zeros that have no memory.
     """
-    if any(map(Tensor.is_neg, grads)) or any(map(Tensor._is_zerotensor, grads)):
+    if not batch.unchanged:
+        batch.memory["to_resolve"] = any(map(Tensor.is_neg, grads)) or any(map(Tensor._is_zerotensor, grads))
+    if batch.memory.get("to_resolve", True):
         return [grad.clone() if grad._is_zerotensor() else grad.resolve_neg() for grad in grads]
     return grads
 
@@ -90,14 +95,15 @@ def _resolved(grads: list[Tensor]) -> list[Tensor]:
 def _launches(batch: SGDBatch, grads: list[Tensor]) -> dict[Any, Launch]:
     """The batch's launches with their tables as they must be now, by dtype of gradient and momentum."""
     memory = batch.memory
-    if "buffers" not in memory:
-        memory["buffers"] = [buffer for buffer in batch.momentum if buffer is not None]
-    dtypes = list(map(_dtype_of, grads)), list(map(_dtype_of, memory["buffers"]))  # .data = may change the latter
-    if memory.get("dtypes") != dtypes:
-        memory.update(launches=_divided(batch, dtypes[0]), dtypes=dtypes)
+    if not (batch.unchanged and "launches" in memory):
+        momentum = [buffer for buffer in batch.momentum if buffer is not None]
+        dtypes = list(map(_dtype_of, grads)), list(map(_dtype_of, momentum))  # .data = may change the latter
+        if memory.get("dtypes") != dtypes:
+            memory.update(launches=_divided(batch, dtypes[0]), dtypes=dtypes)
     launches: dict[Any, Launch] = memory["launches"]
     for launch in launches.values():
-        _bring_up_to_date(launch, batch, [grads[i] for i in launch.indices])
+        mine = grads if len(launch.indices) == len(grads) else [grads[i] for i in launch.indices]
+        _bring_up_to_date(launch, batch, mine)
     return launches
 
 
@@ -118,37 +124,37 @@ def _divided(batch: SGDBatch, dtypes: list[torch.dtype]) -> dict[Any, Launch]:
 
 
 def _bring_up_to_date(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
-    if list(map(Tensor.size, grads)) != launch.sizes:
-        check_gradients([batch.params[i] for i in launch.indices], grads)
-    strides, addresses = list(map(Tensor.stride, grads)), _addresses(launch, grads)
-    fits = launch.strides == strides and launch.begun is batch.begun and launch.addresses[1:] == addresses[1:]
-    if fits and launch.addresses == addresses:
+    buffers = launch.momentum + launch.companions
+    fits = launch.begun is batch.begun and launch.buffers is not None and launch.buffers.are_of(buffers)
+    if not batch.unchanged:
+        if list(map(Tensor.size, grads)) != launch.sizes:
+            check_gradients([batch.params[i] for i in launch.indices], grads)
+        fits = fits and list(map(Tensor.stride, grads + buffers)) == launch.strides
+    if fits and launch.grads is not None and launch.grads.are_of(grads):
         return
-    if launch.lines is None or not fits:
+    launch.grads = None
+    if not fits:
+        launch.buffers = None
         _lay_out(launch, batch, grads)
-        launch.strides, launch.begun, launch.addresses = strides, batch.begun, []
-        addresses = _addresses(launch, grads)
+        launch.strides = list(map(Tensor.stride, grads + buffers))
+        launch.begun, launch.buffers = batch.begun, Addresses(buffers)
     assert launch.lines is not None
-    lines, momentum, companions = launch.lines, iter(addresses[1]), iter(addresses[2])
-    lines[:, GRAD.value] = _numbers(addresses[0])
-    lines[:, MOMENTUM.value] = _numbers(0 if batch.momentum[i] is None else next(momentum) for i in launch.indices)
-    lines[:, COMPANION.value] = _numbers(
-        0 if batch.companions[i] is None else next(companions) for i in launch.indices
-    )
-    used = lines[:, [THETA.value, GRAD.value, MOMENTUM.value, COMPANION.value]]
-    layout = lines[:, LAYOUT.value]
+    assert launch.by_16 is not None
+    addresses = Addresses(grads)
+    column = _numbers(addresses.values)
+    launch.lines[:, GRAD.value] = column
+    layout = launch.lines[:, LAYOUT.value]
     layout[layout != STRIDED.value] = 0
-    layout[(layout == 0) & (used % 16 == 0).all(dim=1)] = ALIGNED.value
-    launch.table = _uploaded(lines, batch.params[0].device, launch)
-    launch.addresses = addresses
-
-
-def _addresses(launch: Launch, grads: list[Tensor]) -> list[list[int]]:
-    return [list(map(Tensor.data_ptr, tensors)) for tensors in (grads, launch.momentum, launch.companions)]
+    layout[launch.by_16 & (column % 16 == 0)] = ALIGNED.value
+    launch.table = _uploaded(launch.lines, batch.params[0].device, launch)
+    launch.grads = addresses
 
 
 def _lay_out(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
-    """The parts of the tables that don't change when gradients move."""
+    """The parts of the tables that don't change when gradients move.
+
+    Buffers that lie otherwise than their parameters are moved to memory where they don't.
+    """
     device = batch.params[0].device
     params = [batch.params[i] for i in launch.indices]
     sizes = _numbers(param.numel() for param in params)
@@ -170,6 +176,11 @@ def _lay_out(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
             lines[line, LAYOUT.value] = STRIDED.value
             _write_geometry(geometry[line], walk, param, grad)
             launch.overlap |= any(grad.stride(d) == 0 for d in walk)
+    for column, buffers in ((MOMENTUM, batch.momentum), (COMPANION, batch.companions)):
+        chosen = (buffers[i] for i in launch.indices)
+        lines[:, column.value] = _numbers(0 if buffer is None else buffer.data_ptr() for buffer in chosen)
+    others = lines[:, [THETA.value, MOMENTUM.value, COMPANION.value]]
+    launch.by_16 = (others % 16 == 0).all(dim=1) & (lines[:, LAYOUT.value] != STRIDED.value)
     chunks = (sizes + FLAG_ELEMENTS - 1) // FLAG_ELEMENTS
     tensor = torch.repeat_interleave(torch.arange(len(params), device="cpu"), chunks)
     chunk = torch.arange(len(tensor), device="cpu") - torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
@@ -181,7 +192,7 @@ def _lay_out(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
 
 def _numbers(values: Iterable[int]) -> Tensor:
     """On the CPU, whatever torch's default device is."""
-    return torch.tensor(list(values), dtype=torch.int64, device="cpu")
+    return torch.frombuffer(array("q", values), dtype=torch.int64)  # torch.tensor() takes twice as long
 
 
 def _walk(param: Tensor) -> list[int]:
@@ -306,7 +317,7 @@ def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
 def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], controls: SGDControls) -> None:
     """See :class:`fastloss.contract.Backend`."""
     first, given = batch.params[0], grads
-    grads = _resolved(grads)
+    grads = _resolved(batch, grads)
     wide = torch.float64 if first.dtype == torch.float64 else torch.float32
     with on_device(first):
         launches = _launches(batch, grads)
@@ -371,7 +382,7 @@ def _begin_empty(batch: SGDBatch, controls: SGDControls) -> None:
 def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     """See :class:`fastloss.contract.Backend`."""
     first = batch.params[0]
-    grads = _resolved(grads)
+    grads = _resolved(batch, grads)
     with on_device(first):
         for (grad_dtype, _), launch in _launches(batch, grads).items():
             assert launch.items is not None

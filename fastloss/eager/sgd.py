@@ -17,12 +17,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..contract import SGDBatch, SGDControls, SGDRule, check_gradients, compute_dtype
+from ..contract import Addresses, SGDBatch, SGDControls, SGDRule, check_gradients, compute_dtype
 from .rounding import compensated, round_stochastically, true_master, without_infinities
 from .workers import for_each
 
@@ -82,7 +82,7 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
         if part.gathered is not None:
             _step_gathered(batch, part.gathered, grads, rule, clip, first=part.first)
         if part.small is not None:
-            _step_small(part.small, grads, rule, clip, first=part.first)
+            _step_small(batch, part.small, grads, rule, clip, first=part.first)
         if part.large is not None:
             _step_large(batch, part.large, grads, rule, clip, first=part.first)
         check_gradients([batch.params[i] for i in part.pieced], [grads[i] for i in part.pieced])
@@ -93,8 +93,7 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
             flags.fill_(1)
 
 
-@dataclass(frozen=True)
-class _Numbers:
+class _Numbers(NamedTuple):
     """A rule whose tensors have been read: they are on the CPU, or the CPU has to wait for them."""
 
     lr: float
@@ -120,14 +119,14 @@ class _Gathered:
     momentum: Tensor | None  # the buffers themselves, as one
     companions: Tensor | None
     buffers: list[Tensor]  # the single ones of both
-    addresses: list[int]  # where those were
+    addresses: Addresses  # of those
     vectors: bool  # all of them have one dimension
     numels: list[int]  # of the parameters
     flat: dict[tuple[str, torch.dtype], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
     def has_moved(self) -> bool:
         """Did somebody give the buffers other memory, as those do who bring them to another device and back?"""
-        return list(map(Tensor.data_ptr, self.buffers)) != self.addresses
+        return not self.addresses.are_of(self.buffers)
 
     def gather(self, tensors: list[Tensor], dtype: torch.dtype, name: str = "grads") -> Tensor:
         """The tensors side by side, in ``dtype``."""
@@ -165,6 +164,7 @@ class _Listed:
     strides: list[tuple[int, ...]]  # of those
     contiguous: bool  # all of the parameters are
     nbytes: list[int]  # of the parameters
+    fit: bool = False  # the gradients that were last looked at were taken as they came
 
     @staticmethod
     def of(batch: SGDBatch, indices: list[int]) -> _Listed:
@@ -179,14 +179,25 @@ class _Listed:
         """Are the tensors laid out as they were?"""
         return list(map(Tensor.stride, self.several)) == self.strides
 
-    def fitting(self, grads: list[Tensor], share: slice = _ALL) -> list[Tensor]:
+    def known(self, *, unchanged: bool) -> bool:
+        """Can the gradients be taken as they come, as far as is known? Else :meth:`fitting` finds out."""
+        known = unchanged and self.fit
+        self.fit = True
+        return known
+
+    def fitting(self, grads: list[Tensor], share: slice = _ALL, *, known: bool) -> list[Tensor]:
         """The gradients of a share of them, as the operator needs them."""
-        chosen = grads[share] if len(self.indices) == len(grads) else [grads[i] for i in self.indices[share]]
+        given = grads[share] if len(self.indices) == len(grads) else [grads[i] for i in self.indices[share]]
+        if known:
+            return given
+        chosen = given
         if list(map(_bytes_of, chosen)) != self.nbytes[share]:  # of another dtype, or another shape
             check_gradients(self.params[share], chosen)
             chosen = [grad.to(self.params[0].dtype) for grad in chosen]
         if not (self.contiguous and all(map(Tensor.is_contiguous, chosen))):
             chosen = [_laid_out_as(param, grad) for param, grad in zip(self.params[share], chosen, strict=True)]
+        if not all(map(operator.is_, chosen, given)):
+            self.fit = False  # from several threads
         return chosen
 
 
@@ -203,12 +214,14 @@ class _Part:
     pieces: list[Tensor]  # those, and their buffers
     strides: list[tuple[int, ...]]  # of the pieces
 
-    def holds(self) -> bool:
+    def holds(self, *, unchanged: bool) -> bool:
         """Is everything where it was?"""
-        return (
-            (self.gathered is None or not self.gathered.has_moved())
-            and all(listed is None or listed.holds() for listed in (self.small, self.large))
-            and list(map(Tensor.stride, self.pieces)) == self.strides
+        return (self.gathered is None or not self.gathered.has_moved()) and (
+            unchanged
+            or (
+                all(listed is None or listed.holds() for listed in (self.small, self.large))
+                and list(map(Tensor.stride, self.pieces)) == self.strides
+            )
         )
 
 
@@ -216,7 +229,8 @@ def _parts(batch: SGDBatch) -> list[_Part]:
     """How the tensors are stepped: as in the step before, if nothing has changed."""
     first = {i for i, flags in batch.begun.items() if not flags.any()}
     parts: list[_Part] = batch.memory.get("parts", [])
-    if not parts or batch.memory["first"] != first or not all(part.holds() for part in parts):
+    holds = parts and batch.memory["first"] == first and all(part.holds(unchanged=batch.unchanged) for part in parts)
+    if not holds:
         of_kind: dict[tuple[int, bool], list[int]] = defaultdict(list)
         for i, (param, number) in enumerate(zip(batch.params, batch.rules, strict=True)):
             if param.numel():
@@ -265,7 +279,7 @@ def _gathered(batch: SGDBatch, indices: list[int]) -> _Gathered:
     companions = [c for i in indices if (c := batch.companions[i]) is not None]
     flat = _side_by_side(momentum), _side_by_side(companions)
     buffers = momentum + companions
-    addresses = list(map(Tensor.data_ptr, buffers))
+    addresses = Addresses(buffers)
     vectors, numels = all(param.dim() == 1 for param in params), list(map(Tensor.numel, params))
     return _Gathered(indices, params, *flat, buffers, addresses, vectors, numels)
 
@@ -308,12 +322,17 @@ def _step_gathered(
     gathered.scatter(views)
 
 
-def _step_small(small: _Listed, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool) -> None:
+def _step_small(
+    batch: SGDBatch, small: _Listed, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
+) -> None:
+    known = small.known(unchanged=batch.unchanged)
+
     def step(share: slice) -> None:
         # All of it here: while one thread is in the operator, another one looks at its share's gradients.
-        params, chosen = small.params[share], small.fitting(grads, share)
-        some = torch._foreach_mul(chosen, clip) if clip != 1.0 else chosen
-        _advance(params, list(some), small.momentum[share], rule, first=first)
+        params, chosen = small.params[share], small.fitting(grads, share, known=known)
+        if clip != 1.0:
+            chosen = list(torch._foreach_mul(chosen, clip))
+        _advance(params, chosen, small.momentum[share], rule, first=first)
         torch.autograd.graph.increment_version(params)  # which torch's operator does not
 
     count = len(small.params)
@@ -328,7 +347,7 @@ def _step_small(small: _Listed, grads: list[Tensor], rule: _Numbers, clip: float
 def _step_large(
     batch: SGDBatch, large: _Listed, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
 ) -> None:
-    chosen = large.fitting(grads)
+    chosen = large.fitting(grads, known=large.known(unchanged=batch.unchanged))
     if clip == 1.0:
         _advance(large.params, chosen, large.momentum, rule, first=first)
         torch.autograd.graph.increment_version(large.params)
@@ -391,13 +410,17 @@ def _advance(
     first: bool = False,
     scratch: bool = False,
 ) -> None:
-    """The step itself, of float32 or float64 parameters; ``scratch``: the gradients may be written to."""
+    """The step itself, of float32 or float64 parameters; ``scratch``: the gradients may be written to.
+
+    Momentum buffers are of one dtype: that of the parameters, or there is one.
+    """
     if clip != 1.0:
         grads = [grad.mul_(clip) for grad in grads] if scratch else [grad * clip for grad in grads]
     if rule.decoupled and rule.weight_decay != 0:
         torch._foreach_mul_(params, 1.0 - rule.lr * rule.weight_decay)
-    wide = params[0].dtype
-    buffers = [m if m.dtype == wide else m.to(wide) for m in momentum]
+    wide, buffers = params[0].dtype, momentum
+    if momentum and momentum[0].dtype != wide:
+        buffers = [m.to(wide) for m in momentum]
     step = partial(
         torch._fused_sgd_,
         params,
@@ -417,9 +440,8 @@ def _advance(
         if resolved is grads:
             raise
         step(grads=resolved)
-    for buffer, value in zip(momentum, buffers, strict=True):
-        if value is not buffer:
-            buffer.copy_(value)
+    if buffers is not momentum:
+        torch._foreach_copy_(momentum, buffers)
 
 
 def _resolved(grads: list[Tensor]) -> list[Tensor]:

@@ -1,31 +1,44 @@
 """Which tensors step together, and whether they are still where they were.
 
 A plan is made when something changed: a parameter got its first gradient, a group was added, a checkpoint loaded. In
-every other step the plan is only checked, by a few passes over lists that run in C: about 0.2 µs a parameter.
+every other step it is only checked, in one of two ways.
+
+- :meth:`Plan.holds` looks at everything, attribute by attribute. It decides.
+- :class:`Watch` compares everything with the last step in as few passes over lists as there can be, all of them in C.
+  It may say "something has changed" where nothing has; then the other decides. Where it says that nothing has, the
+  backends need not look again either: ``SGDBatch.unchanged``.
+
+For each parameter that is one pass to get its gradient, and one for its identity and for that of each buffer; then,
+for each of these tensors, one for what it looks like and one for its address.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..contract import SGDBatch
+from ..contract import Addresses, SGDBatch
 from .shards import Shards, ShardSums, is_sharded, local
 
-__all__ = ["SERVED_DTYPES", "Batch", "Plan", "gradients", "overlapping", "serves"]
+try:  # what torch.compile asks whether a compiled program fits other tensors; documented nowhere
+    from torch._C._dynamo import guards as _guards
+except ImportError:
+    _guards = None  # type: ignore[assignment]
+
+__all__ = ["SERVED_DTYPES", "Batch", "Plan", "gradients", "kinds", "overlapping", "serves"]
 
 _MOST_DIMENSIONS = 6
 SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _gradient_of = operator.attrgetter("grad")
 _layout_of = operator.attrgetter("layout")
 _dtype_of = operator.attrgetter("dtype")
-_address_of = torch.Tensor.data_ptr
+_get = dict.get
 _HAVE_MEMORY = {Tensor, torch.nn.Parameter, type(None)}
 # What `.data =` can change without a change of address, as far as a backend does not look itself: the kernels' tables
 # hold all of it; the eager backend reads strides anew in every step, and needs to know of sizes and dtypes.
@@ -59,7 +72,7 @@ class Plan:
     settings: list[Any]  # what the groups say that the plan depends on
     params: list[Tensor]  # of all groups, in their order
     group_of: list[int]  # of each
-    layouts: list[torch.layout | None]  # of their gradients; None where there is none
+    kinds: list[Any]  # of their gradients, see kinds()
     batches: list[Batch] = field(default_factory=list)
     plain: list[int] = field(default_factory=list)  # stepped one by one, by torch's operators
     repeated: set[int] = field(default_factory=set)  # of those: named by the groups before, and stepped once more
@@ -71,9 +84,10 @@ class Plan:
     companions: list[Tensor] = field(default_factory=list)  # of those, all but the momentum
     dtypes: list[torch.dtype] = field(default_factory=list)  # of the companions
     stored: list[Tensor] = field(default_factory=list)  # parameters whose memory is stepped
-    addresses: list[int] = field(default_factory=list)
+    addresses: Addresses = field(default_factory=lambda: Addresses(()))  # of those
     forms: list[list[Any]] = field(default_factory=list)  # of those, see _FORMS_OF
     sums: ShardSums | None = None  # over the shards of all DTensors that are stepped; made when it is needed
+    watch: _Watch | None = None
 
     def keep(self, state: dict[str, Any], key: str) -> None:
         """The plan uses this tensor: it is to be noticed when another takes its place."""
@@ -88,52 +102,116 @@ class Plan:
         """The plan is complete."""
         self.states = list(states)
         self.stored = [self.params[i] for batch in self.batches for i in batch.indices if i not in self.sharded]
-        self.addresses = list(map(_address_of, self.stored))
+        self.addresses = Addresses(self.stored)
         self.forms = self._forms()
 
     def holds(
         self,
         settings: list[Any],
-        groups: Iterable[dict[str, Any]],
-        states: Iterable[dict[str, Any]],
-        layouts: list[torch.layout | None],
+        groups: list[dict[str, Any]],
+        states: Collection[dict[str, Any]],
+        grads: list[Tensor | None],
     ) -> bool:
         """Is everything as it was when the plan was made?"""
+        if self.settings != settings:
+            return False
+        unchanged = self.watch is not None and self.watch.is_content(groups, states, grads)
+        for batch in self.batches:
+            batch.tensors.unchanged = unchanged
+        if unchanged:
+            return True
+        self.watch = None
         try:
             return (
-                self.settings == settings
-                and self.layouts == layouts
-                and _identical(chain.from_iterable(group["params"] for group in groups), self.params)
+                self.kinds == kinds(grads)
+                and _identical(_params_of(groups), self.params)
                 and _identical(states, self.states)
-                and _identical(map(operator.getitem, self.holders, self.keys), self.kept)
+                and _identical(list(map(operator.getitem, self.holders, self.keys)), self.kept)
                 and list(map(_dtype_of, self.companions)) == self.dtypes
-                and list(map(_address_of, self.stored)) == self.addresses
+                and self.addresses.are_of(self.stored)
                 and self._forms() == self.forms
                 and all(local(self.params[i]) is shard for i, shard in self.sharded.items())
             )
         except KeyError:  # somebody removed a buffer
             return False
 
+    def stepped(self, states: Collection[dict[str, Any]], grads: list[Tensor | None]) -> None:
+        """The plan has been carried out with these gradients: the next step can be compared with it."""
+        # The shards of DTensors' gradients are other tensors in every step.
+        if self.watch is None and self.batches and not self.sharded and _guards is not None:
+            self.watch = _Watch(self, states, grads)
+
     def _forms(self) -> list[list[Any]]:
         names = sorted({batch.backend for batch in self.batches})
         return [list(map(form, self.stored)) for name in names for form in _FORMS_OF[name]]
 
 
-def gradients(params: Iterable[Tensor]) -> tuple[list[Tensor | None], list[torch.layout | None]]:
-    """The gradients and their layouts; None where there is none.
+class _Watch:
+    """All that a step has found, for the next one to compare itself with.
+
+    It is not content where something may have changed that matters; of gradients that is never the address.
+    """
+
+    def __init__(self, plan: Plan, states: Collection[dict[str, Any]], grads: list[Tensor | None]) -> None:
+        self._params, self._stored, self._addresses = plan.params, plan.stored, plan.addresses
+        self._batched = [i for batch in plan.batches for i in batch.indices]
+        if self._batched == list(range(len(grads))):
+            self._batched = []  # all of them, in their order
+        others = set(range(len(grads))).difference(self._batched) if self._batched else ()
+        self._others = list(others)  # without a gradient, or stepped by torch's operators
+        self._kinds = [plan.kinds[i] for i in self._others]
+        # The buffers that the optimizer's states have now, state by state, by the keys of those that the plan uses.
+        self._buffers = {key: list(map(_get, states, repeat(key))) for key in set(plan.keys)}
+        self._held = (*plan.stored, *plan.kept)
+        self._held_look_so = _looks(self._held)
+        self._grads_look_so = _looks(self._of_batches(grads))
+
+    def is_content(
+        self, groups: list[dict[str, Any]], states: Collection[dict[str, Any]], grads: list[Tensor | None]
+    ) -> bool:
+        return (
+            self._grads_look_so(*self._of_batches(grads))
+            and kinds([grads[i] for i in self._others]) == self._kinds
+            and _identical(_params_of(groups), self._params)
+            and all(
+                len(buffers) == len(states) and all(map(operator.is_, map(_get, states, repeat(key)), buffers))
+                for key, buffers in self._buffers.items()
+            )
+            and self._held_look_so(*self._held)
+            and self._addresses.are_of(self._stored)
+        )
+
+    def _of_batches(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+        return [grads[i] for i in self._batched] if self._batched else grads
+
+
+def _looks(tensors: Sequence[Any]) -> Callable[..., bool]:
+    """Are as many tensors, each, of the type, dtype, device, sizes, strides and flags that these have?
+
+    The tensors must all be different ones, and are not held on to.
+    """
+    return _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+def gradients(params: Iterable[Tensor]) -> list[Any]:
+    """The gradients; None where there is none."""
+    return list(map(_gradient_of, params))
+
+
+def kinds(grads: list[Any]) -> list[Any]:
+    """The layouts of gradients; None where there is none.
 
     Of a tensor subclass, which may have no memory of its own, the type takes the place of the layout.
     """
-    grads = list(map(_gradient_of, params))
     try:
-        layouts = list(map(_layout_of, grads))
+        found = list(map(_layout_of, grads))
     except AttributeError:
-        layouts = [None if grad is None else grad.layout for grad in grads]
+        found = [None if grad is None else grad.layout for grad in grads]
     if not _HAVE_MEMORY.issuperset(map(type, grads)):
         for i, grad in enumerate(grads):
             if type(grad) not in _HAVE_MEMORY and not is_sharded(grad):
-                layouts[i] = type(grad)
-    return grads, layouts
+                found[i] = type(grad)
+    return found
 
 
 def serves(param: Tensor) -> bool:
@@ -178,6 +256,12 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
-def _identical(some: Iterable[Any], others: Sequence[Any]) -> bool:
-    some = list(some)
+def _params_of(groups: list[dict[str, Any]]) -> list[Tensor]:
+    if len(groups) == 1:
+        params: list[Tensor] = groups[0]["params"]
+        return params
+    return list(chain.from_iterable(group["params"] for group in groups))
+
+
+def _identical(some: Collection[Any], others: Sequence[Any]) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))

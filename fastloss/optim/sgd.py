@@ -14,7 +14,7 @@ from .. import backend as backends
 from ..contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
 from . import plain
 from .checkpoint import check_loaded, restore_dtypes
-from .plan import SERVED_DTYPES, Batch, Plan, gradients, overlapping, serves
+from .plan import SERVED_DTYPES, Batch, Plan, gradients, kinds, overlapping, serves
 from .shards import Shards, ShardSums, is_sharded, local, shards_of
 
 __all__ = ["SGD"]
@@ -190,14 +190,16 @@ class SGD(Optimizer):
         rules = [_rule(group) for group in self.param_groups]
         controls = _Everywhere(SGDControls(scale, found_inf, squares, max_norm or 0.0))
         for batch in plan.batches:
-            device = batch.tensors.params[0].device
-            backends.load(batch.backend).sgd_step(batch.tensors, batch.take(grads), rules, controls.on(device))
-        # As in torch, each place in which a parameter is listed begins its momentum.
-        begin = {i for i in plan.repeated if "momentum_buffer" not in self.state.get(plan.params[i], {})}
-        for i in plan.plain:
-            if i in begin:
-                self.state.get(plan.params[i], {}).pop("momentum_buffer", None)
-            self._step_plainly(plan, i, grads[i], rules, controls)
+            here = controls.on(batch.tensors.params[0].device)
+            backends.load(batch.backend).sgd_step(batch.tensors, batch.take(grads), rules, here)
+        if plan.plain:
+            # As in torch, each place in which a parameter is listed begins its momentum.
+            begin = {i for i in plan.repeated if "momentum_buffer" not in self.state.get(plan.params[i], {})}
+            for i in plan.plain:
+                if i in begin:
+                    self.state.get(plan.params[i], {}).pop("momentum_buffer", None)
+                self._step_plainly(plan, i, grads[i], rules, controls)
+        plan.stepped(self.state.values(), grads)
         if self._begun and found_inf is None and not _capturing():
             for batch in plan.batches:
                 with_momentum = [
@@ -247,9 +249,7 @@ class SGD(Optimizer):
                 there = found.setdefault(shards, torch.zeros_like(squares))
                 there += squares.to(there.device)
         if plan.sums is None:
-            plan.sums = ShardSums(
-                p for p, layout in zip(plan.params, plan.layouts, strict=True) if layout is not None
-            )
+            plan.sums = ShardSums(p for p, layout in zip(plan.params, plan.kinds, strict=True) if layout is not None)
         first, *others = plan.sums(found)  # a step without gradients has ended before
         for other in others:
             first = first + other.to(first.device)
@@ -309,15 +309,15 @@ class SGD(Optimizer):
         ]
         settings.append(backends.wanted())
         if plan is not None:
-            grads, layouts = gradients(plan.params)
-            if plan.holds(settings, groups, self.state.values(), layouts):
+            grads = gradients(plan.params)
+            if plan.holds(settings, groups, self.state.values(), grads):
                 return plan, grads
         params = [param for group in groups for param in group["params"]]
-        grads, layouts = gradients(params)
-        self._plan = plan = self._new_plan(settings, params, layouts)
+        grads = gradients(params)
+        self._plan = plan = self._new_plan(settings, params, kinds(grads))
         return plan, grads
 
-    def _new_plan(self, settings: list[Any], params: list[Tensor], layouts: list[torch.layout | None]) -> Plan:
+    def _new_plan(self, settings: list[Any], params: list[Tensor], layouts: list[Any]) -> Plan:
         group_of = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
         plan = Plan(settings, params, group_of, layouts)
         memory: dict[int, Tensor] = {}
