@@ -38,6 +38,7 @@ _PIECE = 1 << 18
 _NORM_PIECE = 1 << 14
 _NORM_EPSILON = 1e-6
 _ALL = slice(None)
+_NUMBER_TYPES = {float, int, bool}
 
 _bytes_of = operator.attrgetter("nbytes")
 
@@ -85,7 +86,8 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
             _step_small(batch, part.small, grads, rule, clip, first=part.first)
         if part.large is not None:
             _step_large(batch, part.large, grads, rule, clip, first=part.first)
-        check_gradients([batch.params[i] for i in part.pieced], [grads[i] for i in part.pieced])
+        if part.pieced:
+            check_gradients([batch.params[i] for i in part.pieced], [grads[i] for i in part.pieced])
         for i in part.pieced:
             _step_by_pieces(batch, i, _laid_out_as(batch.params[i], grads[i]), rule, clip, first=part.first)
     for i, flags in batch.begun.items():
@@ -106,7 +108,9 @@ class _Numbers(NamedTuple):
 
     @staticmethod
     def of(rule: SGDRule) -> _Numbers:
-        values: list[Any] = [value.item() if isinstance(value, Tensor) else value for value in rule]
+        values: Sequence[Any] = rule
+        if not _NUMBER_TYPES.issuperset(map(type, rule)):
+            values = [value.item() if isinstance(value, Tensor) else value for value in rule]
         return _Numbers(*values)
 
 

@@ -160,8 +160,8 @@ class _Watch:
         others = set(range(len(grads))).difference(self._batched) if self._batched else ()
         self._others = list(others)  # without a gradient, or stepped by torch's operators
         self._kinds = [plan.kinds[i] for i in self._others]
-        # The buffers that the optimizer's states have now, state by state, by the keys of those that the plan uses.
-        self._buffers = {key: list(map(_get, states, repeat(key))) for key in set(plan.keys)}
+        # Of the keys that the plan uses: what the optimizer's states have there, state by state.
+        self._buffers = [(key, list(map(_get, states, repeat(key)))) for key in set(plan.keys)]
         self._held = (*plan.stored, *plan.kept)
         self._held_look_so = _looks(self._held)
         self._grads_look_so = _looks(self._of_batches(grads))
@@ -169,14 +169,13 @@ class _Watch:
     def is_content(
         self, groups: list[dict[str, Any]], states: Collection[dict[str, Any]], grads: list[Tensor | None]
     ) -> bool:
+        for key, buffers in self._buffers:
+            if len(buffers) != len(states) or not all(map(operator.is_, map(_get, states, repeat(key)), buffers)):
+                return False
         return (
             self._grads_look_so(*self._of_batches(grads))
-            and kinds([grads[i] for i in self._others]) == self._kinds
+            and (not self._others or kinds([grads[i] for i in self._others]) == self._kinds)
             and _identical(_params_of(groups), self._params)
-            and all(
-                len(buffers) == len(states) and all(map(operator.is_, map(_get, states, repeat(key)), buffers))
-                for key, buffers in self._buffers.items()
-            )
             and self._held_look_so(*self._held)
             and self._addresses.are_of(self._stored)
         )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from numbers import Real
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
+from torch.optim import optimizer as of_torch
 from torch.optim.optimizer import Optimizer
 
 from .. import backend as backends
@@ -22,6 +26,8 @@ __all__ = ["SGD"]
 # What clip_grad_norm_ of torch adds to the norm that it divides by.
 _NORM_EPSILON = 1e-6
 _COMPANION = {"master": "master_param", "kahan": "kahan_comp"}
+# What a plan depends on in a group, beside the momentum.
+_STATE_OPTIONS = itemgetter("momentum_dtype", "master_weights", "kahan_sum", "stochastic_rounding")
 
 
 class SGD(Optimizer):
@@ -161,6 +167,29 @@ class SGD(Optimizer):
                 self._step()
         return loss
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """What torch puts around the ``step`` of an optimizer's class, for hooks and for profilers.
+
+        A label for profilers costs as much of the host's time as dozens of tensors do: without a profiler of
+        ``torch.profiler`` or ``torch.autograd.profiler``, and without hooks, there is nothing around the step.
+        """
+        observed = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: SGD, *args: Any, **kwargs: Any) -> Any:
+            if (
+                profiler._is_profiler_enabled
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or of_torch._global_optimizer_pre_hooks
+                or of_torch._global_optimizer_post_hooks
+            ):
+                return observed(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
+
+        return step
+
     @property
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients, unscaled and before clipping, at the last step.
@@ -173,7 +202,7 @@ class SGD(Optimizer):
     def _step(self) -> None:
         max_norm = self._max_norm()
         plan, grads = self._planned()
-        self._clipped.update(squares=None, scale=None)
+        self._clipped["squares"], self._clipped["scale"] = None, None
         if not plan.batches and not plan.plain:
             return
         for i in plan.sharded:
@@ -181,7 +210,7 @@ class SGD(Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         squares = None if max_norm is None else self._sum_of_squares(plan, grads)
         if squares is not None:
-            self._clipped.update(squares=squares, scale=scale)
+            self._clipped["squares"], self._clipped["scale"] = squares, scale
         if found_inf is not None and (plan.plain or all(batch.backend == "eager" for batch in plan.batches)):
             # On a CPU the number is at hand. Torch's operators can't be called off by a number elsewhere: they wait.
             if found_inf.item() != 0:
@@ -297,16 +326,7 @@ class SGD(Optimizer):
     def _planned(self) -> tuple[Plan, list[Any]]:
         """A plan that holds now, and the gradients of all parameters."""
         groups, plan = self.param_groups, self._plan
-        settings: list[Any] = [
-            (
-                _has_momentum(group["momentum"]),
-                group["momentum_dtype"],
-                group["master_weights"],
-                group["kahan_sum"],
-                group["stochastic_rounding"],
-            )
-            for group in groups
-        ]
+        settings: list[Any] = [(_has_momentum(group["momentum"]), *_STATE_OPTIONS(group)) for group in groups]
         settings.append(backends.wanted())
         if plan is not None:
             grads = gradients(plan.params)
@@ -511,9 +531,13 @@ class _Everywhere:
 
     def __init__(self, controls: SGDControls) -> None:
         self._controls = controls
+        scale, found_inf, squares, _ = controls
+        self._has_tensors = not (scale is None and found_inf is None and squares is None)
         self._copies: dict[torch.device, SGDControls] = {}
 
     def on(self, device: torch.device) -> SGDControls:
+        if not self._has_tensors:
+            return self._controls
         if device not in self._copies:
             scale, found_inf, squares, max_norm = self._controls
             self._copies[device] = SGDControls(
@@ -540,19 +564,19 @@ def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def _rule(group: dict[str, Any]) -> SGDRule:
-    lr, momentum, decay = (
-        value if isinstance(value, (float, int, Tensor)) else float(value)
-        for value in (group["lr"], group["momentum"], group["weight_decay"])
-    )
     return SGDRule(
-        lr,
-        momentum,
+        _number(group["lr"]),
+        _number(group["momentum"]),
         float(group["dampening"]),
-        decay,
+        _number(group["weight_decay"]),
         group["nesterov"],
         group["maximize"],
         group["decoupled_weight_decay"],
     )
+
+
+def _number(value: Any) -> float | Tensor:
+    return value if isinstance(value, (float, int, Tensor)) else float(value)
 
 
 def _has_momentum(momentum: float | Tensor) -> bool:
