@@ -12,16 +12,28 @@ import operator
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from fastloss.contract import FLAG_ELEMENTS, Addresses, SGDBatch, SGDControls, SGDRule, check_gradients
 
-from .launch import FUSED, arithmetic, at_most, counter, on_device, power_of_2, spread
+from .launch import (
+    FUSED,
+    Launch,
+    alike,
+    arithmetic,
+    at_most,
+    on_device,
+    power_of_2,
+    scratch,
+    spread,
+)
 from .rows import fp64, last_to_end
 
 __all__ = ["sgd_squares", "sgd_step"]
@@ -52,14 +64,14 @@ _TRITON = {
     torch.float64: tl.float64,
 }
 _dtype_of = operator.attrgetter("dtype")
-_FLOAT = {float}
+_PLAIN = {float, int, bool}
 
 
 # ------------------------------------------------------------------------------------------------------- the tables
 
 
 @dataclass(eq=False)
-class Launch:
+class Tables:
     """Tensors of a batch whose gradients and buffers have the same dtypes, and their tables."""
 
     indices: list[int]
@@ -77,6 +89,7 @@ class Launch:
     begun: dict[int, Tensor] | None = None
     rules: tuple[Any, ...] = ()
     rules_table: Tensor | None = None
+    launches: dict[Any, Launch] = field(default_factory=dict)  # made ready, of both kernels
     reserve: Tensor | None = None  # pinned memory, ready for an upload inside a CUDA graph
     overlap: bool = False  # do elements of a gradient lie in one place?
     streams: set[int] = field(default_factory=set)  # those on which the tables have been read
@@ -93,82 +106,82 @@ def _resolved(batch: SGDBatch, grads: list[Tensor]) -> list[Tensor]:
     return grads
 
 
-def _launches(batch: SGDBatch, grads: list[Tensor]) -> dict[Any, Launch]:
-    """The batch's launches with their tables as they must be now, by dtype of gradient and momentum."""
+def _tables_of(batch: SGDBatch, grads: list[Tensor]) -> dict[Any, Tables]:
+    """The tables of each of the batch's launches as they must be now, by dtype of gradient and momentum."""
     memory = batch.memory
-    if not (batch.unchanged and "launches" in memory):
+    if not (batch.unchanged and "tables" in memory):
         momentum = [buffer for buffer in batch.momentum if buffer is not None]
         dtypes = list(map(_dtype_of, grads)), list(map(_dtype_of, momentum))  # .data = may change the latter
         if memory.get("dtypes") != dtypes:
-            memory.update(launches=_divided(batch, dtypes[0]), dtypes=dtypes)
-    launches: dict[Any, Launch] = memory["launches"]
-    for launch in launches.values():
-        mine = grads if len(launch.indices) == len(grads) else [grads[i] for i in launch.indices]
-        _bring_up_to_date(launch, batch, mine)
-    return launches
+            memory.update(tables=_divided(batch, dtypes[0]), dtypes=dtypes)
+    divided: dict[Any, Tables] = memory["tables"]
+    for tables in divided.values():
+        mine = grads if len(tables.indices) == len(grads) else [grads[i] for i in tables.indices]
+        _bring_up_to_date(tables, batch, mine)
+    return divided
 
 
-def _divided(batch: SGDBatch, dtypes: list[torch.dtype]) -> dict[Any, Launch]:
-    launches: dict[Any, Launch] = {}
+def _divided(batch: SGDBatch, dtypes: list[torch.dtype]) -> dict[Any, Tables]:
+    divided: dict[Any, Tables] = {}
     without = [m.dtype for m in batch.momentum if m is not None][:1] or [batch.params[0].dtype]
     for i, (dtype, momentum, companion) in enumerate(zip(dtypes, batch.momentum, batch.companions, strict=True)):
         if not batch.params[i].numel():
             continue
         # Parameters without momentum go with any of those that have one.
         kind = dtype, without[0] if momentum is None else momentum.dtype
-        launch = launches.setdefault(kind, Launch([], [], []))
-        launch.indices.append(i)
-        launch.sizes.append(batch.params[i].size())
-        launch.momentum += [] if momentum is None else [momentum]
-        launch.companions += [] if companion is None else [companion]
-    return launches
+        tables = divided.setdefault(kind, Tables([], [], []))
+        tables.indices.append(i)
+        tables.sizes.append(batch.params[i].size())
+        tables.momentum += [] if momentum is None else [momentum]
+        tables.companions += [] if companion is None else [companion]
+    return divided
 
 
-def _bring_up_to_date(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
-    buffers = launch.momentum + launch.companions
-    fits = launch.begun is batch.begun and launch.buffers is not None and launch.buffers.are_of(buffers)
+def _bring_up_to_date(tables: Tables, batch: SGDBatch, grads: list[Tensor]) -> None:
+    buffers = tables.momentum + tables.companions
+    fits = tables.begun is batch.begun and tables.buffers is not None and tables.buffers.are_of(buffers)
     if not batch.unchanged:
-        if list(map(Tensor.size, grads)) != launch.sizes:
-            check_gradients([batch.params[i] for i in launch.indices], grads)
-        fits = fits and list(map(Tensor.stride, grads + buffers)) == launch.strides
-    if fits and launch.grads is not None and launch.grads.are_of(grads):
+        if list(map(Tensor.size, grads)) != tables.sizes:
+            check_gradients([batch.params[i] for i in tables.indices], grads)
+        fits = fits and list(map(Tensor.stride, grads + buffers)) == tables.strides
+    if fits and tables.grads is not None and tables.grads.are_of(grads):
         return
-    launch.grads = None
+    tables.grads = None
     if not fits:
-        launch.buffers = None
-        _lay_out(launch, batch, grads)
-        launch.strides = list(map(Tensor.stride, grads + buffers))
-        launch.begun, launch.buffers = batch.begun, Addresses(buffers)
-    assert launch.lines is not None
-    assert launch.by_16 is not None
+        tables.buffers = None
+        _lay_out(tables, batch, grads)
+        tables.strides = list(map(Tensor.stride, grads + buffers))
+        tables.begun, tables.buffers = batch.begun, Addresses(buffers)
+    assert tables.lines is not None
+    assert tables.by_16 is not None
     addresses = Addresses(grads)
     column = _numbers(addresses.values)
-    launch.lines[:, GRAD.value] = column
-    layout = launch.lines[:, LAYOUT.value]
+    tables.lines[:, GRAD.value] = column
+    layout = tables.lines[:, LAYOUT.value]
     layout[layout != STRIDED.value] = 0
-    layout[launch.by_16 & (column % 16 == 0)] = ALIGNED.value
-    launch.table = _uploaded(launch.lines, batch.params[0].device, launch)
-    launch.grads = addresses
+    layout[tables.by_16 & (column % 16 == 0)] = ALIGNED.value
+    tables.table = _uploaded(tables.lines, batch.params[0].device, tables)
+    tables.grads = addresses
 
 
-def _lay_out(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
+def _lay_out(tables: Tables, batch: SGDBatch, grads: list[Tensor]) -> None:
     """The parts of the tables that don't change when gradients move.
 
     Buffers that lie otherwise than their parameters are moved to memory where they don't.
     """
     device = batch.params[0].device
-    params = [batch.params[i] for i in launch.indices]
+    params = [batch.params[i] for i in tables.indices]
     sizes = _numbers(param.numel() for param in params)
     lines = torch.zeros(len(params), _COLUMNS.value, dtype=torch.int64, device="cpu")
     lines[:, THETA.value] = _numbers(param.data_ptr() for param in params)
     lines[:, NUMEL.value] = sizes
-    lines[:, RULE.value] = _numbers(batch.rules[i] for i in launch.indices)
-    for line, i in enumerate(launch.indices):
+    lines[:, RULE.value] = _numbers(batch.rules[i] for i in tables.indices)
+    for line, i in enumerate(tables.indices):
         if i in batch.begun:
             lines[line, BEGUN.value] = batch.begun[i].data_ptr()
     geometry = torch.ones(len(params), 3, DIMS.value, dtype=torch.int64, device="cpu")
-    launch.overlap = False
-    for line, (i, param, grad) in enumerate(zip(launch.indices, params, grads, strict=True)):
+    tables.overlap = False
+    for line, (i, param, grad) in enumerate(zip(tables.indices, params, grads, strict=True)):
         walk = _walk(param)
         for buffer in (batch.momentum[i], batch.companions[i]):
             if buffer is not None and not _follows(buffer, walk):
@@ -176,19 +189,19 @@ def _lay_out(launch: Launch, batch: SGDBatch, grads: list[Tensor]) -> None:
         if not (_follows(param, walk) and _follows(grad, walk)):
             lines[line, LAYOUT.value] = STRIDED.value
             _write_geometry(geometry[line], walk, param, grad)
-            launch.overlap |= any(grad.stride(d) == 0 for d in walk)
+            tables.overlap |= any(grad.stride(d) == 0 for d in walk)
     for column, buffers in ((MOMENTUM, batch.momentum), (COMPANION, batch.companions)):
-        chosen = (buffers[i] for i in launch.indices)
+        chosen = (buffers[i] for i in tables.indices)
         lines[:, column.value] = _numbers(0 if buffer is None else buffer.data_ptr() for buffer in chosen)
     others = lines[:, [THETA.value, MOMENTUM.value, COMPANION.value]]
-    launch.by_16 = (others % 16 == 0).all(dim=1) & (lines[:, LAYOUT.value] != STRIDED.value)
+    tables.by_16 = (others % 16 == 0).all(dim=1) & (lines[:, LAYOUT.value] != STRIDED.value)
     chunks = (sizes + FLAG_ELEMENTS - 1) // FLAG_ELEMENTS
     tensor = torch.repeat_interleave(torch.arange(len(params), device="cpu"), chunks)
     chunk = torch.arange(len(tensor), device="cpu") - torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
-    launch.lines = lines
-    launch.items = _uploaded(torch.stack([tensor, chunk], dim=1).to(torch.int32), device, launch)
+    tables.lines = lines
+    tables.items = _uploaded(torch.stack([tensor, chunk], dim=1).to(torch.int32), device, tables)
     strided = bool((lines[:, LAYOUT.value] == STRIDED.value).any())
-    launch.geometry = _uploaded(geometry, device, launch) if strided else None
+    tables.geometry = _uploaded(geometry, device, tables) if strided else None
 
 
 def _numbers(values: Iterable[int]) -> Tensor:
@@ -231,19 +244,19 @@ def _write_geometry(line: Tensor, walk: Sequence[int], param: Tensor, grad: Tens
         line[:, d] = _numbers(run)
 
 
-def _uploaded(host: Tensor, device: torch.device, launch: Launch) -> Tensor:
+def _uploaded(host: Tensor, device: torch.device, tables: Tables) -> Tensor:
     """On the device, without waiting for it."""
     if device.type != "cuda":
         return host.clone()
     if not torch.cuda.is_current_stream_capturing():
-        if host is launch.lines and (launch.reserve is None or launch.reserve.shape != host.shape):
-            launch.reserve = torch.empty_like(host, pin_memory=True)
+        if host is tables.lines and (tables.reserve is None or tables.reserve.shape != host.shape):
+            tables.reserve = torch.empty_like(host, pin_memory=True)
         return host.pin_memory().to(device, non_blocking=True)
     # Every replay of the graph will read the host's copy again: it is never written again, and lives on. Pinned: from
     # other memory torch copies nothing inside a capture. It may be allocated there, in the graph's own pool (torch
     # 2.11), but not by whoever captures without torch's classes; hence the reserve.
-    if launch.reserve is not None and launch.reserve.shape == host.shape:
-        source, launch.reserve = launch.reserve.copy_(host), None
+    if tables.reserve is not None and tables.reserve.shape == host.shape:
+        source, tables.reserve = tables.reserve.copy_(host), None
     else:
         source = torch.empty_like(host, pin_memory=True).copy_(host)
     copy = source.to(device, non_blocking=True)
@@ -251,7 +264,7 @@ def _uploaded(host: Tensor, device: torch.device, launch: Launch) -> Tensor:
     return copy
 
 
-def _keep_until_read(launch: Launch, batch: SGDBatch) -> None:
+def _keep_until_read(tables: Tables, batch: SGDBatch) -> None:
     """After a launch: what it reads lives until it has been read.
 
     That is so on the stream on which it was made. On another one the allocator has to be told: when the tables are
@@ -260,15 +273,13 @@ def _keep_until_read(launch: Launch, batch: SGDBatch) -> None:
     device = batch.params[0].device
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # see _leave_to_graph
         return
-    if launch.streams == {
-        torch._C._cuda_getCurrentRawStream(device.index)
-    }:  # an object for it takes 20 times as long
+    if tables.streams == {driver.active.get_current_stream(device.index)}:  # an object for it takes 20 times as long
         return
     stream = torch.cuda.current_stream(device)
-    flags = [] if stream.cuda_stream in launch.streams else list(batch.begun.values())
-    launch.streams.add(stream.cuda_stream)
-    tables = (launch.table, launch.items, launch.geometry, launch.rules_table) if len(launch.streams) > 1 else ()
-    for tensor in (*tables, *flags):
+    flags = [] if stream.cuda_stream in tables.streams else list(batch.begun.values())
+    tables.streams.add(stream.cuda_stream)
+    read = (tables.table, tables.items, tables.geometry, tables.rules_table) if len(tables.streams) > 1 else ()
+    for tensor in (*read, *flags):
         if tensor is not None:
             tensor.record_stream(stream)
 
@@ -281,47 +292,45 @@ def _leave_to_graph(batch: SGDBatch) -> None:
 
     A graph knows addresses alone, and what was uploaded inside it is not there before its first replay.
     """
-    for launch in batch.memory["launches"].values():
-        _of_graphs.append((launch.table, launch.items, launch.geometry, launch.rules_table))
+    for tables in batch.memory["tables"].values():
+        _of_graphs.append((tables.table, tables.items, tables.geometry, tables.rules_table))
     _of_graphs.append(list(batch.begun.values()))
     batch.memory.clear()
 
 
-def _passed(launch: Launch, rules: Sequence[SGDRule], device: torch.device, wide: torch.dtype) -> tuple[Any, Any]:
-    """The rules as the kernel's arguments: some numbers (or tensors of one), or a table on the device.
+def _passed(
+    tables: Tables, rules: Sequence[SGDRule], device: torch.device, acc: tl.dtype
+) -> tuple[tuple[Any, ...], Tensor | None, int]:
+    """The rules as the kernel's arguments: some numbers (or tensors of one), or a table on the device; and, a bit for
+    each number, which of them are tensors.
 
     Arguments are float32; float64 parameters, and optimizers of many groups, read a table.
     """
-    if len(rules) <= _MOST_PASSED and wide == torch.float32:
-        padded = [*rules, *[rules[0]] * (power_of_2(len(rules)) - len(rules))]
-        return tuple([_number(value, device) for rule in padded for value in rule]), None
+    if len(rules) <= _MOST_PASSED and acc == tl.float32:
+        values = tuple(chain(*rules, *[rules[0]] * (power_of_2(len(rules)) - len(rules))))
+        if _PLAIN.issuperset(map(type, values)):
+            return tuple(map(float, values)), None, 0
+        numbers = tuple([_number(value, device) for value in values])
+        return numbers, None, sum(isinstance(number, Tensor) << bit for bit, number in enumerate(numbers))
     numbers = tuple(_number(value, device) for rule in rules for value in rule)
     tensors = {place: value for place, value in enumerate(numbers) if isinstance(value, Tensor)}
     known = tuple(0.0 if place in tensors else value for place, value in enumerate(numbers))
-    if launch.rules != known or launch.rules_table is None:
-        launch.rules = known
-        launch.rules_table = _uploaded(torch.tensor(known, dtype=torch.float64, device="cpu"), device, launch)
+    if tables.rules != known or tables.rules_table is None:
+        tables.rules = known
+        tables.rules_table = _uploaded(torch.tensor(known, dtype=torch.float64, device="cpu"), device, tables)
     if not tensors:
-        return (), launch.rules_table
-    table = launch.rules_table.clone()
+        return (), tables.rules_table, 0
+    table = tables.rules_table.clone()
     torch._foreach_copy_([table[place] for place in tensors], [value.reshape(()) for value in tensors.values()])
-    return (), table
+    return (), table, 0
 
 
 def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
-    if type(value) is float:
-        return value
     if not isinstance(value, Tensor):
         return float(value)
     if value.device.type == "cpu" and device.type != "cpu":
         return float(value.item())
     return value.to(device)
-
-
-def _which_are_tensors(numbers: tuple[float | Tensor, ...]) -> int:
-    if _FLOAT.issuperset(map(type, numbers)):
-        return 0
-    return sum(isinstance(number, Tensor) << bit for bit, number in enumerate(numbers))
 
 
 # ------------------------------------------------------------------------------------------------------ the launches
@@ -331,44 +340,16 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
     """See :class:`fastloss.contract.Backend`."""
     first, given = batch.params[0], grads
     grads = _resolved(batch, grads)
-    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
     with on_device(first):
-        launches = _launches(batch, grads)
-        if controls.grad_scale is not None and any(launch.overlap for launch in launches.values()):
+        divided = _tables_of(batch, grads)
+        if controls.grad_scale is not None and any(tables.overlap for tables in divided.values()):
             raise RuntimeError(
                 "fastloss.SGD: a gradient that is to be divided by a loss scale has elements that share memory; "
                 "expected one that was not expanded, or its clone()"
             )
-        for (grad_dtype, momentum_dtype), launch in launches.items():
-            numbers, table = _passed(launch, rules, first.device, wide)
-            seed = None
-            if batch.rounding == "stochastic":
-                seed = torch.randint(2**31 - 1, (1,), device=first.device)
-            assert launch.items is not None
-            _step_kernel[(len(launch.items),)](
-                launch.table,
-                launch.items,
-                launch.geometry,
-                numbers,
-                table,
-                controls.grad_scale,
-                controls.found_inf,
-                controls.squares,
-                float(controls.max_norm),
-                seed,
-                THETA_TYPE=_TRITON[first.dtype],
-                GRAD_TYPE=_TRITON[grad_dtype],
-                MOMENTUM_TYPE=_TRITON[momentum_dtype],
-                ACC=arithmetic(first.dtype),
-                RULES=len(numbers) // _NUMBERS.value,
-                TENSORS=_which_are_tensors(numbers),
-                HAS_MOMENTUM=bool(launch.momentum),
-                HAS_BEGUN=bool(batch.begun),
-                ROUNDING=batch.rounding,
-                num_warps=_WARPS,
-                **FUSED,
-            )
-            _keep_until_read(launch, batch)
+        for (grad_dtype, momentum_dtype), tables in divided.items():
+            _start_step(batch, tables, grad_dtype, momentum_dtype, rules, controls)
+            _keep_until_read(tables, batch)
     _begin_empty(batch, controls)
     if first.is_cuda and torch.cuda.is_current_stream_capturing():
         _leave_to_graph(batch)
@@ -379,6 +360,77 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
             for mine, resolved in zip(given, grads, strict=True):
                 if mine is not resolved:
                     mine.copy_(resolved)
+
+
+def _start_step(
+    batch: SGDBatch,
+    tables: Tables,
+    grad_dtype: torch.dtype,
+    momentum_dtype: torch.dtype,
+    rules: Sequence[SGDRule],
+    controls: SGDControls,
+) -> None:
+    """The launch for one set of tables."""
+    first = batch.params[0]
+    acc = arithmetic(first.dtype)
+    numbers, rules_table, tensors = _passed(tables, rules, first.device, acc)
+    scale, found_inf, squares, max_norm = controls
+    seed = None
+    if batch.rounding == "stochastic":
+        seed = torch.randint(2**31 - 1, (1,), device=first.device)
+    has_begun = bool(batch.begun)
+    # What may differ between two launches of one set of tables, as far as it is compiled in. (The tables themselves,
+    # whatever uploads them, begin at multiples of 16, and so does the seed.)
+    kinds = (alike(value) for value in numbers if isinstance(value, Tensor)) if tensors else ()
+    switches = has_begun, tables.geometry is None, len(numbers), tensors
+    key = *switches, alike(scale), alike(found_inf), alike(squares), *kinds
+    if key not in tables.launches:
+        assert tables.items is not None
+        constants = {
+            "THETA_TYPE": _TRITON[first.dtype],
+            "GRAD_TYPE": _TRITON[grad_dtype],
+            "MOMENTUM_TYPE": _TRITON[momentum_dtype],
+            "ACC": acc,
+            "RULES": len(numbers) // _NUMBERS.value,
+            "TENSORS": tensors,
+            "HAS_MOMENTUM": bool(tables.momentum),
+            "HAS_BEGUN": has_begun,
+            "ROUNDING": batch.rounding,
+            "num_warps": _WARPS,
+            **FUSED,
+        }
+        tables.launches[key] = Launch(_step_kernel, (len(tables.items),), constants)
+    tables.launches[key](
+        tables.table,
+        tables.items,
+        tables.geometry,
+        numbers,
+        rules_table,
+        scale,
+        found_inf,
+        squares,
+        float(max_norm),
+        seed,
+    )
+
+
+def _start_squares(batch: SGDBatch, tables: Tables, grad_dtype: torch.dtype, squares: Tensor) -> None:
+    assert tables.items is not None
+    first, items = batch.params[0], len(tables.items)
+    grid = spread(items, first.device)
+    key = "squares", tables.geometry is None, alike(squares)
+    if key not in tables.launches:
+        constants = {
+            "GRAD_TYPE": _TRITON[grad_dtype],
+            "ACC": arithmetic(torch.promote_types(first.dtype, grad_dtype)),
+            "G_PAD": power_of_2(spread(1 << 30, first.device)),  # alike for any number of items
+            "num_warps": _WARPS,
+            **at_most(255),  # compiled for sm_100 strided gradients would spill 8 bytes
+            **FUSED,
+        }
+        tables.launches[key] = Launch(_squares_kernel, (grid,), constants)
+    partial, _, arrived = scratch(first.device, grid, 0)
+    tables.launches[key](tables.table, tables.items, tables.geometry, partial, squares, arrived, items)
 
 
 def _begin_empty(batch: SGDBatch, controls: SGDControls) -> None:
@@ -397,26 +449,9 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     first = batch.params[0]
     grads = _resolved(batch, grads)
     with on_device(first):
-        for (grad_dtype, _), launch in _launches(batch, grads).items():
-            assert launch.items is not None
-            grid = spread(len(launch.items), first.device)
-            partial = torch.empty(grid, dtype=torch.float64, device=first.device)
-            _squares_kernel[(grid,)](
-                launch.table,
-                launch.items,
-                launch.geometry,
-                partial,
-                squares,
-                counter(first.device),
-                len(launch.items),
-                GRAD_TYPE=_TRITON[grad_dtype],
-                ACC=arithmetic(torch.promote_types(first.dtype, grad_dtype)),
-                G_PAD=power_of_2(spread(1 << 30, first.device)),  # alike for any number of items
-                num_warps=_WARPS,
-                **at_most(255),  # compiled for sm_100 strided gradients would spill 8 bytes
-                **FUSED,
-            )
-            _keep_until_read(launch, batch)
+        for (grad_dtype, _), tables in _tables_of(batch, grads).items():
+            _start_squares(batch, tables, grad_dtype, squares)
+            _keep_until_read(tables, batch)
 
 
 # ------------------------------------------------------------------------------------------------------- the kernels

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastloss.backend as backends
 from benchmarks.no_gpu import pretend
-from fastloss.contract import LossOptions
+from fastloss.contract import LossOptions, SGDBatch, SGDControls, SGDRule
 
 Started = tuple[object, ...]
 started: list[Started] = []
@@ -96,6 +96,62 @@ def calls() -> dict[str, Callable[[], object]]:
         for wanted in (False, True):
             more = functools.partial(of_rows, entropy=wanted)
             add(f"entropy {wanted}", more, logits, target, None, plain, name=name)
+    return found | steps()
+
+
+def steps() -> dict[str, Callable[[], object]]:
+    """Of SGD, with one set of tables for many of them: what else differs from step to step."""
+    kernels: Any = backends.load("triton")
+    launch: Any = sys.modules["fastloss.kernels.launch"]
+    found: dict[str, Callable[[], object]] = {}
+    number = functools.partial(at, dtype=torch.float32)  # () at such an offset
+    rule = SGDRule(0.1, 0.9, 0.0, 1e-4, False, False, False)
+    nothing = SGDControls()
+    sizes = (5, 3, 4096, 70001)
+    for dtype, rounding in (
+        (torch.float32, "nearest"),
+        (torch.float64, "nearest"),
+        (torch.bfloat16, "nearest"),
+        (torch.bfloat16, "master"),
+        (torch.bfloat16, "stochastic"),
+    ):
+        params, grads, momentum = ([at(0, size, dtype=dtype) for size in sizes] for _ in range(3))
+        companions = [param.float() if rounding == "master" else None for param in params]
+        batch = SGDBatch(params, list(momentum), list(companions), [0, 1, 0, 1], rounding, {})
+        launch._memories.append(batch.memory)
+        flags = {1: torch.zeros(1, dtype=torch.uint8)}
+        moved = [at(offset, size, dtype=dtype) for offset, size in enumerate(sizes)]
+
+        def step(
+            rules: list[SGDRule],
+            controls: SGDControls,
+            grads: list[Tensor] = grads,
+            begun: Any = None,
+            batch: SGDBatch = batch,
+        ) -> None:
+            batch.begun = begun or {}
+            if controls.max_norm:
+                kernels.sgd_squares(batch, grads, controls.squares)
+            kernels.sgd_step(batch, grads, rules, controls)
+
+        def add(what: str, *arguments: Any, kind: str = f"{dtype} {rounding}", step: Any = step, **more: Any) -> None:
+            found[f"step of {kind}, {what}"] = functools.partial(step, *arguments, **more)
+
+        two = [rule, rule._replace(lr=0.2)]
+        add("numbers", two, nothing)
+        add("whole numbers", [rule._replace(lr=1, momentum=1)] * 2, nothing)
+        add("moved gradients", two, nothing, grads=moved)
+        add("flags", two, nothing, begun=flags)
+        for offset in (0, 1, 4):
+            add(f"a rate at {offset}", [rule._replace(lr=number(offset)), rule], nothing)
+            add(f"another rate at {offset}", [rule, rule._replace(lr=number(offset))], nothing)
+            add(f"a scale at {offset}", two, SGDControls(number(offset), number(0)))
+            add(f"an overflow at {offset}", two, SGDControls(None, number(offset)))
+            add(f"a norm at {offset}", two, SGDControls(squares=at(offset, dtype=torch.float64), max_norm=1.0))
+        add("a rate of 64 bits", [rule._replace(lr=torch.tensor(0.1, dtype=torch.float64)), rule], nothing)
+        add("another norm", two, SGDControls(squares=at(0, dtype=torch.float64), max_norm=2.0))
+        add("a momentum in a tensor", [rule._replace(momentum=number(0)), rule], nothing)
+        add("a strided gradient", two, nothing, grads=[at(0, 2 * g.numel(), dtype=dtype)[::2] for g in grads])
     return found
 
 

@@ -219,7 +219,7 @@ class SGD(Optimizer):
         rules = [_rule(group) for group in self.param_groups]
         controls = _Everywhere(SGDControls(scale, found_inf, squares, max_norm or 0.0))
         for batch in plan.batches:
-            here = controls.on(batch.tensors.params[0].device)
+            here = controls.where(batch.tensors.params[0])
             backends.load(batch.backend).sgd_step(batch.tensors, batch.take(grads), rules, here)
         if plan.plain:
             # As in torch, each place in which a parameter is listed begins its momentum.
@@ -244,7 +244,7 @@ class SGD(Optimizer):
 
     def _step_plainly(self, plan: Plan, i: int, grad: Tensor, rules: list[SGDRule], controls: _Everywhere) -> None:
         param, group = plan.params[i], self.param_groups[plan.group_of[i]]
-        here = controls.on(grad.device)
+        here = controls.where(grad)
         if here.grad_scale is not None:
             plain.unscale(grad, here.grad_scale)
         clip = None if here.squares is None else _clip_factor(_norm(here.squares, here.grad_scale), here.max_norm)
@@ -531,15 +531,15 @@ class _Everywhere:
 
     def __init__(self, controls: SGDControls) -> None:
         self._controls = controls
-        scale, found_inf, squares, _ = controls
-        self._has_tensors = not (scale is None and found_inf is None and squares is None)
         self._copies: dict[torch.device, SGDControls] = {}
 
-    def on(self, device: torch.device) -> SGDControls:
-        if not self._has_tensors:
+    def where(self, tensor: Tensor) -> SGDControls:
+        """Where the tensor is."""
+        scale, found_inf, squares, max_norm = self._controls
+        if scale is None and found_inf is None and squares is None:
             return self._controls
+        device = tensor.device
         if device not in self._copies:
-            scale, found_inf, squares, max_norm = self._controls
             self._copies[device] = SGDControls(
                 _moved(scale, device), _moved(found_inf, device), _moved(squares, device), max_norm
             )
