@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -108,9 +108,9 @@ class _Numbers(NamedTuple):
 
     @staticmethod
     def of(rule: SGDRule) -> _Numbers:
-        values: Sequence[Any] = rule
-        if not _NUMBER_TYPES.issuperset(map(type, rule)):
-            values = [value.item() if isinstance(value, Tensor) else value for value in rule]
+        if _NUMBER_TYPES.issuperset(map(type, rule)):
+            return cast("_Numbers", rule)
+        values: list[Any] = [value.item() if isinstance(value, Tensor) else value for value in rule]
         return _Numbers(*values)
 
 
@@ -231,7 +231,7 @@ class _Part:
 
 def _parts(batch: SGDBatch) -> list[_Part]:
     """How the tensors are stepped: as in the step before, if nothing has changed."""
-    first = {i for i, flags in batch.begun.items() if not flags.any()}
+    first = {i for i, flags in batch.begun.items() if not flags.any()} if batch.begun else set()
     parts: list[_Part] = batch.memory.get("parts", [])
     holds = parts and batch.memory["first"] == first and all(part.holds(unchanged=batch.unchanged) for part in parts)
     if not holds:

@@ -14,6 +14,7 @@ for each of these tensors, one for what it looks like and one for its address.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ class Plan:
         """Is everything as it was when the plan was made?"""
         if self.settings != settings:
             return False
-        unchanged = self.watch is not None and self.watch.is_content(groups, states, grads)
+        unchanged = self.watch is not None and self.watch.sees_no_change(groups, states, grads)
         for batch in self.batches:
             batch.tensors.unchanged = unchanged
         if unchanged:
@@ -137,9 +138,10 @@ class Plan:
 
     def stepped(self, states: Collection[dict[str, Any]], grads: list[Tensor | None]) -> None:
         """The plan has been carried out with these gradients: the next step can be compared with it."""
-        # The shards of DTensors' gradients are other tensors in every step.
+        # (The shards of DTensors' gradients are other tensors in every step.)
         if self.watch is None and self.batches and not self.sharded and _guards is not None:
-            self.watch = _Watch(self, states, grads)
+            with contextlib.suppress(TypeError):  # a state that is no dict; or a torch with other guards
+                self.watch = _Watch(self, states, grads)
 
     def _forms(self) -> list[list[Any]]:
         names = sorted({batch.backend for batch in self.batches})
@@ -147,18 +149,13 @@ class Plan:
 
 
 class _Watch:
-    """All that a step has found, for the next one to compare itself with.
-
-    It is not content where something may have changed that matters; of gradients that is never the address.
-    """
+    """All that a step has found, for the next one to compare itself with. Gradients may lie elsewhere then."""
 
     def __init__(self, plan: Plan, states: Collection[dict[str, Any]], grads: list[Tensor | None]) -> None:
         self._params, self._stored, self._addresses = plan.params, plan.stored, plan.addresses
-        self._batched = [i for batch in plan.batches for i in batch.indices]
-        if self._batched == list(range(len(grads))):
-            self._batched = []  # all of them, in their order
-        others = set(range(len(grads))).difference(self._batched) if self._batched else ()
-        self._others = list(others)  # without a gradient, or stepped by torch's operators
+        batched = [i for batch in plan.batches for i in batch.indices]
+        self._batched = None if batched == list(range(len(grads))) else batched  # None: all, as they come
+        self._others = sorted(set(range(len(grads))).difference(batched))  # no gradient, or torch's to step
         self._kinds = [plan.kinds[i] for i in self._others]
         # Of the keys that the plan uses: what the optimizer's states have there, state by state.
         self._buffers = [(key, list(map(_get, states, repeat(key)))) for key in set(plan.keys)]
@@ -166,12 +163,15 @@ class _Watch:
         self._held_look_so = _looks(self._held)
         self._grads_look_so = _looks(self._of_batches(grads))
 
-    def is_content(
+    def sees_no_change(
         self, groups: list[dict[str, Any]], states: Collection[dict[str, Any]], grads: list[Tensor | None]
     ) -> bool:
-        for key, buffers in self._buffers:
-            if len(buffers) != len(states) or not all(map(operator.is_, map(_get, states, repeat(key)), buffers)):
-                return False
+        try:
+            for key, buffers in self._buffers:
+                if len(buffers) != len(states) or not all(map(operator.is_, map(_get, states, repeat(key)), buffers)):
+                    return False
+        except TypeError:  # a state that is no dict
+            return False
         return (
             self._grads_look_so(*self._of_batches(grads))
             and (not self._others or kinds([grads[i] for i in self._others]) == self._kinds)
@@ -181,7 +181,7 @@ class _Watch:
         )
 
     def _of_batches(self, grads: list[Tensor | None]) -> list[Tensor | None]:
-        return [grads[i] for i in self._batched] if self._batched else grads
+        return grads if self._batched is None else [grads[i] for i in self._batched]
 
 
 def _looks(tensors: Sequence[Any]) -> Callable[..., bool]:

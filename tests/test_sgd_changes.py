@@ -1,0 +1,367 @@
+"""Whatever is changed between two steps of ``fastloss.SGD`` is noticed: the next step is that of ``torch.optim.SGD``.
+
+A step is compared with the one before it in a few passes, and where that sees no change the backends do not look again.
+So every change here comes after steps in which nothing changed, and is made twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from places import Place
+from torch import Tensor, nn
+
+import fastloss
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"lr": 0.1},
+    "momentum": {"lr": 0.1, "momentum": 0.9},
+    "dampening": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5},
+}
+# After these the next step always looks closely.
+NEVER_ALIKE = {"two parameters in one memory", "a state of somebody else's"}
+
+
+class Pair:
+    """Our optimizer and torch's, on equal parameters of float64."""
+
+    def __init__(self, place: Place, **options: Any) -> None:
+        # Square ones can be turned where they are. One is longer than what a CPU calls small, or than a kernel's chunk.
+        large = (66, 66) if place.interpreted else (140, 140)
+        shapes: list[tuple[int, ...]] = [(6, 6), (3, 5), (), large, (6, 6)]
+        values = [torch.randn(shape, dtype=torch.float64, device=place.device) for shape in shapes]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            make([nn.Parameter(value.clone()) for value in values], **options)
+            for make in (fastloss.SGD, torch.optim.SGD)
+        ]
+
+    def params(self, k: int) -> list[Tensor]:
+        return [param for group in self.optimizers[k].param_groups for param in group["params"]]
+
+    def give(self, *, anew: bool = True) -> None:
+        """New gradients; or other values in those that are there."""
+        for mine, other in zip(self.params(0), self.params(1), strict=True):
+            gradient = torch.randn_like(other).detach()
+            for param in (mine, other):
+                if anew or param.grad is None:
+                    param.grad = gradient.clone()
+                else:
+                    param.grad.copy_(gradient)
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.compare()
+
+    def compare(self) -> None:
+        states = [optimizer.state for optimizer in self.optimizers]
+        for params in zip(self.params(0), self.params(1), strict=True):
+            mine, other = (param.detach() for param in params)
+            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+            buffers = [state.get(p, {}).get("momentum_buffer") for state, p in zip(states, params, strict=True)]
+            assert (buffers[0] is None) == (buffers[1] is None)
+            if buffers[0] is not None:
+                torch.testing.assert_close(*buffers, rtol=1e-12, atol=1e-12)
+
+    def saw_no_change(self) -> bool:
+        batches = self.optimizers[0]._plan.batches  # type: ignore[attr-defined]
+        return bool(batches) and all(batch.tensors.unchanged for batch in batches)
+
+
+# --------------------------------------------------------------------------------------------------------- the changes
+
+Change = Callable[[torch.optim.Optimizer, list[Tensor]], object]
+CHANGES: dict[str, Change] = {}
+
+
+def change(name: str) -> Callable[[Change], Change]:
+    def add(function: Change) -> Change:
+        CHANGES[name] = function
+        return function
+
+    return add
+
+
+def of_gradients(name: str, other: Callable[[Tensor], Tensor]) -> None:
+    """Of every second one, as far as it has dimensions."""
+
+    def apply(_: torch.optim.Optimizer, params: list[Tensor]) -> None:
+        for param in params[::3]:
+            assert param.grad is not None
+            param.grad = other(param.grad)
+
+    CHANGES[name] = apply
+
+
+def sliced(tensor: Tensor) -> Tensor:
+    wider = tensor.new_full([2 * size + 1 for size in tensor.shape], 77.0)
+    return wider[tuple(slice(1, None, 2) for _ in tensor.shape)].copy_(tensor)
+
+
+of_gradients("gradients of another layout", lambda g: g.t().contiguous().t())
+of_gradients("sliced gradients", sliced)
+of_gradients("expanded gradients", lambda g: g[:1].expand_as(g))
+of_gradients("negated gradients", torch._neg_view)
+of_gradients("zeros without memory", lambda g: torch._efficientzerotensor(g.shape, dtype=g.dtype, device=g.device))
+of_gradients("gradients made in inference mode", lambda g: torch.inference_mode()(Tensor.clone)(g))
+of_gradients("sparse gradients", Tensor.to_sparse)
+of_gradients("gradients that are parameters", nn.Parameter)
+of_gradients("gradients of a subclass", lambda g: g.as_subclass(Subclass))
+
+
+class Subclass(Tensor):
+    pass
+
+
+@change("gradients written to")
+def _(_: Any, params: list[Tensor]) -> None:
+    for param in params:
+        assert param.grad is not None
+        param.grad.mul_(-2)
+
+
+@change("no gradient")
+def _(_: Any, params: list[Tensor]) -> None:
+    params[1].grad = None
+
+
+@change("a gradient for one alone")
+def _(_: Any, params: list[Tensor]) -> None:
+    for param in params[1:]:
+        param.grad = None
+
+
+@change("no gradient at all")
+def _(_: Any, params: list[Tensor]) -> None:
+    for param in params:
+        param.grad = None
+
+
+@change("other memory under the same gradients")
+def _(_: Any, params: list[Tensor]) -> None:
+    for param in params:
+        assert param.grad is not None
+        param.grad.data = param.grad.data * 3
+
+
+@change("memory set under the same gradients")
+def _(_: Any, params: list[Tensor]) -> None:
+    for param in params:
+        assert param.grad is not None
+        param.grad.set_(param.grad * 3)  # type: ignore[call-overload]
+
+
+@change("the same gradients turned where they are")
+def _(_: Any, params: list[Tensor]) -> None:
+    for param in (params[0], params[3]):
+        assert param.grad is not None
+        param.grad.data = param.grad.data.t()
+
+
+@change("one gradient for two")
+def _(_: Any, params: list[Tensor]) -> None:
+    params[4].grad = params[0].grad
+
+
+@change("parameters elsewhere")
+def _(_: Any, params: list[Tensor]) -> None:
+    for param in params[1:4]:
+        param.data = param.data + 1
+
+
+@change("parameters in another layout")
+def _(_: Any, params: list[Tensor]) -> None:
+    for param in (params[0], params[3]):
+        param.data = sliced(param.data)
+
+
+@change("parameters turned where they are")
+def _(_: Any, params: list[Tensor]) -> None:
+    for param in (params[0], params[3]):
+        param.data = param.data.t()
+
+
+@change("memory set under parameters")
+def _(_: Any, params: list[Tensor]) -> None:
+    with torch.no_grad():
+        params[3].set_(params[3] + 1)  # type: ignore[call-overload]
+
+
+@change("two parameters in one memory")
+def _(_: Any, params: list[Tensor]) -> None:
+    params[4].data = params[0].data
+
+
+@change("parameters written to")
+def _(_: Any, params: list[Tensor]) -> None:
+    with torch.no_grad():
+        for param in params:
+            param.add_(1)
+
+
+@change("parameters frozen, with their gradients")
+def _(_: Any, params: list[Tensor]) -> None:
+    params[0].requires_grad_(not params[0].requires_grad)
+
+
+@change("parameters swapped for others")
+def _(_: Any, params: list[Tensor]) -> None:
+    other = nn.Parameter(params[3].detach() + 1)
+    other.grad = torch.ones_like(other)
+    torch.utils.swap_tensors(params[3], other)
+
+
+@change("another parameter of the same memory")
+def _(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    other = nn.Parameter(params[3].detach())
+    other.grad = params[3].grad
+    optimizer.param_groups[0]["params"][3] = other
+
+
+def _buffers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [state["momentum_buffer"] for state in optimizer.state.values() if "momentum_buffer" in state]
+
+
+@change("buffers replaced")
+def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
+    for state in list(optimizer.state.values())[::3]:
+        if "momentum_buffer" in state:
+            state["momentum_buffer"] = state["momentum_buffer"] + 1
+
+
+@change("buffers elsewhere")
+def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
+    for buffer in _buffers(optimizer):
+        buffer.data = buffer.data + 1
+
+
+@change("buffers turned where they are")
+def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
+    for buffer in _buffers(optimizer):
+        if buffer.dim() == 2 and buffer.size(0) == buffer.size(1):
+            buffer.data = buffer.data.t()
+
+
+@change("buffers written to")
+def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
+    for buffer in _buffers(optimizer):
+        buffer.add_(1)
+
+
+@change("other states, of the same buffers")
+def _(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    for param in params:
+        if param in optimizer.state:
+            optimizer.state[param] = dict(optimizer.state[param])
+
+
+@change("other states, of other buffers")
+def _(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    for param in params:
+        if param in optimizer.state:
+            optimizer.state[param] = {k: v + 1 for k, v in optimizer.state[param].items() if v is not None}
+
+
+@change("states exchanged")
+def _(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    if _buffers(optimizer):
+        first, last = optimizer.state[params[0]], optimizer.state[params[4]]
+        optimizer.state[params[0]], optimizer.state[params[4]] = last, first
+
+
+@change("states in another order")
+def _(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    if params[0] in optimizer.state:
+        optimizer.state[params[0]] = optimizer.state.pop(params[0])
+
+
+@change("a state without a buffer")
+def _(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    optimizer.state[params[3]].pop("momentum_buffer", None)
+
+
+@change("no states")
+def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
+    optimizer.state.clear()
+
+
+@change("a state of somebody else's")
+def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
+    optimizer.state["mine"] = len(optimizer.state)
+
+
+@change("a key of somebody else's")
+def _(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    optimizer.state[params[0]]["mine"] = 5
+
+
+@change("another learning rate")
+def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
+    optimizer.param_groups[0]["lr"] *= 0.5
+
+
+@change("a learning rate in a tensor")
+def _(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.05, dtype=torch.float64)
+
+
+@change("all other settings")
+def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
+    group = optimizer.param_groups[0]
+    group.update(weight_decay=group["weight_decay"] + 0.1, maximize=not group["maximize"], dampening=0.25)
+
+
+@change("a momentum, or none")
+def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
+    group = optimizer.param_groups[0]
+    group["momentum"] = 0.8 if group["momentum"] == 0 else 0
+
+
+@change("parameters in another order")
+def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
+    optimizer.param_groups[0]["params"].reverse()
+
+
+@change("a parameter less")
+def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
+    optimizer.param_groups[0]["params"].pop()
+
+
+@change("a group more")
+def _(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    other = nn.Parameter(torch.ones(4, dtype=torch.float64, device=params[0].device))
+    other.grad = torch.full_like(other, 0.5)
+    optimizer.add_param_group({"params": [other], "lr": 0.3})
+
+
+@change("a loaded state")
+def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
+    saved = optimizer.state_dict()
+    saved["state"] = {number: dict(state) for number, state in saved["state"].items() if isinstance(state, dict)}
+    optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("options", "anew"),
+    [("plain", True), ("momentum", True), ("momentum", False), ("dampening", False)],
+    ids=["plain", "momentum", "momentum, the same gradients", "dampening, the same gradients"],
+)
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_changed_is_noticed(place: Place, name: str, options: str, anew: bool) -> None:
+    pair = Pair(place, **OPTIONS[options])
+    for _ in range(2):
+        pair.give(anew=anew)
+        pair.step()
+    assert pair.saw_no_change()
+    for _ in range(2):
+        pair.give(anew=anew or "gradient" in name or name == "zeros without memory")
+        for k, optimizer in enumerate(pair.optimizers):
+            CHANGES[name](optimizer, pair.params(k))
+        pair.step()
+    for _ in range(2):
+        pair.give()
+        pair.step()
+    assert pair.saw_no_change() or name in NEVER_ALIKE
