@@ -158,6 +158,9 @@ def _form(
         (tiles.looped and tiles.by_inner) or of_few or (weighed is not None and not tiles.looped)
     ):
         tiles = tiles._replace(registers=ALL_REGISTERS)  # compiled for sm_80 or sm_100 they would spill 8 bytes
+    if options.softcap is not None and options.label_smoothing != 0:
+        # The most that is kept beside the logits: 16 of those a thread.
+        tiles = _of_fewer_logits(tiles, logits)
     k_pad = power_of_2(max(k, 1))
     many = weighed is None and options.reduction == "mean" and result is not None and rows > _WEIGHED_BY_EACH
     strides = _shape_arguments(logits, logits if result is None else result)
@@ -197,6 +200,20 @@ def _form(
         _weigh(weight) if many else None,
         (rows, share, classes, options.ignore_index),
     )
+
+
+def _of_fewer_logits(tiles: Tiles, logits: Tensor) -> Tiles:
+    """16 a thread, where smoothing and a softcap keep the most beside them."""
+    tiles = tiles._replace(registers=ALL_REGISTERS)
+    if tiles.looped and tiles.by_inner:  # it has 8
+        return tiles
+    outer, _, inner = logits.shape
+    cols = min(tiles.cols, 4096) if tiles.looped else tiles.cols
+    rows = max(1, min(tiles.rows, 2048 // cols))
+    number = outer * triton.cdiv(inner, rows) if tiles.by_inner else triton.cdiv(outer * inner, rows)
+    grid = max(1, min(number, tiles.grid * tiles.rows // rows))
+    warps = max(4, rows * cols // 512)
+    return tiles._replace(rows=rows, cols=cols, warps=warps, number=number, grid=grid)
 
 
 def _weigh(weight: Tensor | None) -> Launch:
