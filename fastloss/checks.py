@@ -14,6 +14,7 @@ from torch import Tensor
 from .contract import LossOptions
 
 __all__ = [
+    "LABEL_DTYPES",
     "check_index_target",
     "check_labels",
     "check_logits",
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 _REDUCTIONS = ("none", "mean", "sum")
-_LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
+LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
 
 def check_logits(input: object) -> None:
@@ -93,7 +94,7 @@ def check_index_target(input: Tensor, target: object, weight: object) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"fastloss: target must be a Tensor, got {type(target).__name__}")
     expected = tuple(input.shape[:1] + input.shape[2:]) if input.dim() > 1 else ()
-    if target.dtype not in _LABEL_DTYPES:
+    if target.dtype not in LABEL_DTYPES:
         # torch looks at the batch first, and takes anything in another shape for labels.
         other_batch = input.dim() > 1 and target.shape[:1] != input.shape[:1]
         raise (ValueError if other_batch else RuntimeError)(

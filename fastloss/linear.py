@@ -68,8 +68,8 @@ def linear_cross_entropy(
             on a CPU and many rows are ignored; True on a GPU, too, where the host has to wait for their number.
         accumulate_grad: add the weight's gradient to ``linear_weight.grad`` itself, chunk by chunk and in that
             tensor's dtype, in the backward pass, which computes the logits once more for it: no buffer of the
-            weight's size beside it. The weight is a leaf then. Hooks on it don't see that gradient, and compilers do
-            without.
+            weight's size beside it. The weight is a leaf then, and its ``.grad`` dense. Hooks on it don't see that
+            gradient, ``torch.autograd.grad`` adds it there as ``backward`` does, and compilers do without.
         group: a ``torch.distributed`` process group, each of whose ranks has a shard of the classes, in rank order
             and of any size: ``linear_weight`` and ``linear_bias`` are this rank's, and so are class probabilities.
             ``input``, labels and ``weight`` are the same on every rank, and ``input``'s gradient is the whole of it.
@@ -164,6 +164,8 @@ def _checked_sizes(
         if value is None:
             continue
         try:
+            if isinstance(value, bool):  # meant for another argument
+                raise TypeError
             sizes[name] = operator.index(value)  # type: ignore[arg-type]
         except TypeError:
             raise TypeError(f"fastloss: {name} is {value!r}; expected an int, or None") from None
@@ -189,7 +191,7 @@ def _loss_and_accuracy(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     if group is not None or functional.is_placed(input) or functional.is_placed(linear_weight):
         return _over_ranks(input, linear_weight, target, linear_bias, weight, options, shift, sizes, group)
-    _check_shapes(input, linear_weight, target, linear_bias, shift)
+    _check_shapes(input, linear_weight, target, linear_bias, shift, weight)
     if linear_weight.dim() > 2:
         _check_unchunked(linear_weight, sizes)
         return _of_many_dimensions(input, linear_weight, target, linear_bias, weight, options)
@@ -206,6 +208,7 @@ def _loss_and_accuracy(
         checks.check_soft_target(stand_in, t, weight, options.ignore_index)
     else:
         checks.check_index_target(stand_in, t, weight)
+    weight = None if weight is None else weight.contiguous()  # as the kernels read it
     if functional.is_traced(input, target) or functional.is_traced(linear_weight, target):
         loss, values = _traced(x, linear_weight, t, linear_bias, weight, options, sizes)
     elif len(x) == 0 or classes == 0 or (soft and weight is not None and weight.requires_grad):
@@ -310,6 +313,7 @@ def _over_ranks(
         functional.check_labels_together(t, layout, options.ignore_index, shifted=shift)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
+    of_classes = None if of_classes is None else of_classes.contiguous()
     t = t.reshape(-1, t.shape[-1]) if soft else t.reshape(-1).contiguous()
     dtype = _dtype_of_logits(x)
     call = Call(options, dtype, functional.loss_dtype(x, t, of_classes, dtype), **sizes)
@@ -377,8 +381,13 @@ def _dtype_of_logits(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def _check_shapes(input: object, linear_weight: object, target: object, linear_bias: object, shift: bool) -> None:
-    """The linear map fits the input, and the target its rows; everything else is the loss's to check."""
+def _check_shapes(
+    input: object, linear_weight: object, target: object, linear_bias: object, shift: bool, weight: object = None
+) -> None:
+    """The shapes fit each other, and the target is labels or probabilities; everything else is the loss's to check.
+
+    An error about a shape names all of them. ``weight`` is given where its classes are those of ``linear_weight``.
+    """
     checks.check_logits(input)
     for name, tensor in (("linear_weight", linear_weight), ("target", target), ("linear_bias", linear_bias)):
         if not isinstance(tensor, Tensor) and not (name == "linear_bias" and tensor is None):
@@ -386,9 +395,15 @@ def _check_shapes(input: object, linear_weight: object, target: object, linear_b
     assert isinstance(input, Tensor)
     assert isinstance(linear_weight, Tensor)
     assert isinstance(target, Tensor)
-    shapes = f"input has shape {tuple(input.shape)}, linear_weight {tuple(linear_weight.shape)}"
+
+    def shapes() -> str:
+        names = ("input", "linear_weight", "target", "linear_bias", "weight")
+        tensors = zip(names, (input, linear_weight, target, linear_bias, weight), strict=True)
+        named = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors if isinstance(tensor, Tensor)]
+        return "the shapes are " + ", ".join(named)
+
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
-        raise RuntimeError(f"fastloss: {shapes}; expected (..., D) and (C, D), with the same D")
+        raise RuntimeError(f"fastloss: {shapes()}; expected input (..., D) and linear_weight (C, D), with the same D")
     for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if not isinstance(tensor, Tensor):
             continue
@@ -396,27 +411,29 @@ def _check_shapes(input: object, linear_weight: object, target: object, linear_b
             raise RuntimeError(f"fastloss: {name} is on {tensor.device}; expected {input.device}, where input is")
         if tensor.dtype != input.dtype and not checks.is_autocast(input):
             raise RuntimeError(f"fastloss: {name} has dtype {tensor.dtype}; expected {input.dtype}, as input has")
-    if isinstance(linear_bias, Tensor) and linear_bias.shape != linear_weight.shape[:-1]:
+    of_logits = tuple(linear_weight.shape[:-1])  # (C,), or torch's (C, d1, ..., dK)
+    if isinstance(linear_bias, Tensor) and tuple(linear_bias.shape) != of_logits:
         raise RuntimeError(
-            f"fastloss: {shapes}, linear_bias {tuple(linear_bias.shape)}; "
-            f"expected {tuple(linear_weight.shape[:-1])}, a number for each class"
+            f"fastloss: {shapes()}; expected a linear_bias of shape {of_logits}, a number for each class"
         )
-    if linear_weight.dim() > 2:
-        if input.dim() != 2 or shift:
-            raise RuntimeError(
-                f"fastloss: {shapes}: the K-dimensional loss; expected an input of shape (N, D), and no shift"
-            )
-        return
-    of_labels, soft = tuple(input.shape[:-1]), (*input.shape[:-1], len(linear_weight))
-    fits = target.shape == soft and target.is_floating_point()
+    if isinstance(weight, Tensor) and tuple(weight.shape) != of_logits[:1]:
+        raise RuntimeError(f"fastloss: {shapes()}; expected one weight for each class: {of_logits[:1]}")
+    if len(of_logits) > 1 and (input.dim() != 2 or shift):
+        raise RuntimeError(
+            f"fastloss: {shapes()}: the K-dimensional loss; expected an input of shape (N, D), and no shift"
+        )
+    of_labels, soft = (*input.shape[:-1], *of_logits[1:]), (*input.shape[:-1], *of_logits)
+    is_soft = tuple(target.shape) == soft and target.is_floating_point() and target.dtype.itemsize > 1
     if shift and (input.dim() < 2 or target.is_floating_point() or target.dtype == torch.bool):
         raise ValueError(
-            f"fastloss: shift=True with {shapes}, target {tuple(target.shape)} of dtype {target.dtype}; expected an "
+            f"fastloss: shift=True; {shapes()}; target is {target.dtype}; expected an "
             "input of shape (..., T, D) and class indices of shape (..., T)"
         )
-    if not fits and tuple(target.shape) != of_labels and not (input.dim() == 1 and tuple(target.shape) == (1,)):
+    one_label = input.dim() == 1 and tuple(target.shape) == (1,)
+    is_labels = (tuple(target.shape) == of_labels or one_label) and target.dtype in checks.LABEL_DTYPES
+    if not is_soft and not is_labels:
         kind = ValueError if target.shape[:1] != input.shape[:1] else RuntimeError  # torch looks at the batch first
         raise kind(
-            f"fastloss: {shapes}, target {tuple(target.shape)}; expected class indices of shape {of_labels}, "
-            f"or class probabilities of shape {soft}"
+            f"fastloss: {shapes()}; target is {target.dtype}; expected class indices of shape {of_labels} in "
+            f"int64, int32 or uint8, or class probabilities of shape {soft}, floating point"
         )

@@ -21,7 +21,7 @@ from .autograd import graph_is_kept, is_differentiable
 from .contract import Backend
 from .linear_chunks import Call, Needs
 
-__all__ = ["fused_linear_cross_entropy"]
+__all__ = ["fused_linear_cross_entropy", "gradient_of"]
 
 
 def fused_linear_cross_entropy(
@@ -87,17 +87,25 @@ class _LinearCrossEntropy(Function):
             mine = not graph_is_kept()
             handed = (None if g is None else ctx.backend.rescale(g.detach(), upstream, inplace=mine) for g in written)
             return (*handed, *nothing)
-        into, leaf = None, ctx.accumulated
-        if leaf is not None:
-            if leaf.grad is None:
-                leaf.grad = torch.zeros_like(leaf, dtype=leaf.grad_dtype)
-            into = leaf.grad
+        into = None if ctx.accumulated is None else gradient_of(ctx.accumulated)
         with torch.autocast(input.device.type, enabled=False), torch.no_grad():
             result = linear_chunks.backward(
                 *(upstream, input, linear_weight, target, linear_bias, weight, kept),
                 *(ctx.call, needs, ctx.backend, into),
             )
         return (*result, *nothing)
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    """Its ``.grad``, to add to."""
+    if leaf.grad is None:
+        leaf.grad = torch.zeros_like(leaf, dtype=leaf.grad_dtype)
+    elif leaf.grad.layout != torch.strided:
+        raise RuntimeError(
+            f"fastloss: linear_weight.grad has layout {leaf.grad.layout} (of an embedding with sparse=True?), and "
+            "accumulate_grad=True adds to a dense one; set it to None, or pass accumulate_grad=False"
+        )
+    return leaf.grad
 
 
 def _differentiable(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:

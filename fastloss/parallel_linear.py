@@ -27,7 +27,7 @@ from . import linear_chunks
 from .autograd import graph_is_kept, is_differentiable
 from .collectives import Layout, gather, replicated, summed
 from .contract import Backend
-from .linear_autograd import fused_linear_cross_entropy
+from .linear_autograd import fused_linear_cross_entropy, gradient_of
 from .linear_chunks import Call, Needs, Sums, Visit
 from .parallel import Kind, Share, label_elsewhere
 
@@ -138,11 +138,7 @@ class _SharedClasses(Function):
             mine = not graph_is_kept()
             handed = (None if g is None else ctx.backend.rescale(g.detach(), upstream, inplace=mine) for g in written)
             return (*handed, *nothing)
-        into, leaf = None, ctx.accumulated
-        if leaf is not None:
-            if leaf.grad is None:
-                leaf.grad = torch.zeros_like(leaf, dtype=leaf.grad_dtype)
-            into = leaf.grad
+        into = None if ctx.accumulated is None else gradient_of(ctx.accumulated)
         needs = Needs(*ctx.needs_input_grad[:4])
         with torch.autocast(input.device.type, enabled=False), torch.no_grad():
             found = _backward(

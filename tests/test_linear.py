@@ -214,17 +214,32 @@ def test_other_numbers_of_classes(place: Place, classes: int) -> None:
     check(make(place, classes=classes, bias=True), how={"chunk_size": 5})
 
 
-@pytest.mark.parametrize("kind", ["head of a transposed matrix", "expanded input", "sliced rows"])
-def test_any_strides(place: Place, kind: str) -> None:
-    case = make(place, bias=True)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "head of a transposed matrix",
+        "expanded input",
+        "sliced rows",
+        "class weights of a column",
+        "one class weight expanded",
+    ],
+)
+@pytest.mark.parametrize("soft", [False, True])
+def test_any_strides(place: Place, soft: bool, kind: str) -> None:
+    case = make(place, soft=soft, bias=True)
     if kind == "head of a transposed matrix":
         case["linear_weight"] = case["linear_weight"].t().contiguous().t()
+    elif kind == "class weights of a column":
+        case["weight"] = torch.rand(CLASSES, 2, device=place.device)[:, 0]
+    elif kind == "one class weight expanded":
+        case["weight"] = torch.rand(1, device=place.device).expand(CLASSES)
     elif kind == "expanded input":
         case["input"] = case["input"][:1].expand(ROWS, FEATURES)
     else:
         case["input"] = case["input"].repeat_interleave(2, 0)[::2]
         case["target"] = case["target"].repeat_interleave(2, 0)[::2]
-    check(case, how={"chunk_size": 4})
+    for reduction in ("mean", "none"):  # the gradients are written in the forward pass, or in the backward pass
+        check(case, how={"chunk_size": 4}, reduction=reduction)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
@@ -748,8 +763,10 @@ K_DIMENSIONAL = {"linear_weight": torch.ones(7, 2, 3), "target": torch.ones(4, 2
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "chunk_size 0": ({"chunk_size": 0}, ValueError, "chunk_size is 0; expected at least 1"),
     "chunk_size -3": ({"chunk_size": -3}, ValueError, "chunk_size is -3"),
+    "chunk_size True": ({"chunk_size": True}, TypeError, "chunk_size is True; expected an int"),
     "chunk_size 2.5": ({"chunk_size": 2.5}, TypeError, "chunk_size is 2.5; expected an int"),
     "memory_budget '1GB'": ({"memory_budget": "1GB"}, TypeError, "memory_budget is '1GB'; expected an int"),
+    "memory_budget True": ({"memory_budget": True}, TypeError, "memory_budget is True; expected an int"),
     "a negative budget": ({"memory_budget": -1}, ValueError, "the least that would do"),
     "chunks of the K-dimensional loss": (
         {**K_DIMENSIONAL, "chunk_size": 2},
@@ -778,13 +795,17 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "target a list": ({"target": [0]}, TypeError, "target must be a Tensor, got list"),
     "integers": ({"input": ones(4, 3).long()}, NotImplementedError, "input has dtype torch.int64"),
     "no dimension": ({"input": torch.tensor(1.0)}, RuntimeError, "input has"),
-    "features": ({"linear_weight": ones(7, 2)}, RuntimeError, r"\(4, 3\), linear_weight \(7, 2\)"),
-    "one-dimensional weight": ({"linear_weight": ones(3)}, RuntimeError, r"\(4, 3\), linear_weight \(3,\)"),
-    "bias": ({"linear_bias": ones(6)}, RuntimeError, r"\(4, 3\), linear_weight \(7, 3\), linear_bias \(6,\)"),
-    "rows": ({"target": ones(5).long()}, ValueError, r"\(4, 3\), linear_weight \(7, 3\), target \(5,\)"),
+    "features": ({"linear_weight": ones(7, 2)}, RuntimeError, r"input \(4, 3\), linear_weight \(7, 2\), target"),
+    "one-dimensional weight": (
+        {"linear_weight": ones(3)},
+        RuntimeError,
+        r"input \(4, 3\), linear_weight \(3,\), target",
+    ),
+    "bias": ({"linear_bias": ones(6)}, RuntimeError, r"linear_bias \(6,\); expected .* \(7,\)"),
+    "rows": ({"target": ones(5).long()}, ValueError, r"target \(5,\); .* indices of shape \(4,\)"),
     "target's shape": ({"target": ones(4, 1).long()}, RuntimeError, r"linear_weight \(7, 3\), target \(4, 1\)"),
-    "classes": ({"target": ones(4, 6)}, RuntimeError, r"target \(4, 6\); expected .* shape \(4, 7\)"),
-    "class weights": ({"weight": ones(6)}, RuntimeError, r"weight has shape \(6,\).*\(7,\)"),
+    "classes": ({"target": ones(4, 6)}, RuntimeError, r"target \(4, 6\); .* probabilities of shape \(4, 7\)"),
+    "class weights": ({"weight": ones(6)}, RuntimeError, r", weight \(6,\); expected .*\(7,\)"),
     "weight that is trained": ({"weight": ones(7, requires_grad=True)}, RuntimeError, "weight requires grad"),
     "dtype of the weight": (
         {"linear_weight": ones(7, 3).double()},
@@ -792,7 +813,13 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "linear_weight has dtype torch.float64; expected torch.float32",
     ),
     "dtype of the bias": ({"linear_bias": ones(7).half()}, RuntimeError, "linear_bias has dtype torch.float16"),
-    "dtype of the labels": ({"target": ones(4)}, RuntimeError, "target has dtype torch.float32"),
+    "dtype of the labels": ({"target": ones(4)}, RuntimeError, "target is torch.float32; expected class indices"),
+    "int16 labels": ({"target": ones(4).short()}, RuntimeError, "target is torch.int16; .* in int64, int32 or uint8"),
+    "labels of the K-dimensional loss": (
+        {**K_DIMENSIONAL, "target": ones(4, 3).long()},
+        RuntimeError,
+        r"target \(4, 3\); .* indices of shape \(4, 2\) .* probabilities of shape \(4, 7, 2\)",
+    ),
     "device of the weight": (
         {"linear_weight": ones(7, 3, device="meta")},
         RuntimeError,
@@ -823,6 +850,19 @@ def test_what_is_refused(name: str) -> None:
         with pytest.raises(kind, match=message) as error:
             function(**{**good, **changes})
         assert str(error.value).startswith("fastloss: ")
+
+
+@pytest.mark.parametrize("name", ["input", *NAMES[1:], "weight"])
+def test_shapes_that_do_not_fit_are_all_named(name: str) -> None:
+    """Whichever is wrong, and none is called by the shape of the logits, which the caller never sees."""
+    case: dict[str, Any] = {"input": ones(4, 3), "linear_weight": ones(7, 3), "target": ones(4).long()}
+    case |= {"linear_bias": ones(7), "weight": ones(7)}
+    assert linear_cross_entropy(**case).isfinite()
+    case[name] = ones(5, 2).to(case[name].dtype)
+    with pytest.raises((RuntimeError, ValueError)) as error:
+        linear_cross_entropy(**case)
+    given = ", ".join(f"{each} {tuple(tensor.shape)}" for each, tensor in case.items())
+    assert f"the shapes are {given}; " in str(error.value)
 
 
 # ----------------------------------------------------------------------------- autograd
@@ -1102,6 +1142,31 @@ def test_accumulate_grad_of_a_frozen_weight(place: Place) -> None:
     torch.testing.assert_close(case["input"].grad, run(plain, case)["input"])
 
 
+def test_accumulate_grad_by_autograd_grad(place: Place) -> None:
+    """Whatever is asked for, the weight's gradient goes where it always does."""
+    case = make(place)
+    x, w = leaves(case)
+    found = torch.autograd.grad(linear_cross_entropy(**case, accumulate_grad=True), (x, w), allow_unused=True)
+    expected = torch.autograd.grad(plain(**case), (x, w))
+    assert found[1] is None
+    torch.testing.assert_close((found[0], w.grad), expected)
+
+
+def test_accumulate_grad_in_another_layout(place: Place) -> None:
+    """A transposed one is added to where it lies; a sparse one is refused, and left as it was."""
+    case = make(place)
+    _, w = leaves(case)
+    w.grad = torch.ones(FEATURES, CLASSES, device=place.device).t()
+    memory = w.grad
+    linear_cross_entropy(**case, chunk_size=4, accumulate_grad=True).backward()
+    assert w.grad is memory
+    torch.testing.assert_close(memory, 1 + torch.autograd.grad(plain(**case), w)[0])
+    w.grad = torch.ones(CLASSES, FEATURES, device=place.device).to_sparse()
+    with pytest.raises(RuntimeError, match=r"linear_weight\.grad has layout torch\.sparse_coo"):
+        linear_cross_entropy(**case, chunk_size=4, accumulate_grad=True).backward()
+    assert bool((w.grad.to_dense() == 1).all())
+
+
 def test_accumulate_grad_beside_a_second_derivative(place: Place) -> None:
     """With ``create_graph`` the gradient is autograd's to give."""
     case = small(place)
@@ -1195,6 +1260,7 @@ COMPILED: list[dict[str, Any]] = [
     {"shift": True, "reduction": "none", "softcap": 5.0},
     {"skip_ignored": True, "reduction": "none", "all_ignored": True},
     {"skip_ignored": True, "accumulate_grad": True},
+    {"strided_weight": True, "label_smoothing": 0.1},
 ]
 
 
@@ -1205,6 +1271,8 @@ def test_through_the_compilers_autograd(place: Place, kind: dict[str, Any], fres
     case = make(place, 3, 5, bias=True, dtype=kind.pop("dtype", torch.float32), soft=kind.pop("soft", False))
     if kind.pop("all_ignored", False):
         case["target"].fill_(-100)
+    if kind.pop("strided_weight", False):
+        case["weight"] = torch.rand(CLASSES, 2, device=place.device)[:, 0]
     compare_compiled(case, backend="aot_eager", **kind)
 
 

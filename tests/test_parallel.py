@@ -495,3 +495,22 @@ def test_twice_backward_and_no_grad(alone: Any) -> None:
         torch.testing.assert_close(first, 3 * expected)
         with torch.no_grad():
             assert not call(x).requires_grad
+
+
+def test_class_weights_of_a_column(alone: Any) -> None:
+    """The kernels read them as if they lay one after the other."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    weight = torch.arange(1.0, 9.0).view(4, 2)[:, 0]
+    expected = F.cross_entropy(X, T, weight)
+    with fastloss.use_backend("triton" if fastloss.backend.triton_version() else "eager"):
+        found = [
+            fastloss.cross_entropy(X, T, weight, group=alone),
+            fastloss.linear_cross_entropy(X, torch.eye(4), T, weight=weight, group=alone),
+            fastloss.cross_entropy(dtensor(X, Shard(0)), dtensor(T, Shard(0)), weight).full_tensor(),
+            fastloss.linear_cross_entropy(
+                dtensor(X, Shard(0)), dtensor(torch.eye(4), Replicate()), dtensor(T, Shard(0)), weight=weight
+            ).full_tensor(),
+        ]
+    for loss in found:
+        torch.testing.assert_close(loss, expected)
