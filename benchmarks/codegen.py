@@ -1,27 +1,32 @@
 """What the compiler makes of the kernels, for GPUs that are not here: ``python -m benchmarks.codegen``.
 
 Every launch that the package would make for a list of shapes, dtypes and options is recorded on meta tensors and
-compiled for each target. For NVIDIA targets ptxas reports registers and spilled bytes, and the disassembly shows how
-wide the accesses to device memory are, and what a round of each hot loop (see ``sass.py``) costs: instructions and
-special-function operations an element, and the share of an H100's issue slots that they take if its accesses go
-at the full bandwidth of its memory. No GPU is needed, and none is asked.
+compiled for each target. The shapes are those that are measured, and, unless ``--quick`` is given, as many of a sweep
+over all sizes as bring a tile of a kernel (classes, warps, registers, stages) that none before them brought: so there
+is every one that the selection in ``kernels/launch.py`` can choose. For NVIDIA targets ptxas reports registers and
+spilled bytes, and the disassembly shows how wide the accesses to device memory are, and what a round of each hot loop
+(see ``sass.py``) costs: instructions and special-function operations an element, and the share of an H100's issue
+slots that they take if its accesses go at the full bandwidth of its memory. No GPU is needed, and none is asked.
 
-The exit code is 1 if something spills or doesn't compile, if a hot loop has an access narrower than 128 bits, if a
-product is taken from itself (see :func:`rounding_errors`), or if a kernel is over its budget. (Class weights may be
-read narrow where the logits' neighbours in memory are rows, as one number serves a line of the tile, and beside a
-shard of the classes, which begins anywhere.)
+The exit code is 1 if something spills or doesn't compile; if aligned logits, or parameters, are not loaded by 128-bit
+accesses, or a loop over blocks has any that is narrower; if a product is taken from itself (see
+:func:`rounding_errors`); or if a kernel is over its budget, or has none of the loops that its budget is for. (Class
+weights may be read narrow where the logits' neighbours in memory are rows, as one number serves a line of the tile,
+and beside a shard of the classes, which begins anywhere.)
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,7 +41,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastloss.contract import LabelElsewhere, LossOptions, SGDBatch, SGDControls, SGDRule
 
-from .sass import Loop, hot_loops
+from .sass import Loop, hot_loops, tile_loops, wide_loads
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -74,6 +79,8 @@ class Compiled:
     loops: list[Loop] = field(default_factory=list)
     elements: int = 1  # that a thread takes in a round of those
     residues: int = 0  # products taken from themselves: see rounding_errors()
+    by_block: bool = True  # do the loops go from block to block of a row or tensor, or from tile to tile?
+    missing: int = 0  # bytes of a round's elements that no 128-bit access loads, if each should be
     by_line: bool = False  # class weights are read, one number for each line of a tile that is wide in rows
     error: str | None = None
 
@@ -104,9 +111,11 @@ class Compiled:
         if self.error:
             return [self.error]
         found = [f"spills {self.spills} bytes"] if self.spills else []
-        narrow = 0 if self.by_line else sum(loop.narrow for loop in self.loops)
+        # From tile to tile there are numbers of rows.
+        narrow = sum(loop.narrow for loop in self.loops) if self.by_block and not self.by_line else 0
         found += [f"{narrow} narrow accesses in hot loops"] if narrow else []
         found += [f"{self.residues} products taken from themselves"] if self.residues else []
+        found += [f"{self.missing} bytes a thread without 128-bit accesses"] if self.missing else []
         budget = BUDGETS.get(self.label)
         if budget is not None and self.loops:
             for name, value in zip(Budget._fields, (self.instructions, self.special, self.slots), strict=True):
@@ -183,14 +192,16 @@ def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
             result.spills = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
             sass = _tool("cuobjdump", "-sass", str(cubin))
         result.residues = len(rounding_errors(compiled.asm["ptx"]))
-        for kind, modifiers in re.findall(r"\b(LDG|STG)((?:\.\w+)*)", sass):
+        for kind, modifiers in re.findall(r"\b(LDGSTS|LDG|STG)((?:\.\w+)*)", sass):
             width = re.search(r"\.(64|128|U8|U16|S16|S8|256)\b", modifiers)
-            key = f"{kind}.{width[1] if width else '32'}"
+            key = f"{kind[:3]}.{width[1] if width else '32'}"
             result.widths[key] = result.widths.get(key, 0) + 1
-        if _goes_block_by_block(launch):
-            result.loops, result.elements = hot_loops(sass), _elements(launch)
-            shard = "soft_statistics" in launch.kernel.__name__
-            result.by_line = bool((launch.options.get("BY_INNER") or shard) and launch.options.get("HAS_WEIGHT"))
+        result.by_block, result.elements = _goes_block_by_block(launch), _elements(launch)
+        result.loops = hot_loops(sass) if result.by_block else tile_loops(sass)
+        shard = "soft_statistics" in launch.kernel.__name__
+        result.by_line = bool((launch.options.get("BY_INNER") or shard) and launch.options.get("HAS_WEIGHT"))
+        if _is_aligned(launch):
+            result.missing = max(0, result.elements * _itemsize(launch) - 16 * wide_loads(sass))
     else:
         text = compiled.asm["amdgcn"]
         result.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
@@ -239,8 +250,26 @@ def _goes_block_by_block(launch: Launch) -> bool:
 def _elements(launch: Launch) -> int:
     """How many elements a thread takes of a tile or a block."""
     options = launch.options
-    tile = options.get("ROWS", 1) * options["COLS"] if "COLS" in options else _sgd_block()
+    block = options.get("BLOCK") or _sgd_block()
+    tile = options.get("ROWS", 1) * options["COLS"] if "COLS" in options else block
     return int(tile) // (32 * options["num_warps"])
+
+
+def _itemsize(launch: Launch) -> int:
+    """Of the logits, or the parameters: the label says it."""
+    return getattr(torch, launch.label.split()[1]).itemsize
+
+
+def _is_aligned(launch: Launch) -> bool:
+    """Can every element be had by a 128-bit access? Numbers of rows, which one kernel reads alone, need not be."""
+    shape, widest = launch.label.split()[0], 16 // _itemsize(launch)
+    if launch.kernel.__name__ == "_weigh_kernel" or _elements(launch) < widest or "@" in shape:
+        return False
+    if launch.options.get("BY_INNER"):
+        return int(shape.split("x")[2]) % widest == 0
+    if launch.kernel.__name__ == "_rescale_kernel":  # which has rows one after the other
+        return math.prod(map(int, shape.split("x"))) % 16 == 0
+    return bool(launch.options.get("VEC", widest) == widest)
 
 
 def _sgd_block() -> int:
@@ -255,6 +284,11 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 SHAPES = [(4096, 10), (4096, 1000), (8192, 21841), (8192, 32000), (8192, 50257), (4096, 128256), (1, 1000)]
+QUICK_SHAPES = SHAPES[1::2]
+# (N, C, d1): neighbouring rows are neighbours in memory. And logits that begin between two 128-bit accesses.
+VIEWS = [(8, 19, 65536), (8, 1000, 4096)]
+MORE_VIEWS = [(64, 10, 4096), (64, 50, 4096), (64, 19, 49), (64, 1000, 49)]
+UNALIGNED = [(8192, 50257), (8192, 32000)]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 OPTIONS = {
     "plain": LossOptions(),
@@ -262,8 +296,10 @@ OPTIONS = {
     "weight+smoothing+accuracy": LossOptions(topk=(1, 5), label_smoothing=0.1),
     "none+accuracy": LossOptions(reduction="none", topk=(1, 5)),
     "softcap+z": LossOptions(softcap=30.0, lse_square_scale=1e-4),
+    # Whose sum of logits is relative to a product, the label's capped logit.
+    "smoothing+softcap": LossOptions(label_smoothing=0.1, softcap=30.0),
+    "weight+smoothing+softcap+z+accuracy": LossOptions(-100, 0.1, "mean", 1e-4, 30.0, (1, 5)),
 }
-CAPPED = LossOptions(label_smoothing=0.1, softcap=30.0)
 SOFT = {
     "soft": LossOptions(),
     "soft-weight+smoothing": LossOptions(label_smoothing=0.1),
@@ -281,21 +317,33 @@ SHARDS = {
 }
 
 
-def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The calls whose launches are compiled: every kernel in every form that the shapes choose."""
+def sweep() -> Iterator[tuple[int, int]]:
+    """One row, few and many, of each power of two of classes, and of some fewer, where rows begin anywhere."""
+    for exponent in range(4, 20):
+        for classes in (1 << exponent, (1 << exponent) - 9):
+            yield from ((rows, classes) for rows in (1, 64, (1 << 28) // classes))
+
+
+def cases(
+    shapes: Sequence[tuple[int, ...]], dtypes: Iterable[str] = tuple(DTYPES), offset: int = 0
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The calls whose launches are compiled: every kernel of the loss and the accuracy in every form.
+
+    Args:
+        shapes: of the logits, ``(N, C)`` or ``(N, C, d1)``.
+        dtypes: theirs.
+        offset: elements by which they begin after a multiple of 128 bits.
+    """
     from fastloss import kernels
 
-    shapes = SHAPES[1::2] if quick else SHAPES
-    dtypes = {"bfloat16": torch.bfloat16} if quick else DTYPES
-
     def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(math.prod(shape) + offset, dtype=dtype, device="meta")[offset:].view(shape)
 
-    views = [(f"{n}x{v}", (n, v, 1)) for n, v in shapes] + [
-        ("8x19x65536", (8, 19, 65536)),
-        ("8x1000x4096", (8, 1000, 4096)),
-    ]
-    for (shape_name, shape), (dtype_name, dtype) in itertools.product(views, dtypes.items()):
+    places = f"@{offset}" if offset else ""
+    views = [("x".join(map(str, shape)) + places, (*shape, 1)[:3]) for shape in shapes]
+    for (shape_name, shape), (dtype_name, dtype) in itertools.product(
+        views, [(name, DTYPES[name]) for name in dtypes]
+    ):
         logits, target = meta(*shape, dtype=dtype), meta(shape[0] * shape[2], dtype=torch.int64)
         for options_name, options in OPTIONS.items():
             weight = meta(shape[1], dtype=dtype) if "weight" in options_name else None
@@ -327,9 +375,6 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             if options.reduction != "none":  # whose gradient waits for the upstream one
                 yield f"{label} forward+gradient", partial(forward, True)
             yield f"{label} backward", backward
-        if dtype == torch.bfloat16:
-            # Whose sum of logits is relative to a product, the label's capped logit.
-            yield f"{shape_name} {dtype_name} smoothing+softcap forward", partial(forward, False, options=CAPPED)
         yield (
             f"{shape_name} {dtype_name} chunk of a larger batch",
             partial(
@@ -341,6 +386,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
                 divisor=meta(dtype=torch.float64),
             ),
         )
+        yield f"{shape_name} {dtype_name} rescale", partial(kernels.rescale, logits, meta(dtype=dtype), inplace=True)
         yield (
             f"{shape_name} {dtype_name} accuracy alone",
             partial(kernels.accuracy, logits, target, (1, 5), -100, "mean"),
@@ -481,46 +527,112 @@ def sgd_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{label} squares", partial(kernels.sgd_squares, batch, [grad], scalar.double())
 
 
+def chosen(quick: bool, only: str = "") -> list[Launch]:
+    """The launches that are compiled; with ``only``, those whose labels contain it."""
+    launches: list[Launch] = []
+
+    def record(calls: Iterable[tuple[str, Callable[[], Any]]]) -> Iterator[Launch]:
+        for label, call in calls:
+            if only in label:
+                found: list[Launch] = []
+                with recorded(found, label):
+                    call()
+                yield from found
+
+    if quick:
+        launches += record(itertools.chain(cases([*QUICK_SHAPES, *VIEWS], ["bfloat16"]), sgd_cases()))
+    else:
+        launches += record(itertools.chain(cases([*SHAPES, *VIEWS]), cases(UNALIGNED, offset=1), sgd_cases()))
+        reached = {form_and_tile(launch) for launch in launches}
+        for launch in record(cases([*MORE_VIEWS, *sweep()])):
+            if form_and_tile(launch) not in reached:
+                reached.add(form_and_tile(launch))
+                launches.append(launch)
+    return launches
+
+
+def form_and_tile(launch: Launch) -> tuple[object, ...]:
+    """The kernel, the dtype, what was asked of it, and what the selection chose for the shape."""
+    _, dtype, form = launch.label.split(maxsplit=2)
+    names = ("COLS", "BLOCK", "BY_INNER", "LOOPED", "STAGES", "SPLIT", "num_warps", "maxnreg")
+    tile = tuple(str(launch.options.get(name)) for name in names)
+    return launch.kernel.__name__, dtype, form, launch.options.get("VEC", 0) > 1, *tile
+
+
+def distinct(launches: Iterable[Launch], targets: Sequence[str]) -> list[tuple[Launch, str]]:
+    """Each with each target, once where Triton would compile the same again; those with a budget always."""
+    found, seen = [], set()
+    for launch, target in itertools.product(launches, targets):
+        constants = tuple(sorted((name, str(value)) for name, value in launch.options.items()))
+        key = launch.kernel.__name__, target, constants, launch.label.split()[1], *map(str, _specialized(launch))
+        if key not in seen or launch.label in BUDGETS:
+            found.append((launch, target))
+        seen.add(key)
+    return found
+
+
+def examined(work: Sequence[tuple[Launch, str]], jobs: int) -> Iterator[Compiled]:
+    """Each compiled, in its order, by so many processes."""
+    global _work
+    if jobs == 1:
+        yield from (examine(launch, name, TARGETS[name]) for launch, name in work)
+        return
+    _work = work  # which the processes inherit: launches hold functions that can't be sent
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_examine_number, range(len(work)))
+
+
+_work: Sequence[tuple[Launch, str]] = ()
+
+
+def _examine_number(number: int) -> Compiled:
+    launch, name = _work[number]
+    return examine(launch, name, TARGETS[name])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print one line a compiled kernel; exit code 1 if any has a fault."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")
-    parser.add_argument("--quick", action="store_true", help="bfloat16 and three shapes only")
+    parser.add_argument("--quick", action="store_true", help="bfloat16 at three shapes and two views, and SGD")
     parser.add_argument("--only", default="", help="compile only labels that contain this")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile (default: %(default)s)"
+    )
     parsed = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("benchmarks.codegen compiles: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
+    if parsed.jobs < 1:
+        print(f"benchmarks.codegen: --jobs is {parsed.jobs}; expected 1 or more", file=sys.stderr)
+        return 2
+    pretend_to_be_an_h100()
+    work = distinct(chosen(parsed.quick, parsed.only), parsed.target or list(TARGETS))
+    if not work:
+        print(f"benchmarks.codegen: --only is {parsed.only!r}; no label contains it", file=sys.stderr)
+        return 2
+    titles = ("regs", 4), ("spill", 5), ("shared", 6), ("instr", 5), ("MUFU", 4), ("slots", 5)
+    print(f"{'kernel':19} {'target':7} {' '.join(title.rjust(width) for title, width in titles)}  accesses; made for")
+    faults, measured, budgeted = 0, set(), set()
+    for r in examined(work, parsed.jobs):
+        faults += bool(r.faults)
+        if r.label in BUDGETS and TARGETS[r.target].backend == "cuda":
+            budgeted.add((r.label, r.target))
+            measured |= {(r.label, r.target)} if r.loops else set()
+        print(_line(r), flush=True)
+    for label, target in sorted(budgeted - measured):
+        faults += 1
+        print(f"FAULT: a budget, and no hot loop found; {target} {label}")
+    print(f"{len(work)} compiled, {faults} with faults")
+    return 1 if faults else 0
+
+
+def pretend_to_be_an_h100() -> None:
+    """Grids are planned for it from now on."""
     import fastloss.kernels.launch as launch_module
 
     launch_module._processors = lambda device: PROCESSORS  # type: ignore[assignment]
     launch_module._l2_bytes = lambda device: L2_BYTES  # type: ignore[assignment]
-    launches: list[Launch] = []
-    for label, call in itertools.chain(cases(parsed.quick), sgd_cases()):
-        if parsed.only in label:
-            with recorded(launches, label):
-                call()
-    failures, seen = 0, set()
-    titles = ("regs", 4), ("spill", 5), ("shared", 6), ("instr", 5), ("MUFU", 4), ("slots", 5)
-    print(f"{'kernel':19} {'target':7} {' '.join(title.rjust(width) for title, width in titles)}  accesses; made for")
-    for launch in launches:
-        for name in parsed.target or TARGETS:
-            constants = {k: str(v) for k, v in launch.options.items()}
-            key = (
-                launch.kernel.__name__,
-                name,
-                tuple(sorted(constants.items())),
-                launch.label.split()[1],
-                *map(str, _specialized(launch)),
-            )
-            if key in seen and launch.label not in BUDGETS:
-                continue
-            seen.add(key)
-            r = examine(launch, name, TARGETS[name])
-            failures += bool(r.faults)
-            print(_line(r), flush=True)
-    print(f"{len(seen)} compiled, {failures} with faults")
-    return 1 if failures else 0
 
 
 def _line(r: Compiled) -> str:

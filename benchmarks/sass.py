@@ -1,8 +1,9 @@
 """What NVIDIA's disassembly says of a kernel's hot loops: instructions and special-function operations an element.
 
 A *hot* loop is an innermost loop with 128-bit accesses to device memory that no predicate guards: the loops that a
-kernel runs through for full, aligned blocks. What such a loop jumps over in all but a few of its rounds (a branch
-forward, around code without such accesses) is told apart: ``usual`` leaves it out.
+kernel runs through for full, aligned blocks. Of a kernel that holds a tile whole it is the loop from tile to tile,
+whose accesses a mask may guard, and which may have loops in it that hardly ever run. What a loop jumps over in all
+but a few of its rounds (a branch forward, around code without such accesses) is told apart: ``usual`` leaves it out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["Loop", "hot_loops"]
+__all__ = ["Loop", "hot_loops", "tile_loops", "wide_loads"]
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
 _WIDE = re.compile(r"^(LDG|STG|LDGSTS)\b.*\.128\b")  # LDGSTS: into shared memory
@@ -39,11 +40,39 @@ class _Instruction:
 
 
 def hot_loops(disassembly: str) -> list[Loop]:
-    """The hot loops of a kernel, in the order of the code."""
-    code = [
+    """The hot loops of a kernel that goes block by block, in the order of the code."""
+    code = _code(disassembly)
+    loops = _loops(code)
+    innermost = [loop for loop in loops if not _contains_any(loop, loops)]
+    return [
+        _loop(code, first, last)
+        for first, last in innermost
+        if any(_WIDE.match(i.name) and not i.predicate for i in code[first : last + 1])
+        or _guarded_by_the_row(code[first : last + 1])
+    ]
+
+
+def tile_loops(disassembly: str) -> list[Loop]:
+    """The loops from tile to tile of a kernel that holds a tile whole: those next to the 128-bit accesses."""
+    code = _code(disassembly)
+    loops = [(a, b) for a, b in _loops(code) if any(_WIDE.match(i.name) for i in code[a : b + 1])]
+    return [_loop(code, *loop) for loop in loops if not _contains_any(loop, loops)]
+
+
+def wide_loads(disassembly: str) -> int:
+    """How many 128-bit loads from device memory stand in the code, into registers or shared memory."""
+    return sum(bool(_WIDE.match(i.name)) and i.name.startswith("LDG") for i in _code(disassembly))
+
+
+def _code(disassembly: str) -> list[_Instruction]:
+    return [
         _Instruction(int(address, 16), predicate, name, _target(name, operands))
         for address, predicate, name, operands in _LINE.findall(disassembly)
     ]
+
+
+def _loops(code: list[_Instruction]) -> list[tuple[int, int]]:
+    """The first and the last instruction of each."""
     place = {instruction.address: i for i, instruction in enumerate(code)}
     ranges = sorted(
         {
@@ -54,23 +83,26 @@ def hot_loops(disassembly: str) -> list[Loop]:
             and place.get(instruction.target, i) != i
         }
     )
-    innermost = [(a, b) for a, b in ranges if not any((c, d) != (a, b) and a <= c and d <= b for c, d in ranges)]
-    loops = []
-    for first, last in innermost:
-        body = code[first : last + 1]
-        if any(_WIDE.match(i.name) and not i.predicate for i in body) or _guarded_by_the_row(body):
-            usual = _without_detours(body, place, first)
-            loops.append(
-                Loop(
-                    len(body),
-                    len(usual),
-                    sum(i.name.startswith("MUFU") for i in usual),
-                    sum(i.name.startswith("LDG") and ".128" in i.name for i in body),
-                    sum(i.name.startswith("STG") and ".128" in i.name for i in body),
-                    sum(bool(_ACCESS.match(i.name)) and ".128" not in i.name for i in usual),
-                )
-            )
-    return loops
+    # Loops lie in each other or apart. What begins in one and ends behind it comes back from code for warps that
+    # have diverged, which stands behind everything.
+    return [(c, d) for c, d in ranges if not any(a < c <= b < d for a, b in ranges)]
+
+
+def _contains_any(loop: tuple[int, int], loops: list[tuple[int, int]]) -> bool:
+    return any(other != loop and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)
+
+
+def _loop(code: list[_Instruction], first: int, last: int) -> Loop:
+    body = code[first : last + 1]
+    usual = _without_detours(body, {instruction.address: i for i, instruction in enumerate(code)}, first)
+    return Loop(
+        len(body),
+        len(usual),
+        sum(i.name.startswith("MUFU") for i in usual),
+        sum(i.name.startswith("LDG") and ".128" in i.name for i in body),
+        sum(i.name.startswith("STG") and ".128" in i.name for i in body),
+        sum(bool(_ACCESS.match(i.name)) and ".128" not in i.name for i in usual),
+    )
 
 
 def _target(name: str, operands: str) -> int | None:

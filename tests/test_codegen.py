@@ -1,4 +1,8 @@
-"""What the compiler makes of the kernels, without a GPU: a subset of ``python -m benchmarks.codegen``."""
+"""What the compiler makes of the kernels, without a GPU: a subset of ``python -m benchmarks.codegen``.
+
+The subset: for sm_90 every kernel in every form, in bfloat16, at the shapes of ``--quick``; for the other targets the
+loss with an accuracy there, and SGD. It takes some minutes; all of it takes hours of one core.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +24,40 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def codegen(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: here Triton interprets."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.codegen", *arguments]
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = (sys.executable, *command)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def codegen(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "benchmarks.codegen", *arguments)
+
+
+FORMS = ["plain", "accuracy", "softcap", "chunk", "rescale", "soft", "statistics", "shard"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_on_sm_90(form: str) -> None:
+    """Nothing spills, aligned accesses are wide, and budgets are kept; SGD is below."""
+    done = codegen("--target", "sm_90", "--quick", "--only", f"bfloat16 {form}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_forms_are_all_of_them() -> None:
+    program = (
+        "from benchmarks import codegen; codegen.pretend_to_be_an_h100(); "
+        "print(*{launch.label.split()[2].split('-')[0].split('+')[0] for launch in codegen.chosen(True) "
+        "if not launch.label.startswith('sgd')})"
+    )
+    done = run("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert {*done.stdout.split()} - {"weight", "none"} == {*FORMS}, done.stdout
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_nothing_spills_and_hot_accesses_are_wide(target: str) -> None:
     done = codegen("--target", target, "--quick", "--only", "bfloat16 accuracy forward")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,14 +69,17 @@ def test_nothing_spills_and_hot_accesses_are_wide(target: str) -> None:
             assert all(access in line for access in wide), line
 
 
-@pytest.mark.parametrize(
-    "label", ["8192x32000 bfloat16 plain forward", "8192x32000 bfloat16 accuracy forward", "sgd "]
-)
+BUDGETED = ["8192x32000 bfloat16 plain", "8192x32000 bfloat16 accuracy", "4096x128256 bfloat16 accuracy", "sgd "]
+
+
+@pytest.mark.parametrize("label", BUDGETED)
 def test_hot_loops_are_within_their_budgets(label: str) -> None:
     done = codegen("--target", "sm_90", "--only", label)
     assert done.returncode == 0, done.stdout + done.stderr
     loops = [
-        line for line in done.stdout.splitlines() if re.match(r"(forward_loop|step_kernel|squares_kernel) ", line)
+        line
+        for line in done.stdout.splitlines()
+        if re.match(r"(forward_loop|forward_tile|step_kernel|squares_kernel) ", line)
     ]
     assert loops
     for line in loops:
@@ -74,19 +108,43 @@ def test_sgd_spills_nowhere(target: str) -> None:
     [
         ("spilling", "spills"),
         ("narrow", "narrow accesses in hot loops"),
+        ("narrow_throughout", "32 bytes a thread without 128-bit accesses"),
+        ("narrow_tile", "32 bytes a thread without 128-bit accesses"),
         ("costly", "instructions, over 0.5"),
         ("inexact", "8 products taken from themselves"),
+        ("costly_tile", "instructions, over 0.5"),
     ],
 )
 def test_a_bad_kernel_is_caught(kernel: str, fault: str, tmp_path: Path) -> None:
-    """In a process of its own: here Triton interprets."""
     program = tmp_path / "bad_kernels.py"
     program.write_text(BAD_KERNELS, encoding="utf-8")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(program), kernel]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run(str(program), kernel)
     assert fault in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kernel", ["good", "good_tile"])
+def test_a_good_kernel_is_not(kernel: str, tmp_path: Path) -> None:
+    program = tmp_path / "bad_kernels.py"
+    program.write_text(BAD_KERNELS, encoding="utf-8")
+    done = run(str(program), kernel)
+    assert done.returncode == 0, done.stderr
+    assert "LDG.128" in done.stdout
+    assert "FAULT" not in done.stdout
+
+
+def test_a_budget_without_a_loop_is_a_fault(tmp_path: Path) -> None:
+    """It would be kept whatever the kernel did."""
+    program = tmp_path / "no_loop.py"
+    program.write_text(
+        "import sys\nfrom benchmarks import codegen\n"
+        "label = '4096x1000 bfloat16 shard ranks'  # whose programs take one tile each\n"
+        "codegen.BUDGETS[label] = codegen.Budget(instructions=99)\n"
+        "sys.exit(codegen.main(['--target', 'sm_90', '--only', label]))\n",
+        encoding="utf-8",
+    )
+    done = run(str(program))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAULT: a budget, and no hot loop found; sm_90 4096x1000 bfloat16 shard ranks" in done.stdout
 
 
 BAD_KERNELS = """
@@ -107,18 +165,33 @@ def spilling(x_ptr, n, COLS: tl.constexpr):  # a row of 131072 numbers by 128 th
 
 
 @triton.jit
-def narrow(x_ptr, n, COLS: tl.constexpr):  # of the stores every second element is left out
-    lane = tl.arange(0, COLS)
-    total = tl.zeros([COLS], tl.float32)
-    for start in tl.range(0, n, COLS):
+def narrow(x_ptr, n, BLOCK: tl.constexpr):  # of the stores every second element is left out
+    lane = tl.arange(0, BLOCK)
+    for start in tl.range(0, n, BLOCK):
         x = tl.load(x_ptr + start + lane)
         tl.store(x_ptr + start + 2 * lane, x * 2.0)
 
 
 @triton.jit
-def costly(x_ptr, n, COLS: tl.constexpr):
+def narrow_throughout(x_ptr, n, BLOCK: tl.constexpr):  # and of the loads
+    lane = tl.arange(0, BLOCK)
+    for start in tl.range(0, n, BLOCK):
+        x = tl.load(x_ptr + start + 2 * lane)
+        tl.store(x_ptr + start + 2 * lane, x * 2.0)
+
+
+@triton.jit
+def narrow_tile(x_ptr, n, COLS: tl.constexpr, LOOPED: tl.constexpr, VEC: tl.constexpr):
     lane = tl.arange(0, COLS)
-    for start in tl.range(0, n, COLS):
+    for row in tl.range(tl.program_id(0), n, tl.num_programs(0)):
+        x = tl.load(x_ptr + row * 2 * COLS + 2 * lane)
+        tl.store(x_ptr + row, tl.sum(x, axis=0))
+
+
+@triton.jit
+def costly(x_ptr, n, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    for start in tl.range(0, n, BLOCK):
         x = tl.load(x_ptr + start + lane)
         for _ in tl.static_range(8):
             x = x * x + 1.0
@@ -126,18 +199,67 @@ def costly(x_ptr, n, COLS: tl.constexpr):
 
 
 @triton.jit
-def inexact(x_ptr, n, COLS: tl.constexpr):  # 0 for most finite numbers too; 8 of them a thread
-    x = tl.load(x_ptr + tl.arange(0, COLS)) * 3.0
-    tl.store(x_ptr + tl.arange(0, COLS), tl.where(x - x == 0.0, x, 0.0))
+def inexact(x_ptr, n, BLOCK: tl.constexpr):  # 0 for most finite numbers too; 8 of them a thread
+    x = tl.load(x_ptr + tl.arange(0, BLOCK)) * 3.0
+    tl.store(x_ptr + tl.arange(0, BLOCK), tl.where(x - x == 0.0, x, 0.0))
 
+
+@triton.jit
+def costly_tile(x_ptr, n, COLS: tl.constexpr, LOOPED: tl.constexpr, VEC: tl.constexpr):
+    lane = tl.arange(0, COLS)
+    for row in tl.range(tl.program_id(0), n, tl.num_programs(0)):
+        x = tl.load(x_ptr + row * COLS + lane)
+        tl.store(x_ptr + row * COLS + lane, x / tl.sum(x, axis=0))
+
+
+good, good_tile = costly, costly_tile
 
 name = sys.argv[1]
-cols = {"spilling": 131072}.get(name, 1024)
-launch = codegen.Launch(globals()[name], (torch.empty(1 << 20), 1 << 20, cols), {"num_warps": 4}, f"bad {name}")
-codegen.BUDGETS[launch.label] = codegen.Budget(instructions=0.5)
-codegen._elements = lambda launch: cols // 128
+options = {"num_warps": 4}
+if name.endswith("tile") or name == "spilling":
+    options |= {"COLS": {"spilling": 131072}.get(name, 1024)}
+    options |= {} if name == "spilling" else {"LOOPED": False, "VEC": 4}
+else:
+    options |= {"BLOCK": 1024}
+launch = codegen.Launch(globals()[name], (torch.empty(1 << 20), 1 << 20), options, f"bad float32 {name}")
+most = 99 if name.startswith("good") else 0.5
+codegen.BUDGETS[launch.label] = codegen.Budget(instructions=most)
 print(codegen._line(codegen.examine(launch, "sm_90", codegen.TARGETS["sm_90"])))
 """
+
+
+EVERY_TILE = """
+import random
+
+from benchmarks import codegen
+
+codegen.pretend_to_be_an_h100()
+compiled = {codegen.form_and_tile(launch) for launch in codegen.chosen(quick=False)}
+shapes = []
+for _ in range(100):
+    classes = int(2 ** random.uniform(0, 18.2))
+    classes = random.choice([classes, -(-classes // 8) * 8])
+    rows = max(1, min(int(2 ** random.uniform(0, 28)), (1 << 31) // classes))
+    shapes.append((rows, classes))
+shapes += [(random.randint(1, 64), random.randint(1, 3000), random.randint(2, 5000)) for _ in range(10)]
+for label, call in codegen.cases(shapes):
+    launches = []
+    with codegen.recorded(launches, label):
+        call()
+    for launch in launches:
+        if codegen.form_and_tile(launch) not in compiled:
+            print(label, codegen.form_and_tile(launch))
+print(len(compiled), "tiles and forms")
+"""
+
+
+def test_every_tile_that_can_be_chosen_is_compiled(tmp_path: Path) -> None:
+    """The list of shapes, against shapes that nobody chose."""
+    program = tmp_path / "every_tile.py"
+    program.write_text(EVERY_TILE, encoding="utf-8")
+    done = run(str(program))
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d{4,} tiles and forms\n", done.stdout), done.stdout
 
 
 def test_a_single_row_compiles() -> None:
@@ -153,3 +275,15 @@ def test_it_refuses_the_interpreter() -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--only", "no such thing"], "no label contains it"), (["--jobs", "0"], "--jobs is 0; expected 1 or more")],
+)
+def test_what_it_refuses(arguments: list[str], words: str) -> None:
+    done = codegen(*arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("benchmarks.codegen: ")
+    assert words in line

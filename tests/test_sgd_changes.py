@@ -1,7 +1,7 @@
 """Whatever is changed between two steps of ``fastloss.SGD`` is noticed: the next step is that of ``torch.optim.SGD``.
 
-A step is compared with the one before it in a few passes, and where that sees no change the backends do not look again.
-So every change here comes after steps in which nothing changed, and is made twice.
+A step is compared with the one before it in a few passes, and where that sees no change the backends do not look
+again. So every change here comes after steps in which nothing changed, and is made twice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Pair:
     """Our optimizer and torch's, on equal parameters of float64."""
 
     def __init__(self, place: Place, **options: Any) -> None:
-        # Square ones can be turned where they are. One is longer than what a CPU calls small, or than a kernel's chunk.
+        # Square ones can be turned where they are. One is longer than what a CPU calls small, or a kernel's chunk.
         large = (66, 66) if place.interpreted else (140, 140)
         shapes: list[tuple[int, ...]] = [(6, 6), (3, 5), (), large, (6, 6)]
         values = [torch.randn(shape, dtype=torch.float64, device=place.device) for shape in shapes]
@@ -71,7 +71,7 @@ class Pair:
         return bool(batches) and all(batch.tensors.unchanged for batch in batches)
 
 
-# --------------------------------------------------------------------------------------------------------- the changes
+# ------------------------------------------------------------------------------------------------------- the changes
 
 Change = Callable[[torch.optim.Optimizer, list[Tensor]], object]
 CHANGES: dict[str, Change] = {}
