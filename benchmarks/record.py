@@ -9,6 +9,7 @@ puts the newest record into README.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,12 @@ from fastloss.bench.workloads import LOSS_OPS, Shape, Workload
 from .measure import ROOT, by_events, circumstances, medians
 
 MINUTES = 8.0
-# Of the time: the tests, the memory checker; the rest is the measurements'.
+# Of the time, at most: the tests, the memory checker; the rest is the measurements'.
 _TESTS_SHARE, _CHECKER_SHARE = 0.35, 0.15
-CHECKED = "layouts_sizes_and_offsets or gradients_change_their_layout"  # tests for the memory checker
+# Tests for the memory checker: of the loss and the accuracy, and of SGD.
+CHECKED = ("labels_out_of_range", "layouts_sizes_and_offsets", "gradients_change_their_layout")
 CHECKERS = ("compute-sanitizer",)
+_CHECKER_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")  # beside those of PATH
 _LAST_WORDS = 15.0  # seconds that interrupted tests have to say what they know
 
 LANGUAGE = tuple(Shape((1 << 28) // v // 64 * 64 + 64, v) for v in (32000, 50257, 128256, 262144))  # N·V ≥ 2²⁸
@@ -65,7 +68,16 @@ class Record:
     memory_checker: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     graphs: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # workloads that there was no time for
     finished: bool = False
+
+    @property
+    def is_good(self) -> bool:
+        """Was every part finished, and nothing of fastloss's wrong?"""
+        codes = [part.get("exit_code", 0) for part in (self.tests, self.memory_checker)]
+        wrong = [row for row in self.rows if row.contender == "fastloss" and row.status in ("wrong", "failed")]
+        errors = [graph for graph in self.graphs if "error" in graph]
+        return self.finished and not wrong and not errors and all(code in (0, 5) for code in codes)  # 5: no test
 
     def write(self, path: Path) -> None:
         """As JSON, and as Markdown beside it."""
@@ -77,8 +89,10 @@ class Record:
         """For people: how it was made, then a table."""
         lines = [f"# {self.device}", "", f"`python -m benchmarks.record` {self.circumstances}.", ""]
         lines += [f"- {name}: {version}" for name, version in {**self.versions, **self.contenders}.items()]
-        lines += [f"- tests: {self.tests.get('summary', 'not run')}"]
-        lines += [f"- memory checker: {self.memory_checker.get('summary', 'not run')}"]
+        for name, found in (("tests", self.tests), ("memory checker", self.memory_checker)):
+            lines += [f"- {name}: {found.get('summary', 'not reached')}"]
+            lines += [f"  - {failure}" for failure in found.get("failures", ())]
+        lines += [f"- no time was left for {', '.join(self.left_out)}"] if self.left_out else []
         lines += [] if self.finished else ["- the run was not finished"]
         lines += [
             "",
@@ -138,6 +152,12 @@ def workloads(device: torch.device) -> list[Workload]:
     return [*chosen, Workload("host", Shape(64, 1000), wide)]
 
 
+def gpu_tests() -> list[str]:
+    """The files with tests that wait for a GPU: to collect the others takes longer than to run some of these."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
+
+
 def run_tests(seconds: float, *, python: Sequence[str] = (sys.executable,), only: str = "") -> dict[str, Any]:
     """pytest's last line, its exit code, and the failures; all of its output is in a temporary file.
 
@@ -145,9 +165,17 @@ def run_tests(seconds: float, *, python: Sequence[str] = (sys.executable,), only
     """
     command = [*python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *(["-k", only] if only else [])]
     if importlib.util.find_spec("xdist") is not None and len(python) == 1:
-        command += ["-n", str(max(1, min(14, (os.cpu_count() or 2) - 2)))]
+        command += ["-n", str(max(1, min(14, (os.cpu_count() or 2) - 2))), "--dist", "worksteal"]
+    command += gpu_tests()
     start = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that all that it starts can be ended with it
+    )
     finished = True
     try:
         output, _ = process.communicate(timeout=max(seconds, 1.0))
@@ -157,8 +185,10 @@ def run_tests(seconds: float, *, python: Sequence[str] = (sys.executable,), only
         try:
             output, _ = process.communicate(timeout=_LAST_WORDS)
         except subprocess.TimeoutExpired:
-            process.kill()
+            _end(process)
             output, _ = process.communicate()
+    finally:
+        _end(process)
     with tempfile.NamedTemporaryFile("w", prefix="fastloss-tests-", suffix=".log", delete=False) as log:
         log.write(output)
         print(f"what the tests printed: {log.name}", flush=True)
@@ -173,17 +203,29 @@ def run_tests(seconds: float, *, python: Sequence[str] = (sys.executable,), only
     }
 
 
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kill what is left of its session, its workers too."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def memory_checker() -> str | None:
+    """Where one is installed."""
+    folders = os.pathsep.join(filter(None, (os.environ.get("PATH"), *_CHECKER_FOLDERS)))
+    return next(filter(None, (shutil.which(name, path=folders) for name in CHECKERS)), None)
+
+
 def check_memory(seconds: float) -> dict[str, Any]:
     """A few of the tests under a memory checker."""
-    found = next(filter(None, map(shutil.which, CHECKERS)), None)
+    found = memory_checker()
     if found is None:
         return {"summary": f"none is installed ({', '.join(CHECKERS)})"}
     checker = [found, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
-    return run_tests(seconds, python=[*checker, sys.executable], only=CHECKED)
+    return run_tests(seconds, python=[*checker, sys.executable], only=" or ".join(CHECKED))
 
 
-def under_a_graph(shape: Shape, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Loss, top-1 and top-5 accuracy and gradient: fastloss's from a CUDA graph, eager PyTorch's without."""
+def contest_of_graphs(shape: Shape, device: torch.device) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Loss, top-1 and top-5 accuracy, and gradient, by fastloss and by eager PyTorch; a call gives the gradient."""
     logits = torch.randn(shape.rows, shape.classes, device=device, requires_grad=True)
     target = torch.randint(shape.classes, (shape.rows,), device=device)
 
@@ -192,11 +234,17 @@ def under_a_graph(shape: Shape, device: torch.device, seconds: float) -> dict[st
         return torch.autograd.grad(loss, logits)[0]
 
     def eager() -> Tensor:
-        hits = logits.detach().topk(5, 1).indices == target[:, None]
+        hits = logits.detach().topk(min(5, shape.classes), 1).indices == target[:, None]
         _ = hits[:, 0].float().mean(), hits.any(1).float().mean()
         return torch.autograd.grad(F.cross_entropy(logits, target), logits)[0]
 
+    return ours, eager
+
+
+def under_a_graph(shape: Shape, device: torch.device, seconds: float) -> dict[str, Any]:
+    """fastloss's from a CUDA graph, eager PyTorch's without."""
     try:
+        ours, eager = contest_of_graphs(shape, device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -207,8 +255,8 @@ def under_a_graph(shape: Shape, device: torch.device, seconds: float) -> dict[st
         with torch.cuda.graph(graph):
             ours()
         mine, theirs = medians([lambda: [by_events(graph.replay, 20)], lambda: [by_events(eager, 20)]], seconds)
-    except RuntimeError as error:
-        return {"shape": str(shape), "error": str(error).splitlines()[0][:200]}
+    except Exception as error:
+        return {"shape": str(shape), "error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
     return {"shape": str(shape), "fastloss": mine, "torch": theirs, "ratio": mine / theirs}
 
 
@@ -236,7 +284,7 @@ def file_name(device: torch.device) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make the record; exit code 1 if a test failed or fastloss was wrong, 2 without a GPU, 130 if interrupted."""
+    """Make the record; exit code 1 if a part of it failed or was cut off, 2 without a GPU, 130 if interrupted."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__)
     parser.add_argument(
         "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: tiny shapes, to try the command"
@@ -281,9 +329,9 @@ def main(arguments: list[str] | None = None) -> int:
         record.write(path)
         print(f"interrupted; what was finished is in {path}")
         return 130
-    print(f"written: {path} and {path.with_suffix('.md').name}; python -m benchmarks.tables puts it into README.md")
-    wrong = [row for row in record.rows if row.contender == "fastloss" and row.status in ("wrong", "failed")]
-    return int(bool(wrong) or record.tests.get("exit_code", 0) not in (0, 5))  # 5: no test was selected
+    onward = "; python -m benchmarks.tables puts it into README.md" if device.type == "cuda" else ""
+    print(f"written: {path} and {path.with_suffix('.md').name}{onward}")
+    return int(not record.is_good)
 
 
 def _make(
@@ -297,6 +345,9 @@ def _make(
     checker: bool,
     minutes: float,
 ) -> None:
+    record.tests = {} if tests else {"summary": "left out (--no-tests)"}
+    if not (tests and checker):
+        record.memory_checker = {"summary": "left out (--no-checker)" if tests else "left out (--no-tests)"}
     if tests:
         record.tests = run_tests(60 * minutes * _TESTS_SHARE)
         print(f"tests: {record.tests['summary']}", *record.tests["failures"], sep="\n", flush=True)
@@ -312,7 +363,9 @@ def _make(
     for done, workload in enumerate(chosen):
         left = end - time.monotonic()
         if left < 0:
-            print(f"out of time: {len(chosen) - done} workloads are left out", flush=True)
+            record.left_out = [str(each) for each in chosen[done:]]
+            record.write(path)
+            print(f"out of time: {len(record.left_out)} workloads are left out", flush=True)
             return
         share = left / (len(chosen) - done)
         new = measure(workload, contenders_of(workload.op), device, budget=share / 4)

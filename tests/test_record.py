@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +97,112 @@ def test_tests_that_fail_or_take_too_long_are_in_the_record(record: Any) -> None
     assert found["summary"].startswith("not finished after")
 
 
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+print("worker", worker.pid, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at /proc")
+def test_tests_that_do_not_end_are_ended_with_their_workers(record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "_LAST_WORDS", 0.5)
+    found = record.run_tests(3.0, python=[sys.executable, "-c", STUBBORN])
+    worker = re.fullmatch(r"not finished after \d+ s: worker (\d+)", found["summary"])
+    assert worker, found
+    status = Path("/proc", worker[1], "stat")
+    for _ in range(100):
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the worker lives on")
+
+
+def test_the_gpu_tests_are_asked_for_by_file(record: Any) -> None:
+    """And by no other; what the memory checker runs is among them, for losses and for SGD."""
+    files = record.gpu_tests()
+    assert "tests/test_gpu.py" in files
+    assert "tests/test_linear.py" not in files
+    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in files}
+    for name in record.CHECKED:
+        assert re.search(rf"def test_\w*{name}", texts["tests/test_gpu.py"] + texts["tests/test_gpu_sgd.py"])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^\d{3} skipped, \d+ deselected", done.stdout.splitlines()[-1]), done.stdout
+
+
+def test_failures_and_what_was_cut_off_are_in_the_text(record: Any) -> None:
+    made = record.Record("H100", "at commit abc", {}, {})
+    made.tests = {"exit_code": 1, "summary": "2 failed", "failures": ["FAILED tests/a.py::b", "FAILED tests/a.py::c"]}
+    made.left_out = ["host-64x1000-float32-hard"]
+    made.graphs = [{"shape": "4096x10", "error": "RuntimeError: no"}]
+    text = made.markdown()
+    assert "- tests: 2 failed\n  - FAILED tests/a.py::b\n  - FAILED tests/a.py::c\n" in text
+    assert "- memory checker: not reached\n" in text
+    assert "- no time was left for host-64x1000-float32-hard\n- the run was not finished\n" in text
+    assert "| 4096x10 | RuntimeError: no | | |" in text
+
+
+def test_a_record_is_good_if_every_part_is(record: Any) -> None:
+    def made(**changes: Any) -> bool:
+        parts: dict[str, Any] = {"tests": {"exit_code": 0}, "memory_checker": {"summary": "none"}, "finished": True}
+        good = record.Record("H100", "at commit abc", {}, {}, **{**parts, **changes}).is_good
+        assert isinstance(good, bool)
+        return good
+
+    assert made()
+    assert not made(finished=False)
+    for code in (1, None):
+        assert not made(tests={"exit_code": code})
+    assert not made(memory_checker={"exit_code": 9})
+    assert not made(graphs=[{"shape": "4096x10", "error": "no"}])
+
+
+def test_out_of_time(record: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert record.main(["--device", "cpu", "--minutes", "0", "--no-tests", "--output", str(tmp_path)]) == 1
+    found, text = written(tmp_path)
+    assert found["left_out"] == ["sgd-2x10-float32", "sgd-3x10-float32"]
+    assert "no time was left for sgd-2x10-float32, sgd-3x10-float32" in text
+    assert "- tests: left out (--no-tests)" in text
+    assert "out of time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_what_is_captured_in_graphs(record: Any, classes: int) -> None:
+    """Both contenders' gradients, of labels and logits as the record has them."""
+    workloads = importlib.import_module("fastloss.bench.workloads")
+    ours, eager = record.contest_of_graphs(workloads.Shape(64, classes), torch.device("cpu"))
+    torch.testing.assert_close(ours(), eager())
+
+
 def test_no_memory_checker(record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(record, "_CHECKER_FOLDERS", ())
     assert record.check_memory(1.0)["summary"].startswith("none is installed")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+def test_a_memory_checker_is_found_and_run(record: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that is not in PATH; its last line and its exit code are what it found."""
+    checker = tmp_path / "compute-sanitizer"
+    checker.write_text("#!/bin/sh\necho \"$@\"\necho '========= ERROR SUMMARY: 1 error'\nexit 9\n")
+    checker.chmod(0o755)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr(record, "_CHECKER_FOLDERS", (str(tmp_path),))
+    found = record.check_memory(30.0)
+    assert (found["exit_code"], found["summary"]) == (9, "ERROR SUMMARY: 1 error")
+    assert "--error-exitcode 9" in found["command"]
+    assert found["command"].endswith(" ".join(record.gpu_tests()))
 
 
 def gpu_record(name: str, milliseconds: float) -> dict[str, Any]:
