@@ -29,7 +29,7 @@ class Pair:
     """Our optimizer and torch's, on equal parameters of float64."""
 
     def __init__(self, place: Place, **options: Any) -> None:
-        # Square ones can be turned where they are. One is longer than what a CPU calls small, or a kernel's chunk.
+        # Square ones can be turned where they are. One is longer than what is small for a CPU, or than a chunk.
         large = (66, 66) if place.interpreted else (140, 140)
         shapes: list[tuple[int, ...]] = [(6, 6), (3, 5), (), large, (6, 6)]
         values = [torch.randn(shape, dtype=torch.float64, device=place.device) for shape in shapes]
@@ -61,7 +61,9 @@ class Pair:
         for params in zip(self.params(0), self.params(1), strict=True):
             mine, other = (param.detach() for param in params)
             torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
-            buffers = [state.get(p, {}).get("momentum_buffer") for state, p in zip(states, params, strict=True)]
+            buffers = [
+                of[p].get("momentum_buffer") if p in of else None for of, p in zip(states, params, strict=True)
+            ]
             assert (buffers[0] is None) == (buffers[1] is None)
             if buffers[0] is not None:
                 torch.testing.assert_close(*buffers, rtol=1e-12, atol=1e-12)
@@ -71,7 +73,7 @@ class Pair:
         return bool(batches) and all(batch.tensors.unchanged for batch in batches)
 
 
-# ------------------------------------------------------------------------------------------------------- the changes
+# -------------------------------------------------------------------------------------------------------- the changes
 
 Change = Callable[[torch.optim.Optimizer, list[Tensor]], object]
 CHANGES: dict[str, Change] = {}
