@@ -11,7 +11,9 @@ each contender makes a few steps with ever new gradients, and its parameters are
 that is off by more than rounding explains is marked WRONG, and nobody is compared with it.
 
 The host's time a tensor is, on a CPU, that of a step on as many tensors of one element. On a GPU it is the time until
-step() returns; nothing is waited for.
+step() returns; nothing is waited for. With ``--launches``, where there is no GPU, it is that of the kernels' path, up to
+launches that start nothing, for as many tensors of one element: with the same gradients in every step, and with others,
+which lie elsewhere.
 """
 
 from __future__ import annotations
@@ -54,14 +56,14 @@ CONTENDERS: dict[str, Make] = {
     "torch foreach=False": partial(torch.optim.SGD, foreach=False, **OPTIONS),
 }
 
-# On a CPU, in float32: our time over theirs, and the host's microseconds a tensor.
+# In float32. On a CPU: our time over theirs.
 _BARS = {
     ("resnet50", "torch fused=True"): 1.05,
     ("large", "torch fused=True"): 1.05,
     ("small", "torch fused=True"): 0.5,
     ("resnet50", "torch foreach=True"): 0.35,
 }
-_HOST_BAR = 1.0
+_HOST_BAR = 1.0  # microseconds a tensor
 
 
 class Variant(NamedTuple):
@@ -225,7 +227,7 @@ class Run:
         if device.type != "cuda":
             calls = [ready(make, [(1,) * len(shape) for shape in shapes], self.kind) for make in makes]
         hosts = _host_times(calls, device, self.budget)
-        is_held = device.type == "cpu" and dtype == torch.float32 and self.scale == 1
+        is_held = dtype == torch.float32 and self.scale == 1
         lines = []
         for contender, ms, host, mine in zip(CONTENDERS, times, hosts, off, strict=True):
             line = Line(contender, ms, floats * size / ms / 1e6, copied, mine, host / len(shapes))
@@ -233,7 +235,7 @@ class Run:
                 line.ratio = times[0] / ms
             if is_held and contender == OURS:
                 line.bars["host"] = _HOST_BAR
-            if is_held and (name, contender) in _BARS:
+            if is_held and device.type == "cpu" and (name, contender) in _BARS:
                 line.bars["ratio"] = _BARS[name, contender]
             lines.append(line)
         self.say(
@@ -243,6 +245,33 @@ class Run:
         for line in lines:
             self.say(line)
         return lines
+
+    def launches(self, name: str) -> int:
+        """The host's time alone, with gradients that stay and with others; 1 if the bar is missed."""
+        shapes = [(1,) * len(shape) for shape in SETS[name](self.scale)]
+        params, *sets = ([self.kind.random(shape) for shape in shapes] for _ in range(3))
+        step = CONTENDERS[OURS](params).step
+
+        def give() -> None:
+            for param, grad in zip(params, sets[0], strict=True):
+                param.grad = grad
+            sets.reverse()
+
+        def moved() -> list[float]:
+            give()
+            return [by_the_clock(step)]
+
+        give()
+        for _ in range(3):
+            step()
+        stay = partial(_host_turn, step, self.budget.block, self.kind.device)
+        host, elsewhere = (1e3 * median / len(shapes) for median in medians([stay, moved], self.budget.seconds))
+        bar = _HOST_BAR if self.scale == 1 else None
+        self.say(
+            f"{name + ':':10} {len(shapes):5} tensors  host {host:7.3f} us a tensor {verdict(host, bar)}".rstrip()
+            + f"  {elsewhere:7.3f} where gradients have moved"
+        )
+        return int(bar is not None and host > bar)
 
     def variants(self, name: str) -> list[Line]:
         """Fastloss alone, in all its forms, on one set."""
@@ -284,11 +313,19 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = _parsed(arguments)
     kind = Kind(_DTYPES[parsed.dtype], torch.device(parsed.device))
     run = Run(kind, Budget(parsed.seconds, parsed.block), parsed.scale)
-    run.say(header(f"{torch.get_num_threads()} threads", parsed.device, parsed.dtype))
+    where = "launches that start nothing" if parsed.launches else parsed.device
+    run.say(header(f"{torch.get_num_threads()} threads", where, parsed.dtype))
     if parsed.scale != 1:
         run.say(f"sets of a {parsed.scale}th of their size: no bars")
     before = cpu_seconds()
     names = [parsed.set] if parsed.set else list(SETS)
+    if parsed.launches:
+        from .no_gpu import pretend
+
+        pretend()
+        missed = sum(run.launches(name) for name in names)
+        run.say(f"{missed} bars missed; others used {others_share(before):.0%} of the CPU time")
+        return 1 if missed else 0
     tables = [run.contest(name) for name in names]
     ours = [table[0] for table in tables]
     if parsed.variants:
@@ -316,6 +353,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="(default: %(default)s)")
     parser.add_argument("--variants", action="store_true", help="and fastloss alone, with clipping and in 16 bits")
+    parser.add_argument("--launches", action="store_true", help="the kernels' host side alone, without a GPU")
     parser.add_argument("--scale", type=int, default=1, help="make the sets so many times smaller; no bars then")
     parser.add_argument("--output", type=Path, help="write a record in Markdown to this file")
     parsed = parser.parse_args(arguments)
@@ -324,6 +362,10 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     for name in ("block", "scale"):
         if getattr(parsed, name) < 1:
             parser.error(f"argument --{name}: must be 1 or more, got {getattr(parsed, name)}")
+    if parsed.launches:
+        if parsed.variants or parsed.output is not None:
+            parser.error("argument --launches: goes with neither --variants nor --output")
+        parsed.device = "cpu"
     if parsed.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch finds no cuda here (choose cpu)")
     if parsed.output is not None and (parsed.output.is_dir() or not parsed.output.parent.is_dir()):

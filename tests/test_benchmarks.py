@@ -160,6 +160,7 @@ def test_sgd_counts_missed_bars(sgd: Any) -> None:
         (["--seconds", "nan"], ["--seconds", "nan"]),
         (["--seconds", "-1"], ["--seconds", "-1"]),
         (["--output", "nowhere/at/all.md"], ["--output", "nowhere"]),
+        (["--launches", "--variants"], ["--launches", "--variants"]),
     ],
 )
 def test_sgd_refuses(sgd: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:

@@ -36,3 +36,11 @@ def test_ready_launches_start_what_triton_would(tmp_path: Path) -> None:
 def test_the_host_side_is_timed(tmp_path: Path) -> None:
     lines = without_gpu(tmp_path, "benchmarks.host", "--launches", "--seconds", "0.05").splitlines()
     assert [line.split(" (")[0] for line in lines[1:-1]] == ["forward", "forward + backward", "accuracy"]
+
+
+def test_the_host_side_of_a_step_is_timed(tmp_path: Path) -> None:
+    options = ("--launches", "--scale", "100", "--seconds", "0.05")
+    _, _, *lines, last = without_gpu(tmp_path, "benchmarks.sgd", *options).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["resnet50", "large", "small"]
+    assert all("us a tensor" in line and line.endswith("where gradients have moved") for line in lines)
+    assert last.startswith("0 bars missed")
