@@ -189,8 +189,9 @@ def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
             cubin.write_bytes(compiled.asm["cubin"])
             usage = _tool("cuobjdump", "-res-usage", str(cubin))
             result.registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-            result.spills = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+            stack = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
             sass = _tool("cuobjdump", "-sass", str(cubin))
+            result.spills = stack if re.search(r"\b(STL|LDL)\b", sass) else 0  # a frame may lie unused
         result.residues = len(rounding_errors(compiled.asm["ptx"]))
         for kind, modifiers in re.findall(r"\b(LDGSTS|LDG|STG)((?:\.\w+)*)", sass):
             width = re.search(r"\.(64|128|U8|U16|S16|S8|256)\b", modifiers)

@@ -11,9 +11,9 @@ each contender makes a few steps with ever new gradients, and its parameters are
 that is off by more than rounding explains is marked WRONG, and nobody is compared with it.
 
 The host's time a tensor is, on a CPU, that of a step on as many tensors of one element. On a GPU it is the time until
-step() returns; nothing is waited for. With ``--launches``, where there is no GPU, it is that of the kernels' path, up to
-launches that start nothing, for as many tensors of one element: with the same gradients in every step, and with others,
-which lie elsewhere.
+step() returns; nothing is waited for. With ``--launches``, where there is no GPU, it is that of the kernels' path, up
+to launches that start nothing, for as many tensors of one element: with the same gradients in every step, and with
+others, which lie elsewhere.
 """
 
 from __future__ import annotations
