@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from places import Place
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fastloss import SGD
 from fastloss.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule
@@ -519,6 +520,53 @@ def test_hooks(place: Place) -> None:
     assert all(calls == ["before", "after"] * 3 for calls in seen.values())
 
 
+def test_hooks_of_all_optimizers_and_of_a_subclass(place: Place) -> None:
+    """As many calls as with torch's optimizers, where a class of the user's calls ours too."""
+
+    class Counting(SGD):
+        steps = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self.steps += 1
+            return super().step(closure)
+
+    for make in (SGD, Counting):
+        param = torch.zeros(3, device=place.device)
+        param.grad = torch.ones_like(param)
+        optimizer = make([param], lr=0.1)
+        calls: list[str] = []
+        handles = [
+            register_optimizer_step_pre_hook(lambda *_, c=calls: c.append("all before")),
+            register_optimizer_step_post_hook(lambda *_, c=calls: c.append("all after")),
+            optimizer.register_step_pre_hook(lambda *_, c=calls: c.append("before")),
+            optimizer.register_step_post_hook(lambda *_, c=calls: c.append("after")),
+        ]
+        try:
+            optimizer.step()
+        finally:
+            for handle in handles:
+                handle.remove()
+        expected = ["all before", "before", "after", "all after"]
+        if make is Counting:  # as of torch's optimizers, if one of the class itself was made before
+            assert calls == [*expected[:2], *expected, *expected[2:]]
+            assert optimizer.steps == 1
+        else:
+            assert calls == expected
+        optimizer.step()
+        assert len(calls) == (4 if make is SGD else 8)
+        torch.testing.assert_close(param, torch.full_like(param, -0.2))
+
+
+def test_a_profiler_sees_the_step(place: Place) -> None:
+    param = torch.zeros(3, device=place.device)
+    param.grad = torch.ones_like(param)
+    optimizer = SGD([param], lr=0.1)
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert "Optimizer.step#SGD.step" in {event.key for event in profile.key_averages()}
+
+
 def test_step_in_backward(place: Place) -> None:
     """An optimizer for each parameter, stepped as soon as its gradient is there."""
     ours, theirs = (nn.Linear(3, 2, dtype=torch.float64, device=place.device) for _ in range(2))
@@ -855,6 +903,30 @@ def test_state_dict_in_mid_run_disturbs_nothing(place: Place) -> None:
         for tensors, number in zip(twins.params, range(len(twins.params)), strict=True):
             if number in before:
                 assert before[number]["momentum_buffer"] is twins.ours.state[tensors[0]]["momentum_buffer"]
+
+
+@pytest.mark.parametrize("through", ["state_dict", "pickle", "deepcopy"])
+def test_state_of_somebody_else(place: Place, through: str) -> None:
+    """A program may keep what it likes in ``optimizer.state``: it is saved and loaded with the rest, as by torch."""
+    param = torch.zeros(3, device=place.device)
+    optimizer = SGD([param], lr=0.1, momentum=0.9)
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.state[param]["mine"] = [1, 2]
+        optimizer.state["steps"] = 1 + optimizer.state.get("steps", 0)
+        optimizer.step()
+    if through == "state_dict":
+        other = SGD([param], lr=0.5)
+        other.load_state_dict(optimizer.state_dict())
+    else:
+        other = pickle.loads(pickle.dumps(optimizer)) if through == "pickle" else copy.deepcopy(optimizer)
+    (twin,) = other.param_groups[0]["params"]
+    assert other.state["steps"] == 3
+    assert other.state[twin]["mine"] == [1, 2]
+    assert torch.equal(other.state[twin]["momentum_buffer"], optimizer.state[param]["momentum_buffer"])
+    twin.grad = torch.ones_like(twin)
+    other.step()
+    torch.testing.assert_close(twin, torch.full_like(twin, -0.1 * (1 + 1.9 + 2.71 + 3.439)))
 
 
 def test_named_parameters(place: Place) -> None:

@@ -509,7 +509,7 @@ class SGD(Optimizer):
     def _separate(self) -> None:
         """Give every buffer on the CPU memory of its own: what several share, pickle writes once for each."""
         for state in self.state.values():
-            for buffer in state.values():
+            for buffer in state.values() if isinstance(state, dict) else ():  # a program may keep other things there
                 on_cpu = type(buffer) is Tensor and buffer.device.type == "cpu"
                 if on_cpu and buffer.layout == torch.strided and buffer.untyped_storage().nbytes() > buffer.nbytes:
                     buffer.data = buffer.clone()
