@@ -367,3 +367,45 @@ def test_what_is_changed_is_noticed(place: Place, name: str, options: str, anew:
         pair.give()
         pair.step()
     assert pair.saw_no_change() or name in NEVER_ALIKE
+
+
+def test_tables_are_uploaded_when_something_has_moved(kernels: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing where all lies where it lay, whatever the numbers; one table for moved gradients; all for buffers."""
+    from fastloss.kernels import sgd
+
+    uploaded: list[Tensor] = []
+    upload = sgd._uploaded
+
+    def counting(host: Tensor, *others: Any) -> Tensor:
+        uploaded.append(host)
+        return upload(host, *others)
+
+    monkeypatch.setattr(sgd, "_uploaded", counting)
+    params = [torch.zeros(shape, device=kernels.device) for shape in ((3, 4), (5,))]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = fastloss.SGD(params, lr=0.1, momentum=0.9, max_norm=1.0)
+
+    def uploads() -> int:
+        uploaded.clear()
+        optimizer.step()
+        return len(uploaded)
+
+    assert uploads() == 2  # the table, and which program serves what
+    for _ in range(3):
+        optimizer.param_groups[0]["lr"] *= 0.5
+        for param in params:
+            assert param.grad is not None
+            param.grad.add_(1)
+        assert uploads() == 0
+    others = []
+    for _ in range(2):
+        for param in params:
+            others.append(param.grad)  # their memory is not free
+            param.grad = torch.ones_like(param)
+        assert uploads() == 1
+    assert uploads() == 0
+    for param in params:
+        optimizer.state[param]["momentum_buffer"].data = torch.zeros_like(param)
+    assert uploads() == 2
+    assert uploads() == 0
