@@ -102,8 +102,8 @@ def cross_entropy_forward(
     scale = torch.empty((), dtype=torch.float64, device=device) if mean else None
     # The backward pass is wanted later only where the gradient is not written now; then m and the sum are kept.
     row_max, row_sum = rowwise(not gradient, form.acc), rowwise(not gradient, form.acc)
-    ends = (None, None, None) if none else scratch(device, form.programs, form.counts)
     with on_device(logits):
+        ends = (None, None, None) if none else scratch(device, form.programs, form.counts)
         if form.weigh is not None:
             weighed = torch.empty(_WEIGH_PARTS, dtype=torch.float64, device=device)
             form.weigh(target, weight, weighed, *form.weigh_numbers)
@@ -237,8 +237,8 @@ def cross_entropy_backward(
     row_max, row_sum, *scale = saved
     result = logits if inplace else torch.empty_like(logits)
     key = (
-        *(logits.shape, logits.stride(), logits.device, options, result.stride(), upstream.stride(), bool(scale)),
-        *map(alike, (logits, target, weight, result, upstream)),
+        *(logits.shape, logits.stride(), logits.device, options, result.stride(), upstream.stride()),
+        *map(alike, (logits, target, weight, result, upstream, *saved)),
     )
     launch, numbers = _backward_forms.get(key, lambda: _backward_form(logits, weight, result, upstream, options))
     with on_device(logits):

@@ -122,7 +122,7 @@ _memories: list[dict[Any, Any]] = []
 
 
 class Memory(Generic[Ready]):
-    """What was worked out for calls that are alike: tiles, arguments, launches. The oldest goes when it is full."""
+    """What was worked out for calls that are alike: tiles, arguments, launches. When it is full it begins anew."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Ready] = {}
@@ -133,7 +133,7 @@ class Memory(Generic[Ready]):
         if found is None:
             found = make()
             if len(self._known) >= _MOST_REMEMBERED:
-                self._known.pop(next(iter(self._known)), None)
+                self._known.clear()
             self._known[key] = found
         return found
 

@@ -6,9 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from places import Place
+from torch import Tensor
 
+import fastloss
 from fastloss import backend
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +36,45 @@ def without_gpu(cache: Path, *command: str) -> str:
 def test_ready_launches_start_what_triton_would(tmp_path: Path) -> None:
     """Calls alike and not, in turns, and each with nothing remembered."""
     assert "launches of" in without_gpu(tmp_path, "tests.fake_gpu")
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_no_launch_is_shared_by_calls_that_differ(
+    kernels: Place, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: str
+) -> None:
+    """In dtypes, alignments or numbers: of the losses, and of the linear map's, whose chunks begin at any row."""
+    backend.load("triton")
+    kept: dict[int, tuple[object, object]] = {}
+    launch: Any = sys.modules["fastloss.kernels.launch"].Launch
+    call = launch.__call__
+
+    def kinds(arguments: tuple[Any, ...]) -> list[object]:
+        return [(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in arguments]
+
+    def checked(self: Any, *arguments: Any) -> None:
+        before = kept.setdefault(id(self), (self, kinds(arguments)))[1]
+        assert kinds(arguments) == before, self._kernel
+        call(self, *arguments)
+
+    monkeypatch.setattr(launch, "__call__", checked)
+    rows, classes = 6, 64
+    how: dict[str, Any] = {"reduction": reduction, "label_smoothing": 0.1}
+    for start in (0, 1):
+        memory = torch.randn(rows * classes + 1, device=kernels.device).to(dtype)
+        x = memory[start : start + rows * classes].view(rows, classes).requires_grad_()
+        labels = torch.randint(classes, (rows,), device=kernels.device)
+        soft = torch.rand(rows, classes, device=kernels.device).to(dtype).requires_grad_()
+        hidden, head = (torch.randn(n, 8, device=kernels.device).to(dtype).requires_grad_() for n in (rows, classes))
+        for target in (labels, soft[:, :1].expand(rows, classes)):
+            loss = fastloss.cross_entropy(x, target, **how)
+            loss.backward(torch.ones_like(loss))
+        for size in (None, 5):
+            more: dict[str, Any] = {**how, "chunk_size": size}
+            for accumulate_grad in (False, True):
+                loss = fastloss.linear_cross_entropy(hidden, head, labels, accumulate_grad=accumulate_grad, **more)
+                loss.backward(torch.ones_like(loss))
+        fastloss.accuracy(x.detach(), labels)
 
 
 def test_the_host_side_is_timed(tmp_path: Path) -> None:

@@ -327,6 +327,29 @@ def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
     optimizer.param_groups[0]["params"].reverse()
 
 
+@change("a parameter in the group before")
+def _(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    """All parameters are in the order that they had."""
+    groups = optimizer.param_groups
+    if len(groups) == 1:
+        groups[0]["params"] = params[:2]
+        optimizer.add_param_group({"params": params[2:], "lr": 0.01, "momentum": groups[0]["momentum"]})
+    else:
+        groups[0]["params"].append(groups[1]["params"].pop(0))
+
+
+@change("a parameter of other dimensions where it is")
+def _(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    for param in (params[1], params[3]):
+        flat = param.dim() == 2
+        sizes = (-1,) if flat else (3, 5) if param.numel() == 15 else (int(param.numel() ** 0.5),) * 2
+        turned = param.data.view(sizes) if flat else param.data.view(sizes).t()
+        param.data = turned
+        param.grad = torch.randn(turned.shape, dtype=param.dtype, generator=torch.manual_seed(7)).to(param.device)
+        if "momentum_buffer" in optimizer.state.get(param, {}):
+            optimizer.state[param]["momentum_buffer"] = torch.ones_like(turned)
+
+
 @change("a parameter less")
 def _(optimizer: torch.optim.Optimizer, _: Any) -> None:
     optimizer.param_groups[0]["params"].pop()

@@ -44,7 +44,7 @@ _HAVE_MEMORY = {Tensor, torch.nn.Parameter, type(None)}
 # What `.data =` can change without a change of address, as far as a backend does not look itself: the kernels' tables
 # hold all of it; the eager backend reads strides anew in every step, and needs to know of sizes and dtypes.
 _FORMS_OF = {
-    "eager": (operator.attrgetter("nbytes"),),
+    "eager": (operator.attrgetter("nbytes"), torch.Tensor.size, torch.Tensor.stride),
     "triton": (operator.attrgetter("dtype"), torch.Tensor.size, torch.Tensor.stride),
 }
 

@@ -326,7 +326,9 @@ class SGD(Optimizer):
     def _planned(self) -> tuple[Plan, list[Any]]:
         """A plan that holds now, and the gradients of all parameters."""
         groups, plan = self.param_groups, self._plan
-        settings: list[Any] = [(_has_momentum(group["momentum"]), *_STATE_OPTIONS(group)) for group in groups]
+        settings: list[Any] = [
+            (_has_momentum(group["momentum"]), len(group["params"]), *_STATE_OPTIONS(group)) for group in groups
+        ]
         settings.append(backends.wanted())
         if plan is not None:
             grads = gradients(plan.params)
