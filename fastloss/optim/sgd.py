@@ -179,7 +179,7 @@ class SGD(Optimizer):
         @functools.wraps(func)
         def step(self: SGD, *args: Any, **kwargs: Any) -> Any:
             if (
-                profiler._is_profiler_enabled
+                getattr(profiler, "_is_profiler_enabled", True)
                 or self._optimizer_step_pre_hooks
                 or self._optimizer_step_post_hooks
                 or of_torch._global_optimizer_pre_hooks
