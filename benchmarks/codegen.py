@@ -319,9 +319,11 @@ SHARDS = {
 
 
 def sweep() -> Iterator[tuple[int, int]]:
-    """One row, few and many, of each power of two of classes, and of some fewer, where rows begin anywhere."""
+    """One row, few and many, of each power of two of classes, and of some fewer: by one access 4 classes of their rows
+    can be had, or 2, or 1.
+    """
     for exponent in range(4, 20):
-        for classes in (1 << exponent, (1 << exponent) - 9):
+        for classes in ((1 << exponent) - fewer for fewer in (0, 12, 10, 9)):
             yield from ((rows, classes) for rows in (1, 64, (1 << 28) // classes))
 
 
@@ -555,9 +557,9 @@ def chosen(quick: bool, only: str = "") -> list[Launch]:
 def form_and_tile(launch: Launch) -> tuple[object, ...]:
     """The kernel, the dtype, what was asked of it, and what the selection chose for the shape."""
     _, dtype, form = launch.label.split(maxsplit=2)
-    names = ("COLS", "BLOCK", "BY_INNER", "LOOPED", "STAGES", "SPLIT", "num_warps", "maxnreg")
+    names = ("VEC", "COLS", "BLOCK", "BY_INNER", "LOOPED", "STAGES", "SPLIT", "num_warps", "maxnreg")
     tile = tuple(str(launch.options.get(name)) for name in names)
-    return launch.kernel.__name__, dtype, form, launch.options.get("VEC", 0) > 1, *tile
+    return launch.kernel.__name__, dtype, form, *tile
 
 
 def distinct(launches: Iterable[Launch], targets: Sequence[str]) -> list[tuple[Launch, str]]:
