@@ -319,7 +319,7 @@ SHARDS = {
 
 
 def sweep() -> Iterator[tuple[int, int]]:
-    """One row, few and many, of each power of two of classes, and of some fewer: an access can have 4 of them, 2 or 1."""
+    """One row, few and many, of powers of two of classes, and of some fewer: an access can have 4 of them, 2 or 1."""
     for exponent in range(4, 20):
         for classes in ((1 << exponent) - fewer for fewer in (0, 12, 10, 9)):
             yield from ((rows, classes) for rows in (1, 64, (1 << 28) // classes))
