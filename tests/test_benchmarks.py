@@ -179,6 +179,38 @@ def test_sgd_refuses_a_gpu_that_is_not_there() -> None:
     assert "--device" in done.stderr.splitlines()[-1]
 
 
+# -------------------------------------------------------------------------------------------- linear_cross_entropy
+
+
+def test_linear_prints_everybody_and_marks_the_inexact(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Never how fast: the exit code depends on that, and on memory, which has little to do with such a shape."""
+    linear = benchmark("linear", monkeypatch)
+    names = [*linear.contenders(), "off"]
+    found = {**linear.contenders(), "off": lambda x, w, target: 1.001 * linear.plain(x, w, target)}
+    monkeypatch.setattr(linear, "contenders", lambda: found)
+    record = tmp_path / "linear.md"
+    arguments = ["--device", "cpu", "--shape", "300", "8", "700", "--seconds", "0", "--output", str(record)]
+    code = linear.main(arguments)
+    head, shape, *lines, products, last = capsys.readouterr().out.splitlines()
+    assert head.startswith("fastloss ")
+    assert shape == "(300, 8) x 700 float32"
+    assert [line.split("  ")[0] for line in lines] == names
+    for line in lines:
+        assert re.search(r"\d+\.\d\d ms +\d+\.\d\d of the products +\d+\.\d MB  error \d\.\de-\d\d", line), line
+        assert ("INEXACT" in line) == line.startswith("off")
+    assert re.search(r"of the faster other \d\.\d{3} ≤ 1\.00 (ok|MISSED)", lines[0])
+    assert re.search(r"of the plain form's memory \d\.\d{3} ≤ 0\.25 (ok|MISSED)", lines[0])
+    assert products.startswith("three products")
+    missed = sum(line.count("MISSED") for line in lines)
+    assert last.startswith(f"{missed} bars missed")
+    assert code == int(missed > 0)
+    text = record.read_text(encoding="utf-8")
+    assert "`python -m benchmarks.linear --device cpu --shape 300 8 700 --seconds 0` at " in text
+    assert lines[0] in text
+
+
 # --------------------------------------------------------------------------------------------- records and documents
 
 
