@@ -135,7 +135,7 @@ def test_the_gpu_tests_are_asked_for_by_file(record: Any) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": ""},
     )
     assert done.returncode == 0, done.stdout
     assert re.search(r"^\d{3} skipped, \d+ deselected", done.stdout.splitlines()[-1]), done.stdout
