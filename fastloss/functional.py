@@ -479,7 +479,7 @@ def _operated(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and accuracies by the operators that a compiler sees."""
     soft = target.is_floating_point()
-    labels = target if soft else target.reshape(-1).contiguous()
+    labels = target if soft else _flat(target)
     weight = None if weight is None else weight.contiguous()
     loss, values = operators.loss_and_accuracy(input, labels, weight, options, loss_dtype(input, target, weight))
     if soft:
