@@ -392,9 +392,7 @@ def _advance_rounded(
     first: bool = False,
 ) -> None:
     """One flat tensor of 16 bits: stepped in float32 and rounded."""
-    wide = param.float()
-    if compensation is not None:
-        wide = compensated(wide, compensation, param.dtype)
+    wide = param.float() if compensation is None else compensated(param, compensation)
     _advance([wide], [grad], _listed(momentum), rule, clip, first=first)
     if rounding == "stochastic":
         param.copy_(round_stochastically(wide, param.dtype))

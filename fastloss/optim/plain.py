@@ -117,10 +117,9 @@ def _wide(param: Tensor, state: dict[str, Any], rounding: str) -> Tensor:
             state["master_param"] = param.detach().float()
         master: Tensor = state["master_param"]
         return master.copy_(true_master(master, param))
-    wide = param.to(compute_dtype(param.dtype))
-    return (
-        compensated(wide, state["kahan_comp"], param.dtype) if rounding == "kahan" and "kahan_comp" in state else wide
-    )
+    if rounding == "kahan" and "kahan_comp" in state:
+        return compensated(param, state["kahan_comp"])
+    return param.to(compute_dtype(param.dtype))
 
 
 def _store(param: Tensor, wide: Tensor, state: dict[str, Any], rounding: str) -> None:
