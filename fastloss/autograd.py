@@ -31,7 +31,7 @@ from torch.autograd import Function
 from . import composite
 from .contract import Backend, LossOptions, compute_dtype
 
-__all__ = ["as_rows", "fused_cross_entropy", "graph_is_kept", "is_differentiable"]
+__all__ = ["as_labels", "as_rows", "fused_cross_entropy", "graph_is_kept", "is_differentiable"]
 
 
 def fused_cross_entropy(
@@ -97,6 +97,11 @@ def as_rows(input: Tensor) -> Tensor:
         return input.unsqueeze(2)
     # Not flatten(2), which a batched upstream (is_grads_batched=True) has no rule for.
     return input.reshape(*input.shape[:2], math.prod(input.shape[2:]))
+
+
+def as_labels(target: Tensor) -> Tensor:
+    """One label a row, in the order of :func:`as_rows`, side by side."""
+    return target if target.dim() == 1 and target.is_contiguous() else target.reshape(-1).contiguous()
 
 
 class _CrossEntropy(Function):

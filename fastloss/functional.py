@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn import _reduction as legacy
 
 from . import backend, checks, collectives, composite, operators, parallel, placements
-from .autograd import as_rows, fused_cross_entropy
+from .autograd import as_labels, as_rows, fused_cross_entropy
 from .contract import LossOptions
 
 __all__ = ["LossAndAccuracy", "accuracy", "cross_entropy", "cross_entropy_with_accuracy"]
@@ -321,7 +321,7 @@ def loss_and_accuracy(
         return composed(input, target, weight, options)
     loss, values = fused_cross_entropy(
         input,
-        target if soft else _flat(target),
+        target if soft else as_labels(target),
         None if weight is None else weight.contiguous(),
         options,
         backend.load(backend.choose(input)),
@@ -479,7 +479,7 @@ def _operated(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and accuracies by the operators that a compiler sees."""
     soft = target.is_floating_point()
-    labels = target if soft else _flat(target)
+    labels = target if soft else as_labels(target)
     weight = None if weight is None else weight.contiguous()
     loss, values = operators.loss_and_accuracy(input, labels, weight, options, loss_dtype(input, target, weight))
     if soft:
@@ -523,13 +523,9 @@ def _accuracy(input: Tensor, target: Tensor, options: LossOptions, *, checked: b
     if input.numel() == 0 or (input.numel() <= SMALL_ON_CPU // 16 and is_small(input, target)):
         return composite.accuracy(input, target, options)
     served = backend.load(backend.choose(input))
-    labels = _flat(target)
+    labels = as_labels(target)
     values = served.accuracy(as_rows(input), labels, options.topk, options.ignore_index, options.reduction)
     return tuple(v.view(target.shape) for v in values) if options.reduction == "none" else values
-
-
-def _flat(target: Tensor) -> Tensor:
-    return target if target.dim() == 1 and target.is_contiguous() else target.reshape(-1).contiguous()
 
 
 def is_dense(input: Tensor, target: object) -> bool:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend, checks, collectives, functional, linear_operators, parallel_linear, placements
+from .autograd import as_labels
 from .contract import LossOptions
 from .functional import LossAndAccuracy
 from .linear_autograd import fused_linear_cross_entropy
@@ -314,7 +315,7 @@ def _over_ranks(
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     of_classes = None if of_classes is None else of_classes.contiguous()
-    t = t.reshape(-1, t.shape[-1]) if soft else t.reshape(-1).contiguous()
+    t = t.reshape(-1, t.shape[-1]) if soft else as_labels(t)
     dtype = _dtype_of_logits(x)
     call = Call(options, dtype, functional.loss_dtype(x, t, of_classes, dtype), **sizes)
     trained = (tensor is not None and tensor.requires_grad for tensor in (x, w, b, t))

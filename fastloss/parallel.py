@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import composite
-from .autograd import as_rows, fused_cross_entropy, is_differentiable
+from .autograd import as_labels, as_rows, fused_cross_entropy, is_differentiable
 from .collectives import Layout, gather, replicated, sum_over, summed
 from .contract import Backend, LabelElsewhere, LossOptions, RowStatistics, compute_dtype
 from .rows import LabelLosses, SoftLosses, total_weight
@@ -56,7 +56,7 @@ def loss_and_accuracy(
         backend: whose functions visit the logits.
         dtype: of the loss.
     """
-    labels = None if target.is_floating_point() else target.reshape(-1).contiguous()
+    labels = None if target.is_floating_point() else as_labels(target)
     share = Share(input, labels, weight, options, layout)
     if layout.class_group is None:
         loss, right = _of_whole_rows(input, target, labels, weight, share, backend)
@@ -70,7 +70,7 @@ def accuracy(
     input: Tensor, target: Tensor, dense: bool, options: LossOptions, layout: Layout, backend: Backend
 ) -> tuple[Tensor, ...]:
     """The accuracies for each k of the options; ``dense``: a value for each class, whose argmax is the label."""
-    labels = None if dense else target.reshape(-1).contiguous()
+    labels = None if dense else as_labels(target)
     share = Share(input, labels, None, options, layout)
     if layout.class_group is None:
         if labels is None:

@@ -27,7 +27,7 @@ from torch.nn import _reduction as legacy
 
 from . import backend as backends
 from . import checks, composite, functional
-from .autograd import as_rows, is_differentiable
+from .autograd import as_labels, as_rows, is_differentiable
 from .contract import Backend, LossOptions, RowStatistics, compute_dtype
 from .rows import LabelLosses
 
@@ -148,7 +148,7 @@ def cross_entropy_with_statistics(
         return _composed(input, target, weight, options, wanted)
 
     every_row = lse or entropy or predicted
-    labels = target.reshape(-1).contiguous()
+    labels = as_labels(target)
     rows = _row_statistics(input, labels, weight, options, entropy, predicted or correct, every_row)
     losses = LabelLosses(rows, labels, weight, options, input.shape[min(1, input.dim() - 1)])
     loss_dtype = functional.loss_dtype(input, target, weight)

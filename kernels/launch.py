@@ -199,7 +199,9 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False,
             cols, warps = (8192, 16) if vec > 1 else (2048, 8)
         else:
             warps = max(4, cols // 512)
-        tile_rows, group = max(1, min(4096 // cols, 64, power_of_2(rows))), 16 // itemsize
+        # Where a row fits no 128-bit accesses, an element has an address of its own: a thread has 8, not 32.
+        tile = 4096 if vec == 16 // itemsize else 1024
+        tile_rows, group = max(1, min(tile // cols, 64, power_of_2(rows))), 16 // itemsize
         number = triton.cdiv(rows, tile_rows)
     resident = max(1, 32 // warps)
     if looped and written:
@@ -207,7 +209,7 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False,
             resident, max(1, _l2_bytes(logits.device) // (2 * classes * itemsize * _processors(logits.device)))
         )
     grid = max(1, min(number, _processors(logits.device) * resident))
-    registers = ALL_REGISTERS if looped and vec == 1 and not by_inner else 0
+    registers = ALL_REGISTERS if vec < 16 // itemsize and not by_inner else 0
     return Tiles(tile_rows, cols, warps, looped, by_inner, group, vec, number, grid, registers)
 
 
@@ -237,6 +239,8 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ra
             tile_rows, cols, warps, looped, False, widest, vec, number, grid, registers=registers, stages=stages
         )
 
+    if cols <= LONGEST_TILE and vec < widest:
+        return None
     if cols <= LONGEST_TILE:
         if triton.cdiv(rows * cols, 4096) < 4 * 8 * processors:
             tile_rows = max(1, min(2048 // cols, 64, power_of_2(rows)))

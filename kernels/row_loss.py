@@ -113,9 +113,11 @@ def row_results(
     log_s, m, r, z_label = tl.log(s).to(tl.float64), m.to(tl.float64), r.to(tl.float64), z_label.to(tl.float64)
     weight, wz, w_total = weight.to(tl.float64), wz.to(tl.float64), w_total.to(tl.float64)
     lse = log_s + m
-    hit = weight * (1.0 - eps)
-    loss = hit * (log_s + (m - z_label)) + weight * z_scale * lse * lse
-    level = hit + 2.0 * z_scale * weight * lse
+    # 1 − ε and 2 λ would be kept in registers from row to row: ε and λ are not.
+    hit = weight - weight * eps
+    tail = weight * z_scale * lse
+    loss = hit * (log_s + (m - z_label)) + tail * lse
+    level = hit + 2.0 * tail
     spread = eps / classes + weight * 0.0
     if SMOOTHING:
         loss += spread * (w_total * (log_s + (m - r)) - wz)

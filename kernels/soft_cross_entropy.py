@@ -158,7 +158,7 @@ def _plan(
     classes = input.shape[1]
     vec = vector_width(input, target, *written, classes=classes)
     many = len(written) == 2 or (written and options.softcap is not None)
-    of_all = many or (tiles.looped and vec == 1 and not tiles.by_inner)
+    of_all = many or tiles.by_inner or (tiles.looped and (written or vec == 1))
     tiles = tiles._replace(vec=vec, registers=ALL_REGISTERS if of_all else 0)
     if written and not tiles.looped and _compute_dtype(input, target) == torch.float32:
         if tiles.warps > 8:
@@ -285,9 +285,10 @@ def _row_results(
     tail = log_s
     if Z_LOSS:
         lse = log_s + m.to(tl.float64)
-        tail = z_scale * lse * lse
+        half = z_scale * lse
+        tail = half * lse
         loss += tail * wt_sum.to(tl.float64)
-        level += 2.0 * z_scale * lse * wt_sum.to(tl.float64)
+        level += 2.0 * half * wt_sum.to(tl.float64)
     return tl.where(in_range, loss, 0.0), log_s, level, tail
 
 
@@ -475,7 +476,7 @@ def _visit(
     d = z - m_safe[:, :, None]
     wud = wu_split * d
     if MASKED:
-        there = tl.reshape(tl.broadcast_to((cols < classes)[None, :], [ROWS, COLS]), SPLIT)
+        there = tl.reshape(tl.broadcast_to(mask, [ROWS, COLS]), SPLIT)
         wud = tl.where(there, wud, 0.0)
     s_group = s_group * tl.exp2((m_group - m_safe) * LOG2_E) + tl.sum(tl.exp2(d * LOG2_E), axis=2)
     wud_group += wu_group * (m_from - m_safe) + tl.sum(wud, axis=2)

@@ -64,7 +64,8 @@ def row_statistics_forward(
     tiles = plan(logits)
     extra = entropy or ranked is not None
     everything = extra and options.label_smoothing != 0 and options.softcap is not None
-    tiles = tiles._replace(registers=ALL_REGISTERS if everything else tiles.registers)
+    many = everything or (ranked is not None and tiles.looped and tiles.by_inner)
+    tiles = tiles._replace(registers=ALL_REGISTERS if many else tiles.registers)
 
     def rowwise(wanted: bool, dtype: torch.dtype = torch.float64) -> Tensor | None:
         return torch.empty(rows, dtype=dtype, device=logits.device) if wanted else None
