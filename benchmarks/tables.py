@@ -34,6 +34,11 @@ _STEP = re.compile(
     r"(?P<name>\S.*?) {2,}(?P<ms>\S+ ms) +(?P<speed>\S+ GB/s) +(?P<share>\S+%) of a copy"
     r"(?: +host +(?P<host>\S+) us a tensor)?(?P<rest>.*)"
 )
+_LINEAR_SHAPE = re.compile(r"(?P<shape>\(\d+, \d+\) x \d+ \w+)")
+_LINEAR = re.compile(
+    r"(?P<name>\S.*?) {2,}(?P<ms>\S+ ms)(?: +(?P<products>\S+) of the products +(?P<memory>\S+ MB) +error \S+)?"
+    r"(?: +of the faster other (?P<ratio>\S+) .* of the plain form's memory (?P<saved>\S+) )?"
+)
 _RATIO = re.compile(r"ratio +(\S+)")
 _BYTES = re.compile(r"at (\d+) bytes each")
 
@@ -87,8 +92,24 @@ def variants(record: Sequence[str]) -> str:
     return _table(["tensors", "form", "bytes a parameter", "a step", "bytes", "of a copy's"], rows)
 
 
+def linear(record: Sequence[str]) -> str:
+    """Forward and backward of linear_cross_entropy beside torch's two ways to it."""
+    rows: list[list[str]] = []
+    for line in record:
+        if heading := _LINEAR_SHAPE.match(line):
+            rows.append([heading["shape"]])
+        elif rows and (found := _LINEAR.match(line)):
+            rows[-1].append(found["ms"])
+            rows[-1] += [found["memory"]] if found["memory"] else []
+            rows[-1] += [found["ratio"], found["saved"]] if found["ratio"] else []
+    head = ["(N, D) x V", "fastloss", "memory", "of the faster other", "of the plain form's memory"]
+    head += ["`F.cross_entropy(F.linear)`", "memory", "`F.linear_cross_entropy`", "memory", "three bare products"]
+    return _table(head, rows)
+
+
 TABLES: dict[tuple[str, str | None], Callable[[Sequence[str]], str]] = {
     ("benchmarks/results/cpu.md", None): cross_entropy,
+    ("benchmarks/results/linear-cpu.md", None): linear,
     ("benchmarks/results/sgd-cpu.md", None): sgd,
     ("benchmarks/results/sgd-cpu.md", "variants"): variants,
 }
@@ -191,6 +212,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             print(f"{name}: {'its tables are not those of the records' if check else 'written'}")
             if not check:
                 path.write_text(new, encoding="utf-8")
+    if not differing:
+        print(f"{' and '.join(DOCUMENTS)} show the records")
     return 1 if check and differing else 0
 
 

@@ -31,7 +31,7 @@ def cross_entropy(
         logits = options.softcap * torch.tanh(logits / options.softcap)
     if weight is not None and not soft and not torch.is_autocast_enabled(input.device.type):
         weight = weight.to(logits.dtype)
-    if not soft and target.dtype not in (torch.int64, torch.uint8):
+    if not soft and target.dtype != torch.int64:
         target = target.long()
     loss = F.cross_entropy(
         logits,

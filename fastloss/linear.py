@@ -158,8 +158,8 @@ def _checked_sizes(
 ) -> dict[str, Any]:
     """The arguments that say how, as fields of a :class:`Call`."""
     checks.check_switches(shift=shift, accumulate_grad=accumulate_grad)
-    if skip_ignored is not None:
-        checks.check_switches(skip_ignored=skip_ignored)
+    if skip_ignored is not None and not isinstance(skip_ignored, bool):
+        raise TypeError(f"fastloss: skip_ignored is {skip_ignored!r}; expected True, False or None")
     sizes: dict[str, Any] = {"skip_ignored": skip_ignored, "accumulate_grad": accumulate_grad}
     for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
         if value is None:
@@ -369,7 +369,7 @@ def _of_many_dimensions(
 def _check_unchunked(linear_weight: Tensor, sizes: dict[str, Any]) -> None:
     """Whoever sets a limit must not find it passed over."""
     for name, value in sizes.items():
-        if value:
+        if value is not None and value is not False:
             raise ValueError(
                 f"fastloss: {name} is {value} beside a linear_weight of shape {tuple(linear_weight.shape)}; the "
                 "K-dimensional loss holds all of its logits: leave it out, or pass a linear_weight of shape (C, D)"
@@ -396,6 +396,10 @@ def _check_shapes(
     assert isinstance(input, Tensor)
     assert isinstance(linear_weight, Tensor)
     assert isinstance(target, Tensor)
+
+    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        if tensor.layout != torch.strided:
+            raise RuntimeError(f"fastloss: {name} has layout {tensor.layout}; expected {torch.strided}")
 
     def shapes() -> str:
         names = ("input", "linear_weight", "target", "linear_bias", "weight")

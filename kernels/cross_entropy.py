@@ -153,10 +153,10 @@ def _form(
     outer, classes, inner = logits.shape
     rows, k = outer * inner, len(options.topk)
     tiles = plan(logits, result, plain=weight is None and options.softcap is None, ranked=k > 0)
-    of_few = k and result is None and (tiles.cols <= 16 or tiles.by_inner)
+    ranked = k and (tiles.by_inner or (result is None and tiles.cols <= 16))
     capped = options.softcap is not None and result is not None
     if not tiles.registers and (
-        (tiles.looped and (tiles.by_inner or capped)) or of_few or (weighed is not None and not tiles.looped)
+        (tiles.looped and (tiles.by_inner or capped)) or ranked or (weighed is not None and not tiles.looped)
     ):
         tiles = tiles._replace(registers=ALL_REGISTERS)  # compiled for sm_80 or sm_100 they would spill 8 bytes
     if options.softcap is not None and options.label_smoothing != 0:

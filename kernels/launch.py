@@ -251,7 +251,10 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ra
         if of_thread == 32:
             return tiles(tile_rows, cols, warps, max(1, 16 // warps), 1, 0)
         if tile_rows > 1:
-            return tiles(tile_rows, cols, warps, 6, 1, 168)
+            if cols <= 512:  # of such short rows a thread has parts of many, each with numbers of its own
+                return tiles(tile_rows, cols, warps, 6 if warps == 1 else 4, 1, ALL_REGISTERS)
+            resident, registers = (5, 200) if ranked and gradient is not None else (6, 168)
+            return tiles(tile_rows, cols, warps, resident, 1, registers)
         return tiles(tile_rows, cols, warps, 4, 1, 128)
     if vec == widest and gradient is not None and cols * itemsize <= 65536:
         warps = max(1, cols * itemsize // 4096)

@@ -1099,6 +1099,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "kahan_sum and stochastic_rounding exclude each other",
     ),
+    "rounding and derivatives": (
+        {"differentiable": True, "kahan_sum": True},
+        ValueError,
+        "kahan_sum has no derivative, differentiable=True needs one",
+    ),
     "all three": (
         {"master_weights": True, "kahan_sum": True, "stochastic_rounding": True},
         ValueError,

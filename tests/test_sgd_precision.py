@@ -18,7 +18,12 @@ from places import Place
 from torch import Tensor
 
 import fastloss
-from fastloss.eager.rounding import round_stochastically, round_to_nearest
+from fastloss.eager.rounding import (
+    compensated,
+    round_stochastically,
+    round_to_nearest,
+    true_master,
+)
 
 KEEPING = {
     "master": {"master_weights": True},
@@ -407,6 +412,53 @@ def test_rounding_to_nearest_is_the_conversion(dtype: torch.dtype) -> None:
     for numbers in (wide, (grid + neighbour) / 2, special, -special):
         assert torch.equal(round_to_nearest(numbers, dtype), numbers.to(dtype).float())
     assert round_to_nearest(torch.tensor([float("nan")]), dtype).isnan().all()
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {  # of 64 numbers
+    "whole": lambda x: x,
+    "from the third": lambda x: x[2:62],
+    "61": lambda x: x[:61],
+    "transposed": lambda x: x.view(8, 8).T,
+    "every second": lambda x: x[::2],
+    "one": lambda x: x[7],
+    "none": lambda x: x[::2][:0],
+}
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["nobody wrote", "somebody wrote"])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_belongs_to_a_parameter_is_found_in_any_view(dtype: torch.dtype, view: str, written: bool) -> None:
+    """By comparing bits as by comparing numbers, of which a compiled program knows how."""
+    wide = torch.randn(64)
+    wide[3] = torch.nan
+    memory = wide.to(dtype)
+    lost = (wide - memory.float()).to(dtype)
+    if written:
+        memory[5::3] += 1
+    param, master, compensation = (VIEWS[view](x) for x in (memory, wide, lost))
+    others = param.float() != master.to(dtype).float()
+    expected = torch.where(others, param.float(), master)
+    torch.testing.assert_close(true_master(master.clone(), param), expected, rtol=0, atol=0, equal_nan=True)
+
+    eased = compensation.float() * (1 - 2.0**-6)
+    belongs = (param.float() + eased).to(dtype) == param
+    expected = param.float() + torch.where(belongs, compensation.float(), 0.0)
+    torch.testing.assert_close(compensated(param, compensation), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 7), (4096,)], ids=str)
+def test_random_bits_are_one_lot_for_each_element(shape: tuple[int, ...]) -> None:
+    """Up or down, each by itself: of numbers half way between two, about half go up."""
+    wide = torch.full(shape, 1 + 2.0**-8)
+    ups = sum(round_stochastically(wide, torch.bfloat16).double().sub(1).mul(2.0**7) for _ in range(64))
+    assert ups.shape == torch.Size(shape)
+    assert torch.all((ups > 8) & (ups < 56))
+    if shape == (4096,):
+        drawn = round_stochastically(wide, torch.bfloat16) > 1
+        for shift in range(1, 5):  # neighbours share a random number, and not its bits
+            alike = (drawn[shift:] == drawn[:-shift]).double().mean().item()
+            assert 0.45 < alike < 0.55
 
 
 # ------------------------------------------------------------------------------------------------- whatever may come

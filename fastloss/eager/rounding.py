@@ -67,7 +67,9 @@ def compensated(param: Tensor, compensation: Tensor) -> Tensor:
 
 def _random_bits(count: int, like: Tensor) -> Tensor:
     """Up to 16 random bits for each element, as int32."""
-    # One random number for four of them: a CPU makes one after the other.
+    if not like.is_cpu:
+        return torch.randint(0, 1 << count, like.shape, dtype=torch.int32, device=like.device)
+    # One random number for four elements: a CPU makes one after the other.
     four = torch.randint(-(1 << 63), (1 << 63) - 1, (-(-like.numel() // 4),), dtype=torch.int64, device=like.device)
     bits = four.view(torch.int16)[: like.numel()].view(like.shape)
     return bits.to(torch.int32) & ((1 << count) - 1)
@@ -95,6 +97,8 @@ def _alike(wide: Tensor, param: Tensor) -> bool:
     """Is it known that the numbers round to the parameter? A CPU finds out in a tenth of the time that masks take."""
     if not _may_look(param):
         return False
+    if not param.numel():
+        return True
     rounded = wide.to(param.dtype)
     if param.numel() % 4 == param.storage_offset() % 4 == 0 and param.is_contiguous() and rounded.is_contiguous():
         # The bits of four numbers are compared as fast as those of one.
@@ -104,4 +108,9 @@ def _alike(wide: Tensor, param: Tensor) -> bool:
 
 def _may_look(tensor: Tensor) -> bool:
     """May the program depend on the numbers? A GPU would have to be waited for, a compiled program would break."""
-    return tensor.is_cpu and not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
+    return (
+        tensor.is_cpu
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )

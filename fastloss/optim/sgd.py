@@ -56,7 +56,8 @@ class SGD(Optimizer):
         maximize: climb instead of descend.
         foreach, fused: taken for the sake of programs written for ``torch.optim.SGD``. There is one implementation,
             and it has no need to choose.
-        differentiable: let autograd go through the step, by torch's operators.
+        differentiable: let autograd go through the step, by torch's operators; with none of the three ways to round
+            below, which have no derivatives.
         decoupled_weight_decay: θ ← θ (1 − γ λ) before the step, instead of λ θ in the gradient (Loshchilov and
             Hutter, "Decoupled Weight Decay Regularization", 2019).
         max_norm: clip the gradients of all groups together to this Euclidean norm, as
@@ -653,3 +654,5 @@ def _check(group: dict[str, Any]) -> None:
     chosen = [name for name in ("master_weights", "kahan_sum", "stochastic_rounding") if group[name]]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} exclude each other; choose one")
+    if chosen and group["differentiable"]:
+        raise ValueError(f"{chosen[0]} has no derivative, differentiable=True needs one; choose one of them")
