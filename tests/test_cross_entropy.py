@@ -97,6 +97,9 @@ def test_label_dtypes_and_any_ignore_index(place: Place, dtype: torch.dtype, ign
     on = place.device
     ours = cross_entropy(input.to(on), target.to(dtype).to(on), ignore_index=ignore_index)
     torch.testing.assert_close(ours.cpu(), F.cross_entropy(input, target, ignore_index=ignore_index))
+    input, target = input.T[None], target[None]
+    ours = cross_entropy(input.to(on), target.to(dtype).to(on), ignore_index=ignore_index)
+    torch.testing.assert_close(ours.cpu(), F.cross_entropy(input, target, ignore_index=ignore_index))
 
 
 @pytest.mark.parametrize("classes", [1, 2, 15, 16, 17, 63, 64, 65, 257])

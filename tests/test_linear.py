@@ -773,6 +773,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"chunk_size is 2 beside a linear_weight of shape \(7, 2, 3\); the K-dimensional loss holds all",
     ),
+    "no budget of the K-dimensional loss": (
+        {**K_DIMENSIONAL, "memory_budget": 0},
+        ValueError,
+        "memory_budget is 0 beside",
+    ),
     "a budget of the K-dimensional loss": (
         {**K_DIMENSIONAL, "memory_budget": 10**9},
         ValueError,
@@ -811,6 +816,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"linear_weight": ones(7, 3).double()},
         RuntimeError,
         "linear_weight has dtype torch.float64; expected torch.float32",
+    ),
+    "skip_ignored 2": ({"skip_ignored": 2}, TypeError, "skip_ignored is 2; expected True, False or None"),
+    "a sparse input": (
+        {"input": ones(4, 3).to_sparse()},
+        RuntimeError,
+        "input has layout torch.sparse_coo; expected",
     ),
     "dtype of the bias": ({"linear_bias": ones(7).half()}, RuntimeError, "linear_bias has dtype torch.float16"),
     "dtype of the labels": ({"target": ones(4)}, RuntimeError, "target is torch.float32; expected class indices"),
