@@ -208,8 +208,11 @@ def is_autocast(input: Tensor) -> bool:
 
 def checked_topk(topk: int | Sequence[int]) -> tuple[int, ...]:
     """The ks of ``topk``, an int or a sequence of ints, each at least 1."""
+    given = tuple(topk) if isinstance(topk, Sequence) else (topk,)
     try:
-        ks = (operator.index(topk),) if not isinstance(topk, Sequence) else tuple(map(operator.index, topk))
+        if any(isinstance(k, bool) for k in given):  # meant for another argument
+            raise TypeError
+        ks = tuple(map(operator.index, given))
     except TypeError:
         raise TypeError(f"fastloss: topk is {topk!r}; expected an int or a tuple of ints") from None
     for k in ks:

@@ -408,7 +408,7 @@ ACCURACY: dict[str, Case] = {
     },
     **{
         f"topk is {ks!r}": ({"topk": ks}, OWN, TypeError, ("topk", repr(ks), "an int or a tuple of ints"))
-        for ks in (1.5, "5", None, (1, 2.0))
+        for ks in (1.5, "5", None, True, (1, 2.0), (1, True))
     },
 }
 del ACCURACY["target holds indices in input's shape"]  # one-hot rows: right here
