@@ -172,6 +172,8 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False,
     - A row of up to :data:`LONGEST_TILE` classes is held in its program's registers and read once.
     - A longer row is visited block by block, twice where a gradient is written; few enough rows are in flight that
       the second visit finds them in a cache.
+    - Where the length of the rows allows no 128-bit accesses, more of a thread's registers are addresses. It has 8
+      logits or, in a row that is held whole, up to 16, and all registers that there are.
     - Where neighbouring rows are neighbours in memory, ``(N, C, d1, …)``, a tile is wide in rows.
 
     ``plain``: the kernel keeps so little beside the logits (no class weights, no softcap) that a thread can have 64
@@ -187,7 +189,8 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False,
         better = _plan_plain(logits, gradient, vec, cols, ranked)
         if better is not None:
             return better
-    looped = cols > (64 if by_inner else LONGEST_TILE)
+    narrow = not by_inner and vec < 16 // itemsize  # an access for each element, or for two or four
+    looped = cols > (64 if by_inner else LONGEST_TILE // 2 if narrow else LONGEST_TILE)
     if by_inner:
         cols = 32 if looped else cols
         tile_rows = min(64 if looped else min(4096 // cols, 128), max(power_of_2(inner), 16))
@@ -195,13 +198,10 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False,
         number = outer * triton.cdiv(inner, tile_rows)
     else:
         if looped:
-            # Where each element has an address of its own, half of the threads, so that each has twice the registers.
-            cols, warps = (8192, 16) if vec > 1 else (2048, 8)
+            cols, warps = (2048, 8) if narrow else (8192, 16)
         else:
             warps = max(4, cols // 512)
-        # Where a row fits no 128-bit accesses, an element has an address of its own: a thread has 8, not 32.
-        tile = 4096 if vec == 16 // itemsize else 1024
-        tile_rows, group = max(1, min(tile // cols, 64, power_of_2(rows))), 16 // itemsize
+        tile_rows, group = max(1, min((1024 if narrow else 4096) // cols, 64, power_of_2(rows))), 16 // itemsize
         number = triton.cdiv(rows, tile_rows)
     resident = max(1, 32 // warps)
     if looped and written:
@@ -209,7 +209,7 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False,
             resident, max(1, _l2_bytes(logits.device) // (2 * classes * itemsize * _processors(logits.device)))
         )
     grid = max(1, min(number, _processors(logits.device) * resident))
-    registers = ALL_REGISTERS if vec < 16 // itemsize and not by_inner else 0
+    registers = ALL_REGISTERS if narrow else 0
     return Tiles(tile_rows, cols, warps, looped, by_inner, group, vec, number, grid, registers)
 
 
@@ -258,7 +258,8 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ra
         return tiles(tile_rows, cols, warps, 4, 1, 128)
     if vec == widest and gradient is not None and cols * itemsize <= 65536:
         warps = max(1, cols * itemsize // 4096)
-        return tiles(1, cols, warps, 16 // warps, 1 if ranked and warps >= 16 else 3, 128)
+        stages = 3 if not ranked or warps < 8 else 2 if warps == 8 else 1
+        return tiles(1, cols, warps, 16 // warps, stages, 128)
     if vec == widest and gradient is None:
         return tiles(1, 4096, 4, 4, 3, 0, looped=True)
     if vec == widest and ranked:
