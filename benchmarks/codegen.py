@@ -81,7 +81,8 @@ class Compiled:
     residues: int = 0  # products taken from themselves: see rounding_errors()
     by_block: bool = True  # do the loops go from block to block of a row or tensor, or from tile to tile?
     missing: int = 0  # bytes of a round's elements that no 128-bit access loads, if each should be
-    by_line: bool = False  # class weights are read, one number for each line of a tile that is wide in rows
+    # Logits begin anywhere; or class weights are read, one number for each line of a tile that is wide in rows.
+    may_be_narrow: bool = False
     error: str | None = None
 
     @property
@@ -112,7 +113,7 @@ class Compiled:
             return [self.error]
         found = [f"spills {self.spills} bytes"] if self.spills else []
         # From tile to tile there are numbers of rows.
-        narrow = sum(loop.narrow for loop in self.loops) if self.by_block and not self.by_line else 0
+        narrow = sum(loop.narrow for loop in self.loops) if self.by_block and not self.may_be_narrow else 0
         found += [f"{narrow} narrow accesses in hot loops"] if narrow else []
         found += [f"{self.residues} products taken from themselves"] if self.residues else []
         found += [f"{self.missing} bytes a thread without 128-bit accesses"] if self.missing else []
@@ -200,7 +201,8 @@ def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
         result.by_block, result.elements = _goes_block_by_block(launch), _elements(launch)
         result.loops = hot_loops(sass) if result.by_block else tile_loops(sass)
         shard = "soft_statistics" in launch.kernel.__name__
-        result.by_line = bool((launch.options.get("BY_INNER") or shard) and launch.options.get("HAS_WEIGHT"))
+        by_line = bool((launch.options.get("BY_INNER") or shard) and launch.options.get("HAS_WEIGHT"))
+        result.may_be_narrow = by_line or "@" in launch.label.split()[0]
         if _is_aligned(launch):
             result.missing = max(0, result.elements * _itemsize(launch) - 16 * wide_loads(sass))
     else:
@@ -217,7 +219,7 @@ def rounding_errors(ptx: str) -> list[str]:
     """The registers that hold a·b less what a·b was rounded to: fma(a, b, −(a·b)).
 
     ``x - x == 0``, which asks whether x is finite, becomes that where x is a product, and is false of most numbers.
-    The interpreter, which fuses nothing, shows no such thing.
+    The interpreter, which fuses nothing, shows no such thing. Operations on two numbers at once count as two.
     """
     products: dict[str, list[str]] = {}
     negated: dict[str, str] = {}
@@ -227,8 +229,7 @@ def rounding_errors(ptx: str) -> list[str]:
         """Without their signs, in order; and how many of those there were."""
         return sorted(negated.get(name, name) for name in names), sum(name in negated for name in names)
 
-    for operation, result, rest in re.findall(r"\b(mul|neg|fma)(?:\.\w+)*\.f(?:32|64)\s+(%\w+), ([^;]+);", ptx):
-        operands = [operand.strip() for operand in rest.split(",")]
+    for operation, result, *operands in _arithmetic(ptx):
         if operation == "mul":
             products[result] = operands
         elif operation == "neg":
@@ -240,6 +241,30 @@ def rounding_errors(ptx: str) -> list[str]:
             if mine == theirs and (signs + other_signs + (operands[2] in negated)) % 2:
                 found.append(result)
     return found
+
+
+def _arithmetic(ptx: str) -> Iterator[tuple[str, ...]]:
+    """Each product, negation and fused product and sum: its name, its result, its operands."""
+    halves: dict[str, tuple[str, str]] = {}  # of a register of two numbers
+    whole: dict[str, str] = {}  # what a register that was taken out of such a one is called here
+
+    def half(register: str, which: int) -> str:
+        return halves[register][which] if register in halves else f"{register}.{which}"
+
+    numbers = r"(?P<numbers>\{[^}]*\}|%\w+), (?P<rest>[^;]+);"
+    for line in re.finditer(
+        rf"\b(?:(?P<name>mul|neg|fma)(?:\.\w+)*\.f(?:32|64)|mov\.b64)(?P<two>x2)?\s+{numbers}", ptx
+    ):
+        name, two, result, rest = line.group("name", "two", "numbers", "rest")
+        if name is None and result.startswith("{"):
+            whole |= {register.strip(): half(rest, which) for which, register in enumerate(result[1:-1].split(","))}
+        elif name is None and rest.startswith("{"):
+            low, high = (whole.get(register.strip(), register.strip()) for register in rest[1:-1].split(","))
+            halves[result] = low, high
+        elif name is not None:
+            registers = [result, *(operand.strip() for operand in rest.split(","))]
+            for which in range(2 if two else 1):
+                yield (name, *(half(r, which) if two else whole.get(r, r) for r in registers))
 
 
 def _goes_block_by_block(launch: Launch) -> bool:
@@ -651,14 +676,16 @@ def _line(r: Compiled) -> str:
 
 
 def _specialized(launch: Launch) -> Iterator[Any]:
-    """Which pointers are absent and which integers are 1 or multiples of 16: what Triton specializes on."""
+    """Which pointers are absent, or multiples of 16, and which integers are 1 or that: what Triton specializes on."""
     for argument in launch.arguments:
         if isinstance(argument, tuple):
-            yield tuple(isinstance(part, torch.Tensor) for part in argument)
+            yield tuple(isinstance(part, torch.Tensor) and part.data_ptr() % 16 == 0 for part in argument)
         elif isinstance(argument, int):
             yield (argument == 1, argument % 16 == 0, argument >= 1 << 31)
+        elif isinstance(argument, torch.Tensor):
+            yield (str(argument.dtype), argument.data_ptr() % 16 == 0)
         else:
-            yield (argument is None, str(getattr(argument, "dtype", "")))
+            yield (argument is None,)
 
 
 if __name__ == "__main__":

@@ -172,8 +172,8 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False,
     - A row of up to :data:`LONGEST_TILE` classes is held in its program's registers and read once.
     - A longer row is visited block by block, twice where a gradient is written; few enough rows are in flight that
       the second visit finds them in a cache.
-    - Where the length of the rows allows no 128-bit accesses, more of a thread's registers are addresses. It has 8
-      logits or, in a row that is held whole, up to 16, and all registers that there are.
+    - Where rows begin anywhere, or their length is odd, so that no 128-bit access fits, more of a thread's registers
+      are addresses. It has 8 logits or, in a row that is held whole, up to 16, and all registers that there are.
     - Where neighbouring rows are neighbours in memory, ``(N, C, d1, …)``, a tile is wide in rows.
 
     ``plain``: the kernel keeps so little beside the logits (no class weights, no softcap) that a thread can have 64
@@ -222,7 +222,7 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ra
     - Up to 64 KB a row: whole rows still, the next two on their way into shared memory meanwhile.
     - Longer rows with a gradient are visited twice, by one program of 1024 threads a processor: so few rows are in
       flight that the second visit finds most of them in the L2 cache. Without a gradient, in small blocks.
-    - Long rows that begin where no 128-bit access may are shared by several programs.
+    - Long rows of odd lengths are shared by several programs. Short ones are not for here.
 
     Where ranks are counted, the longest of these forms would spill: fewer of a row's logits are at hand at once then.
     """
@@ -295,7 +295,7 @@ def vector_width(*tensors: Tensor, classes: int) -> int:
         outer, _, inner = tensor.stride()
         if tensor.stride(1) != 1:
             return 1
-        steps = [classes]  # the alignment of the first element is Triton's own to find out
+        steps = [classes, tensor.data_ptr() // tensor.element_size()]
         steps += [outer] if tensor.shape[0] > 1 else []
         steps += [inner] if tensor.shape[2] > 1 else []
         while any(step % width for step in steps):

@@ -123,6 +123,44 @@ def test_a_bad_kernel_is_caught(kernel: str, fault: str, tmp_path: Path) -> None
     assert fault in done.stdout, done.stdout + done.stderr
 
 
+def test_products_taken_from_themselves_are_found_two_at_a_time() -> None:
+    """As sm_100 has them; put together of two registers, and taken apart."""
+    program = """if True:
+        from benchmarks.codegen import rounding_errors
+        packed = "mul.f32x2 %rd1, %rd2, %rd3; neg.f32x2 %rd4, %rd1; fma.rn.f32x2 %rd5, %rd2, %rd3, %rd4;"
+        print(rounding_errors(packed))
+        print(rounding_errors(packed.replace("x2", "")))
+        print(rounding_errors(
+            "mov.b64 %rd1, {%r1, %r2}; mov.b64 %rd2, {%r3, %r4}; mul.f32x2 %rd3, %rd1, %rd2;"
+            "mov.b64 {%r5, %r6}, %rd3; neg.f32 %r7, %r6; fma.rn.f32 %r8, %r2, %r4, %r7;"
+            "neg.f32 %r9, %r5; fma.rn.f32 %r10, %r2, %r4, %r9;"
+        ))
+        print(rounding_errors("mul.f32x2 %rd1, %rd2, %rd3; fma.rn.f32x2 %rd5, %rd2, %rd4, %rd1;"))
+    """
+    done = run("-c", program)
+    assert done.stdout.splitlines() == ["['%rd5.0', '%rd5.1']", "['%rd5']", "['%r8']", "[]"], (
+        done.stdout + done.stderr
+    )
+
+
+def test_logits_that_begin_elsewhere_are_compiled_too() -> None:
+    """Triton compiles other code for them, and what is compiled once stands for its like alone."""
+    program = """if True:
+        from benchmarks import codegen
+        codegen.pretend_to_be_an_h100()
+        calls = [call for offset in (0, 1) for call in codegen.cases([(4096, 1024)], ["bfloat16"], offset=offset)]
+        launches = []
+        for label, call in calls:
+            if label.endswith("bfloat16 none+accuracy backward"):
+                with codegen.recorded(launches, label):
+                    call()
+        print(len(launches), *[launch.label.split()[0] for launch, _ in codegen.distinct(launches, ["sm_90"])])
+    """
+    done = run("-c", program)
+    assert done.stdout.split()[0] == "4", done.stdout + done.stderr
+    assert {*done.stdout.split()[1:]} == {"4096x1024", "4096x1024@1"}, done.stdout
+
+
 @pytest.mark.parametrize("kernel", ["good", "good_tile"])
 def test_a_good_kernel_is_not(kernel: str, tmp_path: Path) -> None:
     program = tmp_path / "bad_kernels.py"
