@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -103,7 +104,7 @@ class Record:
         if self.graphs:
             lines += [
                 "",
-                "| under a CUDA graph: loss, accuracy and gradient | fastloss, ms | eager PyTorch, ms | ratio |",
+                "| loss, accuracy, gradient | fastloss in a CUDA graph, ms | eager PyTorch without one, ms | ratio |",
             ]
             lines += ["|---|---|---|---|"]
             lines += [
@@ -298,6 +299,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             "benchmarks.record: needs a GPU, and torch finds none (--device cpu tries the command)", file=sys.stderr
         )
+        return 2
+    if not 0 <= options.minutes < math.inf:
+        print(f"benchmarks.record: --minutes is {options.minutes}; expected 0 or more", file=sys.stderr)
         return 2
     if not options.output.is_dir():
         print(

@@ -113,7 +113,7 @@ def _target(name: str, operands: str) -> int | None:
 
 
 def _guarded_by_the_row(body: list[_Instruction]) -> bool:
-    """Are all wide accesses guarded by one predicate, that of a row which counts, and none narrower guarded so?"""
+    """Are all wide accesses guarded by one predicate, that of a row which counts?"""
     wide = {i.predicate for i in body if _WIDE.match(i.name)}
     return len(wide) == 1
 

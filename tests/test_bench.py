@@ -834,6 +834,8 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
         (["--seconds", "nan"], ("a positive number",)),
         (["--json", "no/such/folder.json"], ("a file in a folder that exists",)),
         (["--plot", "rows.svg"], (".png",)),
+        (["--json", "rows.png", "--plot", "rows.png"], ("--json too", "two files")),
+        (["--op", "sgd", "--target", "soft"], ("sgd has none",)),
     ],
 )
 def test_bad_input_is_one_line_that_lists_what_is_known(
@@ -872,6 +874,9 @@ def test_quick_and_full_are_what_they_say() -> None:
     assert len(quick.workloads) < len(full.workloads) / 4
     assert quick.seconds < full.seconds
     assert {workload.dtype for workload in full.workloads} == {torch.float32}
+    once, twice = chosen("--op", "sgd"), chosen("--op", "sgd", "--op", "sgd", *2 * ("--contender", "torch-loop"))
+    assert once.workloads == twice.workloads
+    assert [*twice.contenders] == ["torch-loop"]
     assert {workload.op for workload in chosen("--shape", "6x40").workloads} == set(LOSS_OPS)
     assert [str(workload) for workload in chosen("--shape", "6x9x40").workloads] == ["linear-6x9x40-float32"]
     both = chosen("--shape", "6x9x40", "--shape", "6x40", "--op", "linear", "--op", "accuracy").workloads

@@ -191,7 +191,8 @@ def test_linear_prints_everybody_and_marks_the_inexact(
     found = {**linear.contenders(), "off": lambda x, w, target: 1.001 * linear.plain(x, w, target)}
     monkeypatch.setattr(linear, "contenders", lambda: found)
     record = tmp_path / "linear.md"
-    arguments = ["--device", "cpu", "--shape", "300", "8", "700", "--seconds", "0", "--output", str(record)]
+    monkeypatch.setattr(linear, "CPU_SHAPES", ((300, 8, 700),))
+    arguments = ["--device", "cpu", "--seconds", "0", "--output", str(record)]
     code = linear.main(arguments)
     head, shape, *lines, products, last = capsys.readouterr().out.splitlines()
     assert head.startswith("fastloss ")
@@ -207,8 +208,31 @@ def test_linear_prints_everybody_and_marks_the_inexact(
     assert last.startswith(f"{missed} bars missed")
     assert code == int(missed > 0)
     text = record.read_text(encoding="utf-8")
-    assert "`python -m benchmarks.linear --device cpu --shape 300 8 700 --seconds 0` at " in text
+    assert "`python -m benchmarks.linear --device cpu --seconds 0` at " in text
     assert lines[0] in text
+
+    assert linear.main(["--shape", "30", "8", "70", "--device", "cpu", "--seconds", "0"]) == 0
+    assert "≤" not in capsys.readouterr().out  # another shape has no bars
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "0", "8", "70"], r"--shape is \[0, 8, 70\]; expected three numbers of at least 1"),
+        (["--seconds", "nan"], "--seconds is nan; expected 0 or more"),
+        (
+            ["--output", "nowhere/linear.md"],
+            "--output is 'nowhere/linear.md'; expected a file in a folder that exists",
+        ),
+    ],
+)
+def test_linear_refuses_before_it_measures(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        benchmark("linear", monkeypatch).main(["--device", "cpu", *arguments])
+    assert error.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 # --------------------------------------------------------------------------------------------- records and documents

@@ -99,11 +99,17 @@ def settings_from(options: argparse.Namespace) -> Settings:
     from .workloads import DTYPES, LOSS_OPS, OPS, TARGETS, fits, workloads
 
     device = _device(options.device)
+    chosen: dict[str, list[str]] = {}  # each once
     for name, known in (("op", OPS), ("dtype", tuple(DTYPES)), ("contender", tuple(CONTENDERS))):
-        for value in getattr(options, name) or ():
+        chosen[name] = list(dict.fromkeys(getattr(options, name) or ()))
+        for value in chosen[name]:
             _check_known(f"--{name}", value, known)
     _check_known("--target", options.target, TARGETS)
-    ops = options.op or (QUICK_OPS if options.quick else OPS)
+    ops = chosen["op"] or (QUICK_OPS if options.quick else OPS)
+    if options.target != TARGETS[0] and not set(ops) & set(LOSS_OPS):
+        raise ValueError(
+            f"--target is {options.target!r}, and {' and '.join(ops)} has none; it is for the losses alone"
+        )
     seconds = options.seconds
     if seconds is None:
         seconds = QUICK_SECONDS if options.quick else SECONDS
@@ -119,14 +125,17 @@ def settings_from(options: argparse.Namespace) -> Settings:
     for op in ops if shapes else ():
         if not any(fits(op, shape) for shape in shapes):
             raise _unfit_shape(options.shape[0], [op], device)
-    dtypes = options.dtype or ["bfloat16" if device.type == "cuda" else "float32"]
+    dtypes = chosen["dtype"] or ["bfloat16" if device.type == "cuda" else "float32"]
+    json, plot = _writable("--json", options.json), _writable("--plot", options.plot, ".png")
+    if json is not None and json == plot:
+        raise ValueError(f"--plot is {str(plot)!r}, and --json too; expected two files")
     return Settings(
         workloads(ops, dtypes, [options.target], device, shapes=shapes, size=size),
         device,
-        options.contender or (),
+        chosen["contender"],
         seconds,
-        json=_writable("--json", options.json),
-        plot=_writable("--plot", options.plot, ".png"),
+        json=json,
+        plot=plot,
     )
 
 
@@ -156,6 +165,8 @@ def run(settings: Settings) -> int:
         console.print(f"Interrupted: {len(rows)} rows were finished.", highlight=False)
     report.write_json(settings.json, settings.device, rows, finished=not interrupted)
     console.print(report.legend(rows, settings.device))
+    if not interrupted and not any(row.timed for row in rows):
+        console.print("Nothing was timed.", highlight=False)
     if settings.plot is not None:
         drawn = plot.draw(rows, settings.plot, caption=report.machine(settings.device))
         words = f"The picture: {settings.plot}" if drawn else "No picture: nothing that moves bytes was timed."

@@ -38,6 +38,7 @@ _HOST_BLOCK = 20
 _COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 _CHECKED_PARAMETERS = 1 << 22  # of an optimizer; the first tensors
 _SGD_SETS = 3  # parameters, gradients and momentum of each contender
+_EXACT_SGD_BYTES = 60  # an element of one tensor: what the check against float64 holds at a time
 _LINEAR_BYTES = 24  # an element of hidden states and head: two of float64, two of float32
 
 
@@ -196,7 +197,7 @@ def _least_bytes(workload: Workload, contenders: int, device: torch.device) -> i
     """On a CPU what all of it may take, since no error comes there when memory runs out; on a GPU what it must."""
     size = workload.shape.numel * workload.dtype.itemsize
     if workload.op == "sgd":
-        return _SGD_SETS * contenders * size
+        return _SGD_SETS * contenders * size + _EXACT_SGD_BYTES * workload.shape.classes
     if workload.op == "linear":  # its exact gradients in float64 and their terms; on a CPU eager PyTorch's logits
         gradients = workload.gradient_bytes // workload.dtype.itemsize
         logits = COPIES * size if device.type == "cpu" else size

@@ -39,7 +39,7 @@ def heading(
     """
     present = Table.grid(padding=(0, 2))
     for contender in contenders:
-        if chosen or contender.unfit or set(contender.ops) & set(ops):
+        if chosen or not contender.ops or set(contender.ops) & set(ops):
             present.add_row(contender.name, Text(presence(contender)), style="dim")
     return Group(Text("fastloss bench", style="bold"), Text(machine(device), style="dim"), Text(), present, Text())
 
@@ -80,7 +80,7 @@ def legend(rows: Sequence[Row], device: torch.device) -> RenderableType:
     if any(row.op == "linear" and row.timed for row in rows):
         words += (
             " linear: Tflop/s counts the operations of three bare products of matrices, which take turns with the "
-            "others; peak: beyond inputs and gradients."
+            "others; of the products: its time over theirs; peak: beyond inputs and gradients."
         )
     if device.type == "cpu" and any(row.op == "sgd" and row.timed for row in rows):
         words += (
