@@ -169,7 +169,8 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False,
     """The tiles for ``(outer, classes, inner)`` logits, and a gradient of that shape where one is written.
 
     - A short row shares its program with up to 63 others.
-    - A row of up to :data:`LONGEST_TILE` classes is held in its program's registers and read once.
+    - A row of up to :data:`LONGEST_TILE` classes, or half of that where no 128-bit access fits, is held in its
+      program's registers and read once.
     - A longer row is visited block by block, twice where a gradient is written; few enough rows are in flight that
       the second visit finds them in a cache.
     - Where rows begin anywhere, or their length is odd, so that no 128-bit access fits, more of a thread's registers
