@@ -679,7 +679,7 @@ def _specialized(launch: Launch) -> Iterator[Any]:
     """Which pointers are absent, or multiples of 16, and which integers are 1 or that: what Triton specializes on."""
     for argument in launch.arguments:
         if isinstance(argument, tuple):
-            yield tuple(isinstance(part, torch.Tensor) and part.data_ptr() % 16 == 0 for part in argument)
+            yield tuple(part.data_ptr() % 16 == 0 if isinstance(part, torch.Tensor) else None for part in argument)
         elif isinstance(argument, int):
             yield (argument == 1, argument % 16 == 0, argument >= 1 << 31)
         elif isinstance(argument, torch.Tensor):

@@ -240,9 +240,9 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ra
             tile_rows, cols, warps, looped, False, widest, vec, number, grid, registers=registers, stages=stages
         )
 
-    if cols <= LONGEST_TILE and vec < widest:
-        return None
     if cols <= LONGEST_TILE:
+        if vec < widest:
+            return None
         if triton.cdiv(rows * cols, 4096) < 4 * 8 * processors:
             tile_rows = max(1, min(2048 // cols, 64, power_of_2(rows)))
             return tiles(tile_rows, cols, max(4, cols // 512), max(1, 2048 * 8 // max(cols, 2048)), 1, 0)

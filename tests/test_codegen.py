@@ -146,6 +146,7 @@ def test_products_taken_from_themselves_are_found_two_at_a_time() -> None:
 def test_logits_that_begin_elsewhere_are_compiled_too() -> None:
     """Triton compiles other code for them, and what is compiled once stands for its like alone."""
     program = """if True:
+        import torch
         from benchmarks import codegen
         codegen.pretend_to_be_an_h100()
         calls = [call for offset in (0, 1) for call in codegen.cases([(4096, 1024)], ["bfloat16"], offset=offset)]
@@ -155,10 +156,20 @@ def test_logits_that_begin_elsewhere_are_compiled_too() -> None:
                 with codegen.recorded(launches, label):
                     call()
         print(len(launches), *[launch.label.split()[0] for launch, _ in codegen.distinct(launches, ["sm_90"])])
+
+        def moved(argument):  # to an odd address, and nothing else
+            return argument.new_empty(argument.numel() + 1)[1:] if isinstance(argument, torch.Tensor) else argument
+
+        first = launches[0]
+        given, odd = first.arguments, moved(torch.ones(8))
+        kinds = given, tuple(map(moved, given)), given, (*given, (1.0,)), (*given, (odd,))
+        alike = [codegen.Launch(first.kernel, each, first.options, first.label) for each in kinds]
+        print(len(codegen.distinct(alike, ["sm_90"])))
     """
     done = run("-c", program)
     assert done.stdout.split()[0] == "4", done.stdout + done.stderr
-    assert {*done.stdout.split()[1:]} == {"4096x1024", "4096x1024@1"}, done.stdout
+    assert {*done.stdout.split()[1:-1]} == {"4096x1024", "4096x1024@1"}, done.stdout
+    assert done.stdout.split()[-1] == "4", done.stdout  # of five, two are the same
 
 
 @pytest.mark.parametrize("kernel", ["good", "good_tile"])
