@@ -26,7 +26,6 @@ from torch import Tensor
 
 from fastloss.contract import Forward, LossOptions, compute_dtype
 
-from .cross_entropy_parts import WORDS, forward_parts
 from .launch import (
     ALL_REGISTERS,
     FUSED,
@@ -40,7 +39,6 @@ from .launch import (
     plan,
     power_of_2,
     scratch,
-    steps_of,
 )
 from .row_loss import end_launch, row_results, scale_of_mean, slope, subtract_at_label, sum_of_weights, weigh_rows
 from .rows import (
@@ -109,13 +107,7 @@ def cross_entropy_forward(
             form.weigh(target, weight, weighed, *form.weigh_numbers)
         sums, counts, arrived = ends
         results = (loss, right, scale, row_max, row_sum, sums, counts, weighed, arrived)
-        if form.words:
-            words = torch.full((rows, form.split, form.words), -1, dtype=torch.int64, device=device)
-            for launch in form.launches:
-                launch(logits, target, result, *results, words, *form.numbers)
-        else:
-            for launch in form.launches:
-                launch(logits, target, weight, result, *results, *form.numbers)
+        form.launch(logits, target, weight, result, *results, *form.numbers)
     return Forward(
         loss,
         right.unbind(0) if k else (),
@@ -128,13 +120,11 @@ def cross_entropy_forward(
 class _Form(NamedTuple):
     """What a forward pass over such logits with such options needs, but for the tensors."""
 
-    launches: tuple[Launch, ...]
-    numbers: tuple[object, ...]  # the launches' arguments past the tensors
+    launch: Launch
+    numbers: tuple[object, ...]  # its arguments past the tensors
     acc: torch.dtype
     programs: int
     counts: int  # that each of them leaves
-    split: int  # programs that share a row
-    words: int  # that each of those publishes; 0: none do
     weigh: Launch | None
     weigh_numbers: tuple[int, ...]
 
@@ -176,28 +166,15 @@ def _form(
         "STAGES": tiles.stages,
         **_constants(logits, weight, options, tiles),
     }
-    words, grid = 0, (tiles.grid,)
-    if tiles.split:
-        for name in ("ACC", "ROWS", "BY_INNER", "HAS_WEIGHT", "SOFTCAP"):
-            del constants[name]
-        words = WORDS[options.label_smoothing != 0]
-        constants |= {"SPLIT": tiles.split, "WORDS": words, "THREADS": 32 * tiles.warps}
-        launches = tuple(Launch(forward_parts, grid, {**constants, "STEP": step}) for step in steps_of(logits.device))
-        arguments = (*strides[:4], *strides[5:7], strides[8], *numbers, options.topk)
-    else:
-        pairs = tiles.stages > 1 and logits.data_ptr() % 4 == 0
-        constants |= {"GROUP": tiles.group} if tiles.looped else {"PAIRS": pairs}
-        launches = (Launch(_forward_loop if tiles.looped else _forward_tile, grid, constants),)
-        arguments = (*strides, *numbers, options.softcap or 1.0, options.topk)
+    pairs = tiles.stages > 1 and logits.data_ptr() % 4 == 0
+    constants |= {"GROUP": tiles.group, "ENDS": tiles.ends} if tiles.looped else {"PAIRS": pairs}
     share = triton.cdiv(rows, _WEIGH_PARTS)
     return _Form(
-        launches,
-        arguments,
+        Launch(_forward_loop if tiles.looped else _forward_tile, (tiles.grid,), constants),
+        (*strides, *numbers, options.softcap or 1.0, options.topk),
         compute_dtype(logits.dtype),
         tiles.grid,
         1 + k_pad,
-        tiles.split,
-        words,
         _weigh(weight) if many else None,
         (rows, share, classes, options.ignore_index),
     )
@@ -381,9 +358,7 @@ def _forward_tile(
         x_label = label_logit(logits_ptr, base + label * x_class, counted, PAIRS, ACC)
         if K > 0:
             k_vector, most_k = ks_of(ks, K, K_PAD)
-            rank = rank_held(
-                x, x_label, label, counted, most_k, counted, logits_ptr, base, 0, classes, x_class, ROWS, COLS
-            )
+            rank = rank_held(x, x_label, label, counted, most_k, logits_ptr, base, x_class, ROWS, COLS)
             if REDUCTION == "none":
                 store_ranks(right_ptr, rank, row, rows, in_range, counted, weight == weight, ks, K)
             else:
@@ -574,6 +549,14 @@ def _write_gradient(
     tl.store(out, g, mask=out_mask, eviction_policy="evict_first")
 
 
+@triton.jit
+def _ends(lead, width, classes, VEC: tl.constexpr):
+    """The first ``lead`` classes of a row and those behind the ``width`` that follow them: (2 VEC,), and which exist."""
+    lane = tl.arange(0, 2 * VEC)
+    cols = tl.where(lane < VEC, lane, lead + width + lane - VEC)
+    return cols, tl.where(lane < VEC, cols < lead, cols < classes)
+
+
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _forward_loop(
     logits_ptr,  # (outer, classes, inner), any strides
@@ -619,12 +602,17 @@ def _forward_loop(
     BY_INNER: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
+    ENDS: tl.constexpr,
 ):
     """Forward with rows longer than a tile: an online softmax over their blocks, then the gradient, last block first.
 
     Reads the logits once from memory and, for the gradient, once from the L2 cache; writes the gradient once. A group
     of neighbouring classes takes its maximum before anything is rescaled, so that there are 1 + 1 / GROUP
     exponentials a logit (Milakov and Gimelshein 2018, arXiv:1805.02867, rescale at each).
+
+    ``ENDS``: a row begins anywhere in an access, as those of an odd number of classes do. Its blocks are of the whole
+    aligned groups of ``VEC`` logits in it, and what is before the first and behind the last, less than ``VEC`` logits
+    each, is visited apart. Such rows have no class weights and no softcap, and a tile has one of them.
     """
     eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, ACC)
     scale = tl.full([1], 1.0, tl.float64)
@@ -635,7 +623,6 @@ def _forward_loop(
     w_total = tl.zeros([ROWS], ACC) + classes
     if SMOOTHING and HAS_WEIGHT:
         w_total = tl.zeros([ROWS], ACC) + sum_of_weights(weight_ptr, classes, ACC, COLS)
-    full = classes // COLS * COLS
     loss_sum, weight_sum = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
     counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
     invalid_sum = tl.zeros([ROWS], tl.int32)
@@ -643,8 +630,19 @@ def _forward_loop(
     for tile in tl.range(tl.program_id(0), tile_count(rows, inner, ROWS, BY_INNER), tl.num_programs(0)):
         row, in_range, outer, within = tile_rows(tile, rows, inner, ROWS, BY_INNER)
         label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
-        base = row_offsets(outer, within, x_outer, x_inner, VEC)
-        x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
+        # Where a row begins, where its blocks do, the classes before those and in them, and the label's place there.
+        begin = row_offsets(outer, within, x_outer, x_inner, 1 if ENDS else VEC)
+        base, lead, width, place = begin, 0, classes, label
+        if ENDS:
+            base = tl.cdiv(begin, VEC) * VEC
+            lead = tl.max(base - begin, axis=0).to(tl.int32)
+            width = (classes - lead) // VEC * VEC
+            place = tl.minimum(label - lead, width)
+            end_cols, at_ends = _ends(lead, width, classes, VEC)
+            ends = logits_ptr + begin[:, None] + end_cols[None, :]
+            x_ends = tl.load(ends, mask=counted[:, None] & at_ends[None, :], other=-float("inf")).to(ACC)
+        full = width // COLS * COLS
+        x_label = tl.load(logits_ptr + begin + label * x_class, mask=counted, other=0.0).to(ACC)
         z_label = x_label
         if SOFTCAP:
             t_label, _ = tanh(x_label / cap, ACC)
@@ -658,22 +656,26 @@ def _forward_loop(
         if tl.max(counted.to(tl.int32), axis=0) > 0:
             for start in tl.range(0, full, COLS, num_stages=STAGES):
                 m_group, s_group, wz_group, rank_group = _visit(
-                    m_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, start, classes, x_class,
-                    read, label, x_label, r, cap, False, K > 0, gradient_ptr is not None,
+                    m_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, start, width, x_class,
+                    read, place, x_label, r, cap, False, K > 0, gradient_ptr is not None,
                     HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
                 )  # fmt: skip
-            if full < classes:
+            if full < width:
                 m_group, s_group, wz_group, rank_group = _visit(
-                    m_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, full, classes, x_class,
-                    read, label, x_label, r, cap, True, K > 0, gradient_ptr is not None,
+                    m_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, full, width, x_class,
+                    read, place, x_label, r, cap, True, K > 0, gradient_ptr is not None,
                     HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
                 )  # fmt: skip
         if K > 0:
             k_vector, _ = ks_of(ks, K, K_PAD)
             rank = tl.sum(rank_group, axis=1)
+            if ENDS:
+                tied = (x_ends == x_label[:, None]) & (end_cols[None, :] < label[:, None])
+                before = at_ends[None, :] & (~(x_ends <= x_label[:, None]) | tied)
+                rank += tl.sum(before.to(tl.int32), axis=1)
             is_nan = counted & (x_label != x_label)
             if tl.max(is_nan.to(tl.int32), axis=0) > 0:
-                rank = tl.where(is_nan, nans_before(logits_ptr, base, label, is_nan, x_class, VEC, COLS), rank)
+                rank = tl.where(is_nan, nans_before(logits_ptr, begin, label, is_nan, x_class, VEC, COLS), rank)
             if REDUCTION == "none":
                 store_ranks(right_ptr, rank, row, rows, in_range, counted, weight == weight, ks, K)
             else:
@@ -681,11 +683,18 @@ def _forward_loop(
                 counted_sum += counted.to(tl.int32)
                 invalid_sum += (weight != weight).to(tl.int32)
 
-        m = tl.max(m_group, axis=1)
+        m, wz = tl.max(m_group, axis=1), tl.sum(wz_group, axis=1)
+        if ENDS:
+            m = tl.maximum(m, tl.max(x_ends, axis=1))
         m = tl.where(m == -float("inf"), 0.0, m)
         s = tl.sum(s_group * tl.exp2((m_group - m[:, None]) * LOG2_E), axis=1)
+        if ENDS:
+            e_ends = tl.exp2((x_ends - m[:, None]) * LOG2_E)
+            s += tl.sum(e_ends, axis=1)
+            if SMOOTHING:
+                wz += tl.sum(tl.where(at_ends[None, :], x_ends - r[:, None], 0.0), axis=1)
         loss, level, hit, spread = row_results(
-            s, m, z_label, tl.sum(wz_group, axis=1), r, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
+            s, m, z_label, wz, r, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
         )
         if REDUCTION == "none":
             tl.store(loss_ptr + row, loss.to(ACC), mask=in_range)
@@ -696,18 +705,26 @@ def _forward_loop(
             tl.store(row_max_ptr + row, m, mask=in_range)
             tl.store(row_sum_ptr + row, s, mask=in_range)
         if gradient_ptr is not None:
-            g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
+            g_begin = row_offsets(outer, within, g_outer, g_inner, 1 if ENDS else VEC)
+            g_base = g_begin
             level, hit, spread = (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC)
-            if full < classes:
+            if ENDS:
+                g_base = tl.cdiv(g_begin, VEC) * VEC
+                g_ends = slope(e_ends, end_cols, level, spread, None, None, False, SMOOTHING)
+                g_ends -= tl.where(end_cols[None, :] == label[:, None], hit[:, None], 0.0)
+                g_ends = tl.where(counted[:, None], g_ends, 0.0)
+                ends = gradient_ptr + g_begin[:, None] + end_cols[None, :]
+                tl.store(ends, g_ends, mask=in_range[:, None] & at_ends[None, :])
+            if full < width:
                 _write_gradient(
-                    logits_ptr, gradient_ptr, weight_ptr, base, g_base, full, classes, x_class, g_class,
-                    in_range, read, counted, label, m, level, hit, spread, cap,
+                    logits_ptr, gradient_ptr, weight_ptr, base, g_base, full, width, x_class, g_class,
+                    in_range, read, counted, place, m, level, hit, spread, cap,
                     True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS, BY_INNER,
                 )  # fmt: skip
             for done in tl.range(0, full, COLS):  # from the end: what was read last is in the cache for sure
                 _write_gradient(
-                    logits_ptr, gradient_ptr, weight_ptr, base, g_base, full - COLS - done, classes, x_class, g_class,
-                    in_range, read, counted, label, m, level, hit, spread, cap,
+                    logits_ptr, gradient_ptr, weight_ptr, base, g_base, full - COLS - done, width, x_class, g_class,
+                    in_range, read, counted, place, m, level, hit, spread, cap,
                     False, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS, BY_INNER,
                 )  # fmt: skip
 

@@ -37,7 +37,6 @@ __all__ = [
     "power_of_2",
     "scratch",
     "spread",
-    "steps_of",
     "vector_width",
 ]
 
@@ -48,8 +47,6 @@ LONGEST_TILE = 8192
 # Every launch says so itself: a multiplication and an addition may be fused. Triton's own default changes in 3.10.
 FUSED = {"enable_fp_fusion": True}
 _MOST_BLOCKS = 65535
-# Parts of rows that programs share: classes, warps, programs a processor; of 16 and of 32 bits.
-_PARTS = {2: (8192, 8, 2), 4: (8192, 16, 1)}
 # As many as a thread can have: fewer where a program has more than 256 of them.
 ALL_REGISTERS = 255
 # Programs of the interpreter's grids: few, so that each serves several tiles and the adding up is exercised.
@@ -70,7 +67,7 @@ class Tiles(NamedTuple):
     grid: int  # programs
     registers: int = 0  # the most that a thread may have; 0: what the compiler thinks best
     stages: int = 1  # tiles or blocks that are on their way from memory at once, this one among them
-    split: int = 0  # programs that share a row, which may begin anywhere in an access; 0: a program has whole rows
+    ends: bool = False  # a looped row begins anywhere in an access: what no whole access has is visited apart
 
     def constants(self) -> dict[str, object]:
         """The compile-time arguments of a kernel that follow from it.
@@ -223,7 +220,8 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ra
     - Up to 64 KB a row: whole rows still, the next two on their way into shared memory meanwhile.
     - Longer rows with a gradient are visited twice, by one program of 1024 threads a processor: so few rows are in
       flight that the second visit finds most of them in the L2 cache. Without a gradient, in small blocks.
-    - Long rows of odd lengths are shared by several programs. Short ones are not for here.
+    - Long rows that begin anywhere in an access, as those of odd lengths do, are visited like the others, but for
+      their ends. Short ones are not for here.
 
     Where ranks are counted, the longest of these forms would spill: fewer of a row's logits are at hand at once then.
     """
@@ -257,26 +255,22 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ra
             resident, registers = (5, 200) if ranked and gradient is not None else (6, 168)
             return tiles(tile_rows, cols, warps, resident, 1, registers)
         return tiles(tile_rows, cols, warps, 4, 1, 128)
-    if vec == widest and gradient is not None and cols * itemsize <= 65536:
+    # Anywhere in an access, but both at the same place in one: then their whole accesses are taken as such.
+    ends = vec < widest and all(t.data_ptr() % 16 == 0 for t in (logits, gradient) if t is not None)
+    ends = ends and (gradient is None or gradient.stride() == logits.stride())
+    if vec < widest and not ends:
+        return None
+    if not ends and gradient is not None and cols * itemsize <= 65536:
         warps = max(1, cols * itemsize // 4096)
         stages = 3 if not ranked or warps < 8 else 2 if warps == 8 else 1
         return tiles(1, cols, warps, 16 // warps, stages, 128)
-    if vec == widest and gradient is None:
-        return tiles(1, 4096, 4, 4, 3, 0, looped=True)
-    if vec == widest and ranked:
-        return tiles(1, 8192, 16, 1, 1, 128, looped=True)
-    if vec == widest:
-        return tiles(1, 16384, 32, 1, 1, 64, looped=True)
-    aligned = all(t.data_ptr() % 16 == 0 for t in (logits, gradient) if t is not None)
-    cols, warps, resident = _PARTS[itemsize]
-    split = power_of_2(triton.cdiv(classes + widest, cols))
-    if not aligned or (gradient is not None and gradient.stride() != logits.stride()):
-        return None
-    if split > processors or 4 * split > 32 * warps:  # a thread for each number that parts publish
-        return None
-    found = tiles(1, cols, warps, resident, 2, 128)
-    grid = max(split, min(rows * split, found.grid // split * split))
-    return found._replace(vec=widest, split=split, number=rows, grid=grid)
+    if gradient is None:
+        looped = tiles(1, 4096, 4, 4, 3, 0, looped=True)
+    elif ranked:
+        looped = tiles(1, 8192, 16, 1, 1, 128, looped=True)
+    else:
+        looped = tiles(1, 16384, 32, 1, 1, 64, looped=True)
+    return looped._replace(vec=widest, ends=ends)
 
 
 def in_blocks(tiles: Tiles, classes: int) -> tuple[Tiles, int]:
@@ -307,11 +301,6 @@ def vector_width(*tensors: Tensor, classes: int) -> int:
 def spread(count: int, device: torch.device) -> int:
     """Programs for ``count`` pieces of work that anyone can take: as many as the GPU holds at once."""
     return max(1, min(count, _processors(device) * 8))
-
-
-def steps_of(device: torch.device) -> tuple[str, ...]:
-    """The launches in which programs that share a row do their work: one where they can wait for each other."""
-    return ("both",) if device.type in ("cuda", "meta") and torch.version.hip is None else ("publish", "finish")
 
 
 def power_of_2(n: int) -> int:

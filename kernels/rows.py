@@ -163,11 +163,8 @@ def rank_held(
     label,
     counted,
     most_k,
-    own,  # whether the label is among these columns
     logits_ptr,
     base,
-    first,  # the columns are classes from here
-    end,  # to here
     x_class,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -182,12 +179,12 @@ def rank_held(
     open_rows = counted & ((rank < most_k) | is_nan)
     if tl.max(open_rows.to(tl.int32), axis=0) > 0:
         alike = tl.sum((x == mine).to(tl.int32), axis=1)
-        tied = open_rows & ((alike > own.to(tl.int32)) | is_nan)
+        tied = open_rows & ((alike > 1) | is_nan)
         if tl.max(tied.to(tl.int32), axis=0) > 0:
             BLOCK: tl.constexpr = min(COLS, max(16, 1024 // ROWS))
-            last = tl.where(tied, tl.minimum(label, end), first)
+            last = tl.where(tied, label, 0)
             again = tl.zeros(rank.shape, tl.int32)
-            for start in tl.range(first, tl.max(last, axis=0).to(tl.int32), BLOCK):
+            for start in tl.range(0, tl.max(last, axis=0).to(tl.int32), BLOCK):
                 cols = start + tl.arange(0, BLOCK)
                 pointers = logits_ptr + base[:, None] + cols.to(tl.int64)[None, :] * x_class
                 z = tl.load(pointers, mask=cols[None, :] < last[:, None], other=0.0).to(x.dtype)
