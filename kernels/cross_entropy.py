@@ -551,7 +551,7 @@ def _write_gradient(
 
 @triton.jit
 def _ends(lead, width, classes, VEC: tl.constexpr):
-    """The first ``lead`` classes of a row and those behind the ``width`` that follow them: (2 VEC,), and which exist."""
+    """A row's first ``lead`` classes and those behind the ``width`` that follow: (2 VEC,), and which of them exist."""
     lane = tl.arange(0, 2 * VEC)
     cols = tl.where(lane < VEC, lane, lead + width + lane - VEC)
     return cols, tl.where(lane < VEC, cols < lead, cols < classes)

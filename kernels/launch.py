@@ -225,7 +225,7 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ra
 
     Where ranks are counted, the longest of these forms would spill: fewer of a row's logits are at hand at once then.
     """
-    outer, classes, inner = logits.shape
+    outer, _, inner = logits.shape
     rows, itemsize, processors = outer * inner, logits.element_size(), _processors(logits.device)
     widest = 16 // itemsize
 

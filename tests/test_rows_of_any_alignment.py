@@ -98,8 +98,8 @@ def test_labels_in_the_ends_of_a_row(kernels: Place, classes: int, dtype: torch.
     rows = torch.arange(len(target))
     logits[rows[:10], target[:10]] = 3.0  # ties, before it and behind it
     logits[rows[10:20], target[10:20]] = -torch.inf
-    logits[20:] = -torch.inf  # all alike, but for a logit at each end
-    logits[20:, 2] = logits[20:, classes - 3] = 1.0
+    logits[20:] = -torch.inf  # all alike, but for a great logit at each end
+    logits[20:, 2], logits[20:, classes - 3] = 200.0, 199.0
     logits = logits.to(kernels.device, dtype).unsqueeze(2)
     target = target.to(kernels.device)
     assert plan_of(logits, logits if gradient else None, ranked=True).ends
