@@ -319,6 +319,8 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 OPTIONS = {
     "plain": LossOptions(),
     "accuracy": LossOptions(topk=(1, 5)),
+    "smoothing": LossOptions(label_smoothing=0.1),
+    "smoothing+accuracy": LossOptions(topk=(1, 5), label_smoothing=0.1),
     "weight+smoothing+accuracy": LossOptions(topk=(1, 5), label_smoothing=0.1),
     "none+accuracy": LossOptions(reduction="none", topk=(1, 5)),
     "softcap+z": LossOptions(softcap=30.0, lse_square_scale=1e-4),

@@ -142,14 +142,15 @@ def _form(
 ) -> _Form:
     outer, classes, inner = logits.shape
     rows, k = outer * inner, len(options.topk)
-    tiles = plan(logits, result, plain=weight is None and options.softcap is None, ranked=k > 0)
-    ranked = k and (tiles.by_inner or (result is None and tiles.cols <= 16))
+    plain, smoothed = weight is None and options.softcap is None, options.label_smoothing != 0
+    tiles = plan(logits, result, plain=plain, ranked=k > 0, smoothed=smoothed)
+    ranked = k and (tiles.by_inner or (result is None and tiles.cols <= 16) or (smoothed and not tiles.looped))
     capped = options.softcap is not None and result is not None
     if not tiles.registers and (
         (tiles.looped and (tiles.by_inner or capped)) or ranked or (weighed is not None and not tiles.looped)
     ):
         tiles = tiles._replace(registers=ALL_REGISTERS)  # compiled for sm_80 or sm_100 they would spill 8 bytes
-    if options.softcap is not None and options.label_smoothing != 0:
+    if options.softcap is not None and smoothed:
         # The most that is kept beside the logits: 16 of those a thread.
         tiles = _of_fewer_logits(tiles, logits)
     k_pad = power_of_2(max(k, 1))
@@ -235,6 +236,7 @@ def _backward_form(
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
     many = weight is not None or options.softcap is not None or options.reduction == "none"
+    many = many or options.label_smoothing != 0
     registers = ALL_REGISTERS if many else 0
     tiles = tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4, registers=registers)
     tiles, blocks = in_blocks(tiles, logits.shape[1])
@@ -374,8 +376,6 @@ def _forward_tile(
             z_label = t_label * cap
         m = tl.max(z, axis=1)
         m = tl.where(m == -float("inf"), 0.0, m)
-        e = tl.exp2((z - m[:, None]) * LOG2_E)
-        s = tl.sum(e, axis=1)
         wz, w_total = tl.zeros([ROWS], ACC), tl.zeros([ROWS], ACC) + classes
         if SMOOTHING:
             weighted = z - m[:, None]
@@ -384,6 +384,10 @@ def _forward_tile(
                 weighted *= w[None, :]
                 w_total = tl.zeros([ROWS], ACC) + tl.sum(w, axis=0)
             wz = tl.sum(tl.where(col_mask[None, :], weighted, 0.0), axis=1)
+            # NaN there is NaN below; and nothing below begins before this sum is done, whose terms take registers.
+            m = tl.where(wz == wz, m, wz)
+        e = tl.exp2((z - m[:, None]) * LOG2_E)
+        s = tl.sum(e, axis=1)
         loss, level, hit, spread = row_results(
             s, m, z_label, wz, m, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
         )
@@ -551,7 +555,7 @@ def _write_gradient(
 
 @triton.jit
 def _ends(lead, width, classes, VEC: tl.constexpr):
-    """A row's first ``lead`` classes and those behind the ``width`` that follow: (2 VEC,), and which of them exist."""
+    """A row's first ``lead`` classes and those behind the next ``width``: (2 VEC,), and which of them exist."""
     lane = tl.arange(0, 2 * VEC)
     cols = tl.where(lane < VEC, lane, lead + width + lane - VEC)
     return cols, tl.where(lane < VEC, cols < lead, cols < classes)

@@ -162,7 +162,14 @@ def begin(kernel: Any, grid: tuple[int, ...], arguments: tuple[object, ...], con
     _launches.get(key, lambda: Launch(kernel, grid, constants))(*arguments)
 
 
-def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False, ranked: bool = False) -> Tiles:
+def plan(
+    logits: Tensor,
+    gradient: Tensor | None = None,
+    *,
+    plain: bool = False,
+    ranked: bool = False,
+    smoothed: bool = False,
+) -> Tiles:
     """The tiles for ``(outer, classes, inner)`` logits, and a gradient of that shape where one is written.
 
     - A short row shares its program with up to 63 others.
@@ -175,7 +182,8 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False,
     - Where neighbouring rows are neighbours in memory, ``(N, C, d1, …)``, a tile is wide in rows.
 
     ``plain``: the kernel keeps so little beside the logits (no class weights, no softcap) that a thread can have 64
-    of them; then :func:`_plan_plain` knows better. ``ranked``: for it, the kernel counts ranks too.
+    of them; then :func:`_plan_plain` knows better. ``ranked``, ``smoothed``: for it, the kernel counts ranks or adds
+    up the logits too.
     """
     outer, classes, inner = logits.shape
     rows, itemsize = outer * inner, logits.element_size()
@@ -184,7 +192,7 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False,
     cols = max(power_of_2(classes), 16)
     by_inner = inner > 1 and logits.stride(1) != 1
     if plain and not by_inner and logits.stride(1) == 1 and logits.dtype != torch.float64:
-        better = _plan_plain(logits, gradient, vec, cols, ranked)
+        better = _plan_plain(logits, gradient, vec, cols, ranked, smoothed)
         if better is not None:
             return better
     narrow = not by_inner and vec < 16 // itemsize  # an access for each element, or for two or four
@@ -211,7 +219,9 @@ def plan(logits: Tensor, gradient: Tensor | None = None, *, plain: bool = False,
     return Tiles(tile_rows, cols, warps, looped, by_inner, group, vec, number, grid, registers)
 
 
-def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ranked: bool) -> Tiles | None:
+def _plan_plain(
+    logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ranked: bool, smoothed: bool
+) -> Tiles | None:
     """Tiles of 64 logits a thread (32 of 32 bits), for as few warps a row as can hold it: what a row costs beside its
     logits, its sums over threads above all, each warp pays. ``python -m benchmarks.tune`` measures them.
 
@@ -252,7 +262,7 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ra
         if tile_rows > 1:
             if cols <= 512:  # of such short rows a thread has parts of many, each with numbers of its own
                 return tiles(tile_rows, cols, warps, 6 if warps == 1 else 4, 1, ALL_REGISTERS)
-            resident, registers = (5, 200) if ranked and gradient is not None else (6, 168)
+            resident, registers = (5, 200) if (ranked or smoothed) and gradient is not None else (6, 168)
             return tiles(tile_rows, cols, warps, resident, 1, registers)
         return tiles(tile_rows, cols, warps, 4, 1, 128)
     # Anywhere in an access, but both at the same place in one: then their whole accesses are taken as such.
@@ -266,7 +276,7 @@ def _plan_plain(logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ra
         return tiles(1, cols, warps, 16 // warps, stages, 128)
     if gradient is None:
         looped = tiles(1, 4096, 4, 4, 3, 0, looped=True)
-    elif ranked:
+    elif ranked or (smoothed and itemsize == 4):
         looped = tiles(1, 8192, 16, 1, 1, 128, looped=True)
     else:
         looped = tiles(1, 16384, 32, 1, 1, 64, looped=True)
