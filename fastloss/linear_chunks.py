@@ -266,7 +266,8 @@ def forward(
             kept[:, index] = numbers
         if written:
             sums.add(index, x, z)
-        del result, logits, z  # the target's gradient among it, and the chunk: the sums are rounded without it
+        # The target's gradient among it, and the chunk: the sums are rounded, and the next x is made, without them.
+        del result, logits, x, z
     if divisor is not None:
         loss = loss / divisor
     if call.total is None:
@@ -317,7 +318,7 @@ def backward(
         else:
             backend.cross_entropy_backward(mine, logits, t, weight, part, saved, inplace=True)
         sums.add(index, x, z)
-        del logits, z  # the chunk: the sums are rounded without it
+        del logits, x, z  # the chunk: the sums are rounded, and the next x is made, without it
     return sums.finished()
 
 
@@ -354,6 +355,7 @@ class Visit:
             else:
                 torch.addmm(b, x, w.t(), out=z)
             yield index, x, t.contiguous(), z
+            del x, z  # one chunk's copies at a time
 
 
 def _counted_rows(target: Tensor, call: Call) -> tuple[Tensor | None, bool]:
