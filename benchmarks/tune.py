@@ -28,10 +28,11 @@ from fastloss.contract import LossOptions
 from .measure import by_events, header
 
 FORMS = {
-    "gradient": (True, ()),
-    "gradient+accuracy": (True, (1, 5)),
-    "forward": (False, ()),
-    "accuracy": (False, (1, 5)),
+    "gradient": (True, LossOptions()),
+    "gradient+accuracy": (True, LossOptions(topk=(1, 5))),
+    "gradient+smoothing": (True, LossOptions(label_smoothing=0.1)),
+    "forward": (False, LossOptions()),
+    "accuracy": (False, LossOptions(topk=(1, 5))),
 }
 LONG = (32000, 128256, 262144, 50257)
 
@@ -41,7 +42,7 @@ SHORT = ((4096, 1000), (65536, 1024), (32768, 8192))
 class Choice(NamedTuple):
     """A way to cut up the rows."""
 
-    kind: str  # "loop", "tile" (whole rows) or "part" (rows that programs share)
+    kind: str  # "loop" or "tile" (whole rows)
     rows: int
     cols: int
     warps: int
@@ -54,15 +55,21 @@ class Choice(NamedTuple):
 
 
 LOOPED = [
-    Choice("loop", 1, cols, warps, stages)
-    for cols, warps, stages in ((4096, 4, 3), (4096, 8, 3), (8192, 16, 1), (16384, 32, 1))
+    Choice("loop", 1, *sizes)
+    for sizes in (
+        (4096, 4, 3, 0),
+        (4096, 8, 3, 0),
+        (8192, 8, 1, 128),
+        (8192, 16, 1, 64),
+        (8192, 16, 1, 128),
+        (16384, 16, 1, 128),
+        (8192, 32, 1, 64),
+        (16384, 32, 1, 64),
+    )
 ]
-SHARED = [
-    Choice("part", 1, cols, warps, stages, registers)
-    for cols, warps, registers, *of in ((8192, 8, 128, 1, 2, 3), (16384, 8, 128, 1, 2), (16384, 16, 128, 2))
-    for stages in of
-]
+# Programs a processor; below 1, some processors have none, so that fewer rows are in flight.
 RESIDENT = (1, 2, 3, 4, 6, 8)
+SHARES = (0.5, 0.75, 0.9)
 
 
 def whole(classes: int) -> list[Choice]:
@@ -84,11 +91,10 @@ def _loss_kernels() -> Any:
     return sys.modules["fastloss.kernels.cross_entropy"]
 
 
-def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, resident: int = 1) -> Callable[[], Any]:
+def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, resident: float = 1) -> Callable[[], Any]:
     """A call with tiles as chosen; None: as the package chooses."""
     module = _loss_kernels()
-    gradient, ks = FORMS[form]
-    options = LossOptions(-100, 0.0, "mean", 0.0, None, ks)
+    gradient, options = FORMS[form]
     launch = sys.modules["fastloss.kernels.launch"]
 
     def chosen(x: Tensor, result: Tensor | None = None, **how: bool) -> Any:
@@ -97,19 +103,12 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
             return tiles
         kind, *sizes = choice
         number = -(-x.shape[0] // choice.rows)
-        widest = 16 // x.element_size()
-        split = launch.power_of_2(-(-(x.shape[1] + widest) // choice.cols)) if kind == "part" else 0
-        programs = torch.cuda.get_device_properties(0).multi_processor_count * resident
-        grid = max(1, min(number, programs))
-        if split:
-            grid = max(split, min(number * split, programs // split * split))
+        programs = int(torch.cuda.get_device_properties(0).multi_processor_count * resident)
         return tiles._replace(
             **dict(zip(Choice._fields[1:], sizes, strict=True)),
             looped=kind == "loop",
-            vec=widest if split else tiles.vec,
-            split=split,
             number=number,
-            grid=grid,
+            grid=max(1, min(number, programs)),
         )
 
     def call() -> Any:
@@ -132,24 +131,20 @@ def problems(only: list[str], only_classes: list[int]) -> Iterator[tuple[str, tu
     for form in only or FORMS:
         for classes in only_classes or LONG:
             rows = (1 << 28) // classes // 64 * 64 + 64
-            yield (
-                form,
-                (rows, classes),
-                (SHARED if form.startswith("gradient") or classes % 8 else []) + ([] if classes % 8 else LOOPED),
-            )
-        for shape in () if only_classes else SHORT:
-            if form == "gradient+accuracy":
-                yield form, shape, whole(shape[1])
+            yield form, (rows, classes), LOOPED if form != "gradient+smoothing" else []
+        for shape in () if only_classes or not form.startswith("gradient") else SHORT:
+            yield form, shape, whole(shape[1]) if form == "gradient+accuracy" else []
 
 
 def compile_share(share: int, of: int, only: list[str], only_classes: list[int]) -> None:
     """Every so many'th choice, once, on few rows."""
-    todo = []
+    todo, seen = [], set()
     for form, (rows, classes), choices in problems(only, only_classes):
-        if classes in LONG and classes % 8 == 0 and classes != 32000:
-            choices = [choice for choice in choices if choice.kind != "loop"]  # the others are compiled alike
-        few = min(rows, 2304)
-        todo += [(form, few, classes, choice) for choice in [None, *choices]]
+        for choice in [None, *choices]:
+            alike = (form, choice, classes if choice is None or choice.kind == "tile" else classes % 8 == 0)
+            if alike not in seen:
+                todo.append((form, min(rows, 2304), classes, choice))
+            seen.add(alike)
     cache: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for form, rows, classes, choice in todo[share::of]:
         if (rows, classes) not in cache:
@@ -228,10 +223,12 @@ def main() -> int:
         bytes_moved = logits.nbytes * (2 if form.startswith("gradient") else 1)
         copied = min(by_events(lambda: sink.copy_(source), 5) for _ in range(3))
         copy = 2 * source.nbytes / copied
-        long = classes in LONG
+        long = classes not in [v for _, v in SHORT]
+        residents = (*(SHARES if form.startswith("gradient") and classes > 1 << 17 else ()), *RESIDENT)
+        residents = residents if long else (4, 8, 16)
         exact = run(logits, target, form, None)()
         results: list[tuple[float, str]] = []
-        for choice, resident in [(None, 0), *itertools.product(choices, RESIDENT if long else (4, 8, 16))]:
+        for choice, resident in [(None, 0), *itertools.product(choices, residents)]:
             if choice and resident * choice.warps * 32 * max(choice.registers, 32) > 65536:
                 continue
             try:
