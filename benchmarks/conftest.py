@@ -15,11 +15,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from fastloss.bench.clock import Clock, EventClock
 from fastloss.bench.contenders import CONTENDERS, contenders_of
-from fastloss.bench.measure import Copy, Prepared, prepare
+from fastloss.bench.measure import Copy, Prepared, clock_of, prepare
 from fastloss.bench.report import presence
 from fastloss.bench.workloads import DTYPES, SIZES, TARGETS, Workload, workloads
-from fastloss.demo.measure import seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPS = {
@@ -37,23 +37,7 @@ class Contest(NamedTuple):
 
     prepared: Prepared
     copy_gigabytes_per_second: float
-
-
-class EventClock:
-    """Seconds, by the GPU's own clock: of an event in its stream, which is waited for."""
-
-    def __init__(self) -> None:
-        self._last: torch.cuda.Event | None = None
-        self._seconds = 0.0
-
-    def __call__(self) -> float:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        event.synchronize()
-        if self._last is not None:  # one difference at a time: CUDA gives it in float32
-            self._seconds += self._last.elapsed_time(event) / 1e3
-        self._last = event
-        return self._seconds
+    clock: Clock
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -95,6 +79,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.benchmark(group=str(workload), timer=timer))
 
 
+@pytest.fixture
+def timer(request: pytest.FixtureRequest) -> object:
+    """By which this test is timed."""
+    return request.node.get_closest_marker("benchmark").kwargs["timer"]
+
+
 @pytest.fixture(scope="session")
 def contest(request: pytest.FixtureRequest) -> Iterator[Contest]:
     """The workload of this test; made once for all of its contenders, since those follow each other."""
@@ -102,11 +92,11 @@ def contest(request: pytest.FixtureRequest) -> Iterator[Contest]:
     chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     names = [params["contender"] for params in chosen if params.get("contest") == workload]  # -k may have left few
     prepared = prepare(workload, [CONTENDERS[name] for name in names], DEVICE)
-    copy = Copy(DEVICE)
+    copy, clock = clock_of(workload, DEVICE)
+    copy = copy or Copy(DEVICE)
     copy.step()
-    copied = copy.gigabytes_per_second([seconds(copy.step, DEVICE) for _ in range(_COPIES)])
-    del copy
-    yield Contest(prepared, copied)
+    copied = copy.gigabytes_per_second([clock(copy.step).device for _ in range(_COPIES)])
+    yield Contest(prepared, copied, clock)
     prepared.steps.clear()
     gc.collect()
     if DEVICE.type == "cuda":

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,39 +98,37 @@ class Record:
         lines += [] if self.finished else ["- the run was not finished"]
         lines += [
             "",
-            "| | shape | dtype | contender | ms | GB/s | of a copy | peak, MB |",
-            "|---|---|---|---|---|---|---|---|",
+            "| | shape | dtype | contender | ms | host, ms | GB/s | of a copy | peak, MB |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_line(row) for row in self.rows if row.status not in ("absent", "unfit")]
         if self.graphs:
-            lines += [
-                "",
-                "| loss, accuracy, gradient | fastloss in a CUDA graph, ms | eager PyTorch without one, ms | ratio |",
-            ]
-            lines += ["|---|---|---|---|"]
-            lines += [
-                f"| {g['shape']} | {g['fastloss']:.4f} | {g['torch']:.4f} | {g['ratio']:.3f} |"
-                if "ratio" in g
-                else f"| {g['shape']} | {g['error']} | | |"
-                for g in self.graphs
-            ]
+            names = ("fastloss in a graph", "torch in a graph", "fastloss", "torch")
+            head = ["loss, accuracy, gradient, float32", *(f"{name}, ms" for name in names)]
+            lines += ["", f"| {' | '.join([*head, 'the first over the last'])} |", f"|{'---|' * 6}"]
+            for graph in self.graphs:
+                if "error" in graph:
+                    lines.append(f"| {graph['shape']} | {graph['error']} | | | | |")
+                    continue
+                times = [f"{graph[name]:.4f}" for name in names]
+                ratio = f"{graph[names[0]] / graph[names[-1]]:.3f}"
+                lines.append(f"| {' | '.join([graph['shape'], *times, ratio])} |")
         return "\n".join(lines) + "\n"
 
 
 def _line(row: Row) -> str:
     cells = [row.op, row.shape, row.dtype, row.contender]
     if not row.timed:
-        return f"| {' | '.join(cells)} | {row.status}: {row.reason.replace('|', '/')} | | | |"
+        return f"| {' | '.join(cells)} | {row.status}: {row.reason.replace('|', '/')} | | | | |"
     speed, share, peak = row.gigabytes_per_second, row.share_of_copy, row.peak_bytes
+    cells += [f"{row.milliseconds:.4f}", "" if row.host_milliseconds is None else f"{row.host_milliseconds:.4f}"]
     if row.teraflops is not None and row.times_products is not None:
         cells += [
-            f"{row.milliseconds:.4f}",
             f"{row.teraflops:.4g} Tflop/s",
             f"{row.times_products:.3f} of 3 products",
         ]
         return f"| {' | '.join([*cells, '' if peak is None else f'{peak / 1e6:.1f}'])} |"
     cells += [
-        f"{row.milliseconds:.4f}",
         "" if speed is None else f"{speed:.0f}",
         "" if share is None else f"{share:.0%}",
         "" if peak is None else f"{peak / 1e6:.1f}",
@@ -243,22 +242,32 @@ def contest_of_graphs(shape: Shape, device: torch.device) -> tuple[Callable[[], 
 
 
 def under_a_graph(shape: Shape, device: torch.device, seconds: float) -> dict[str, Any]:
-    """fastloss's from a CUDA graph, eager PyTorch's without."""
+    """Each of the two from a CUDA graph, and called without one; milliseconds, and fastloss's graph over each."""
     try:
-        ours, eager = contest_of_graphs(shape, device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                ours()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            ours()
-        mine, theirs = medians([lambda: [by_events(graph.replay, 20)], lambda: [by_events(eager, 20)]], seconds)
+        calls = dict(zip(("fastloss", "torch"), contest_of_graphs(shape, device), strict=True))
+        turns = {f"{name} in a graph": captured(call).replay for name, call in calls.items()} | calls
+        found = medians([partial(_turn, call) for call in turns.values()], seconds)
     except Exception as error:
         return {"shape": str(shape), "error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-    return {"shape": str(shape), "fastloss": mine, "torch": theirs, "ratio": mine / theirs}
+    return {"shape": str(shape), **dict(zip(turns, found, strict=True))}
+
+
+def _turn(call: Callable[[], object]) -> list[float]:
+    return [by_events(call, 20)]
+
+
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of the call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
 
 
 def _versions(device: torch.device) -> dict[str, str]:

@@ -122,9 +122,10 @@ def newest_gpu_record(folder: Path) -> Path | None:
 
 
 def gpu(path: Path) -> str:
-    """Each chosen shape: fastloss, its share of the limit, and how long the others take.
+    """Each chosen shape: fastloss, its share of the limit, how long the others take; and the host's times.
 
-    The limit is a copy's bandwidth; of linear_cross_entropy it is the time of three bare products.
+    The limit is a copy's bandwidth; of linear_cross_entropy it is the time of three bare products. The host's times,
+    which older records do not have, are fastloss's and, of the others, eager PyTorch's.
     """
     record = json.loads(path.read_text(encoding="utf-8"))
     by_workload: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
@@ -141,6 +142,11 @@ def gpu(path: Path) -> str:
             return "–"
         return f"{row['milliseconds']:.3f}" if row["status"] == "timed" else str(row["status"])
 
+    def host(row: dict[str, Any] | None) -> str:
+        found = row.get("host_milliseconds") if row else None
+        return "–" if found is None else f"{found:.3f}"
+
+    hosts = ["fastloss", "torch"] if any(row.get("host_milliseconds") for row in record["rows"]) else []
     rows = []
     for key, of_contender in by_workload.items():
         ours = of_contender.get("fastloss")
@@ -148,9 +154,14 @@ def gpu(path: Path) -> str:
         if ours and ours.get("times_products"):
             share = 1 / ours["times_products"]
         rows.append(
-            [*key, cell(ours), f"{share:.0%}" if share else "–", *(cell(of_contender.get(o)) for o in others)]
+            [
+                *key,
+                *(cell(ours), f"{share:.0%}" if share else "–"),
+                *(cell(of_contender.get(other)) for other in others),
+                *(host(of_contender.get(name)) for name in hosts),
+            ]
         )
-    head = ["ms", "N x V", "dtype", "fastloss", "of the limit", *others]
+    head = ["ms", "N x V", "dtype", "fastloss", "of the limit", *others, *(f"host: {name}" for name in hosts)]
     return f"{record['device']}, {record['circumstances']}:\n" + _table(head, rows)
 
 

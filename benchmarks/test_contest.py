@@ -2,18 +2,19 @@
 
 A contender that is absent or can't serve is skipped, with the reason. One that is wrong or fails is an expected
 failure where it is another's package, and a failure where it is fastloss. ``extra_info`` holds the bytes that must
-move, GB/s, the share of a copy's bandwidth in this run, and the peak memory.
+move, GB/s, the share of a copy's bandwidth in this run, the peak memory and, on a GPU, the host's time.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
+from fastloss.bench.clock import EventClock, FullStream
 from fastloss.bench.contenders import CONTENDERS, OURS
-from fastloss.bench.measure import block_of
-from fastloss.demo.measure import seconds
+from fastloss.bench.measure import block_of, repeated
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -24,24 +25,26 @@ _SECONDS = {"tiny": 0.02, "quick": 0.5, "full": 1.0}  # of each benchmark
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 200
 
 
-def test_cross_entropy(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: str) -> None:
-    _run(contest, contender, benchmark, size)
+def test_cross_entropy(
+    contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: object, size: str
+) -> None:
+    _run(contest, contender, benchmark, timer, size)
 
 
-def test_accuracy(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: str) -> None:
-    _run(contest, contender, benchmark, size)
+def test_accuracy(contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: object, size: str) -> None:
+    _run(contest, contender, benchmark, timer, size)
 
 
-def test_linear(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: str) -> None:
-    _run(contest, contender, benchmark, size)
+def test_linear(contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: object, size: str) -> None:
+    _run(contest, contender, benchmark, timer, size)
 
 
-def test_sgd(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: str) -> None:
-    _run(contest, contender, benchmark, size)
+def test_sgd(contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: object, size: str) -> None:
+    _run(contest, contender, benchmark, timer, size)
 
 
-def test_host(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: str) -> None:
-    _run(contest, contender, benchmark, size)
+def test_host(contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: object, size: str) -> None:
+    _run(contest, contender, benchmark, timer, size)
 
 
 @pytest.fixture(scope="session")
@@ -50,8 +53,8 @@ def size(pytestconfig: pytest.Config) -> str:
     return str(pytestconfig.getoption("--shapes"))
 
 
-def _run(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: str) -> None:
-    prepared, copied = contest
+def _run(contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: object, size: str) -> None:
+    prepared, copied, clock = contest
     workload, device = prepared.workload, prepared.device
     if (row := prepared.rows.get(contender)) is not None:
         words = f"{contender} is {row.status}: {row.reason}"
@@ -59,8 +62,12 @@ def _run(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: st
             pytest.skip(words)
         (pytest.fail if contender == OURS else pytest.xfail)(words)
     step = prepared.steps[contender]
-    block = block_of(step, device, workload.op)
-    rounds = int(_SECONDS[size] / max(block * seconds(step, device), 1e-9))
+    block = block_of(step, clock, device, workload.op)
+    times = clock(partial(repeated, step, block))
+    if isinstance(timer, EventClock) and isinstance(clock, FullStream) and times.host is not None:
+        timer.before = partial(clock.fill, times.host)
+        benchmark.extra_info["host_milliseconds"] = 1e3 * times.host / block
+    rounds = int(_SECONDS[size] / max(times.device, 1e-9))
     rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, rounds))
     benchmark.extra_info.update(
         contender=contender,
@@ -78,9 +85,9 @@ def _run(contest: Contest, contender: str, benchmark: BenchmarkFixture, size: st
     if benchmark.stats is not None and prepared.products is not None:
         bare = prepared.products()
         bare.step()
-        times = [seconds(bare.step, device) for _ in range(_LEAST_ROUNDS)]
+        times_of_products = [clock(bare.step).device for _ in range(_LEAST_ROUNDS)]
         benchmark.extra_info.update(
             operations=workload.operations,
             teraflops=workload.operations / benchmark.stats.stats.median / 1e12,
-            products_teraflops=bare.teraflops(times),
+            products_teraflops=bare.teraflops(times_of_products),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -150,7 +151,7 @@ def test_failures_and_what_was_cut_off_are_in_the_text(record: Any) -> None:
     assert "- tests: 2 failed\n  - FAILED tests/a.py::b\n  - FAILED tests/a.py::c\n" in text
     assert "- memory checker: not reached\n" in text
     assert "- no time was left for host-64x1000-float32-hard\n- the run was not finished\n" in text
-    assert "| 4096x10 | RuntimeError: no | | |" in text
+    assert "| 4096x10 | RuntimeError: no | | | | |" in text
 
 
 def test_a_record_is_good_if_every_part_is(record: Any) -> None:
@@ -234,3 +235,29 @@ def test_the_readme_shows_the_newest_record_and_no_other(tables: Any, tmp_path: 
     assert "apex" not in filled
     assert "2025" not in filled
     assert tables.filled(filled, tmp_path) == filled
+
+
+def test_the_readme_shows_the_hosts_times_where_a_record_has_them(tables: Any, tmp_path: Path) -> None:
+    found = gpu_record("H100", 2.0)
+    found["rows"][0]["host_milliseconds"], found["rows"][1]["host_milliseconds"] = 0.4, 0.2
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(found))
+    text = tables.gpu(path)
+    assert "| of the limit | torch | liger | host: fastloss | host: torch |\n" in text
+    assert "| forward | 8x9 | bfloat16 | 2.000 | 92% | 2.000 | wrong | 0.400 | 0.200 |\n" in text
+
+
+@pytest.mark.parametrize("op", ["forward", "linear"])
+def test_a_records_lines_have_as_many_cells(record: Any, op: str) -> None:
+    """Whatever became of a contender, of every operation; a GPU's time and the host's."""
+    workloads, measure = (importlib.import_module(f"fastloss.bench.{name}") for name in ("workloads", "measure"))
+    contender = importlib.import_module("fastloss.bench.contenders").CONTENDERS["fastloss"]
+    workload = workloads.Workload(op, workloads.Shape(8, 9, 4), torch.bfloat16)
+    row = measure.Row.of(workload, contender, "wrong", "by a | b")
+    timed = dataclasses.replace(row, status="timed", milliseconds=1.5, host_milliseconds=0.25, peak_bytes=5)
+    if op == "linear":
+        timed = dataclasses.replace(timed, teraflops=3.0, times_products=1.25)
+    made = record.Record("H100", "at commit abc", {}, {}, rows=[row, timed])
+    head, _, *lines = [line for line in made.markdown().splitlines() if line.startswith("|")]
+    assert [line.count("|") for line in lines] == [head.count("|")] * 2
+    assert "| 1.5000 | 0.2500 |" in lines[1]

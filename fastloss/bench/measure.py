@@ -2,8 +2,8 @@
 
 Contenders take turns, with a device copy among them (beside linear_cross_entropy three bare products), so that a
 busy moment hits all alike and the limit that they are held against is that of the same seconds. A turn is a block
-of calls: on a GPU so many that the host's time to queue the first is lost in it, on a CPU as many as settle the C
-library's allocator.
+of calls: on a CPU as many as settle the C library's allocator, on a GPU no more than its stream's queue holds. How a
+GPU's time is told from the host's is in :mod:`.clock`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ import torch
 from torch import Tensor
 
 from ..demo.loss_at_scale import COPIES
-from ..demo.measure import Neighbours, Step, free_bytes, interleaved, peak_bytes, seconds
+from ..demo.measure import Neighbours, Step, free_bytes, in_turns, peak_bytes
 from . import linear
 from .check import Exact, copies, errors_of_reference, is_out_of_memory, operation, verdict
+from .clock import Clock, FullStream, by_the_clock
 from .contenders import OURS, Contender
 from .optimizer import Kind, deviations, ready
 from .workloads import Shape, Workload, make_inputs, make_linear_inputs
 
-__all__ = ["Copy", "Prepared", "Row", "block_of", "measure", "prepare"]
+__all__ = ["Copy", "Prepared", "Row", "block_of", "clock_of", "measure", "prepare", "repeated"]
 
 Tell = Callable[[float], None]
 
 _BLOCK_SECONDS = {"cuda": 5e-3, "cpu": 2e-2}
-_LARGEST_BLOCK = {"cuda": 200, "cpu": 10}
+_LARGEST_BLOCK = {"cuda": 20, "cpu": 10}
 _HOST_BLOCK = 20
 _COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 _CHECKED_PARAMETERS = 1 << 22  # of an optimizer; the first tensors
@@ -58,7 +59,8 @@ class Row:
     reason: str = ""  # of any status but "timed"
     note: str = ""
     moved_bytes: int = 0  # that the operation must move
-    milliseconds: float | None = None  # the median of the turns, of one call
+    milliseconds: float | None = None  # the median of the turns, of one call; on a GPU, its time
+    host_milliseconds: float | None = None  # on a GPU, the host's: until the call returns
     gigabytes_per_second: float | None = None  # moved_bytes over the time
     share_of_copy: float | None = None
     copy_gigabytes_per_second: float | None = None  # of a copy in the same turns, read and written
@@ -183,12 +185,20 @@ def prepare(workload: Workload, contenders: Sequence[Contender], device: torch.d
     return prepared
 
 
-def block_of(step: Step, device: torch.device, op: str = "") -> int:
+def clock_of(workload: Workload, device: torch.device) -> tuple[Copy | None, Clock]:
+    """What takes the times, and a copy that is run for it or for the limit."""
+    if workload.op == "host" or device.type != "cuda":  # the host's time is that until a call returns
+        return (Copy(device) if workload.moved_bytes else None), by_the_clock
+    copy = Copy(device)
+    return copy, FullStream(copy.step, device)
+
+
+def block_of(step: Step, clock: Clock, device: torch.device, op: str = "") -> int:
     """How many calls a turn has."""
     if op == "host":
         return _HOST_BLOCK
     longest = _LARGEST_BLOCK.get(device.type, 1)
-    fastest = min(seconds(step, device) for _ in range(3))
+    fastest = min(clock(step).device for _ in range(3))
     wanted = _BLOCK_SECONDS.get(device.type, 0.0) / max(fastest, 1e-9)
     return max(1, min(longest, math.ceil(wanted)))
 
@@ -317,20 +327,25 @@ def _time(prepared: Prepared, contenders: Sequence[Contender], budget: float, te
 def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, tell: Tell) -> dict[str, Row]:
     workload, device = prepared.workload, prepared.device
     steps = prepared.steps
-    blocks = {name: block_of(step, device, workload.op) for name, step in steps.items()}
-    turns: list[Step] = [partial(_repeat, step, blocks[name]) for name, step in steps.items()]
-    # The host's time is that until the call returns, whatever the device does.
-    clock = torch.device("cpu") if workload.op == "host" else device
-    copy = Copy(device) if workload.moved_bytes else None
+    copy, clock = clock_of(workload, device)
+    blocks = {name: block_of(step, clock, device, workload.op) for name, step in steps.items()}
+    turns: list[Step] = [partial(repeated, step, blocks[name]) for name, step in steps.items()]
     products = prepared.products() if prepared.products else None
+    if not workload.moved_bytes:
+        copy = None  # which is no limit of it
     limits = [limit.step for limit in (copy, products) if limit is not None]
     for step in limits:
         step()
     with Neighbours() as neighbours:
-        times = interleaved([*turns, *limits], clock, budget=max(budget, 1e-6), tell=tell)
-    copied = copy.gigabytes_per_second(times[-1]) if copy else None
-    bare = statistics.median(times[-1]) if products else None
-    medians = {name: statistics.median(mine) / blocks[name] for name, mine in zip(steps, times, strict=False)}
+        times = in_turns([*turns, *limits], clock, budget=max(budget, 1e-6), tell=tell)
+    seconds = [[each.device for each in mine] for mine in times]
+    copied = copy.gigabytes_per_second(seconds[-1]) if copy else None
+    bare = statistics.median(seconds[-1]) if products else None
+    medians = {name: statistics.median(mine) / blocks[name] for name, mine in zip(steps, seconds, strict=False)}
+    hosts = {}
+    for name, mine in zip(steps, times, strict=False):
+        found = [each.host for each in mine if each.host is not None]
+        hosts[name] = 1e3 * statistics.median(found) / blocks[name] if found else None
     rows = {}
     for contender in contenders:
         median = medians[contender.name]
@@ -338,6 +353,7 @@ def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, t
         rows[contender.name] = replace(
             Row.of(workload, contender, "timed"),
             milliseconds=1e3 * median,
+            host_milliseconds=hosts[contender.name],
             gigabytes_per_second=speed,
             share_of_copy=speed / copied if speed and copied else None,
             copy_gigabytes_per_second=copied,
@@ -353,6 +369,6 @@ def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, t
     return rows
 
 
-def _repeat(step: Step, block: int) -> None:
+def repeated(step: Step, block: int) -> None:
     for _ in range(block):
         step()

@@ -77,6 +77,11 @@ def legend(rows: Sequence[Row], device: torch.device) -> RenderableType:
         "beyond the inputs. ratio: fastloss's time over this contender's, so below 1 fastloss is faster. Everybody "
         "was checked against float64 first; who is wrong has no time."
     )
+    if any(row.host_milliseconds is not None for row in rows):
+        words += (
+            " On a GPU ms is its own time, taken while it has so much to do that it never waits for the host, as in "
+            "training; host ms: until the call returns."
+        )
     if any(row.op == "linear" and row.timed for row in rows):
         words += (
             " linear: Tflop/s counts the operations of three bare products of matrices, which take turns with the "
@@ -125,33 +130,45 @@ def _title(workload: Workload) -> str:
 
 def _timed(rows: Sequence[Row], *, is_host: bool) -> Table:
     """Those that have a time, and the copy that they took turns with."""
-    columns = ["contender", "ms", *([] if is_host else ["GB/s", "of a copy", "peak"]), "ratio"]
+    host = _host_column(rows)
+    columns = ["contender", "ms", *host, *([] if is_host else ["GB/s", "of a copy", "peak"]), "ratio"]
     result = plain_table("", *columns)
     ours = next((row for row in rows if row.contender == OURS), None)
     for row in rows:
         speed, share, peak = row.gigabytes_per_second, row.share_of_copy, row.peak_bytes
-        cells = [row.contender, f"{row.milliseconds:.4f}"]
+        cells = _times(row, host)
         if not is_host:
             cells += [f"{speed or 0.0:.2f}", f"{share or 0.0:.0%}", bytes_in_words(peak or 0)]
         ratio = f"{ours.ratios[row.contender]:.3f}" if ours is not None and row is not ours else ""
         result.add_row(*cells, ratio, style="cyan" if row is ours else "")
     copied = rows[0].copy_gigabytes_per_second
     if copied is not None:
-        result.add_row("a copy", "", f"{copied:.2f}", "100%", "", "", style="dim")
+        result.add_row("a copy", "", *("" for _ in host), f"{copied:.2f}", "100%", "", "", style="dim")
     return result
 
 
 def _timed_linear(rows: Sequence[Row]) -> Table:
     """Those that have a time, and the three products that they took turns with."""
-    result = plain_table("", "contender", "ms", "Tflop/s", "of the products", "peak", "ratio")
+    host = _host_column(rows)
+    result = plain_table("", "contender", "ms", *host, "Tflop/s", "of the products", "peak", "ratio")
     ours = next((row for row in rows if row.contender == OURS), None)
     for row in rows:
         ratio = f"{ours.ratios[row.contender]:.3f}" if ours is not None and row is not ours else ""
-        cells = [row.contender, f"{row.milliseconds:.4f}", f"{row.teraflops or 0.0:.4g}"]
+        cells = [*_times(row, host), f"{row.teraflops or 0.0:.4g}"]
         cells += [f"{row.times_products or 0.0:.3f}", bytes_in_words(max(0, row.peak_bytes or 0)), ratio]
         result.add_row(*cells, style="cyan" if row is ours else "")
     bare = rows[0].products_milliseconds
     if bare:
         speed = (rows[0].teraflops or 0.0) * (rows[0].times_products or 0.0)
-        result.add_row("three products", f"{bare:.4f}", f"{speed:.4g}", "1.000", "", "", style="dim")
+        times = [f"{bare:.4f}", *("" for _ in host)]
+        result.add_row("three products", *times, f"{speed:.4g}", "1.000", "", "", style="dim")
     return result
+
+
+def _host_column(rows: Sequence[Row]) -> list[str]:
+    """Its name, where the host's time is known."""
+    return ["host ms"] if any(row.host_milliseconds is not None for row in rows) else []
+
+
+def _times(row: Row, host: Sequence[str]) -> list[str]:
+    return [row.contender, f"{row.milliseconds:.4f}", *(f"{row.host_milliseconds or 0.0:.4f}" for _ in host)]

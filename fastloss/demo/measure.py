@@ -7,14 +7,17 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.autograd.profiler import profile
 
-__all__ = ["Neighbours", "Step", "free_bytes", "interleaved", "peak_bytes", "seconds"]
+__all__ = ["Neighbours", "Step", "free_bytes", "in_turns", "interleaved", "peak_bytes", "seconds"]
 
 Step = Callable[[], object]
+Taken = TypeVar("Taken")
 
 
 class Neighbours:
@@ -76,16 +79,28 @@ def interleaved(
     least: int = 5,
     tell: Callable[[float], None] = lambda share: None,
 ) -> list[list[float]]:
-    """The seconds of each step, in rounds that go through all of them, so that a busy moment hits all alike.
+    """The seconds of each step, in rounds: see :func:`in_turns`."""
+    return in_turns(steps, partial(seconds, device=device), budget=budget, least=least, tell=tell)
+
+
+def in_turns(
+    steps: Sequence[Step],
+    take: Callable[[Step], Taken],
+    *,
+    budget: float,
+    least: int = 5,
+    tell: Callable[[float], None] = lambda share: None,
+) -> list[list[Taken]]:
+    """What ``take`` finds of each step, in rounds that go through all of them, so that a busy moment hits all alike.
 
     Every step should have run before, so that none is timed cold. Every other round goes backwards. Rounds go
     on until ``budget`` seconds are spent, but there are at least ``least``; ``tell`` hears the share spent.
     """
-    result: list[list[float]] = [[] for _ in steps]
+    result: list[list[Taken]] = [[] for _ in steps]
     start, rounds = time.perf_counter(), 0
     while rounds < least or time.perf_counter() - start < budget:
         for i in range(len(steps)) if rounds % 2 == 0 else reversed(range(len(steps))):
-            result[i].append(seconds(steps[i], device))
+            result[i].append(take(steps[i]))
         rounds += 1
         tell(min(1.0, (time.perf_counter() - start) / budget))
     return result
