@@ -345,7 +345,6 @@ def _forward_tile(
     x_cols, g_cols = class_offsets(cols, x_class, VEC), class_offsets(cols, g_class, VEC)
     loss_sum, weight_sum = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
     counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
-    invalid_sum = tl.zeros([ROWS], tl.int32)
 
     for tile in tl.range(
         tl.program_id(0), tile_count(rows, inner, ROWS, BY_INNER), tl.num_programs(0), num_stages=STAGES
@@ -366,7 +365,6 @@ def _forward_tile(
             else:
                 right_sum += ((rank[:, None] < k_vector[None, :]) & counted[:, None]).to(tl.int32)
                 counted_sum += counted.to(tl.int32)
-                invalid_sum += (weight != weight).to(tl.int32)
 
         z, z_label, dz = x, x_label, x
         if SOFTCAP:
@@ -411,7 +409,7 @@ def _forward_tile(
             tl.store(gradient_ptr + g_base[:, None] + g_cols[None, :], g, mask=out_mask)
 
     if REDUCTION != "none":
-        invalid = tl.sum(invalid_sum, axis=0) > 0
+        weights = tl.sum(weight_sum, axis=0)  # NaN where a label is out of bounds
         end_launch(
             loss_ptr,
             right_ptr,
@@ -420,9 +418,9 @@ def _forward_tile(
             counts_ptr,
             counter_ptr,
             tl.sum(loss_sum, axis=0),
-            tl.sum(weight_sum, axis=0),
+            weights,
             tl.sum(counted_sum, axis=0),
-            tl.where(invalid, -1, tl.sum(right_sum, axis=0)),
+            tl.where(weights == weights, tl.sum(right_sum, axis=0), -1),
             K,
             K_PAD,
             G_PAD,
@@ -629,7 +627,6 @@ def _forward_loop(
         w_total = tl.zeros([ROWS], ACC) + sum_of_weights(weight_ptr, classes, ACC, COLS)
     loss_sum, weight_sum = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
     counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
-    invalid_sum = tl.zeros([ROWS], tl.int32)
 
     for tile in tl.range(tl.program_id(0), tile_count(rows, inner, ROWS, BY_INNER), tl.num_programs(0)):
         row, in_range, outer, within = tile_rows(tile, rows, inner, ROWS, BY_INNER)
@@ -647,6 +644,7 @@ def _forward_loop(
             x_ends = tl.load(ends, mask=counted[:, None] & at_ends[None, :], other=-float("inf")).to(ACC)
         full = width // COLS * COLS
         x_label = tl.load(logits_ptr + begin + label * x_class, mask=counted, other=0.0).to(ACC)
+        label, place = label.to(tl.int32), place.to(tl.int32)  # as the columns are
         z_label = x_label
         if SOFTCAP:
             t_label, _ = tanh(x_label / cap, ACC)
@@ -685,7 +683,6 @@ def _forward_loop(
             else:
                 right_sum += ((rank[:, None] < k_vector[None, :]) & counted[:, None]).to(tl.int32)
                 counted_sum += counted.to(tl.int32)
-                invalid_sum += (weight != weight).to(tl.int32)
 
         m, wz = tl.max(m_group, axis=1), tl.sum(wz_group, axis=1)
         if ENDS:
@@ -733,7 +730,7 @@ def _forward_loop(
                 )  # fmt: skip
 
     if REDUCTION != "none":
-        invalid = tl.sum(invalid_sum, axis=0) > 0
+        weights = tl.sum(weight_sum, axis=0)  # NaN where a label is out of bounds
         end_launch(
             loss_ptr,
             right_ptr,
@@ -742,9 +739,9 @@ def _forward_loop(
             counts_ptr,
             counter_ptr,
             tl.sum(loss_sum, axis=0),
-            tl.sum(weight_sum, axis=0),
+            weights,
             tl.sum(counted_sum, axis=0),
-            tl.where(invalid, -1, tl.sum(right_sum, axis=0)),
+            tl.where(weights == weights, tl.sum(right_sum, axis=0), -1),
             K,
             K_PAD,
             G_PAD,

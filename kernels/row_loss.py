@@ -114,7 +114,7 @@ def row_results(
     weight, wz, w_total = weight.to(tl.float64), wz.to(tl.float64), w_total.to(tl.float64)
     lse = log_s + m
     # 1 − ε and 2 λ would be kept in registers from row to row: ε and λ are not.
-    hit = weight - weight * eps
+    hit = weight - weight * eps if SMOOTHING else weight
     tail = weight * z_scale * lse
     loss = hit * (log_s + (m - z_label)) + tail * lse
     level = hit + 2.0 * tail
