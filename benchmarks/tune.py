@@ -114,7 +114,7 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
     def call() -> Any:
         launch.forget()
         module.plan, least = chosen, launch.power_of_2
-        module.power_of_2 = lambda n: 2048 if n > 16 else least(n)  # of the grid: else each would be compiled anew
+        module.power_of_2 = least  # of the grid: else each would be compiled anew
         try:
             return module.cross_entropy_forward(
                 logits[:, :, None], target, None, options, loss_dtype=logits.dtype, gradient=gradient, inplace=False

@@ -72,7 +72,7 @@ def _form(logits: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: s
         "REDUCTION": reduction,
         "K": len(topk),
         "K_PAD": k_pad,
-        "G_PAD": power_of_2(tiles.grid),
+        "G_PAD": tiles.added_at_once,
         "LOOPED": tiles.looped,
         "GROUP": tiles.group,
         "ACC": arithmetic(logits.dtype),

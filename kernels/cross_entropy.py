@@ -162,7 +162,7 @@ def _form(
         "REDUCTION": options.reduction,
         "K": k,
         "K_PAD": k_pad,
-        "G_PAD": power_of_2(tiles.grid),
+        "G_PAD": tiles.added_at_once,
         "WEIGH_BLOCK": _WEIGH_BLOCK,
         "STAGES": tiles.stages,
         **_constants(logits, weight, options, tiles),

@@ -69,6 +69,11 @@ class Tiles(NamedTuple):
     stages: int = 1  # tiles or blocks that are on their way from memory at once, this one among them
     ends: bool = False  # a looped row begins anywhere in an access: what no whole access has is visited apart
 
+    @property
+    def added_at_once(self) -> int:
+        """How many programs' sums the last of them adds up at a time: 16 or fewer a thread, a power of 2."""
+        return min(power_of_2(self.grid), 512 * self.warps)
+
     def constants(self) -> dict[str, object]:
         """The compile-time arguments of a kernel that follow from it.
 

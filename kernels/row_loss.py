@@ -152,11 +152,15 @@ def end_launch(
         tl.store(counts_ptr + program * (1 + K_PAD) + 1 + tl.arange(0, K_PAD), right_sum)
     if last_to_end(counter_ptr):
         tl.store(counter_ptr, 0)
-        index = tl.arange(0, G_PAD)
-        there = index < tl.num_programs(0)
-        loss = tl.sum(tl.load(sums_ptr + index * 2, mask=there, other=0.0, cache_modifier=".cg"), axis=0)
+        losses, weights = tl.zeros([G_PAD], tl.float64), tl.zeros([G_PAD], tl.float64)
+        for start in tl.range(0, tl.num_programs(0), G_PAD):
+            index = start + tl.arange(0, G_PAD)
+            there = index < tl.num_programs(0)
+            losses += tl.load(sums_ptr + index * 2, mask=there, other=0.0, cache_modifier=".cg")
+            if MEAN:
+                weights += tl.load(sums_ptr + index * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        loss = tl.sum(losses, axis=0)
         if MEAN:
-            weights = tl.load(sums_ptr + index * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
             total = tl.sum(weights, axis=0)
             loss = tl.where(total == 0.0, float("nan"), loss / total)
             tl.store(scale_ptr, 1.0 / total)

@@ -260,15 +260,23 @@ def add_up_counts(
     counts_ptr, right_ptr, K: tl.constexpr, K_PAD: tl.constexpr, G_PAD: tl.constexpr, MEAN: tl.constexpr
 ):
     """Accuracies from the programs' partial counts ``(programs, 1 + K_PAD)``: counted rows, right rows at each k."""
-    program = tl.arange(0, G_PAD)
-    there = program < tl.num_programs(0)
-    counted = tl.load(counts_ptr + program * (1 + K_PAD), mask=there, other=0, cache_modifier=".cg")
-    total = tl.sum(counted.to(tl.int64), axis=0)
+    counted = tl.zeros([G_PAD], tl.int64)
+    for start in tl.range(0, tl.num_programs(0), G_PAD):
+        program = start + tl.arange(0, G_PAD)
+        there = program < tl.num_programs(0)
+        counted += tl.load(counts_ptr + program * (1 + K_PAD), mask=there, other=0, cache_modifier=".cg")
+    total = tl.sum(counted, axis=0)
     for j in tl.static_range(K):
-        right = tl.load(counts_ptr + program * (1 + K_PAD) + 1 + j, mask=there, other=0, cache_modifier=".cg")
-        value = tl.sum(right.to(tl.int64), axis=0).to(tl.float64)
+        right, least = tl.zeros([G_PAD], tl.int64), tl.zeros([G_PAD], tl.int32)
+        for start in tl.range(0, tl.num_programs(0), G_PAD):
+            program = start + tl.arange(0, G_PAD)
+            there = program < tl.num_programs(0)
+            found = tl.load(counts_ptr + program * (1 + K_PAD) + 1 + j, mask=there, other=0, cache_modifier=".cg")
+            right += found
+            least = tl.minimum(least, found)
+        value = tl.sum(right, axis=0).to(tl.float64)
         # A label out of bounds makes its program's count of right rows negative: NaN.
-        value = tl.where(tl.min(right, axis=0) < 0, float("nan"), value)
+        value = tl.where(tl.min(least, axis=0) < 0, float("nan"), value)
         if MEAN:
             value = value / total.to(tl.float64)
         tl.store(right_ptr + j, value.to(tl.float32))
