@@ -36,7 +36,7 @@ FORMS = {
 }
 LONG = (32000, 128256, 262144, 50257)
 
-SHORT = ((4096, 1000), (65536, 1024), (32768, 8192))
+SHORT = ((4096, 1000), (1 << 20, 16), (262144, 128), (131072, 512), (65536, 1024), (65536, 2048), (32768, 8192))
 
 
 class Choice(NamedTuple):
@@ -61,10 +61,10 @@ LOOPED = [
         (4096, 8, 3, 0),
         (8192, 8, 1, 128),
         (8192, 16, 1, 64),
-        (8192, 16, 1, 128),
+        (8192, 16, 3, 64),
         (16384, 16, 1, 128),
-        (8192, 32, 1, 64),
         (16384, 32, 1, 64),
+        (16384, 32, 3, 64),
     )
 ]
 # Programs a processor; below 1, some processors have none, so that fewer rows are in flight.
@@ -76,7 +76,7 @@ def whole(classes: int) -> list[Choice]:
     """Choices for rows that are held whole."""
     cols = max(16, 1 << (classes - 1).bit_length())
     found = []
-    for elements in (2048, 4096, 8192):
+    for elements in (1024, 2048, 4096):
         rows = max(1, min(64, elements // cols))
         for per_thread, stages in ((16, 1), (32, 1), (64, 1), (64, 2)):
             warps = rows * cols // (32 * per_thread)
@@ -113,14 +113,15 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
 
     def call() -> Any:
         launch.forget()
-        module.plan, least = chosen, launch.power_of_2
-        module.power_of_2 = least  # of the grid: else each would be compiled anew
+        module.plan, added_at_once = chosen, launch.Tiles.added_at_once
+        # Alike for any grid: else each would be compiled anew.
+        launch.Tiles.added_at_once = property(lambda tiles: 128 * tiles.warps)
         try:
             return module.cross_entropy_forward(
                 logits[:, :, None], target, None, options, loss_dtype=logits.dtype, gradient=gradient, inplace=False
             )
         finally:
-            module.plan, module.power_of_2 = launch.plan, least
+            module.plan, launch.Tiles.added_at_once = launch.plan, added_at_once
             launch.forget()
 
     return call
@@ -132,8 +133,8 @@ def problems(only: list[str], only_classes: list[int]) -> Iterator[tuple[str, tu
         for classes in only_classes or LONG:
             rows = (1 << 28) // classes // 64 * 64 + 64
             yield form, (rows, classes), LOOPED if form != "gradient+smoothing" else []
-        for shape in () if only_classes or not form.startswith("gradient") else SHORT:
-            yield form, shape, whole(shape[1]) if form == "gradient+accuracy" else []
+        for shape in SHORT if form.startswith("gradient") and not only_classes else ():
+            yield form, shape, [] if form == "gradient+smoothing" else whole(shape[1])
 
 
 def compile_share(share: int, of: int, only: list[str], only_classes: list[int]) -> None:
@@ -225,7 +226,7 @@ def main() -> int:
         copy = 2 * source.nbytes / copied
         long = classes not in [v for _, v in SHORT]
         residents = (*(SHARES if form.startswith("gradient") and classes > 1 << 17 else ()), *RESIDENT)
-        residents = residents if long else (4, 8, 16)
+        residents = residents if long else (4, 8, 12)
         exact = run(logits, target, form, None)()
         results: list[tuple[float, str]] = []
         for choice, resident in [(None, 0), *itertools.product(choices, residents)]:

@@ -18,6 +18,7 @@ How many rows a chunk has follows from arithmetic; see :func:`rows_of_chunk`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,9 +47,9 @@ __all__ = [
 _PITCH = {"cuda": 64}
 # The rows of a chunk, and the bytes of its logits: see rows_of_chunk.
 _CPU_ROWS, _CPU_BYTES = 256, 96 << 20
-_GPU_ROWS, _MANY_GPU_ROWS = 1664, 4096
+_GPU_ROWS, _MANY_GPU_ROWS = 1536, 4096
 _FEW_GPU_BYTES, _GPU_BYTES = 5 << 26, 5 << 28
-_FEWEST_CPU_ROWS, _CPU_STEP = 128, 64
+_FEWEST_CPU_ROWS, _CPU_STEP, _GPU_STEP = 128, 64, 64
 # Rows are left out where at least so many of them are ignored.
 _SHARE_LEFT_OUT = 1 / 16
 # Elements of a 16-bit chunk that a CPU widens at a time.
@@ -119,9 +120,10 @@ def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, needs: Needs) ->
     The rule. A chunk of n rows does 6 n C D operations, and beside its own n C logits it reads W twice and reads and
     writes ∂L/∂W once: about 4 C D b bytes, with b those of an element, whatever n is. At F operations and B bytes a
     second that traffic takes a share of 2 b F / (3 n B) of the products' time. An H100 has F / B ≈ 300 in bfloat16:
-    with sums of b = 4 and n = 1664 the share is a half, behind the products; up to n = 4096, a fifth, it gets as many
-    rows as 0.3 GB of logits have. A CPU core's F / B is below 10, and n = 256 leaves a tenth at most. Larger chunks
-    would only take more memory: n C b bytes.
+    with sums of b = 4 and n = 1536 the share is a half, behind the products; up to n = 4096, a fifth, it gets as many
+    rows as 0.3 GB of logits have. (1536 rows are whole tiles of its products, whose number at 4096 features is twice
+    that of its processors; with 1664 rows a tenth of the tiles would be empty.) A CPU core's F / B is below 10, and
+    n = 256 leaves a tenth at most. Larger chunks would only take more memory: n C b bytes.
 
     On a GPU, rows that fit into one chunk in the memory that several take are one chunk. Its weight gradient needs no
     sums in 32 bits: in 16 bits that is the memory of the logits of D more rows.
@@ -333,6 +335,8 @@ class Visit:
         self.chosen, self.holds_ignored = _counted_rows(target, call)  # None: all of them
         self.count = rows if self.chosen is None else len(self.chosen)
         self.size = rows_of_chunk(call, self.count, linear_weight, needs)
+        by_rule = call.chunk_size is None and call.memory_budget is None
+        self.starts = _starts(self.count, self.size, even=by_rule and not target.is_cpu)
         self.w = linear_weight.to(call.compute_dtype)
 
     def chunks(self, input: Tensor, linear_bias: Tensor | None) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:
@@ -341,8 +345,8 @@ class Visit:
         b = None if linear_bias is None else linear_bias.to(dtype)
         shape = (min(self.size, self.count), _pitch(len(w), input.device))
         buffer = torch.empty(shape, dtype=dtype, device=input.device)[:, : len(w)]
-        for start in range(0, self.count, self.size):
-            index: Index = slice(start, min(start + self.size, self.count))
+        for start, end in itertools.pairwise(self.starts):
+            index: Index = slice(start, end)
             if self.chosen is not None:
                 index = self.chosen[index]
             x, t = input[index].to(dtype), self.target[index]
@@ -356,6 +360,19 @@ class Visit:
                 torch.addmm(b, x, w.t(), out=z)
             yield index, x, t.contiguous(), z
             del x, z  # one chunk's copies at a time
+
+
+def _starts(rows: int, size: int, *, even: bool) -> list[int]:
+    """Where the chunks begin, and where the last one ends.
+
+    ``even``: a rest of less than half a chunk shares its rows with the chunk before it, as products of few rows are
+    slow; in multiples of 64.
+    """
+    starts = list(range(0, rows, size))
+    rest = rows - starts[-1] if starts else 0
+    if even and len(starts) > 1 and 2 * rest < size:
+        starts[-1] = starts[-2] + -(-(size + rest) // (2 * _GPU_STEP)) * _GPU_STEP
+    return [*starts, rows]
 
 
 def _counted_rows(target: Tensor, call: Call) -> tuple[Tensor | None, bool]:

@@ -71,8 +71,8 @@ class Tiles(NamedTuple):
 
     @property
     def added_at_once(self) -> int:
-        """How many programs' sums the last of them adds up at a time: 16 or fewer a thread, a power of 2."""
-        return min(power_of_2(self.grid), 512 * self.warps)
+        """How many programs' sums the last of them adds up at a time: 4 or fewer a thread, a power of 2."""
+        return min(power_of_2(self.grid), 128 * self.warps)
 
     def constants(self) -> dict[str, object]:
         """The compile-time arguments of a kernel that follow from it.
@@ -233,14 +233,15 @@ def _plan_plain(
     - Up to 8192 classes: as above, in half or a quarter of the warps; or, where there are too few rows to fill the
       GPU several times, small tiles of 16 logits a thread.
     - Up to 64 KB a row: whole rows still, the next two on their way into shared memory meanwhile.
-    - Longer rows with a gradient are visited twice, by one program of 1024 threads a processor: so few rows are in
-      flight that the second visit finds most of them in the L2 cache. Without a gradient, in small blocks.
+    - Longer rows with a gradient are visited twice, by two programs of 512 threads a processor or by one of 1024: so
+      few rows are in flight that the second visit finds most of them in the L2 cache. Without a gradient, in small
+      blocks.
     - Long rows that begin anywhere in an access, as those of odd lengths do, are visited like the others, but for
       their ends. Short ones are not for here.
 
     Where ranks are counted, the longest of these forms would spill: fewer of a row's logits are at hand at once then.
     """
-    outer, _, inner = logits.shape
+    outer, classes, inner = logits.shape
     rows, itemsize, processors = outer * inner, logits.element_size(), _processors(logits.device)
     widest = 16 // itemsize
 
@@ -249,6 +250,8 @@ def _plan_plain(
     ) -> Tiles:
         number = triton.cdiv(rows, tile_rows)
         grid = max(1, min(number, processors * resident))
+        if registers == ALL_REGISTERS:  # that there are for so many programs
+            registers = min(registers, 65536 // (32 * warps * resident) // 8 * 8)
         return Tiles(
             tile_rows, cols, warps, looped, False, widest, vec, number, grid, registers=registers, stages=stages
         )
@@ -256,33 +259,52 @@ def _plan_plain(
     if cols <= LONGEST_TILE:
         if vec < widest:
             return None
+        most = ALL_REGISTERS if ranked or smoothed else 0
         if triton.cdiv(rows * cols, 4096) < 4 * 8 * processors:
             tile_rows = max(1, min(2048 // cols, 64, power_of_2(rows)))
-            return tiles(tile_rows, cols, max(4, cols // 512), max(1, 2048 * 8 // max(cols, 2048)), 1, 0)
+            if 512 <= cols <= 1024:
+                return tiles(tile_rows, cols, 2, 6 if most else 8, 1, most)
+            resident = max(1, (1536 if most else 2048) * 8 // max(cols, 2048))
+            return tiles(tile_rows, cols, max(4, cols // 512), resident, 1, most)
+        if cols <= 1024 and itemsize == 2:  # 32 logits a thread
+            tile_rows = min(2048 // cols, 64)
+            resident = 5 if ranked and smoothed else 6 if most and cols <= 512 else 8 if most else 12
+            return tiles(tile_rows, cols, max(1, tile_rows * cols // 1024), resident, 1, most)
         tile_rows = max(1, min(4096 // cols, 64))
         of_thread = 32 if itemsize == 4 else 64
         warps = max(1, tile_rows * cols // (32 * of_thread))
         if of_thread == 32:
-            return tiles(tile_rows, cols, warps, max(1, 16 // warps), 1, 0)
+            tile_rows = tile_rows // 2 if ranked and cols <= 512 else tile_rows  # 16: of parts of many rows
+            return tiles(tile_rows, cols, warps, max(1, 16 // warps), 1, most)
         if tile_rows > 1:
-            if cols <= 512:  # of such short rows a thread has parts of many, each with numbers of its own
-                return tiles(tile_rows, cols, warps, 6 if warps == 1 else 4, 1, ALL_REGISTERS)
             resident, registers = (5, 200) if (ranked or smoothed) and gradient is not None else (6, 168)
             return tiles(tile_rows, cols, warps, resident, 1, registers)
-        return tiles(tile_rows, cols, warps, 4, 1, 128)
+        if ranked and smoothed and warps == 2:
+            return tiles(tile_rows, cols, warps, 6, 1, ALL_REGISTERS)
+        return tiles(tile_rows, cols, warps, 16 // warps, 1, 128)
     # Anywhere in an access, but both at the same place in one: then their whole accesses are taken as such.
     ends = vec < widest and all(t.data_ptr() % 16 == 0 for t in (logits, gradient) if t is not None)
     ends = ends and (gradient is None or gradient.stride() == logits.stride())
     if vec < widest and not ends:
         return None
-    if not ends and gradient is not None and cols * itemsize <= 65536:
+    # Whole rows, unless ranks take the registers that the rows on their way need.
+    longest = 32768 if ranked else 65536  # bytes
+    if gradient is not None and cols * itemsize <= longest and not ends:
         warps = max(1, cols * itemsize // 4096)
-        stages = 3 if not ranked or warps < 8 else 2 if warps == 8 else 1
+        stages = 3 if not ranked or warps < 8 else 2
         return tiles(1, cols, warps, 16 // warps, stages, 128)
-    if gradient is None:
+    in_flight = 2 * processors * classes * itemsize  # bytes of rows, of two programs a processor
+    few = in_flight <= _l2_bytes(logits.device) * 5 // 8
+    if gradient is None and ranked and (smoothed or itemsize == 4):
+        looped = tiles(1, 4096, 4, 3, 3, 168, looped=True)
+    elif gradient is None:
         looped = tiles(1, 4096, 4, 4, 3, 0, looped=True)
-    elif ranked or (smoothed and itemsize == 4):
+    elif ranked and smoothed and itemsize == 2 and few:
+        looped = tiles(1, 8192, 8, 2, 1, 128, looped=True)
+    elif (ranked and smoothed) or ((ranked or smoothed) and itemsize == 4):
         looped = tiles(1, 8192, 16, 1, 1, 128, looped=True)
+    elif few:
+        looped = tiles(1, 8192, 16, 2, 1, 64, looped=True)
     else:
         looped = tiles(1, 16384, 32, 1, 1, 64, looped=True)
     return looped._replace(vec=widest, ends=ends)

@@ -669,7 +669,7 @@ def test_a_gpus_rows_are_one_chunk_where_that_takes_no_more_memory() -> None:
     assert rows_of_chunk(call, 8192, weight, trained) == several
     assert rows_of_chunk(call, several + 4096, weight, trained) == several + 4096
     assert rows_of_chunk(call, several + 4097, weight, trained) == several
-    assert several == 1664
+    assert several == 1536
     for classes, expected in ((32000, 4096), (65536, 2560), (1 << 20, 640)):  # 0.3 GB of logits, and 1.3 at most
         head = torch.empty(classes, 1, dtype=torch.bfloat16, device="meta")
         assert rows_of_chunk(call, 1 << 20, head, trained) == expected
@@ -680,6 +680,19 @@ def test_a_gpus_rows_are_one_chunk_where_that_takes_no_more_memory() -> None:
         (call, trained, weight.float()),
     ):
         assert rows_of_chunk(frozen_call, several + 1, head, needs) == several
+
+
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 1536, 1600, 1537, 2303, 2304, 8192, 8191, 9999])
+def test_no_chunk_of_a_gpu_is_a_small_rest(rows: int) -> None:
+    """All rows are in one chunk, none has more than the rule's, and the last of several has half of that."""
+    for even in (False, True):
+        starts = linear_chunks._starts(rows, 1536, even=even)
+        sizes = [end - start for start, end in itertools.pairwise(starts)]
+        assert (starts[-1], sum(sizes)) == (rows, rows)
+        assert all(0 < size <= 1536 for size in sizes)
+        assert even or all(size == 1536 for size in sizes[:-1])
+        assert not even or rows <= 1536 or min(sizes) >= 1536 // 2 - 64
+    assert linear_chunks._starts(8192, 1536, even=True) == [0, 1536, 3072, 4608, 6144, 7168, 8192]
 
 
 def test_a_wide_head_takes_a_quarter_of_the_plain_forms_memory() -> None:
