@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastloss.bench import clock, measure
+from fastloss.bench import measure
 from fastloss.bench.clock import EventClock, FullStream, by_the_clock
 from fastloss.bench.contenders import CONTENDERS
 from fastloss.bench.workloads import Shape, Workload
@@ -87,7 +88,15 @@ def test_the_copies_last_longer_than_the_host_and_are_not_too_many(model: Model)
         before = model.copies
         stream.fill(host)
         assert model.copies - before == stream.copies(host)
-    assert stream.copies(1e9) < 1000
+    assert 0.2 < stream.copies(1e9) * COPY <= 0.25
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(1e-6, 400), (7e-3, 35), (1.0, 1)])
+def test_copies_of_any_length_leave_room_and_do_not_keep_a_turn_waiting(
+    model: Model, seconds: float, most: int
+) -> None:
+    """Of a small device the copies are short, of a slow one long."""
+    assert FullStream(partial(model.queue, 5e-7, seconds), GPU).copies(1e9) == most
 
 
 def test_a_clock_that_is_read_twice_a_turn(model: Model) -> None:
@@ -107,9 +116,9 @@ def test_blocks_fit_a_queue(model: Model) -> None:
     assert measure.block_of(partial(model.queue, 9e-4, 1e-6), by_the_clock, GPU, "host") == 20
 
 
-@pytest.mark.parametrize("op", ["forward", "host"])
+@pytest.mark.parametrize("op", ["forward", "linear", "host"])
 def test_rows_have_both(model: Model, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
-    """The host's op has one time, the host's."""
+    """The host's op has one time, the host's; of linear the limit is three products, timed alike, and no copy is."""
 
     class Copy:
         step = staticmethod(model.copy)
@@ -135,8 +144,10 @@ def test_rows_have_both(model: Model, monkeypatch: pytest.MonkeyPatch, op: str) 
         "fastloss": partial(model.queue, 5e-4, 4e-4),
         "torch": partial(model.queue, 2e-4, 8e-4),
     }
-    workload = Workload(op, Shape(64, 1000), torch.float32)
+    workload = Workload(op, Shape(64, 1000, 8 if op == "linear" else 0), torch.float32)
     prepared = measure.Prepared(workload, GPU, steps=steps, peaks=dict.fromkeys(steps, 0))
+    if op == "linear":
+        prepared.products = lambda: SimpleNamespace(step=partial(model.queue, 9e-4, 3e-4))
     rows = measure._timed(prepared, [CONTENDERS[name] for name in steps], 1e-9, lambda share: None)
     ours, other = rows["fastloss"], rows["torch"]
     if op == "host":
@@ -146,4 +157,8 @@ def test_rows_have_both(model: Model, monkeypatch: pytest.MonkeyPatch, op: str) 
     assert (ours.milliseconds, other.milliseconds) == (pytest.approx(0.4), pytest.approx(0.8))
     assert (ours.host_milliseconds, other.host_milliseconds) == (pytest.approx(0.5), pytest.approx(0.2))
     assert ours.ratios["torch"] == pytest.approx(0.5)
-    assert clock._MARGIN > 1
+    if op == "linear":
+        assert ours.products_milliseconds == pytest.approx(0.3)
+        assert ours.copy_gigabytes_per_second is None
+    else:
+        assert ours.copy_gigabytes_per_second == pytest.approx(2 * Copy._source.nbytes / COPY / 1e9)

@@ -3,7 +3,8 @@
 On an empty stream a GPU waits for the host, and events around a call say which of the two is slower. In training the
 stream is not empty: the host queues the loss while the GPU is busy with the model. So copies are queued before the
 calls that are timed, for the GPU to do until the host has queued those, and the host's own time is taken before, by
-the clock, until the calls return. (NVBench holds the stream back by a kernel that waits for the host, for the same:
+the clock, until the calls return. The copies also leave none of the first call's inputs in the L2 cache. (NVBench
+holds the stream back by a kernel that waits for the host, for the same:
 https://github.com/NVIDIA/nvbench/blob/main/docs/benchmarks.md.)
 
 A call that waits for the GPU itself, as some do to count the labels that are not ignored, has the host queue the rest
@@ -25,8 +26,9 @@ __all__ = ["Clock", "EventClock", "FullStream", "Times", "by_the_clock"]
 
 # The copies' time over the host's: it is not the same each time.
 _MARGIN = 1.25
-# No more of them than leave room for launches in a stream's queue, which holds about 1000.
+# No more of them than leave room for launches in a stream's queue, which holds about 1000, and no longer than that.
 _MOST_COPIES = 400
+_MOST_SECONDS = 0.25
 
 
 class Times(NamedTuple):
@@ -55,7 +57,7 @@ class FullStream:
     def __init__(self, copy: Step, device: torch.device) -> None:
         self._copy, self._device = copy, device
         copy()
-        self._copy_seconds = min(seconds(copy, device) for _ in range(3))
+        self._copy_seconds = max(1e-9, min(seconds(copy, device) for _ in range(3)))
 
     def __call__(self, step: Step) -> Times:
         """The host's time of the step, then the GPU's."""
@@ -68,13 +70,14 @@ class FullStream:
         return Times(seconds(step, self._device), host)
 
     def fill(self, host: float) -> None:
-        """Queue what keeps the GPU busy for the host's ``host`` seconds."""
+        """Queue what keeps the GPU busy for the host's ``host`` seconds, or for as many as a turn may wait."""
         for _ in range(self.copies(host)):
             self._copy()
 
     def copies(self, host: float) -> int:
         """How many those are."""
-        return min(_MOST_COPIES, 1 + math.ceil(_MARGIN * host / max(self._copy_seconds, 1e-9)))
+        most = min(_MOST_COPIES, int(_MOST_SECONDS / self._copy_seconds))
+        return max(1, min(most, 1 + math.ceil(_MARGIN * host / self._copy_seconds)))
 
 
 class EventClock:
