@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,6 +185,34 @@ def test_what_is_captured_in_graphs(record: Any, classes: int) -> None:
     workloads = importlib.import_module("fastloss.bench.workloads")
     ours, eager = record.contest_of_graphs(workloads.Shape(64, classes), torch.device("cpu"))
     torch.testing.assert_close(ours(), eager())
+
+
+@pytest.mark.parametrize("error", [None, "ours | both", "eager | it"])
+def test_who_has_no_graph_says_why(record: Any, monkeypatch: pytest.MonkeyPatch, error: str | None) -> None:
+    """PyTorch's leaves the others their times; without fastloss's there is nothing to compare."""
+    workloads = importlib.import_module("fastloss.bench.workloads")
+    calls = {"ours": lambda: 2e-3, "eager": lambda: 8e-3}
+
+    def captured(call: Any) -> Any:
+        if error and call is calls[error.split()[0]]:
+            raise RuntimeError(f"{error}\nand more")
+        return SimpleNamespace(replay=lambda: call() / 2)
+
+    monkeypatch.setattr(record, "contest_of_graphs", lambda shape, device: tuple(calls.values()))
+    monkeypatch.setattr(record, "captured", captured)
+    monkeypatch.setattr(record, "by_events", lambda call, block: call())
+    graph = record.under_a_graph(workloads.Shape(64, 10), torch.device("cuda"), 0.0)
+    made = record.Record("H100", "at commit abc", {}, {}, graphs=[graph], finished=True)
+    head, _, line = [line for line in made.markdown().splitlines() if line.startswith("|")][-3:]
+    assert head.startswith("| loss, accuracy, gradient, float32 | fastloss in a graph, ms | torch in a graph, ms |")
+    assert line.count("|") == head.count("|")
+    if error is None:
+        assert line == "| 64x10 | 1.0000 | 4.0000 | 2.0000 | 8.0000 | 0.125 |"
+    elif error.startswith("eager"):
+        assert line == "| 64x10 | 1.0000 | RuntimeError: eager / it | 2.0000 | 8.0000 | 0.125 |"
+    else:
+        assert line == "| 64x10 | RuntimeError: ours / both | | | | |"
+    assert made.is_good == (error is None or error.startswith("eager"))
 
 
 def test_no_memory_checker(record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
