@@ -29,7 +29,9 @@ from fastloss.__main__ import main
 if bench.missing_extras():
     pytest.skip('needs pip install "fastloss[bench]"', allow_module_level=True)
 
-from fastloss.bench import contenders, linear, plot
+from rich.console import Console
+
+from fastloss.bench import contenders, linear, plot, report
 from fastloss.bench import measure as measuring
 from fastloss.bench import workloads as work
 from fastloss.bench.check import Exact, Outcome, errors_of_reference, verdict
@@ -726,6 +728,30 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.Capt
     assert [cells[-1] for cells in timed_lines_of(out, "torch")] == [f"{ratio:.3f}" for ratio in ratios]
     assert picture.read_bytes().startswith(PNG)
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("op", ["forward", "linear"])
+def test_a_gpus_rows_have_the_hosts_time_beside_theirs(op: str) -> None:
+    """Under its own heading, in each line and in the limit's none; a CPU's rows have no such column."""
+    rows = run(op, CONTENDERS["fastloss"], CONTENDERS["torch"], shape=HEAD if op == "linear" else TINY)
+    workload = Workload(op, HEAD if op == "linear" else TINY, torch.float32)
+
+    def printed(rows: list[Row]) -> list[str]:
+        console = Console(width=200)
+        with console.capture() as capture:
+            console.print(report.table(workload, rows), report.legend(rows, torch.device("cuda")))
+        return capture.get().splitlines()
+
+    assert "host ms" not in "\n".join(printed(rows))
+    lines = printed([replace(row, host_milliseconds=87.1234) for row in rows])
+    head = next(line for line in lines if "contender" in line)
+    end = head.index("host ms") + len("host ms")
+    for name in ("fastloss", "torch"):
+        line = next(line for line in lines if line.split()[:1] == [name])
+        assert line[:end].endswith(" 87.1234"), line
+    limit = "three products" if op == "linear" else "a copy"
+    assert next(line for line in lines if line.strip().startswith(limit))[end - len("host ms") : end].isspace()
+    assert "host ms: until the call returns" in " ".join(" ".join(lines).split())
 
 
 def test_everybody_is_listed_with_a_version_or_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
