@@ -155,8 +155,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--crossover", action="store_true", help="only where fused and torch's operator meet")
     parser.add_argument("--op", choices=("cross_entropy", "accuracy"), help="only this one")
     parsed = parser.parse_args(arguments)
+    if parsed.block < 1:
+        parser.error(f"--block is {parsed.block}; expected 1 or more")
     print(header(f"{torch.get_num_threads()} threads"))
-    budget = Budget(parsed.seconds, max(1, parsed.block))
+    budget = Budget(parsed.seconds, parsed.block)
     before = cpu_seconds()
     rows: list[Row] = []
     if parsed.crossover:

@@ -235,6 +235,21 @@ def test_linear_refuses_before_it_measures(
     assert re.search(message, capsys.readouterr().err)
 
 
+# ------------------------------------------------------------------------------------------------------ losses, host
+
+
+@pytest.mark.parametrize("block", ["0", "-1"])
+def test_cpu_refuses_turns_without_a_call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], block: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        benchmark("cpu", monkeypatch).main(["--block", block, "--seconds", "0"])
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].endswith(f"--block is {block}; expected 1 or more")
+    assert not out
+
+
 # --------------------------------------------------------------------------------------------- records and documents
 
 
