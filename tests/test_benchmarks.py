@@ -250,6 +250,16 @@ def test_cpu_refuses_turns_without_a_call(
     assert not out
 
 
+@pytest.mark.parametrize(("bar", "missed"), [(1e9, 0), (0.0, 3)])
+def test_host_counts_missed_bars(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bar: float, missed: int
+) -> None:
+    host = benchmark("host", monkeypatch)
+    monkeypatch.setattr(host, "_BAR", bar)
+    assert host.main(["--device", "cpu", "--seconds", "0"]) == int(missed > 0)
+    assert capsys.readouterr().out.splitlines()[-1] == f"{missed} bars missed"
+
+
 # --------------------------------------------------------------------------------------------- records and documents
 
 
