@@ -618,9 +618,33 @@ def _examine_number(number: int) -> Compiled:
     return examine(launch, name, TARGETS[name])
 
 
+_COLUMNS = (  # their widths, and what they say
+    ("regs", 4, "registers of a thread"),
+    ("spill", 5, "bytes that a thread spills"),
+    ("shared", 6, "bytes of shared memory of a program"),
+    ("instr", 5, "instructions an element, of all hot loops (NVIDIA's targets, as the next two)"),
+    ("MUFU", 4, "special-function operations an element, of the hot loop that has the most"),
+    ("slots", 5, "share of an H100's issue slots that the hottest loop takes at 3 TB/s"),
+)
+_REST = (
+    ("accesses", "to device memory: LDG loads, STG stores, of so many bits, × how many stand in the code; faults"),
+    ("made for", "shape, dtype and form of the launch"),
+)
+
+
+def _legend() -> str:
+    meanings = [*((name, meaning) for name, _, meaning in _COLUMNS), *_REST]
+    return "\n".join(["columns:", *(f"  {name:10}{meaning}" for name, meaning in meanings)])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print one line a compiled kernel; exit code 1 if any has a fault."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.codegen",
+        description=__doc__,
+        epilog=_legend(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")
     parser.add_argument("--quick", action="store_true", help="bfloat16 at three shapes and two views, and SGD")
     parser.add_argument("--only", default="", help="compile only labels that contain this")
@@ -639,8 +663,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not work:
         print(f"benchmarks.codegen: --only is {parsed.only!r}; no label contains it", file=sys.stderr)
         return 2
-    titles = ("regs", 4), ("spill", 5), ("shared", 6), ("instr", 5), ("MUFU", 4), ("slots", 5)
-    print(f"{'kernel':19} {'target':7} {' '.join(title.rjust(width) for title, width in titles)}  accesses; made for")
+    titles = " ".join(name.rjust(width) for name, width, _ in _COLUMNS)
+    print(f"{'kernel':19} {'target':7} {titles}  {'; '.join(name for name, _ in _REST)}")
     faults, measured, budgeted = 0, set(), set()
     for r in examined(work, parsed.jobs):
         faults += bool(r.faults)

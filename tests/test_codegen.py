@@ -320,6 +320,15 @@ def test_a_single_row_compiles() -> None:
     assert "none+accuracy forward" in done.stdout
 
 
+def test_help_explains_every_column() -> None:
+    printed = codegen("--target", "sm_90", "--quick", "--only", "sgd float32 momentum step").stdout
+    kernel, target, *names = printed.splitlines()[0].replace("made for", "made-for").replace(";", "").split()
+    assert (kernel, target) == ("kernel", "target")
+    legend = codegen("--help").stdout.partition("columns:\n")[2].splitlines()
+    assert [line.replace("made for", "made-for").split()[0] for line in legend] == names
+    assert all(len(line.split()) > 2 for line in legend)
+
+
 def test_it_refuses_the_interpreter() -> None:
     command = [sys.executable, "-m", "benchmarks.codegen"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
