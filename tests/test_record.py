@@ -268,8 +268,10 @@ def test_the_readme_shows_the_newest_record_and_no_other(tables: Any, tmp_path: 
 
 def test_the_readme_shows_the_hosts_times_where_a_record_has_them(tables: Any, tmp_path: Path) -> None:
     found = gpu_record("H100", 2.0)
-    found["rows"][0]["host_milliseconds"], found["rows"][1]["host_milliseconds"] = 0.4, 0.2
     path = tmp_path / "record.json"
+    path.write_text(json.dumps(found))
+    assert "| of the limit | torch | liger |\n" in tables.gpu(path)  # an older record
+    found["rows"][0]["host_milliseconds"], found["rows"][1]["host_milliseconds"] = 0.4, 0.2
     path.write_text(json.dumps(found))
     text = tables.gpu(path)
     assert "| of the limit | torch | liger | host: fastloss | host: torch |\n" in text
