@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -40,6 +41,7 @@ _COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 _CHECKED_PARAMETERS = 1 << 22  # of an optimizer; the first tensors
 _SGD_SETS = 3  # parameters, gradients and momentum of each contender
 _EXACT_SGD_BYTES = 60  # an element of one tensor: what the check against float64 holds at a time
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # a terminal's, which some errors bring along
 _LINEAR_BYTES = 24  # an element of hidden states and head: two of float64, two of float32
 
 
@@ -309,7 +311,7 @@ def _vectors(shape: Shape) -> list[tuple[int, ...]]:
 
 
 def _failed(workload: Workload, contender: Contender, error: Exception, full: str = "out of memory") -> Row:
-    lines = str(error).strip().splitlines() or [""]
+    lines = _COLOURS.sub("", str(error)).strip().splitlines() or [""]
     words = f"{type(error).__name__}: {lines[0][:200]}"
     return Row.of(workload, contender, full if is_out_of_memory(error) else "failed", words)
 
