@@ -121,21 +121,34 @@ def newest_gpu_record(folder: Path) -> Path | None:
     return max((each for each in dated if not each[1].name.startswith("cpu-")), default=(None, None))[1]
 
 
+# What a record's tables are of: operations whose contenders are the same.
+_OPS = (("forward+backward", "forward", "loss+accuracy", "accuracy", "host"), ("linear",), ("sgd",))
+
+
 def gpu(path: Path) -> str:
     """Each chosen shape: fastloss, its share of the limit, how long the others take; and the host's times.
 
     The limit is a copy's bandwidth; of linear_cross_entropy it is the time of three bare products. The host's times,
-    which older records do not have, are fastloss's and, of the others, eager PyTorch's.
+    which older records do not have, are fastloss's and, of the others, eager PyTorch's. A comment, at which a table
+    ends too, stands between tables: what is replaced ends with the first empty line.
     """
     record = json.loads(path.read_text(encoding="utf-8"))
+    tables = [_of_ops(record, ops) for ops in _OPS if any(row["op"] in ops for row in record["rows"])]
+    return f"{record['device']}, {record['circumstances']}:\n" + "<!-- -->\n".join(tables)
+
+
+def _of_ops(record: dict[str, Any], ops: Sequence[str]) -> str:
     by_workload: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
-    for row in record["rows"]:
+    for row in sorted((row for row in record["rows"] if row["op"] in ops), key=lambda row: ops.index(row["op"])):
         dtype = row["dtype"] + (", soft" if row["target"] == "soft" else "")
         key = (str(row["op"]), str(row["shape"]), dtype)
         by_workload.setdefault(key, {})[row["contender"]] = row
-    others = [name for name in record["contenders"] if name != "fastloss"]
-    timed = {row["contender"] for row in record["rows"] if row["status"] == "timed"}
-    others = [name for name in others if name in timed]
+    found = [row for rows in by_workload.values() for row in rows.values()]
+    timed = {row["contender"] for row in found if row["status"] == "timed"}
+    others = [name for name in record["contenders"] if name in timed and name != "fastloss"]
+    hosts = [
+        n for n in ("fastloss", "torch") if any(r["contender"] == n and r.get("host_milliseconds") for r in found)
+    ]
 
     def cell(row: dict[str, Any] | None) -> str:
         if row is None or row["status"] in ("absent", "unfit"):
@@ -146,7 +159,6 @@ def gpu(path: Path) -> str:
         found = row.get("host_milliseconds") if row else None
         return "–" if found is None else f"{found:.3f}"
 
-    hosts = ["fastloss", "torch"] if any(row.get("host_milliseconds") for row in record["rows"]) else []
     rows = []
     for key, of_contender in by_workload.items():
         ours = of_contender.get("fastloss")
@@ -162,7 +174,7 @@ def gpu(path: Path) -> str:
             ]
         )
     head = ["ms", "N x V", "dtype", "fastloss", "of the limit", *others, *(f"host: {name}" for name in hosts)]
-    return f"{record['device']}, {record['circumstances']}:\n" + _table(head, rows)
+    return _table(head, rows)
 
 
 def filled(text: str, root: Path) -> str:
