@@ -145,9 +145,12 @@ def _form(
     plain, smoothed = weight is None and options.softcap is None, options.label_smoothing != 0
     tiles = plan(logits, result, plain=plain, ranked=k > 0, smoothed=smoothed)
     ranked = k and (tiles.by_inner or (result is None and tiles.cols <= 16) or (smoothed and not tiles.looped))
-    capped = options.softcap is not None and result is not None
+    capped = options.softcap is not None and (result is not None or tiles.by_inner)
     if not tiles.registers and (
-        (tiles.looped and (tiles.by_inner or capped)) or ranked or (weighed is not None and not tiles.looped)
+        (tiles.by_inner and (tiles.looped or capped))
+        or (tiles.looped and capped)
+        or ranked
+        or (weighed is not None and not tiles.looped)
     ):
         tiles = tiles._replace(registers=ALL_REGISTERS)  # compiled for sm_80 or sm_100 they would spill 8 bytes
     if options.softcap is not None and smoothed:

@@ -264,7 +264,7 @@ def _plan_plain(
             tile_rows = max(1, min(2048 // cols, 64, power_of_2(rows)))
             if 512 <= cols <= 1024:
                 return tiles(tile_rows, cols, 2, 6 if most else 8, 1, most)
-            resident = max(1, (1536 if most else 2048) * 8 // max(cols, 2048))
+            resident = max(1, (8 if ranked and smoothed else 12 if most else 16) * 1024 // max(cols, 2048))
             return tiles(tile_rows, cols, max(4, cols // 512), resident, 1, most)
         if cols <= 1024 and itemsize == 2:  # 32 logits a thread
             tile_rows = min(2048 // cols, 64)
@@ -274,8 +274,8 @@ def _plan_plain(
         of_thread = 32 if itemsize == 4 else 64
         warps = max(1, tile_rows * cols // (32 * of_thread))
         if of_thread == 32:
-            tile_rows = tile_rows // 2 if ranked and cols <= 512 else tile_rows  # 16: of parts of many rows
-            return tiles(tile_rows, cols, warps, max(1, 16 // warps), 1, most)
+            tile_rows = tile_rows // 2 if most and cols <= 1024 else tile_rows  # 16: of parts of many rows
+            return tiles(tile_rows, cols, warps, max(1, (12 if ranked and smoothed else 16) // warps), 1, most)
         if tile_rows > 1:
             resident, registers = (5, 200) if (ranked or smoothed) and gradient is not None else (6, 168)
             return tiles(tile_rows, cols, warps, resident, 1, registers)
