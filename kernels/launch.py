@@ -227,8 +227,10 @@ def plan(
 def _plan_plain(
     logits: Tensor, gradient: Tensor | None, vec: int, cols: int, ranked: bool, smoothed: bool
 ) -> Tiles | None:
-    """Tiles of up to 64 logits a thread (32 of 32 bits), for as few warps a row as can hold it: what a row costs beside
-    its logits, its sums over threads above all, each warp pays. ``python -m benchmarks.tune`` measures them.
+    """Tiles of up to 64 logits a thread (32 of 32 bits), for as few warps a row as can hold it.
+
+    What a row costs beside its logits, its sums over threads above all, each warp pays. ``python -m benchmarks.tune``
+    measures them.
 
     - Up to 1024 classes of 16 bits: tiles of 2048 logits, 32 a thread, as a thread has parts of several rows.
     - Up to 8192 classes: as above, in half or a quarter of the warps; or, where there are too few rows to fill the
@@ -240,8 +242,8 @@ def _plan_plain(
     - Long rows that begin anywhere in an access, as those of odd lengths do, are visited like the others, but for
       their ends. Short ones are not for here.
 
-    Where ranks are counted, or the logits added up for label smoothing, some of these forms would spill: there a thread
-    has fewer logits, or more registers, of which fewer programs have so many.
+    Where ranks are counted, or the logits added up for label smoothing, some of these forms would spill: there a
+    thread has fewer logits, or more registers beside fewer programs.
     """
     outer, classes, inner = logits.shape
     rows, itemsize, processors = outer * inner, logits.element_size(), _processors(logits.device)
