@@ -366,12 +366,13 @@ def _starts(rows: int, size: int, *, even: bool) -> list[int]:
     """Where the chunks begin, and where the last one ends.
 
     ``even``: a rest of less than half a chunk shares its rows with the chunk before it, as products of few rows are
-    slow; in multiples of 64.
+    slow; in multiples of 64 where a chunk has several of them.
     """
     starts = list(range(0, rows, size))
     rest = rows - starts[-1] if starts else 0
     if even and len(starts) > 1 and 2 * rest < size:
-        starts[-1] = starts[-2] + -(-(size + rest) // (2 * _GPU_STEP)) * _GPU_STEP
+        half = -(-(size + rest) // 2)
+        starts[-1] = starts[-2] + (-(-half // _GPU_STEP) * _GPU_STEP if size >= 4 * _GPU_STEP else half)
     return [*starts, rows]
 
 

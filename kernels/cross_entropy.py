@@ -385,8 +385,10 @@ def _forward_tile(
                 weighted *= w[None, :]
                 w_total = tl.zeros([ROWS], ACC) + tl.sum(w, axis=0)
             wz = tl.sum(tl.where(col_mask[None, :], weighted, 0.0), axis=1)
-            # NaN there is NaN below; and nothing below begins before this sum is done, whose terms take registers.
-            m = tl.where(wz == wz, m, wz)
+            if not HAS_WEIGHT:
+                # Nothing below begins before this sum is done, whose terms take registers. It is NaN where the sum of
+                # exponentials is; with class weights it also is where a weight of 0 meets a logit of −inf.
+                m = tl.where(wz == wz, m, wz)
         e = tl.exp2((z - m[:, None]) * LOG2_E)
         s = tl.sum(e, axis=1)
         loss, level, hit, spread = row_results(

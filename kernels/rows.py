@@ -229,6 +229,7 @@ def nans_before(logits_ptr, base, label, of_rows, x_class, VEC: tl.constexpr, CO
         cols = start + tl.arange(0, COLS)
         mask = of_rows[:, None] & (cols[None, :] < label[:, None])
         x = tl.load(logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :], mask=mask, other=0.0)
+        x = x.to(tl.float32)  # the interpreter knows no NaN in bfloat16
         nans += tl.sum((x != x).to(tl.int32), axis=1)
     return nans
 

@@ -372,3 +372,20 @@ def test_weights_of_any_dtype_under_autocast(place: Place, dtype: torch.dtype, w
         theirs = F.cross_entropy(x, t, w)
     assert ours.dtype == theirs.dtype
     torch.testing.assert_close(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("classes", [10, 9000])
+def test_a_masked_class_of_weight_0_beside_smoothing(place: Place, classes: int) -> None:
+    """0 times −inf: the loss is NaN, as torch's is, and the gradient, which has no such term, is a number."""
+    x = torch.randn(2, classes)
+    x[:, 3] = -torch.inf
+    weight, target = torch.ones(classes), torch.tensor([1, 2])
+    weight[3] = 0.0
+    leaf = x.clone().to(place.device).requires_grad_()
+    loss = fastloss.cross_entropy(leaf, target.to(place.device), weight.to(place.device), label_smoothing=0.1)
+    exact = x.double().requires_grad_()
+    F.cross_entropy(exact, target, weight.double(), label_smoothing=0.1).backward()
+    loss.backward()
+    assert loss.isnan()
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.cpu().double(), exact.grad, rtol=1e-5, atol=1e-9)

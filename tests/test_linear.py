@@ -682,16 +682,16 @@ def test_a_gpus_rows_are_one_chunk_where_that_takes_no_more_memory() -> None:
         assert rows_of_chunk(frozen_call, several + 1, head, needs) == several
 
 
-@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 1536, 1600, 1537, 2303, 2304, 8192, 8191, 9999])
-def test_no_chunk_of_a_gpu_is_a_small_rest(rows: int) -> None:
-    """All rows are in one chunk, none has more than the rule's, and the last of several has half of that."""
-    for even in (False, True):
-        starts = linear_chunks._starts(rows, 1536, even=even)
+@pytest.mark.parametrize("size", [1536, 640, 187, 128, 100, 10, 3, 1])
+def test_no_chunk_of_a_gpu_is_a_small_rest(size: int) -> None:
+    """All rows are in one chunk, none has more than the rule's, and the last of several has about half of that."""
+    for rows, even in itertools.product([*range(5 * min(size, 200)), 8191, 8192, 9999], (False, True)):
+        starts = linear_chunks._starts(rows, size, even=even)
         sizes = [end - start for start, end in itertools.pairwise(starts)]
         assert (starts[-1], sum(sizes)) == (rows, rows)
-        assert all(0 < size <= 1536 for size in sizes)
-        assert even or all(size == 1536 for size in sizes[:-1])
-        assert not even or rows <= 1536 or min(sizes) >= 1536 // 2 - 64
+        assert all(0 < each <= size for each in sizes)
+        assert even or all(each == size for each in sizes[:-1])
+        assert not even or rows <= size or min(sizes) >= (size // 2 - 64 if size >= 256 else size // 2)
     assert linear_chunks._starts(8192, 1536, even=True) == [0, 1536, 3072, 4608, 6144, 7168, 8192]
 
 

@@ -129,3 +129,19 @@ def test_nothing_is_written_beside_a_row(kernels: Place) -> None:
     assert wide[:, 8997:].equal(before[:, 8997:])
     assert not (wide[:4, :8997] == before[:4, :8997]).any()
     assert (wide[4, :8997] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_label_that_is_nan(kernels: Place, dtype: torch.dtype) -> None:
+    """Those before it are above it."""
+    logits = torch.zeros(3, 9001)
+    logits[:, 5] = logits[:, 900] = logits[:, 9000] = torch.nan
+    logits, target = (
+        logits.to(kernels.device, dtype).unsqueeze(2),
+        torch.tensor([5, 900, 9000], device=kernels.device),
+    )
+    options = LossOptions(reduction="none", topk=(1, 2, 3))
+    how: dict[str, Any] = {"loss_dtype": torch.float32, "gradient": False, "inplace": False}
+    assert plan_of(logits, None, ranked=True).ends
+    found = backend.load("triton").cross_entropy_forward(logits, target, None, options, **how)
+    assert torch.stack(found.accuracy).tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
