@@ -79,6 +79,20 @@ def by_events(call: Callable[[], object], block: int) -> float:
     return first.elapsed_time(last) / 1e3 / block
 
 
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of the call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
 def verdict(value: float, bar: float | None) -> str:
     """The bar, and whether it is met; nothing without one."""
     return "" if bar is None else f"≤ {bar:.2f} {'ok' if value <= bar else 'MISSED'}"

@@ -34,12 +34,13 @@ from torch import Tensor
 
 import fastloss
 from fastloss import backend
+from fastloss.bench.check import in_words
 from fastloss.bench.contenders import contenders_of
 from fastloss.bench.measure import Row, measure
 from fastloss.bench.report import presence
 from fastloss.bench.workloads import LOSS_OPS, Shape, Workload
 
-from .measure import ROOT, by_events, circumstances, medians
+from .measure import ROOT, by_events, captured, circumstances, medians
 
 MINUTES = 8.0
 # Of the time, at most: the tests, the memory checker; the rest is the measurements'.
@@ -255,34 +256,15 @@ def under_a_graph(shape: Shape, device: torch.device, seconds: float) -> dict[st
         try:
             turns["torch in a graph"] = captured(eager).replay
         except Exception as error:
-            found["torch in a graph"] = _in_words(error)
+            found["torch in a graph"] = in_words(error)
         times = medians([partial(_turn, call) for call in turns.values()], seconds)
     except Exception as error:
-        return {"shape": str(shape), "error": _in_words(error)}
+        return {"shape": str(shape), "error": in_words(error)}
     return found | dict(zip(turns, times, strict=True))
-
-
-def _in_words(error: Exception) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _turn(call: Callable[[], object]) -> list[float]:
     return [by_events(call, 20)]
-
-
-def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of the call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
 
 
 def _versions(device: torch.device) -> dict[str, str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastloss import backend as backends
 from fastloss.contract import LossOptions
 
-from .measure import by_events, header
+from .measure import by_events, captured, header
 
 FORMS = {
     "gradient": (True, LossOptions()),
@@ -174,15 +174,7 @@ def off_by(mine: Tensor, right: Tensor) -> str:
 
 def by_graph(call: Callable[[], Any], block: int) -> float:
     """The seconds that a GPU takes for a call when the host does not hold it up."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(block):
-            call()
+    graph = captured(lambda: [call() for _ in range(block)])
     graph.replay()
     return min(by_events(graph.replay, 1) for _ in range(3)) / block
 

@@ -34,7 +34,7 @@ from rich.console import Console
 from fastloss.bench import contenders, linear, plot, report
 from fastloss.bench import measure as measuring
 from fastloss.bench import workloads as work
-from fastloss.bench.check import Exact, Outcome, errors_of_reference, verdict
+from fastloss.bench.check import Exact, Outcome, errors_of_reference, in_words, verdict
 from fastloss.bench.contenders import CONTENDERS, Contender, Functions, contenders_of
 from fastloss.bench.measure import Row, measure
 from fastloss.bench.optimizer import OPTIONS
@@ -439,6 +439,11 @@ def test_who_breaks_down_says_so(error: Exception, status: str, good_calls: int)
     assert row.status == status
     assert row.reason == f"{type(error).__name__}: {str(error).splitlines()[0]}"
     assert other.timed == (good_calls == 0)  # nobody's turns can be compared if one breaks down among them
+
+
+def test_errors_are_told_in_a_line_without_colours() -> None:
+    assert in_words(RuntimeError("\x1b[91m\x1b[1mno\x1b[0m way\nmore")) == "RuntimeError: no way"
+    assert in_words(ValueError()) == "ValueError: "
 
 
 # --------------------------------------------------------------------------------------------------- others' packages

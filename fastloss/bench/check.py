@@ -16,6 +16,7 @@ The reference is made of a few rows at a time, so that it needs little memory be
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ __all__ = [
     "Outcome",
     "copies",
     "errors_of_reference",
+    "in_words",
     "is_out_of_memory",
     "operation",
     "upstream",
@@ -43,6 +45,7 @@ TIMES_REFERENCE = 4.0
 UNITS = 4.0  # in the last place
 SHARE_SLACK = 1e-6  # of an accuracy, a float32 quotient
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _ELEMENTS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 25}  # of the float64 reference
 
 
@@ -194,6 +197,12 @@ def verdict(found: Errors, reference: Errors, workload: Workload) -> str | None:
 def copies(inputs: list[Inputs]) -> list[Inputs]:
     """The same, in memory of their own."""
     return [Inputs(logits.detach().clone().requires_grad_(logits.requires_grad), target) for logits, target in inputs]
+
+
+def in_words(error: Exception) -> str:
+    """Its kind and its first line, without a terminal's colours, which some bring along."""
+    lines = _COLOURS.sub("", str(error)).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

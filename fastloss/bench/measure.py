@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import itertools
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +23,7 @@ from torch import Tensor
 from ..demo.loss_at_scale import COPIES
 from ..demo.measure import Neighbours, Step, free_bytes, in_turns, peak_bytes
 from . import linear
-from .check import Exact, copies, errors_of_reference, is_out_of_memory, operation, verdict
+from .check import Exact, copies, errors_of_reference, in_words, is_out_of_memory, operation, verdict
 from .clock import Clock, FullStream, by_the_clock
 from .contenders import OURS, Contender
 from .optimizer import Kind, deviations, ready
@@ -41,7 +40,6 @@ _COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 _CHECKED_PARAMETERS = 1 << 22  # of an optimizer; the first tensors
 _SGD_SETS = 3  # parameters, gradients and momentum of each contender
 _EXACT_SGD_BYTES = 60  # an element of one tensor: what the check against float64 holds at a time
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # a terminal's, which some errors bring along
 _LINEAR_BYTES = 24  # an element of hidden states and head: two of float64, two of float32
 
 
@@ -311,9 +309,7 @@ def _vectors(shape: Shape) -> list[tuple[int, ...]]:
 
 
 def _failed(workload: Workload, contender: Contender, error: Exception, full: str = "out of memory") -> Row:
-    lines = _COLOURS.sub("", str(error)).strip().splitlines() or [""]
-    words = f"{type(error).__name__}: {lines[0][:200]}"
-    return Row.of(workload, contender, full if is_out_of_memory(error) else "failed", words)
+    return Row.of(workload, contender, full if is_out_of_memory(error) else "failed", in_words(error))
 
 
 def _time(prepared: Prepared, contenders: Sequence[Contender], budget: float, tell: Tell) -> None:
