@@ -39,7 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastloss.contract import LabelElsewhere, LossOptions, SGDBatch, SGDControls, SGDRule
+from fastloss.backends.contract import LabelElsewhere, LossOptions, SGDBatch, SGDControls, SGDRule
 
 from .sass import Loop, hot_loops, tile_loops, wide_loads
 

@@ -13,7 +13,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastloss import backend as backends
+from fastloss.backends import choice
 
 __all__ = ["pretend"]
 
@@ -60,9 +60,9 @@ class _Driver:
 def pretend(started: Started = lambda *_: None) -> None:
     """From now on, serve this process's tensors by the kernels, as a GPU's would be. Its Triton is no interpreter."""
     os.environ["FASTLOSS_BACKEND"] = "triton"
-    backends.load("triton")
+    choice.load("triton")
     launch: Any = sys.modules["fastloss.kernels.launch"]
     launch._processors, launch._l2_bytes = lambda device: _PROCESSORS, lambda device: _L2_BYTES
     launch._lasting_stream = lambda device: 0
-    backends._obstacle_to_triton = lambda device: None
+    choice._obstacle_to_triton = lambda device: None
     driver.set_active(_Driver(started))  # type: ignore[arg-type]

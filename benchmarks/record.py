@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss import backend
+from fastloss.backends import choice
 from fastloss.bench.check import in_words
 from fastloss.bench.contenders import contenders_of
 from fastloss.bench.measure import Row, measure
@@ -269,7 +269,7 @@ def _turn(call: Callable[[], object]) -> list[float]:
 
 def _versions(device: torch.device) -> dict[str, str]:
     found = {"fastloss": fastloss.__version__, "torch": torch.__version__}
-    found["triton"] = backend.triton_version() or "not installed"
+    found["triton"] = choice.triton_version() or "not installed"
     if device.type == "cuda":
         found["CUDA"] = str(torch.version.cuda or torch.version.hip)
         found["driver"] = _driver()

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastloss import backend as backends
-from fastloss.contract import LossOptions
+from fastloss.backends import choice as backends
+from fastloss.backends.contract import LossOptions
 
 from .measure import by_events, captured, header
 

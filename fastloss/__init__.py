@@ -16,20 +16,15 @@ from . import _layout
 
 _layout.extend(__path__)
 
-from .backend import use_backend  # noqa: E402
-from .functional import (  # noqa: E402
-    LossAndAccuracy,
-    accuracy,
-    cross_entropy,
-    cross_entropy_with_accuracy,
-)
-from .linear import linear_cross_entropy, linear_cross_entropy_with_accuracy  # noqa: E402
+from .backends.choice import use_backend  # noqa: E402
+from .linear.functional import linear_cross_entropy, linear_cross_entropy_with_accuracy  # noqa: E402
+from .loss.functional import LossAndAccuracy, accuracy, cross_entropy, cross_entropy_with_accuracy  # noqa: E402
+from .loss.statistics import LossStatistics, cross_entropy_with_statistics  # noqa: E402
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss  # noqa: E402
 from .optim import SGD  # noqa: E402
-from .statistics import LossStatistics, cross_entropy_with_statistics  # noqa: E402
 
 if TYPE_CHECKING:
-    from .metrics import Accuracy
+    from .metrics.accuracy import Accuracy
 
 __version__ = "0.1.0"
 
@@ -53,7 +48,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """``Accuracy`` is a metric of torchmetrics, if that is installed: it is imported when it is asked for."""
     if name == "Accuracy":
-        from .metrics import Accuracy
+        from .metrics.accuracy import Accuracy
 
         return Accuracy
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .contract import LossOptions
+from .backends.contract import LossOptions
 
 __all__ = [
     "LABEL_DTYPES",

@@ -10,7 +10,7 @@ import torch
 
 import fastloss
 
-from . import backend
+from .backends import choice
 
 __all__ = ["facts", "processor", "show"]
 
@@ -38,7 +38,7 @@ def facts() -> list[tuple[str, str]]:
         ("fastloss", fastloss.__version__),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", torch.__version__),
-        ("Triton", backend.triton_version() or "not installed"),
+        ("Triton", choice.triton_version() or "not installed"),
     ]
     if torch.version.cuda is not None:
         rows.append(("CUDA", torch.version.cuda))
@@ -79,8 +79,8 @@ def _name(device: torch.device) -> str:
 
 
 def _reason(device: torch.device) -> str:
-    """:func:`fastloss.backend.reason`, or its complaint about ``FASTLOSS_BACKEND``."""
+    """:func:`fastloss.backends.choice.reason`, or its complaint about ``FASTLOSS_BACKEND``."""
     try:
-        return backend.reason(device)
+        return choice.reason(device)
     except ValueError as error:
         return str(error)

@@ -1,4 +1,4 @@
-"""The ``torch.nn.Module`` faces of :mod:`fastloss.functional`."""
+"""The ``torch.nn.Module`` faces of :mod:`fastloss.loss.functional`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import cross_entropy
-from .linear import linear_cross_entropy
+from .linear.functional import linear_cross_entropy
+from .loss.functional import cross_entropy
 
 __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
 

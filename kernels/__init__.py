@@ -1,4 +1,4 @@
-"""The Triton kernels and the functions that launch them: what ``fastloss.eager`` offers, for GPU tensors.
+"""The Triton kernels and the functions that launch them: what ``fastloss.backends.eager`` offers, for GPU tensors.
 
 One file an op; ``rows`` holds what all of them say of a row, ``launch`` what all of them need to be started.
 """

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.contract import LabelElsewhere
+from fastloss.backends.contract import LabelElsewhere
 
 from .launch import ALL_REGISTERS, Launch, Memory, alike, arithmetic, begin, on_device, plan, power_of_2, scratch
-from .rows import (
+from .tile_helpers import (
     add_up_counts,
     before_label,
     class_offsets,
@@ -41,7 +41,7 @@ __all__ = ["accuracy", "label_ranks"]
 def accuracy(
     logits: Tensor, target: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str
 ) -> tuple[Tensor, ...]:
-    """See :class:`fastloss.contract.Backend`. One launch."""
+    """See :class:`fastloss.backends.contract.Backend`. One launch."""
     rows, none = logits.shape[0] * logits.shape[2], reduction == "none"
     key = (logits.shape, logits.stride(), logits.device, topk, ignore_index, reduction, alike(logits), alike(target))
     form = _forms.get(key, lambda: _form(logits, topk, ignore_index, reduction))
@@ -83,7 +83,7 @@ def _form(logits: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: s
 
 
 def label_ranks(logits: Tensor, label: LabelElsewhere) -> Tensor:
-    """See :class:`fastloss.contract.Backend`. One launch."""
+    """See :class:`fastloss.backends.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape
     rank = torch.empty(outer * inner, dtype=torch.int64, device=logits.device)
     tiles = plan(logits)

@@ -1,6 +1,6 @@
 r"""Cross-entropy: loss, accuracy and gradient from one visit to the logits.
 
-The formula and its names are in ``fastloss/eager/cross_entropy.py``. With N rows, V classes and b bytes a logit,
+The formula and its names are in ``backends/eager/cross_entropy.py``. With N rows, V classes and b bytes a logit,
 device memory moves (labels, and what is kept a row, left out):
 
 ========================================  ==================  =====================================================
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.contract import Forward, LossOptions, compute_dtype
+from fastloss.backends.contract import Forward, LossOptions, compute_dtype
 
 from .launch import (
     ALL_REGISTERS,
@@ -41,7 +41,7 @@ from .launch import (
     scratch,
 )
 from .row_loss import end_launch, row_results, scale_of_mean, slope, subtract_at_label, sum_of_weights, weigh_rows
-from .rows import (
+from .tile_helpers import (
     LOG2_E,
     before_label,
     class_offsets,
@@ -80,7 +80,7 @@ def cross_entropy_forward(
     inplace: bool,
     divisor: Tensor | None = None,
 ) -> Forward:
-    """See :class:`fastloss.contract.Backend`. One launch; two for a mean with a gradient over many rows."""
+    """See :class:`fastloss.backends.contract.Backend`. One launch; two for a mean with a gradient over many rows."""
     outer, _, inner = logits.shape
     rows, device, k = outer * inner, logits.device, len(options.topk)
     mean, none = options.reduction == "mean", options.reduction == "none"
@@ -215,7 +215,7 @@ def cross_entropy_backward(
     *,
     inplace: bool,
 ) -> Tensor:
-    """See :class:`fastloss.contract.Backend`. One launch."""
+    """See :class:`fastloss.backends.contract.Backend`. One launch."""
     row_max, row_sum, *scale = saved
     result = logits if inplace else torch.empty_like(logits)
     key = (

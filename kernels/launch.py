@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from fastloss.contract import may_keep_memory
+from fastloss.backends.contract import may_keep_memory
 
 __all__ = [
     "ALL_REGISTERS",

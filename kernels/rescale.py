@@ -15,7 +15,7 @@ _launches: Memory[Launch] = Memory()
 
 
 def rescale(gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
-    """See :class:`fastloss.contract.Backend`."""
+    """See :class:`fastloss.backends.contract.Backend`."""
     if not inplace:
         return gradient * factor
     span = gradient.numel()

@@ -1,6 +1,6 @@
 """What the forms of the cross-entropy kernel say of a row: its loss, its gradient, and how a launch's rows add up.
 
-The formula and its names are in ``fastloss/eager/cross_entropy.py``; what a row is, in ``rows.py``.
+The formula and its names are in ``fastloss/backends/eager/cross_entropy.py``; what a row is, in ``rows.py``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import add_up_counts, labels, last_to_end
+from .tile_helpers import add_up_counts, labels, last_to_end
 
 
 @triton.jit

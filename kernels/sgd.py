@@ -21,20 +21,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from fastloss.contract import FLAG_ELEMENTS, Addresses, SGDBatch, SGDControls, SGDRule, check_gradients
+from fastloss.backends.contract import FLAG_ELEMENTS, Addresses, SGDBatch, SGDControls, SGDRule, check_gradients
 
-from .launch import (
-    FUSED,
-    Launch,
-    alike,
-    arithmetic,
-    at_most,
-    on_device,
-    power_of_2,
-    scratch,
-    spread,
-)
-from .rows import fp64, last_to_end
+from .launch import FUSED, Launch, alike, arithmetic, at_most, on_device, power_of_2, scratch, spread
+from .tile_helpers import fp64, last_to_end
 
 __all__ = ["sgd_squares", "sgd_step"]
 
@@ -337,7 +327,7 @@ def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
 
 
 def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], controls: SGDControls) -> None:
-    """See :class:`fastloss.contract.Backend`."""
+    """See :class:`fastloss.backends.contract.Backend`."""
     first, given = batch.params[0], grads
     grads = _resolved(batch, grads)
     with on_device(first):
@@ -445,7 +435,7 @@ def _begin_empty(batch: SGDBatch, controls: SGDControls) -> None:
 
 
 def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
-    """See :class:`fastloss.contract.Backend`."""
+    """See :class:`fastloss.backends.contract.Backend`."""
     first = batch.params[0]
     grads = _resolved(batch, grads)
     with on_device(first):

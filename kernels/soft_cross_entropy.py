@@ -38,11 +38,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.contract import LossOptions, SoftForward
+from fastloss.backends.contract import LossOptions, SoftForward
 
 from . import launch
 from .launch import ALL_REGISTERS, Tiles, arithmetic, begin, counter, on_device, plan, power_of_2, vector_width
-from .rows import LOG2_E, class_offsets, fp64, inside, last_to_end, row_offsets, tanh, tile_count, tile_rows
+from .tile_helpers import LOG2_E, class_offsets, fp64, inside, last_to_end, row_offsets, tanh, tile_count, tile_rows
 
 __all__ = ["soft_cross_entropy_backward", "soft_cross_entropy_forward"]
 
@@ -62,7 +62,7 @@ def soft_cross_entropy_forward(
     inplace: bool,
     divisor: float = 1.0,
 ) -> SoftForward:
-    """See :class:`fastloss.contract.Backend`. One launch."""
+    """See :class:`fastloss.backends.contract.Backend`. One launch."""
     rows, device = input.shape[0] * input.shape[2], input.device
     none = options.reduction == "none"
     result = (input if inplace else torch.empty_like(input)) if gradient else None
@@ -111,7 +111,7 @@ def soft_cross_entropy_backward(
     target_gradient: bool,
     inplace: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """See :class:`fastloss.contract.Backend`. One launch; none if neither gradient is asked for."""
+    """See :class:`fastloss.backends.contract.Backend`. One launch; none if neither gradient is asked for."""
     result = (input if inplace else torch.empty_like(input)) if gradient else None
     target_result = torch.empty_like(target) if target_gradient else None
     if result is None and target_result is None:

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.contract import LabelElsewhere, LossOptions, SoftRowStatistics
+from fastloss.backends.contract import LabelElsewhere, LossOptions, SoftRowStatistics
 
 from .launch import ALL_REGISTERS, Tiles, arithmetic, begin, in_blocks, on_device, plan, vector_width
-from .rows import (
+from .tile_helpers import (
     LOG2_E,
     before_label,
     class_offsets,
@@ -52,7 +52,7 @@ def soft_statistics_forward(
     *,
     ranked: LabelElsewhere | None = None,
 ) -> SoftRowStatistics:
-    """See :class:`fastloss.contract.Backend`. One launch."""
+    """See :class:`fastloss.backends.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape
     rows, smoothing = outer * inner, options.label_smoothing != 0
     tiles = _plan(logits, target)
@@ -92,7 +92,7 @@ def soft_statistics_backward(
     target_gradient: bool,
     inplace: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """See :class:`fastloss.contract.Backend`. One launch."""
+    """See :class:`fastloss.backends.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape
     of_logits = (logits if inplace else torch.empty_like(logits)) if gradient else None
     of_target = torch.empty_like(target) if target_gradient else None

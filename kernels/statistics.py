@@ -1,6 +1,6 @@
 r"""What the logits say of each row, for losses that are put together from it, and its gradient.
 
-The formulas and their names are in ``fastloss/eager/statistics.py``. With N rows, V classes and b bytes a logit,
+The formulas and their names are in ``backends/eager/statistics.py``. With N rows, V classes and b bytes a logit,
 device memory moves (labels, and what is given a row, left out):
 
 =========  =======  ===================================================
@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.contract import LabelElsewhere, LossOptions, RowStatistics
+from fastloss.backends.contract import LabelElsewhere, LossOptions, RowStatistics
 
 from .launch import ALL_REGISTERS, arithmetic, begin, in_blocks, on_device, plan
-from .rows import (
+from .tile_helpers import (
     LOG2_E,
     before_label,
     class_offsets,
@@ -58,7 +58,7 @@ def row_statistics_forward(
     every_row: bool,
     ranked: LabelElsewhere | None = None,
 ) -> RowStatistics:
-    """See :class:`fastloss.contract.Backend`. One launch."""
+    """See :class:`fastloss.backends.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape
     rows = outer * inner
     tiles = plan(logits)
@@ -107,7 +107,7 @@ def row_statistics_backward(
     *,
     inplace: bool = False,
 ) -> Tensor:
-    """See :class:`fastloss.contract.Backend`. One launch."""
+    """See :class:`fastloss.backends.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape
     result = logits if inplace else torch.empty_like(logits)
     tiles = plan(logits, result)

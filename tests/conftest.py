@@ -23,12 +23,12 @@ if not HAS_GPU:
 from places import Place  # noqa: E402
 
 import fastloss  # noqa: E402
-from fastloss import backend as backends  # noqa: E402
+from fastloss.backends import choice  # noqa: E402
 
 
 def _places() -> list[Place]:
     places = [Place("eager", torch.device("cpu"))]
-    if backends.triton_version() is not None:
+    if choice.triton_version() is not None:
         places.append(Place("triton", torch.device("cuda" if HAS_GPU else "cpu")))
     return places
 

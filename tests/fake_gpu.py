@@ -16,9 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
-import fastloss.backend as backends
+import fastloss.backends.choice as backends
 from benchmarks.no_gpu import pretend
-from fastloss.contract import LossOptions, SGDBatch, SGDControls, SGDRule
+from fastloss.backends.contract import LossOptions, SGDBatch, SGDControls, SGDRule
 
 Started = tuple[object, ...]
 started: list[Started] = []

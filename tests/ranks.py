@@ -395,8 +395,8 @@ def _called(case: Case, fastloss: Any, x: Any, t: Any, weight: Any, where: Any) 
 def main(rank: int, ranks: int, folder: Path) -> None:
     import torch.distributed as dist
 
-    from fastloss import backend as backends
-    from fastloss import collectives
+    from fastloss.backends import choice
+    from fastloss.ranks import collectives
 
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -409,7 +409,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     results: dict[str, Any] = {}
     world = dist.group.WORLD
     for case in (*GROUPS, *PLACED, *LINEAR, *LINEAR_PLACED):
-        if case.backend == "triton" and backends.triton_version() is None:
+        if case.backend == "triton" and choice.triton_version() is None:
             continue
         if isinstance(case, Linear):
             found = placed_linear(case, ranks) if case.placements else grouped_linear(case, rank, ranks, world)

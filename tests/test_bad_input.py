@@ -20,7 +20,8 @@ from places import Place
 from torch import Tensor
 
 import fastloss
-from fastloss import CrossEntropyLoss, accuracy, backend, checks, cross_entropy, cross_entropy_with_accuracy
+from fastloss import CrossEntropyLoss, accuracy, checks, cross_entropy, cross_entropy_with_accuracy
+from fastloss.backends import choice
 
 NAN = float("nan")
 # Errors of fastloss's own making, where torch has none: it lacks the argument, or takes what can't be meant.
@@ -30,7 +31,7 @@ OWN = None
 @pytest.fixture(params=["auto", "eager", "triton"])
 def served(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each way that small CPU tensors can go."""
-    if request.param == "triton" and (backend.triton_version() is None or torch.cuda.is_available()):
+    if request.param == "triton" and (choice.triton_version() is None or torch.cuda.is_available()):
         pytest.skip("the kernels serve no CPU tensors here")
     with contextlib.nullcontext() if request.param == "auto" else fastloss.use_backend(request.param):
         yield request.param
@@ -433,7 +434,7 @@ def test_validate_asks_for_a_look_at_the_labels(monkeypatch: pytest.MonkeyPatch)
             monkeypatch.delenv("FASTLOSS_VALIDATE", raising=False)
         else:
             monkeypatch.setenv("FASTLOSS_VALIDATE", value)
-        assert backend.validates() is expected
+        assert choice.validates() is expected
 
 
 @pytest.mark.parametrize("value", ["0", "1"])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastloss
-from fastloss import functional
+from fastloss.loss import functional
 
 RECIPES = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
 

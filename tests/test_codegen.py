@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from fastloss import backend
+from fastloss.backends import choice
 
 ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.skipif(
-    backend.triton_version() is None or not (ROOT / "benchmarks" / "codegen.py").exists(),
+    choice.triton_version() is None or not (ROOT / "benchmarks" / "codegen.py").exists(),
     reason="needs Triton and the repository's benchmarks",
 )
 

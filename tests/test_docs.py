@@ -10,12 +10,12 @@ import pytest
 
 MODULES = {
     "fastloss": {""},
-    "fastloss.functional": {"accuracy", "cross_entropy", "cross_entropy_with_accuracy"},
-    "fastloss.linear": {"linear_cross_entropy", "linear_cross_entropy_with_accuracy"},
-    "fastloss.statistics": {"cross_entropy_with_statistics"},
-    "fastloss.metrics": {"Accuracy"},
+    "fastloss.loss.functional": {"accuracy", "cross_entropy", "cross_entropy_with_accuracy"},
+    "fastloss.linear.functional": {"linear_cross_entropy", "linear_cross_entropy_with_accuracy"},
+    "fastloss.loss.statistics": {"cross_entropy_with_statistics"},
+    "fastloss.metrics.accuracy": {"Accuracy"},
     "fastloss.modules": {"CrossEntropyLoss", "LinearCrossEntropyLoss"},
-    "fastloss.backend": {"use_backend"},
+    "fastloss.backends.choice": {"use_backend"},
     "fastloss.optim.sgd": {"SGD"},
 }
 

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from fastloss import (
     accuracy,
-    backend,
     cross_entropy,
     cross_entropy_with_accuracy,
     linear_cross_entropy,
     linear_cross_entropy_with_accuracy,
     use_backend,
 )
-from fastloss.autograd import as_rows
-from fastloss.contract import LossOptions
+from fastloss.backends import choice
+from fastloss.backends.contract import LossOptions
+from fastloss.loss.autograd import as_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -590,7 +590,7 @@ def test_the_hook_sees_compilations(kernels: Place, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **_: compiled.append(1))
     logits = torch.randn(3, 9, 2, device=kernels.device, dtype=torch.float64)
     target = torch.zeros(3, 2, device=kernels.device, dtype=torch.int32)
-    backend.load("triton").cross_entropy_forward(
+    choice.load("triton").cross_entropy_forward(
         logits,
         target.flatten(),
         None,

@@ -14,12 +14,12 @@ from places import Place
 from torch import Tensor
 
 import fastloss
-from fastloss import backend
+from fastloss.backends import choice
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-pytestmark = pytest.mark.skipif(backend.triton_version() is None, reason="needs Triton")
+pytestmark = pytest.mark.skipif(choice.triton_version() is None, reason="needs Triton")
 
 
 def without_gpu(cache: Path, *command: str) -> str:
@@ -44,7 +44,7 @@ def test_no_launch_is_shared_by_calls_that_differ(
     kernels: Place, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: str
 ) -> None:
     """In dtypes, alignments or numbers: of the losses, and of the linear map's, whose chunks begin at any row."""
-    backend.load("triton")
+    choice.load("triton")
     kept: dict[int, tuple[object, object]] = {}
     launch: Any = sys.modules["fastloss.kernels.launch"].Launch
     call = launch.__call__

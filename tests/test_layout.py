@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from fastloss.contract import Backend
+from fastloss.backends.contract import Backend
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKEND_FUNCTIONS = sorted(name for name in vars(Backend) if not name.startswith("_"))
@@ -202,7 +202,7 @@ def test_fastloss_works_without_triton(triton: str, tmp_path: Path) -> None:
     for backend in ("auto", "eager"):
         program += LOSS_AGREES_WITH_TORCH.format(backend=backend)
     program += inspect.cleandoc("""
-        print(fastloss.backend.reason(torch.device("cuda")))
+        print(fastloss.backends.choice.reason(torch.device("cuda")))
         try:
             with fastloss.use_backend("triton"):
                 fastloss.cross_entropy(logits, target)
@@ -216,12 +216,18 @@ def test_fastloss_works_without_triton(triton: str, tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------- who imports whom
 
-# Data runs down this list, so a module imports only what stands below it.
-DOWNWARDS = (
-    *("metrics", "modules", "linear", "parallel_linear", "linear_operators", "linear_autograd", "linear_chunks"),
-    *("statistics", "functional", "parallel", "placements", "collectives", "rows", "backend", "autograd"),
-    *("composite", "checks", "contract"),
-)
+# Imports run down this list: a room (a folder of the package, or a file beside them) imports only rooms below it.
+ROOMS = ("__main__", "bench", "demo", "info", "__init__", "modules", "metrics", "linear", "loss", "optim")
+ROOMS += ("checks", "ranks", "kernels", "backends", "_layout")
+# The same for the files of a room. Kernels, bench and demo have no order.
+FILES = {
+    "loss": ("statistics", "functional", "sharded", "row_numbers", "compiled", "autograd", "composite"),
+    "linear": ("functional", "sharded", "compiled", "autograd", "chunks"),
+    "metrics": ("accuracy", "standalone"),
+    "optim": ("sgd", "plan", "shards", "plain", "checkpoint"),
+    "ranks": ("placements", "collectives"),
+    "backends": ("choice", "eager", "contract"),
+}
 
 
 def test_triton_is_imported_by_backend_alone_and_only_when_asked_for() -> None:
@@ -230,25 +236,53 @@ def test_triton_is_imported_by_backend_alone_and_only_when_asked_for() -> None:
         for path in source_files("fastloss")
         if any(name.split(".")[0] == "triton" for name in imports(path))
     }
-    assert importers == {"fastloss/backend.py"}
+    assert importers == {"fastloss/backends/choice.py"}
     # That it waits until it is asked for, the tests above show; no kernel is written there either.
     assert not [path for path in source_files("fastloss") if "@triton" in path.read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("folder", ["fastloss/eager", "kernels"])
+@pytest.mark.parametrize("folder", ["fastloss/backends/eager", "kernels"])
 def test_a_backend_knows_only_the_contract(folder: str) -> None:
-    own = "fastloss." + Path(folder).name
-    allowed = ("fastloss.contract", own)
+    own = "fastloss." + ".".join(Path(folder).parts).removeprefix("fastloss.")
     for path in source_files(folder):
-        inside = {name for name in imports(path) if name.split(".")[0] in ("fastloss", "kernels")}
-        outside = {name for name in inside if not name.startswith(allowed)}
+        outside = {name for name in package_imports(path) if not name.startswith(("fastloss.backends.contract", own))}
         assert not outside, f"{path.relative_to(ROOT)} imports {sorted(outside)}"
 
 
-@pytest.mark.parametrize("module", DOWNWARDS)
-def test_nothing_imports_upwards(module: str) -> None:
-    above = {f"fastloss.{name}" for name in DOWNWARDS[: DOWNWARDS.index(module)]}
-    assert not above & set(imports(ROOT / "fastloss" / f"{module}.py"))
+def test_nothing_imports_upwards() -> None:
+    upwards = []
+    for path in [*source_files("fastloss"), *source_files("kernels")]:
+        room, file = place(path)
+        for name in package_imports(path):
+            other, other_file = [*name.split("."), "__init__", "__init__"][1:3]
+            if other not in ROOMS:  # a public name of fastloss/__init__.py
+                other, other_file = "__init__", "__init__"
+            if room != other:
+                rises = ROOMS.index(room) > ROOMS.index(other)
+            else:
+                order = FILES.get(room, ())
+                rises = file in order and other_file in order and order.index(file) > order.index(other_file)
+            if rises:
+                upwards.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not upwards, "\n".join(upwards)
+
+
+def test_every_file_has_its_place() -> None:
+    places = {place(path) for path in [*source_files("fastloss"), *source_files("kernels")]}
+    assert {room for room, _ in places} == set(ROOMS)
+    for room, files in FILES.items():
+        assert {file for other, file in places if other == room} - {"__init__"} == set(files), room
+
+
+def place(path: Path) -> tuple[str, str]:
+    """The room that a file belongs to, and its name there: that of its folder, for a file in a folder of the room."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "fastloss" else parts
+    return (parts[0], parts[1]) if len(parts) > 1 else (parts[0], "__init__")
+
+
+def package_imports(path: Path) -> set[str]:
+    return {name for name in imports(path) if name.split(".")[0] == "fastloss" and name != "fastloss"}
 
 
 def source_files(folder: str) -> list[Path]:
@@ -258,7 +292,7 @@ def source_files(folder: str) -> list[Path]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The full names of the modules a file imports, in functions too; x of ``from fastloss import x``."""
+    """The full names of what a file imports, in functions too: of the modules, and of what is taken from them."""
     parts = path.relative_to(ROOT).parent.parts
     package = list(parts if parts[0] == "fastloss" else ("fastloss", *parts))
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -267,10 +301,8 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            if module == "fastloss":
-                yield from (f"fastloss.{alias.name}" for alias in node.names)
-            else:
-                yield module
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             constants = (part.value for part in ast.walk(node) if isinstance(part, ast.Constant))
             yield from (value for value in constants if isinstance(value, str))
@@ -279,7 +311,7 @@ def imports(path: Path) -> Iterator[str]:
 # --------------------------------------------------------------------------------- two backends, one contract
 
 
-@pytest.mark.parametrize("backend", ["fastloss.eager", pytest.param("fastloss.kernels", marks=needs_triton)])
+@pytest.mark.parametrize("backend", ["fastloss.backends.eager", pytest.param("fastloss.kernels", marks=needs_triton)])
 @pytest.mark.parametrize("name", BACKEND_FUNCTIONS)
 def test_backend_offers_the_contract_signature(backend: str, name: str) -> None:
     offered = getattr(importlib.import_module(backend), name)
@@ -288,7 +320,7 @@ def test_backend_offers_the_contract_signature(backend: str, name: str) -> None:
     assert typing.get_type_hints(offered) == typing.get_type_hints(promised)
 
 
-@pytest.mark.parametrize("backend", ["fastloss.eager", pytest.param("fastloss.kernels", marks=needs_triton)])
+@pytest.mark.parametrize("backend", ["fastloss.backends.eager", pytest.param("fastloss.kernels", marks=needs_triton)])
 def test_backend_offers_the_contract_functions_and_no_other(backend: str) -> None:
     assert sorted(importlib.import_module(backend).__all__) == BACKEND_FUNCTIONS
 

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastloss
-from fastloss import LinearCrossEntropyLoss, linear_chunks, linear_cross_entropy, linear_cross_entropy_with_accuracy
-from fastloss.contract import LossOptions
+from fastloss import LinearCrossEntropyLoss, linear_cross_entropy, linear_cross_entropy_with_accuracy
+from fastloss.backends.contract import LossOptions
 from fastloss.demo.measure import peak_bytes
-from fastloss.linear_chunks import Call, Needs, rows_of_chunk
+from fastloss.linear.chunks import Call, Needs, rows_of_chunk
+from fastloss.linear.functional import chunks as linear_chunks
 
 REDUCTIONS = ["mean", "sum", "none"]
 OPTIONS: list[dict[str, Any]] = [

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import fastloss
-from fastloss import backend, demo, info
+from fastloss import demo, info
 from fastloss.__main__ import main
+from fastloss.backends import choice
 
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({modules!r})); "
 MAIN = "from fastloss.__main__ import main; sys.exit(main({arguments!r}))"
@@ -90,14 +91,14 @@ def test_info_knows_the_versions_and_the_backend() -> None:
     assert facts["Python"].startswith(platform.python_version())
     assert facts["torch"] == torch.__version__
     assert facts["Triton"]
-    assert facts["backend on the CPU"] == backend.reason(torch.device("cpu"))
+    assert facts["backend on the CPU"] == choice.reason(torch.device("cpu"))
     assert f"{torch.get_num_threads()} threads" in facts["CPU"]
 
 
 def test_info_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(backend, "triton_version", backend.triton_version.__wrapped__)  # the uncached one
-    assert backend.triton_version() is None
+    monkeypatch.setattr(choice, "triton_version", choice.triton_version.__wrapped__)  # the uncached one
+    assert choice.triton_version() is None
     assert dict(info.facts())["Triton"] == "not installed"
 
 
@@ -107,7 +108,7 @@ def test_info_names_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Fast One")
     facts = dict(info.facts())
     assert facts["GPU cuda:1"] == "A Fast One"
-    assert facts["backend on cuda:1"] == backend.reason(gpu)
+    assert facts["backend on cuda:1"] == choice.reason(gpu)
 
 
 def test_info_tells_of_a_wrong_backend_instead_of_failing(monkeypatch: pytest.MonkeyPatch) -> None:

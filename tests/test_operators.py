@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from places import Place
 from torch import Tensor, nn
 
-from fastloss import CrossEntropyLoss, accuracy, cross_entropy, cross_entropy_with_accuracy, operators, use_backend
+from fastloss import CrossEntropyLoss, accuracy, cross_entropy, cross_entropy_with_accuracy, use_backend
+from fastloss.loss import compiled as operators
 
 KINDS = ["labels", "probabilities"]
 

@@ -23,7 +23,7 @@ from ranks import GROUPS, LINEAR, LINEAR_PLACED, PLACED, Case, Linear
 from torch import Tensor
 
 import fastloss
-from fastloss import backend as backends
+from fastloss.backends import choice
 
 HERE = Path(__file__).resolve().parent
 
@@ -165,7 +165,7 @@ def check(case: Case, found: dict[str, Any]) -> None:
 
 
 def of(case: Case, together: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if case.backend == "triton" and (backends.triton_version() is None or torch.cuda.is_available()):
+    if case.backend == "triton" and (choice.triton_version() is None or torch.cuda.is_available()):
         pytest.skip("Triton serves no CPU tensors here")
     return [results[case.name] for results in together]
 
@@ -503,7 +503,7 @@ def test_class_weights_of_a_column(alone: Any) -> None:
 
     weight = torch.arange(1.0, 9.0).view(4, 2)[:, 0]
     expected = F.cross_entropy(X, T, weight)
-    with fastloss.use_backend("triton" if fastloss.backend.triton_version() else "eager"):
+    with fastloss.use_backend("triton" if fastloss.backends.choice.triton_version() else "eager"):
         found = [
             fastloss.cross_entropy(X, T, weight, group=alone),
             fastloss.linear_cross_entropy(X, torch.eye(4), T, weight=weight, group=alone),

@@ -26,15 +26,15 @@ from torch import Tensor
 from fastloss import (
     SGD,
     accuracy,
-    backend,
     cross_entropy,
     cross_entropy_with_accuracy,
     cross_entropy_with_statistics,
     linear_cross_entropy,
     use_backend,
 )
-from fastloss.autograd import as_rows
-from fastloss.contract import LossOptions
+from fastloss.backends import choice
+from fastloss.backends.contract import LossOptions
+from fastloss.loss.autograd import as_rows
 
 BLOCK = 8192  # classes that a looped row of aligned 16- and 32-bit logits is visited by at a time
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,7 +44,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """``place``, with the kernels once holding rows whole and once visiting them block by block, however short."""
     name, *looped = request.param.split(", ")
-    if name == "triton" and backend.triton_version() is None:
+    if name == "triton" and choice.triton_version() is None:
         pytest.skip("needs Triton")
     if looped:
         loop_rows_longer_than(8, monkeypatch)
@@ -54,7 +54,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def loop_rows_longer_than(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend.load("triton")
+    choice.load("triton")
     # Not an attribute of the package: `launch` is found there by its full name alone.
     monkeypatch.setattr(sys.modules["fastloss.kernels.launch"], "LONGEST_TILE", classes)
 
@@ -487,7 +487,7 @@ def test_bug_09_gradient_written_past_2_31(form: Place) -> None:
     target = labels(form, 3, classes=40)
     near = logits.clone(memory_format=torch.contiguous_format)
     upstream = far_apart(form, (3,), (FAR,))
-    served, options = backend.load(form.name), LossOptions(reduction="none")
+    served, options = choice.load(form.name), LossOptions(reduction="none")
     forward = served.cross_entropy_forward(
         as_rows(logits), target, None, options, loss_dtype=logits.dtype, gradient=False, inplace=False
     )
@@ -735,7 +735,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from fastloss import kernels
-from fastloss.contract import LossOptions
+from fastloss.backends.contract import LossOptions
 
 TARGET = make_backend(GPUTarget("cuda", 90, 32))
 seen = []
@@ -858,7 +858,7 @@ def test_bug_16_label_out_of_range_makes_its_row_nan(
     target = labels(kernels, 5, classes=classes)
     target[4] = -100
     weight = torch.rand(classes, device=device) if weighted else None
-    served = backend.load("triton")
+    served = choice.load("triton")
     good = torch.arange(5, device=device) != bad
     replaced = target.clone()
     target[bad], replaced[bad] = label, 0

@@ -10,8 +10,8 @@ import torch
 from places import Place
 from torch import Tensor
 
-from fastloss import backend
-from fastloss.contract import LossOptions
+from fastloss.backends import choice
+from fastloss.backends.contract import LossOptions
 
 ROWS = 11
 OPTIONS = {
@@ -22,7 +22,7 @@ OPTIONS = {
 
 
 def plan_of(logits: Tensor, gradient: Tensor | None, **how: bool) -> Any:
-    backend.load("triton")
+    choice.load("triton")
     return sys.modules["fastloss.kernels.launch"].plan(logits, gradient, plain=True, **how)
 
 
@@ -52,10 +52,10 @@ def test_as_the_eager_backend(
     logits, target = make(classes, dtype, kernels.device)
     assert plan_of(logits, logits, ranked=bool(options.topk)).ends
     how: dict[str, Any] = {"loss_dtype": torch.float32, "gradient": True}
-    right = backend.load("eager").cross_entropy_forward(
+    right = choice.load("eager").cross_entropy_forward(
         logits.cpu(), target.cpu(), None, options, inplace=False, **how
     )
-    found = backend.load("triton").cross_entropy_forward(logits, target, None, options, inplace=inplace, **how)
+    found = choice.load("triton").cross_entropy_forward(logits, target, None, options, inplace=inplace, **how)
     torch.testing.assert_close(found.loss.cpu(), right.loss, rtol=2e-6, atol=0.0)
     for mine, other in zip(found.accuracy, right.accuracy, strict=True):
         assert mine.item() == other.item()
@@ -74,8 +74,8 @@ def test_without_a_gradient_and_a_row_at_a_time(kernels: Place) -> None:
     logits[5, 3] = torch.nan
     options = LossOptions(reduction="none", topk=(1, 3), label_smoothing=0.1)
     how: dict[str, Any] = {"loss_dtype": torch.float32, "gradient": False, "inplace": False}
-    right = backend.load("eager").cross_entropy_forward(logits.cpu(), target.cpu(), None, options, **how)
-    found = backend.load("triton").cross_entropy_forward(logits, target, None, options, **how)
+    right = choice.load("eager").cross_entropy_forward(logits.cpu(), target.cpu(), None, options, **how)
+    found = choice.load("triton").cross_entropy_forward(logits, target, None, options, **how)
     torch.testing.assert_close(found.loss.cpu(), right.loss, rtol=2e-6, atol=0.0, equal_nan=True)
     for mine, other in zip(found.accuracy, right.accuracy, strict=True):
         assert mine.cpu().equal(other)
@@ -105,8 +105,8 @@ def test_labels_in_the_ends_of_a_row(kernels: Place, classes: int, dtype: torch.
     assert plan_of(logits, logits if gradient else None, ranked=True).ends
     options = LossOptions(reduction="none", topk=(1, 3, 9, classes // 2, classes - 8, classes - 1))
     how: dict[str, Any] = {"loss_dtype": torch.float32, "gradient": gradient, "inplace": False}
-    right = backend.load("eager").cross_entropy_forward(logits.cpu(), target.cpu(), None, options, **how)
-    found = backend.load("triton").cross_entropy_forward(logits, target, None, options, **how)
+    right = choice.load("eager").cross_entropy_forward(logits.cpu(), target.cpu(), None, options, **how)
+    found = choice.load("triton").cross_entropy_forward(logits, target, None, options, **how)
     torch.testing.assert_close(found.loss.cpu(), right.loss, rtol=2e-6, atol=0.0)
     for mine, other in zip(found.accuracy, right.accuracy, strict=True):
         assert mine.cpu().equal(other)
@@ -123,7 +123,7 @@ def test_nothing_is_written_beside_a_row(kernels: Place) -> None:
     logits, before = wide[:, 0:8997].unsqueeze(2), wide.clone()
     assert plan_of(logits, logits).ends
     target = torch.tensor([0, 8996, 17, 4000, -100], device=kernels.device)
-    backend.load("triton").cross_entropy_forward(
+    choice.load("triton").cross_entropy_forward(
         logits, target, None, LossOptions(), loss_dtype=torch.float32, gradient=True, inplace=True
     )
     assert wide[:, 8997:].equal(before[:, 8997:])
@@ -143,5 +143,5 @@ def test_a_label_that_is_nan(kernels: Place, dtype: torch.dtype) -> None:
     options = LossOptions(reduction="none", topk=(1, 2, 3))
     how: dict[str, Any] = {"loss_dtype": torch.float32, "gradient": False, "inplace": False}
     assert plan_of(logits, None, ranked=True).ends
-    found = backend.load("triton").cross_entropy_forward(logits, target, None, options, **how)
+    found = choice.load("triton").cross_entropy_forward(logits, target, None, options, **how)
     assert torch.stack(found.accuracy).tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]

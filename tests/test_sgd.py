@@ -24,7 +24,7 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fastloss import SGD
-from fastloss.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule
+from fastloss.backends.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest")
 

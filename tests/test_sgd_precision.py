@@ -18,12 +18,7 @@ from places import Place
 from torch import Tensor
 
 import fastloss
-from fastloss.eager.rounding import (
-    compensated,
-    round_stochastically,
-    round_to_nearest,
-    true_master,
-)
+from fastloss.backends.eager.rounding import compensated, round_stochastically, round_to_nearest, true_master
 
 KEEPING = {
     "master": {"master_weights": True},

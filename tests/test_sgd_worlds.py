@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grad_norm_, parametrizations, parametrize
 from torch.optim import swa_utils
 
 import fastloss
-from fastloss import backend as backends
+from fastloss.backends import choice
 
 Optimizer = Callable[..., Any]
 BOTH: tuple[Optimizer, Optimizer] = (fastloss.SGD, torch.optim.SGD)
@@ -310,7 +310,7 @@ def test_the_norm_of_wide_gradients_of_narrow_parameters(place: Place) -> None:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes computed together."""
-    names = ["eager"] + ["triton"] * (backends.triton_version() is not None and not torch.cuda.is_available())
+    names = ["eager"] + ["triton"] * (choice.triton_version() is not None and not torch.cuda.is_available())
     results: dict[str, Any] = processes.together(
         "sharded.py", sharded.PROCESSES, tmp_path_factory.mktemp("together"), *names
     )

@@ -13,15 +13,15 @@ import torch
 from places import Place
 from torch import Tensor
 
-from fastloss import backend as backends
-from fastloss.contract import LabelElsewhere, LossOptions
+from fastloss.backends import choice
+from fastloss.backends.contract import LabelElsewhere, LossOptions
 
 # (outer, classes, inner): several rows a program, one in registers, one block by block, rows that are neighbours.
 SHAPES = [(7, 37, 1), (2, 1000, 1), (2, 8200, 1), (3, 20, 5), (2, 130, 70)]
 
 
 def served(place: Place) -> Any:
-    return backends.load(backends.choose(torch.empty(1, device=place.device)))
+    return choice.load(choice.choose(torch.empty(1, device=place.device)))
 
 
 def labels(logits: Tensor, place: Place, most_k: int) -> LabelElsewhere:

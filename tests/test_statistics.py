@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastloss
-from fastloss import LossStatistics, cross_entropy, cross_entropy_with_statistics, functional
-from fastloss import backend as backends
-from fastloss.contract import LossOptions
+from fastloss import LossStatistics, cross_entropy, cross_entropy_with_statistics
+from fastloss.backends import choice
+from fastloss.backends.contract import LossOptions
+from fastloss.loss import functional
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -417,7 +418,7 @@ class _Count(TorchDispatchMode):
 
 
 def test_parts_that_are_off_cost_no_operation() -> None:
-    eager = backends.load("eager")
+    eager = choice.load("eager")
     input, target = case((5, 400))
     counts = {}
     asked = ((False, False, 0.0), (True, False, 0.0), (False, True, 0.0), (False, False, 0.1))

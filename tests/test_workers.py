@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from fastloss import accuracy, cross_entropy
-from fastloss.eager import workers
-from fastloss.eager.workers import for_each
+from fastloss.backends.eager import workers
+from fastloss.backends.eager.workers import for_each
 
 CPU = torch.device("cpu")
 LARGE = (700, 16000)  # more pieces than are worked on by the caller itself

@@ -16,7 +16,8 @@ from rich.text import Text
 
 import fastloss
 
-from .. import backend, info
+from .. import info
+from ..backends import choice
 from .language_model import CLASSES, LanguageModel
 from .loss_at_scale import TIMES, LossAtScale, Timed
 from .optimizer_step import RESNET50_WIDTH, OptimizerStep, resnet50_shapes
@@ -43,7 +44,7 @@ def heading(device: torch.device) -> RenderableType:
     return Group(
         Text("fastloss beside plain PyTorch", style="bold"),
         Text(machine(device), style="dim"),
-        Text(f"backend  {backend.reason(device)}", style="dim"),
+        Text(f"backend  {choice.reason(device)}", style="dim"),
     )
 
 
@@ -55,7 +56,7 @@ def machine(device: torch.device) -> str:
         place = f"{info.processor()}, {torch.get_num_threads()} threads"
     versions = [f"fastloss {fastloss.__version__}", f"torch {torch.__version__}"]
     if device.type == "cuda":
-        versions.append(f"Triton {backend.triton_version() or 'not installed'}")
+        versions.append(f"Triton {choice.triton_version() or 'not installed'}")
     return " · ".join([place, *versions, f"Python {platform.python_version()}"])
 
 

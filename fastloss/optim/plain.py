@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import SGDRule, compute_dtype
-from ..eager.rounding import (
+from ..backends.contract import SGDRule, compute_dtype
+from ..backends.eager.rounding import (
     compensated,
     round_stochastically,
     round_to_nearest,
     true_master,
     without_infinities,
 )
-from ..eager.sgd import multiply
+from ..backends.eager.sgd import multiply
 
 __all__ = ["norm", "step", "unscale"]
 
@@ -62,7 +62,7 @@ def step(
         grad: of its shape; may be sparse.
         state: holds ``momentum_buffer``, and ``master_param`` or ``kahan_comp`` after ``rounding``.
         rule: of its group.
-        rounding: as in :class:`fastloss.contract.SGDBatch`.
+        rounding: as in :class:`fastloss.backends.contract.SGDBatch`.
         clip: the gradient is multiplied by it.
         momentum_dtype: of a momentum buffer that is made here; None is the parameter's own.
         out_of_place: the buffers are to be new tensors, so that autograd can go back through many steps.

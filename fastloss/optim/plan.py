@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import Addresses, SGDBatch
+from ..backends.contract import Addresses, SGDBatch
 from .shards import Shards, ShardSums, is_sharded, local
 
 try:  # what torch.compile asks whether a compiled program fits other tensors; documented nowhere

@@ -14,8 +14,8 @@ from torch.autograd import profiler
 from torch.optim import optimizer as of_torch
 from torch.optim.optimizer import Optimizer
 
-from .. import backend as backends
-from ..contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
+from ..backends import choice
+from ..backends.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
 from . import plain
 from .checkpoint import check_loaded, restore_dtypes
 from .plan import SERVED_DTYPES, Batch, Plan, gradients, kinds, overlapping, serves
@@ -221,7 +221,7 @@ class SGD(Optimizer):
         controls = _Everywhere(SGDControls(scale, found_inf, squares, max_norm or 0.0))
         for batch in plan.batches:
             here = controls.where(batch.tensors.params[0])
-            backends.load(batch.backend).sgd_step(batch.tensors, batch.take(grads), rules, here)
+            choice.load(batch.backend).sgd_step(batch.tensors, batch.take(grads), rules, here)
         if plan.plain:
             # As in torch, each place in which a parameter is listed begins its momentum.
             begin = {i for i in plan.repeated if "momentum_buffer" not in self.state.get(plan.params[i], {})}
@@ -268,7 +268,7 @@ class SGD(Optimizer):
             device = batch.tensors.params[0].device
             squares = total(batch.shards, device)
             apart = squares if squares.device == device else torch.zeros((), dtype=torch.float64, device=device)
-            backends.load(batch.backend).sgd_squares(batch.tensors, batch.take(grads), apart)
+            choice.load(batch.backend).sgd_squares(batch.tensors, batch.take(grads), apart)
             if apart is not squares:
                 squares += apart.to(squares.device)
         for i in plan.plain:
@@ -330,7 +330,7 @@ class SGD(Optimizer):
         settings: list[Any] = [
             (_has_momentum(group["momentum"]), len(group["params"]), *_STATE_OPTIONS(group)) for group in groups
         ]
-        settings.append(backends.wanted())
+        settings.append(choice.wanted())
         if plan is not None:
             grads = gradients(plan.params)
             if plan.holds(settings, groups, self.state.values(), grads):
@@ -369,7 +369,7 @@ class SGD(Optimizer):
         together: dict[Any, Batch] = {}
         for i, stored in memory.items():
             param, group = params[i], self.param_groups[group_of[i]]
-            rounding, name = _rounding(group, stored), backends.choose(stored)
+            rounding, name = _rounding(group, stored), choice.choose(stored)
             shards = shards_of(param)
             key = (name, stored.device, stored.dtype, rounding, shards)
             if key not in together:
@@ -611,7 +611,7 @@ def _described(value: Any) -> str:
 
 
 def _rounding(group: dict[str, Any], param: Tensor) -> str:
-    """How what is stored in the parameter is rounded; see :class:`fastloss.contract.SGDBatch`."""
+    """How what is stored in the parameter is rounded; see :class:`fastloss.backends.contract.SGDBatch`."""
     if param.dtype not in (torch.float16, torch.bfloat16):
         return "nearest"
     if group["master_weights"]:

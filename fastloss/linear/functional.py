@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend, checks, collectives, functional, linear_operators, parallel_linear, placements
-from .autograd import as_labels
-from .contract import LossOptions
-from .functional import LossAndAccuracy
-from .linear_autograd import fused_linear_cross_entropy
-from .linear_chunks import Call, Needs, rows_of_chunk
+from .. import checks
+from ..backends import choice
+from ..backends.contract import LossOptions
+from ..loss import functional
+from ..loss.autograd import as_labels
+from ..loss.functional import LossAndAccuracy
+from ..ranks import collectives, placements
+from . import compiled, sharded
+from .autograd import fused_linear_cross_entropy
+from .chunks import Call, Needs, rows_of_chunk
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_accuracy"]
 
@@ -62,7 +66,7 @@ def linear_cross_entropy(
         shift: the label of position t is ``target[..., t + 1]``, as in training on next tokens; the last position has
             none and is ignored. ``input`` is ``(…, T, D)`` and ``target`` ``(…, T)``. Instead of copies of
             ``input[..., :-1, :]`` and ``target[..., 1:]`` there is one of the labels.
-        chunk_size: rows of a chunk. By default :func:`fastloss.linear_chunks.rows_of_chunk` has the rule.
+        chunk_size: rows of a chunk. By default :func:`fastloss.linear.chunks.rows_of_chunk` has the rule.
         memory_budget: in bytes, for what is held beside inputs and gradients; the chunk is as large as it allows. On
             a CPU the few megabytes that its kernels keep from call to call come on top.
         skip_ignored: leave out the rows that are ignored, before they are projected. By default where the labels are
@@ -215,7 +219,7 @@ def _loss_and_accuracy(
     elif len(x) == 0 or classes == 0 or (soft and weight is not None and weight.requires_grad):
         loss, values = functional.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
     else:
-        if not soft and (t.is_cpu or backend.validates()):
+        if not soft and (t.is_cpu or choice.validates()):
             checks.check_labels(t.view(target.shape), classes, options.ignore_index, shifted=shift)
         call = Call(options, dtype, functional.loss_dtype(input, t, weight, dtype), **sizes)
         if call.accumulate_grad and linear_weight.requires_grad and not linear_weight.is_leaf:
@@ -225,7 +229,7 @@ def _loss_and_accuracy(
             )
         trained = (t is not None and t.requires_grad for t in (x, linear_weight, linear_bias, target))
         rows_of_chunk(call, len(x), linear_weight, Needs(*trained))  # has the budget room for a row?
-        served = backend.load(backend.choose(input))
+        served = choice.load(choice.choose(input))
         loss, values = fused_linear_cross_entropy(x, linear_weight, t, linear_bias, weight, call, served)
     if options.reduction != "none":
         return loss, values
@@ -257,7 +261,7 @@ def _over_ranks(
     plan, fault = None, None
     x: Any
     of_classes: Tensor | None
-    look = isinstance(input, Tensor) and (input.is_cpu or backend.validates())
+    look = isinstance(input, Tensor) and (input.is_cpu or choice.validates())
     soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() == input.dim()
     by_mesh = any(placements.is_dtensor(tensor) for tensor in (input, linear_weight))
     if by_mesh and group is not None:
@@ -319,11 +323,11 @@ def _over_ranks(
     dtype = _dtype_of_logits(x)
     call = Call(options, dtype, functional.loss_dtype(x, t, of_classes, dtype), **sizes)
     trained = (tensor is not None and tensor.requires_grad for tensor in (x, w, b, t))
-    size = parallel_linear.common_rows_of_chunk(call, len(x), w, Needs(*trained), layout)
+    size = sharded.common_rows_of_chunk(call, len(x), w, Needs(*trained), layout)
     if layout.class_group is not None:
         call = dataclasses.replace(call, chunk_size=size, memory_budget=None)
-    served = backend.load(backend.choose(x))
-    loss, values = parallel_linear.loss_and_accuracy(x, w, t, b, of_classes, call, layout, served)
+    served = choice.load(choice.choose(x))
+    loss, values = sharded.loss_and_accuracy(x, w, t, b, of_classes, call, layout, served)
     results = [loss, *values]
     if options.reduction == "none":
         results = [value.view(lead) for value in results]
@@ -347,7 +351,7 @@ def _traced(
     dtype = _dtype_of_logits(x)
     if functional.is_compiled(x, t, weight, options) and type(linear_weight) in functional.FUSED_TYPES:
         call = Call(options, dtype, functional.loss_dtype(x, t, weight, dtype), **{**sizes, "accumulate_grad": False})
-        return linear_operators.loss_and_accuracy(x, linear_weight, t, linear_bias, weight, call)
+        return compiled.loss_and_accuracy(x, linear_weight, t, linear_bias, weight, call)
     return functional.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
 
 

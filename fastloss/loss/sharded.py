@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..backends.contract import Backend, LabelElsewhere, LossOptions, RowStatistics, compute_dtype
+from ..ranks.collectives import Layout, gather, replicated, sum_over, summed
 from . import composite
 from .autograd import as_labels, as_rows, fused_cross_entropy, is_differentiable
-from .collectives import Layout, gather, replicated, sum_over, summed
-from .contract import Backend, LabelElsewhere, LossOptions, RowStatistics, compute_dtype
-from .rows import LabelLosses, SoftLosses, total_weight
+from .row_numbers import LabelLosses, SoftLosses, total_weight
 
 __all__ = ["Kind", "Share", "accuracy", "label_elsewhere", "loss_and_accuracy"]
 

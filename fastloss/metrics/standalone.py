@@ -1,4 +1,4 @@
-"""A running metric: what :mod:`fastloss.metrics` needs of torchmetrics, where that is not installed."""
+"""A running metric: what :mod:`fastloss.metrics.accuracy` needs of torchmetrics, where that is not installed."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def row_statistics_forward(
     every_row: bool,
     ranked: LabelElsewhere | None = None,
 ) -> RowStatistics:
-    """See :class:`fastloss.contract.Backend`; every row is visited."""
+    """See :class:`fastloss.backends.contract.Backend`; every row is visited."""
     outer, classes, inner = logits.shape
     rows, cap, device = (outer, 1, inner), options.softcap, logits.device
     dtype, wide = compute_dtype(logits.dtype), row_dtype(device)
@@ -110,7 +110,7 @@ def row_statistics_backward(
     *,
     inplace: bool = False,
 ) -> Tensor:
-    """See :class:`fastloss.contract.Backend`; the softmax is computed again."""
+    """See :class:`fastloss.backends.contract.Backend`; the softmax is computed again."""
     rows, cap, device = (logits.shape[0], 1, logits.shape[2]), options.softcap, logits.device
     dtype = compute_dtype(logits.dtype)
     of_lse, of_label, of_entropy, of_sum = (None if u is None else u.reshape(rows) for u in upstreams)

@@ -1,6 +1,6 @@
 """The ``torch.autograd.Function`` of :func:`fastloss.linear_cross_entropy`.
 
-As in :mod:`fastloss.autograd` the gradients are written in the forward pass where they can be, at an upstream
+As in :mod:`fastloss.loss.autograd` the gradients are written in the forward pass where they can be, at an upstream
 gradient of 1, and handed over in backward. Input, weights and target are kept all the same: they are somebody else's
 tensors, so that it costs nothing, and derivatives past the first are taken from them by torch's own operators, which
 hold the logits then.
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import composite, linear_chunks
-from .autograd import graph_is_kept, is_differentiable
-from .contract import Backend
-from .linear_chunks import Call, Needs
+from ..backends.contract import Backend
+from ..loss import composite
+from ..loss.autograd import graph_is_kept, is_differentiable
+from . import chunks
+from .chunks import Call, Needs
 
 __all__ = ["fused_linear_cross_entropy", "gradient_of"]
 
@@ -35,12 +36,12 @@ def fused_linear_cross_entropy(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss, with a graph where something needs one, and the accuracies; ``()`` or ``(rows,)``.
 
-    Shapes as in :func:`fastloss.linear_chunks.forward`.
+    Shapes as in :func:`fastloss.linear.chunks.forward`.
     """
     tensors = (input, linear_weight, linear_bias, target)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-            result = linear_chunks.forward(
+            result = chunks.forward(
                 input, linear_weight, target, linear_bias, weight, call, Needs(*[False] * 4), backend
             )
         return result.loss, result.accuracy
@@ -66,9 +67,9 @@ class _LinearCrossEntropy(Function):
         # Itself: a saved tensor may come back as a copy, by a checkpoint or another hook, whose .grad nobody reads.
         ctx.accumulated = linear_weight if call.accumulate_grad and linear_weight.requires_grad else None
         needs = Needs(*ctx.needs_input_grad[:4])
-        ctx.written = linear_chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
+        ctx.written = chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
         with torch.autocast(input.device.type, enabled=False):
-            result = linear_chunks.forward(input, linear_weight, target, linear_bias, weight, call, needs, backend)
+            result = chunks.forward(input, linear_weight, target, linear_bias, weight, call, needs, backend)
         ctx.mark_non_differentiable(*result.accuracy)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, result.kept, *result.gradients)
@@ -89,7 +90,7 @@ class _LinearCrossEntropy(Function):
             return (*handed, *nothing)
         into = None if ctx.accumulated is None else gradient_of(ctx.accumulated)
         with torch.autocast(input.device.type, enabled=False), torch.no_grad():
-            result = linear_chunks.backward(
+            result = chunks.backward(
                 *(upstream, input, linear_weight, target, linear_bias, weight, kept),
                 *(ctx.call, needs, ctx.backend, into),
             )

@@ -4,8 +4,8 @@ With z the logits (after the softcap), m a row's maximum, t its targets and w th
 
     lse = m + log Σ_c exp(z_c − m),   mass = Σ_c w_c t_c,   nll = mass (lse − m) + Σ_c w_c t_c (m − z_c)
 
-The gradients are those that :class:`fastloss.contract.Backend` gives. Both tensors are read once, and each gradient
-is written once.
+The gradients are those of the contract's :class:`Backend`. Both tensors are read once, and each gradient is written
+once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def soft_statistics_forward(
     *,
     ranked: LabelElsewhere | None = None,
 ) -> SoftRowStatistics:
-    """See :class:`fastloss.contract.Backend`."""
+    """See :class:`fastloss.backends.contract.Backend`."""
     outer, classes, inner = logits.shape
     rows, cap, device = (outer, 1, inner), options.softcap, logits.device
     dtype, wide = torch.promote_types(compute_dtype(logits.dtype), compute_dtype(target.dtype)), row_dtype(device)
@@ -93,7 +93,7 @@ def soft_statistics_backward(
     target_gradient: bool,
     inplace: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """See :class:`fastloss.contract.Backend`."""
+    """See :class:`fastloss.backends.contract.Backend`."""
     rows, cap, device = (logits.shape[0], 1, logits.shape[2]), options.softcap, logits.device
     dtype = torch.promote_types(compute_dtype(logits.dtype), compute_dtype(target.dtype))
     zero = lse.new_zeros(rows)

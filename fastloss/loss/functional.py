@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import _reduction as legacy
 
-from . import backend, checks, collectives, composite, operators, parallel, placements
+from .. import checks
+from ..backends import choice
+from ..backends.contract import LossOptions
+from ..ranks import collectives, placements
+from . import compiled, composite, sharded
 from .autograd import as_labels, as_rows, fused_cross_entropy
-from .contract import LossOptions
 
 __all__ = ["LossAndAccuracy", "accuracy", "cross_entropy", "cross_entropy_with_accuracy"]
 
@@ -268,14 +271,14 @@ def is_small(input: Tensor, target: Tensor, weight: Tensor | None = None) -> boo
             or (target.dtype is input.dtype and target.shape == input.shape)
         )
         and (weight is None or (isinstance(weight, Tensor) and weight.dtype is input.dtype))
-        and not backend.is_forced()
+        and not choice.is_forced()
     )
 
 
 def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
     """Everything about the tensors of a loss, the labels themselves where a look is free or asked for."""
     _check_shapes(input, target, weight, options)
-    if not target.is_floating_point() and (target.is_cpu or backend.validates()):
+    if not target.is_floating_point() and (target.is_cpu or choice.validates()):
         checks.check_labels(target, input.shape[min(1, input.dim() - 1)], options.ignore_index)
 
 
@@ -324,7 +327,7 @@ def loss_and_accuracy(
         target if soft else as_labels(target),
         None if weight is None else weight.contiguous(),
         options,
-        backend.load(backend.choose(input)),
+        choice.load(choice.choose(input)),
         dtype,
         inplace,
     )
@@ -359,7 +362,7 @@ def _over_ranks(
         return _of_dtensor(input, target, weight, options, only_accuracy)
     group = collectives.checked_group(group)
     checks.check_logits(input)
-    look, fault = input.is_cpu or backend.validates(), None
+    look, fault = input.is_cpu or choice.validates(), None
     try:
         dense = _check_part(input, target, weight, only_accuracy, options)
     except Exception as error:
@@ -380,10 +383,10 @@ def _over_ranks(
         checks.check_weight(input.new_empty(()).expand(classes), weight)
         if not dense:
             checks.check_labels(target, classes, options.ignore_index)
-    served = backend.load(backend.choose(input))
+    served = choice.load(choice.choose(input))
     if only_accuracy:
-        return input, parallel.accuracy(input, target, dense, options, layout, served)
-    return parallel.loss_and_accuracy(
+        return input, sharded.accuracy(input, target, dense, options, layout, served)
+    return sharded.loss_and_accuracy(
         input, target, weight, options, layout, served, loss_dtype(input, target, weight)
     )
 
@@ -423,15 +426,13 @@ def _of_dtensor(
         dense = composite.is_soft(input, target)
     plan = placements.plan(input, target, dense)
     x, t, w = placements.local(input), plan.target, placements.whole(weight)
-    if not dense and (x.is_cpu or backend.validates()):
+    if not dense and (x.is_cpu or choice.validates()):
         check_labels_together(t, plan.layout, options.ignore_index)
-    served = backend.load(backend.choose(x))
+    served = choice.load(choice.choose(x))
     if only_accuracy:
-        values = parallel.accuracy(x, t, dense, options, plan.layout, served)
+        values = sharded.accuracy(x, t, dense, options, plan.layout, served)
         return input, tuple(plan.placed(value) for value in values)
-    loss, values = parallel.loss_and_accuracy(
-        x, t, w, options, plan.layout, served, loss_dtype(input, target, weight)
-    )
+    loss, values = sharded.loss_and_accuracy(x, t, w, options, plan.layout, served, loss_dtype(input, target, weight))
     return plan.placed(loss), tuple(plan.placed(value) for value in values)
 
 
@@ -481,7 +482,7 @@ def _operated(
     soft = target.is_floating_point()
     labels = target if soft else as_labels(target)
     weight = None if weight is None else weight.contiguous()
-    loss, values = operators.loss_and_accuracy(input, labels, weight, options, loss_dtype(input, target, weight))
+    loss, values = compiled.loss_and_accuracy(input, labels, weight, options, loss_dtype(input, target, weight))
     if soft:
         values = _accuracies(input, target, options)
     if options.reduction != "none":
@@ -518,11 +519,11 @@ def _accuracy(input: Tensor, target: Tensor, options: LossOptions, *, checked: b
         return ()
     if is_traced(input, target):
         return composite.accuracy(input, target, options)
-    if not checked and (target.is_cpu or backend.validates()):
+    if not checked and (target.is_cpu or choice.validates()):
         checks.check_labels(target, input.shape[min(1, input.dim() - 1)], options.ignore_index)
     if input.numel() == 0 or (input.numel() <= SMALL_ON_CPU // 16 and is_small(input, target)):
         return composite.accuracy(input, target, options)
-    served = backend.load(backend.choose(input))
+    served = choice.load(choice.choose(input))
     labels = as_labels(target)
     values = served.accuracy(as_rows(input), labels, options.topk, options.ignore_index, options.reduction)
     return tuple(v.view(target.shape) for v in values) if options.reduction == "none" else values

@@ -8,7 +8,7 @@ torch operations, N numbers at a time:
 
 So each part may have an upstream gradient of its own: however they are used, what arrives at the node is one
 coefficient a row for each number, and backward is one more visit (the formula is in
-``fastloss/eager/statistics.py``). The numbers are float64, so that lse − z_y loses nothing. Since the gradient is
+``backends/eager/statistics.py``). The numbers are float64, so that lse − z_y loses nothing. Since the gradient is
 computed in backward, float16's loss scale is known before anything is rounded.
 
 Tracing, function transforms, tiny tensors on a CPU and derivatives past the first take plain torch operations.
@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import _reduction as legacy
 
-from . import backend as backends
-from . import checks, composite, functional
+from .. import checks
+from ..backends import choice
+from ..backends.contract import Backend, LossOptions, RowStatistics, compute_dtype
+from . import composite, functional
 from .autograd import as_labels, as_rows, is_differentiable
-from .contract import Backend, LossOptions, RowStatistics, compute_dtype
-from .rows import LabelLosses
+from .row_numbers import LabelLosses
 
 __all__ = ["LossStatistics", "cross_entropy_with_statistics"]
 
@@ -307,7 +308,7 @@ def _row_statistics(
 ) -> RowStatistics:
     """What a backend gives of each row, with a graph where ``input`` needs one. ``target`` is flat."""
     weight = None if weight is None else weight.detach().contiguous()
-    backend = backends.load(backends.choose(input))
+    backend = choice.load(choice.choose(input))
     if not (input.requires_grad and torch.is_grad_enabled()):
         return backend.row_statistics_forward(
             as_rows(input), target, weight, options, entropy=entropy, predicted=predicted, every_row=every_row

@@ -1,4 +1,4 @@
-"""The linear map and its loss as operators of torch, for ``torch.compile``; compare :mod:`fastloss.operators`.
+"""The linear map and its loss as operators of torch, for ``torch.compile``; compare :mod:`fastloss.loss.compiled`.
 
 One operator for the loss and, where they can be written at once, the gradients; one for the gradients that must wait
 for the upstream one.
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend, checks, linear_chunks
-from .contract import may_keep_memory
-from .linear_chunks import Call, Gradients, Needs
-from .operators import KEPT, OPTIONS, packed, unpacked
+from .. import checks
+from ..backends import choice
+from ..backends.contract import may_keep_memory
+from ..loss.compiled import KEPT, OPTIONS, packed, unpacked
+from . import chunks
+from .chunks import Call, Gradients, Needs
 
 __all__ = ["loss_and_accuracy"]
 
@@ -67,12 +69,12 @@ def forward(
     What a call has no use for is empty.
     """
     call, needs = _unpacked(how)
-    if not target.is_floating_point() and (target.is_cpu or backend.validates()):
+    if not target.is_floating_point() and (target.is_cpu or choice.validates()):
         checks.check_labels(target, len(linear_weight), call.options.ignore_index)
     forgetful = may_keep_memory.set(False)
     try:
-        loss, accuracy, gradients, kept = linear_chunks.forward(
-            *(input, linear_weight, target, linear_bias, weight, call, needs), backend.load(backend.choose(input))
+        loss, accuracy, gradients, kept = chunks.forward(
+            *(input, linear_weight, target, linear_bias, weight, call, needs), choice.load(choice.choose(input))
         )
     finally:
         may_keep_memory.reset(forgetful)
@@ -95,7 +97,7 @@ def _(
     call, needs = _unpacked(how)
     options, rows = call.options, input.shape[0]
     per_row = (rows,) if options.reduction == "none" else ()
-    written = linear_chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
+    written = chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
     kept_shape, kept_dtype = _fake_kept(input, linear_weight, linear_bias, target, call, needs)
     return (
         input.new_empty(per_row, dtype=call.loss_dtype),
@@ -123,8 +125,8 @@ def backward(
     """The gradients of input, linear_weight, linear_bias and target, from the logits, computed once more."""
     call, needs = _unpacked(how)
     # The forward pass's own backend, whichever would be chosen now: it is known by what it kept.
-    served = backend.load("triton" if len(kept) else "eager")
-    gradients = linear_chunks.backward(
+    served = choice.load("triton" if len(kept) else "eager")
+    gradients = chunks.backward(
         upstream, input, linear_weight, target, linear_bias, weight, kept, call, needs, served
     )
     return _filled(gradients, input)
@@ -148,8 +150,8 @@ def _fake_kept(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, call: Call, needs: Needs
 ) -> tuple[tuple[int, int], torch.dtype]:
     """The shape and dtype of the backend's numbers."""
-    written = linear_chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
-    kept = KEPT[backend.choose(input)][target.is_floating_point()] if any(needs) and not written else 0
+    written = chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
+    kept = KEPT[choice.choose(input)][target.is_floating_point()] if any(needs) and not written else 0
     if not kept:
         return (0, input.shape[0]), input.dtype
     wide = torch.float64 in (call.compute_dtype, target.dtype)
@@ -176,7 +178,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     input, linear_weight, target, linear_bias, _ = tensors
-    ctx.written = linear_chunks.writes_gradients(call, ctx.needs, (input, linear_weight, linear_bias, target))
+    ctx.written = chunks.writes_gradients(call, ctx.needs, (input, linear_weight, linear_bias, target))
     ctx.save_for_backward(*(output[2:6] if ctx.written else (*tensors, output[6])))
 
 

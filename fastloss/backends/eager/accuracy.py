@@ -24,7 +24,7 @@ _FEW_RIGHT = 0.05  # argmax takes 5 (float32) to 20 (bfloat16) times as long as 
 def accuracy(
     logits: Tensor, target: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str
 ) -> tuple[Tensor, ...]:
-    """See :class:`fastloss.contract.Backend`."""
+    """See :class:`fastloss.backends.contract.Backend`."""
     outer, classes, inner = logits.shape
     label = target.view(outer, 1, inner).long()
     counted = invalid = None
@@ -40,7 +40,7 @@ def accuracy(
 
 
 def label_ranks(logits: Tensor, label: LabelElsewhere) -> Tensor:
-    """See :class:`fastloss.contract.Backend`."""
+    """See :class:`fastloss.backends.contract.Backend`."""
     rows = (logits.shape[0], 1, logits.shape[2])
     mine, position = label.logit.to(logits.dtype).view(rows), label.position.view(rows)
     rank = torch.empty_like(position)

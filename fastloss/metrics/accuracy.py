@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checks
-from .functional import accuracy, is_dense, is_placed
+from .. import checks
+from ..loss.functional import accuracy, is_dense, is_placed
 
 if TYPE_CHECKING:
-    from .running import Metric
+    from .standalone import Metric
 
     gather_all_tensors = None
 else:
@@ -22,7 +22,7 @@ else:
         from torchmetrics import Metric
         from torchmetrics.utilities.distributed import gather_all_tensors
     except ImportError:
-        from .running import Metric
+        from .standalone import Metric
 
         gather_all_tensors = None
 

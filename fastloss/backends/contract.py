@@ -1,4 +1,4 @@
-"""What the two backends, ``fastloss.eager`` and ``fastloss.kernels``, promise to the layers above them.
+"""What the two backends, ``fastloss.backends.eager`` and ``fastloss.kernels``, promise to the layers above them.
 
 Both offer the functions of the protocols below, with these signatures and these meanings, and the same tests
 run over both. Neither knows autograd, argument checks or shapes beyond one canonical view:

@@ -10,12 +10,12 @@ back: with G = s (A p − b),
 
     H V = s A (p ∘ V − p ⟨p, V⟩),     p = (G / s + b) / A
 
-(A and b as in ``fastloss/eager/cross_entropy.py``; for soft targets S and w u), itself written in differentiable ops,
+(A and b as in ``backends/eager/cross_entropy.py``; for soft targets S and w u), itself written in differentiable ops,
 so that the third derivative follows. Where a softcap or the z-loss hides p, the logits are kept after all, for those
 derivatives.
 
 *Computed in backward, from the logits* (reduction "none"; float16, where a gradient divided by N before the loss
-scale arrives would flush to zero). Derivatives past the first go through :mod:`fastloss.composite`.
+scale arrives would flush to zero). Derivatives past the first go through :mod:`fastloss.loss.composite`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..backends.contract import Backend, LossOptions, compute_dtype
 from . import composite
-from .contract import Backend, LossOptions, compute_dtype
 
 __all__ = ["as_labels", "as_rows", "fused_cross_entropy", "graph_is_kept", "is_differentiable"]
 

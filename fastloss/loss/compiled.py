@@ -5,7 +5,7 @@ implementations) and the derivative (a formula in terms of the operators). Which
 the tensors when the compiled program runs; one that is asked for (``use_backend``) must be so when it is compiled,
 too, since the shapes of what a forward pass keeps depend on it.
 
-Outside of compiled programs nothing goes through here: :mod:`fastloss.autograd` is lighter, and has second
+Outside of compiled programs nothing goes through here: :mod:`fastloss.loss.autograd` is lighter, and has second
 derivatives.
 """
 
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend, checks
+from .. import checks
+from ..backends import choice
+from ..backends.contract import LossOptions, compute_dtype, may_keep_memory
 from .autograd import as_rows
-from .contract import LossOptions, compute_dtype, may_keep_memory
 
 __all__ = ["KEPT", "OPTIONS", "loss_and_accuracy", "packed", "unpacked"]
 
@@ -71,7 +72,7 @@ def unpacked(packed: Sequence[Any]) -> LossOptions:
 
 
 def _is_written(input: Tensor, target: Tensor, options: LossOptions, input_needs: bool, target_needs: bool) -> bool:
-    """Are the gradients that are needed written in the forward pass? As in :mod:`fastloss.autograd`."""
+    """Are the gradients that are needed written in the forward pass? As in :mod:`fastloss.loss.autograd`."""
     at_once = options.reduction != "none" and torch.float16 not in (input.dtype, target.dtype)
     return at_once and (input_needs or target_needs)
 
@@ -97,7 +98,7 @@ def forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) ->
 def _forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *packed, loss_dtype, input_needs, target_needs = rest
     options = unpacked(packed)
-    served = backend.load(backend.choose(input))
+    served = choice.load(choice.choose(input))
     logits = as_rows(input)
     written = _is_written(input, target, options, input_needs, target_needs)
     scale = of_target = None
@@ -114,7 +115,7 @@ def _forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -
             inplace=False,
         )
     else:
-        if target.is_cpu or backend.validates():
+        if target.is_cpu or choice.validates():
             checks.check_labels(target, logits.shape[1], options.ignore_index)
         loss, accuracy, of_input, saved, _ = served.cross_entropy_forward(
             logits, target, weight, options, loss_dtype=loss_dtype, gradient=written, inplace=False
@@ -139,7 +140,7 @@ def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple
     soft = target.is_floating_point()
     rows = as_rows(input).shape[0] * as_rows(input).shape[2]
     per_row = (rows,) if options.reduction == "none" else ()
-    kept = 0 if written or not options.from_logits else KEPT[backend.choose(input)][soft]
+    kept = 0 if written or not options.from_logits else KEPT[choice.choose(input)][soft]
     kept_dtype = compute_dtype(input.dtype)
     if soft:
         kept_dtype = torch.promote_types(kept_dtype, compute_dtype(target.dtype))
@@ -175,8 +176,8 @@ def backward(
     options = unpacked(packed)
     saved = kept.unbind(0) if kept.dim() == 2 else ()
     # The forward pass's own backend, whichever would be chosen now: it is known by what it kept.
-    name = backend.choose(input) if not options.from_logits else "triton" if saved else "eager"
-    served = backend.load(name)
+    name = choice.choose(input) if not options.from_logits else "triton" if saved else "eager"
+    served = choice.load(name)
     of_target = None
     upstream = upstream.contiguous()
     if target.is_floating_point():

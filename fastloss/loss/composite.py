@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import LossOptions, compute_dtype
+from ..backends.contract import LossOptions, compute_dtype
 
 __all__ = ["accuracy", "by_class", "cross_entropy", "is_soft", "reduced", "row_weight"]
 

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import Backend, LossOptions, compute_dtype
-from .rows import total_weight
+from ..backends.contract import Backend, LossOptions, compute_dtype
+from ..loss.row_numbers import total_weight
 
 __all__ = [
     "Call",

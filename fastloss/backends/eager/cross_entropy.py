@@ -13,8 +13,8 @@ A chunk is read from memory once: its exponentials go straight into the gradient
 bfloat16, into one small float32 buffer that is rounded once into that slice), and everything else is done in place
 there. Besides the gradient no buffer grows with N·V.
 
-What is the same for all rows stays a Python number (:data:`fastloss.eager.chunks.Value`): without class weights and
-ignored rows, which is most calls, no operation is spent on it. At a thousand classes a call's many small operations
+What is the same for all rows stays a Python number (:data:`.chunks.Value`): without class weights and ignored rows,
+which is most calls, no operation is spent on it. At a thousand classes a call's many small operations
 cost as much as its passes over the logits.
 """
 
@@ -46,7 +46,7 @@ def cross_entropy_forward(
     inplace: bool,
     divisor: Tensor | None = None,
 ) -> Forward:
-    """See :class:`fastloss.contract.Backend`."""
+    """See :class:`fastloss.backends.contract.Backend`."""
     rows = _Rows(logits, target, weight, options)
     scale = rows.mean_scale() if options.reduction == "mean" else 1.0
     slope = scale
@@ -83,7 +83,7 @@ def cross_entropy_backward(
     *,
     inplace: bool,
 ) -> Tensor:
-    """See :class:`fastloss.contract.Backend`; nothing is saved, the softmax is computed again."""
+    """See :class:`fastloss.backends.contract.Backend`; nothing is saved, the softmax is computed again."""
     rows = _Rows(logits, target, weight, options)
     upstream = upstream.to(rows.dtype)
     scale: Value = upstream.reshape(rows.shape) if options.reduction == "none" else upstream
@@ -95,7 +95,7 @@ def cross_entropy_backward(
 
 
 def rescale(gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
-    """See :class:`fastloss.contract.Backend`."""
+    """See :class:`fastloss.backends.contract.Backend`."""
     if not inplace:
         return gradient * factor
     # Reading the factor makes a GPU's host wait, so only a CPU asks whether it is 1.

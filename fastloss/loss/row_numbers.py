@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.contract import LossOptions, RowStatistics
 from . import composite
-from .contract import LossOptions, RowStatistics
 
 __all__ = ["LabelLosses", "SoftLosses", "total_weight"]
 

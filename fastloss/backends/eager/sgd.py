@@ -44,7 +44,7 @@ _bytes_of = operator.attrgetter("nbytes")
 
 
 def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
-    """See :class:`fastloss.contract.Backend`."""
+    """See :class:`fastloss.backends.contract.Backend`."""
     wide = compute_dtype(batch.params[0].dtype)
     for part in _parts(batch):
         if part.gathered is not None:
@@ -72,7 +72,7 @@ def _squares(flat: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], controls: SGDControls) -> None:
-    """See :class:`fastloss.contract.Backend`."""
+    """See :class:`fastloss.backends.contract.Backend`."""
     if controls.found_inf is not None and controls.found_inf.item() != 0:
         return
     if controls.grad_scale is not None:

@@ -1,7 +1,7 @@
 r"""The linear map and its loss over several ranks: rows of the input, or of the head (the classes), shared.
 
 *The head's rows are shared.* Each rank projects a chunk of rows onto its own classes and tells the others a few
-numbers of each row, as in :mod:`fastloss.parallel`; then the chunk's gradient is written over its logits, and two
+numbers of each row, as in :mod:`fastloss.loss.sharded`; then the chunk's gradient is written over its logits, and two
 products take it on. So there is one collective a chunk (two where an accuracy is wanted), of O(rows) bytes. The
 other way, all numbers in one collective after a first pass over all chunks, would need a fourth product of
 2 n (C / ranks) D operations: a third more time. A collective waits some 20 to 50 µs, while a chunk of 4096 rows with
@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import linear_chunks
-from .autograd import graph_is_kept, is_differentiable
-from .collectives import Layout, gather, replicated, summed
-from .contract import Backend
-from .linear_autograd import fused_linear_cross_entropy, gradient_of
-from .linear_chunks import Call, Needs, Sums, Visit
-from .parallel import Kind, Share, label_elsewhere
+from ..backends.contract import Backend
+from ..loss.autograd import graph_is_kept, is_differentiable
+from ..loss.sharded import Kind, Share, label_elsewhere
+from ..ranks.collectives import Layout, gather, replicated, summed
+from . import chunks
+from .autograd import fused_linear_cross_entropy, gradient_of
+from .chunks import Call, Needs, Sums, Visit
 
 __all__ = ["common_rows_of_chunk", "loss_and_accuracy"]
 
@@ -86,13 +86,13 @@ def common_rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, needs: Ne
         ValueError: the budget has no room for a row; on all ranks.
     """
     if layout.class_group is None:
-        return linear_chunks.rows_of_chunk(call, rows, linear_weight, needs)
+        return chunks.rows_of_chunk(call, rows, linear_weight, needs)
     most = layout.most_classes
     if most is None and call.memory_budget is not None:
         mine = torch.full((), len(linear_weight), dtype=torch.int64, device=linear_weight.device)
         most = int(gather(mine, layout.class_group).max())
     stand_in = linear_weight.new_empty(()).expand(1 if most is None else most, linear_weight.shape[1])
-    return linear_chunks.rows_of_chunk(call, rows, stand_in, needs)
+    return chunks.rows_of_chunk(call, rows, stand_in, needs)
 
 
 class _SharedClasses(Function):
@@ -113,7 +113,7 @@ class _SharedClasses(Function):
         ctx.call, ctx.layout, ctx.backend = call, layout, backend
         ctx.accumulated = linear_weight if call.accumulate_grad and linear_weight.requires_grad else None
         needs = Needs(*ctx.needs_input_grad[:4])
-        ctx.written = linear_chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
+        ctx.written = chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
         ctx.set_materialize_grads(False)
         with torch.autocast(input.device.type, enabled=False):
             loss, right, gradients, kept = _forward(
@@ -258,7 +258,7 @@ def _backward(
     return _whole_input(sums.finished(), layout)
 
 
-def _whole_input(gradients: linear_chunks.Gradients, layout: Layout) -> tuple[Tensor | None, ...]:
+def _whole_input(gradients: chunks.Gradients, layout: Layout) -> tuple[Tensor | None, ...]:
     """The gradients, that of the input over all classes."""
     of_input = gradients.input
     if of_input is not None:

@@ -44,7 +44,7 @@ def soft_cross_entropy_forward(
     inplace: bool,
     divisor: float = 1.0,
 ) -> SoftForward:
-    """See :class:`fastloss.contract.Backend`."""
+    """See :class:`fastloss.backends.contract.Backend`."""
     scale = _mean_scale(input) if options.reduction == "mean" else 1.0
     results = _results(input, target, gradient, target_gradient, inplace)
     losses = _sweep(input, target, weight, options, scale / divisor, *results)
@@ -65,7 +65,7 @@ def soft_cross_entropy_backward(
     target_gradient: bool,
     inplace: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """See :class:`fastloss.contract.Backend`; nothing is saved, the softmax is computed again."""
+    """See :class:`fastloss.backends.contract.Backend`; nothing is saved, the softmax is computed again."""
     scale = upstream.to(compute_dtype(input.dtype))
     if options.reduction == "none":
         scale = scale.reshape(input.shape[0], 1, input.shape[2])

@@ -105,7 +105,8 @@ def reason(device: torch.device) -> str:
 @functools.cache
 def load(name: str) -> Backend:
     """The backend's module. Triton is imported here, at its first use, and nowhere else."""
-    return cast("Backend", importlib.import_module("fastloss.kernels" if name == "triton" else "fastloss.eager"))
+    module = "fastloss.kernels" if name == "triton" else "fastloss.backends.eager"
+    return cast("Backend", importlib.import_module(module))
 
 
 def wanted() -> str:

@@ -1,0 +1,1 @@
+"""Who computes: the contract of both backends, the choice between them, and the eager one."""

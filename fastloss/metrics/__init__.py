@@ -1,0 +1,1 @@
+"""Accuracy over many batches and processes."""
