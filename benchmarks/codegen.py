@@ -39,7 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastloss.backends.contract import LabelElsewhere, LossOptions, SGDBatch, SGDControls, SGDRule
+from fastloss.backends.contract import ExternalLabel, LossOptions, SGDBatch, SGDControls, SGDRule
 
 from .sass import Loop, hot_loops, tile_loops, wide_loads
 
@@ -478,7 +478,7 @@ def cases(
 
         # What a shard of the classes is visited for.
         row = meta(target.numel(), dtype=torch.float64)
-        elsewhere = LabelElsewhere(row, target, 5)
+        elsewhere = ExternalLabel(row, target, 5)
         yield f"{shape_name} {dtype_name} shard ranks", partial(kernels.label_ranks, logits, elsewhere)
         for form, options in SHARDS.items():
             weight = meta(shape[1], dtype=dtype) if "weight" in form else None

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.backends.contract import LabelElsewhere
+from fastloss.backends.contract import ExternalLabel
 
 from .launch import ALL_REGISTERS, Launch, Memory, alike, arithmetic, begin, on_device, plan, power_of_2, scratch
 from .tile_helpers import (
@@ -82,7 +82,7 @@ def _form(logits: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: s
     return _Form(Launch(_rank_kernel, (tiles.grid,), constants), numbers, tiles.grid, 1 + k_pad)
 
 
-def label_ranks(logits: Tensor, label: LabelElsewhere) -> Tensor:
+def label_ranks(logits: Tensor, label: ExternalLabel) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape
     rank = torch.empty(outer * inner, dtype=torch.int64, device=logits.device)

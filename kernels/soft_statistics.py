@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.backends.contract import LabelElsewhere, LossOptions, SoftRowStatistics
+from fastloss.backends.contract import ExternalLabel, LossOptions, SoftRowStatistics
 
 from .launch import ALL_REGISTERS, Tiles, arithmetic, begin, in_blocks, on_device, plan, vector_width
 from .tile_helpers import (
@@ -50,7 +50,7 @@ def soft_statistics_forward(
     weight: Tensor | None,
     options: LossOptions,
     *,
-    ranked: LabelElsewhere | None = None,
+    ranked: ExternalLabel | None = None,
 ) -> SoftRowStatistics:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape

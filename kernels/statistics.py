@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.backends.contract import LabelElsewhere, LossOptions, RowStatistics
+from fastloss.backends.contract import ExternalLabel, LossOptions, RowStatistics
 
 from .launch import ALL_REGISTERS, arithmetic, begin, in_blocks, on_device, plan
 from .tile_helpers import (
@@ -56,7 +56,7 @@ def row_statistics_forward(
     entropy: bool,
     predicted: bool,
     every_row: bool,
-    ranked: LabelElsewhere | None = None,
+    ranked: ExternalLabel | None = None,
 ) -> RowStatistics:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape

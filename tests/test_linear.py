@@ -29,7 +29,7 @@ import fastloss
 from fastloss import LinearCrossEntropyLoss, linear_cross_entropy, linear_cross_entropy_with_accuracy
 from fastloss.backends.contract import LossOptions
 from fastloss.demo.measure import peak_bytes
-from fastloss.linear.chunks import Call, Needs, rows_of_chunk
+from fastloss.linear.chunks import LinearOptions, Needs, rows_of_chunk
 from fastloss.linear.functional import chunks as linear_chunks
 
 REDUCTIONS = ["mean", "sum", "none"]
@@ -655,7 +655,7 @@ def test_sums_are_rounded_in_their_own_memory(shape: tuple[int, int], dtype: tor
 )
 def test_wide_heads_have_chunks_of_fewer_rows(classes: int, dtype: torch.dtype, rows: int, expected: int) -> None:
     """No more than 96 MiB of logits, and no fewer than 128 rows for the products."""
-    call = Call(LossOptions(), dtype, torch.float32)
+    call = LinearOptions(LossOptions(), dtype, torch.float32)
     weight = torch.empty(1, dtype=dtype).expand(classes, 4)
     assert rows_of_chunk(call, rows, weight, Needs(True, True, False, False)) == expected
 
@@ -663,7 +663,7 @@ def test_wide_heads_have_chunks_of_fewer_rows(classes: int, dtype: torch.dtype, 
 def test_a_gpus_rows_are_one_chunk_where_that_takes_no_more_memory() -> None:
     """By the arithmetic alone: of meta tensors, whose device is no CPU."""
     weight = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta")
-    call, trained = Call(LossOptions(), torch.bfloat16, torch.float32), Needs(True, True, False, False)
+    call, trained = LinearOptions(LossOptions(), torch.bfloat16, torch.float32), Needs(True, True, False, False)
     several = rows_of_chunk(call, 1 << 20, weight, trained)
     row, sums = 128256 * 2, 128256 * 4096 * 2
     assert several * row + sums <= 1.5e9  # the bar at 8192 rows

@@ -14,7 +14,7 @@ from places import Place
 from torch import Tensor
 
 from fastloss.backends import choice
-from fastloss.backends.contract import LabelElsewhere, LossOptions
+from fastloss.backends.contract import ExternalLabel, LossOptions
 
 # (outer, classes, inner): several rows a program, one in registers, one block by block, rows that are neighbours.
 SHAPES = [(7, 37, 1), (2, 1000, 1), (2, 8200, 1), (3, 20, 5), (2, 130, 70)]
@@ -24,7 +24,7 @@ def served(place: Place) -> Any:
     return choice.load(choice.choose(torch.empty(1, device=place.device)))
 
 
-def labels(logits: Tensor, place: Place, most_k: int) -> LabelElsewhere:
+def labels(logits: Tensor, place: Place, most_k: int) -> ExternalLabel:
     """In every row another place: before the shard, in it, behind it."""
     outer, classes, inner = logits.shape
     rows = outer * inner
@@ -35,10 +35,10 @@ def labels(logits: Tensor, place: Place, most_k: int) -> LabelElsewhere:
     own = flat.gather(1, position.clamp(max=classes - 1)[:, None])[:, 0]
     score = torch.where((position > 0) & (position < classes), own, score)
     score[1] = torch.nan  # in a row of its own, whose label stands somewhere
-    return LabelElsewhere(score.to(place.device), position.to(place.device), most_k)
+    return ExternalLabel(score.to(place.device), position.to(place.device), most_k)
 
 
-def ranks(logits: Tensor, label: LabelElsewhere) -> Tensor:
+def ranks(logits: Tensor, label: ExternalLabel) -> Tensor:
     """By definition."""
     outer, classes, inner = logits.shape
     x, (mine, position) = logits.double(), (each.view(outer, 1, inner) for each in label[:2])

@@ -25,8 +25,8 @@ __all__ = [
     "FLAG_ELEMENTS",
     "Addresses",
     "Backend",
+    "ExternalLabel",
     "Forward",
-    "LabelElsewhere",
     "LossOptions",
     "RowStatistics",
     "SGDBatch",
@@ -102,7 +102,7 @@ class SoftRowStatistics(NamedTuple):
     rank: Tensor | None  # as above
 
 
-class LabelElsewhere(NamedTuple):
+class ExternalLabel(NamedTuple):
     """Each row's label, which may be a class that the logits at hand do not have; ``(rows,)`` each.
 
     So the ranks that shards of the classes count add up to the rank among all of them.
@@ -263,7 +263,7 @@ class Backend(Protocol):
         entropy: bool,
         predicted: bool,
         every_row: bool,
-        ranked: LabelElsewhere | None = None,
+        ranked: ExternalLabel | None = None,
     ) -> RowStatistics:
         """What the logits say of each row, for losses that are put together from it.
 
@@ -302,7 +302,7 @@ class Backend(Protocol):
         weight: Tensor | None,
         options: LossOptions,
         *,
-        ranked: LabelElsewhere | None = None,
+        ranked: ExternalLabel | None = None,
     ) -> SoftRowStatistics:
         """What logits and soft targets say of each row, from one visit to both; options and ``ranked`` as above."""
         ...
@@ -353,7 +353,7 @@ class Backend(Protocol):
         """For each k: the share (mean), number (sum) or 0 / 1 a row (none) of rows right at k, float32."""
         ...
 
-    def label_ranks(self, logits: Tensor, label: LabelElsewhere) -> Tensor:
+    def label_ranks(self, logits: Tensor, label: ExternalLabel) -> Tensor:
         """How many classes stand before each row's label: a greater logit, or an equal one at a lower index.
 
         ``(rows,)``, int64. NaN is the greatest value.

@@ -20,7 +20,7 @@ from ..backends.contract import Backend
 from ..loss import composite
 from ..loss.autograd import graph_is_kept, is_differentiable
 from . import chunks
-from .chunks import Call, Needs
+from .chunks import LinearOptions, Needs
 
 __all__ = ["fused_linear_cross_entropy", "gradient_of"]
 
@@ -31,7 +31,7 @@ def fused_linear_cross_entropy(
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
-    call: Call,
+    call: LinearOptions,
     backend: Backend,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss, with a graph where something needs one, and the accuracies; ``()`` or ``(rows,)``.
@@ -60,7 +60,7 @@ class _LinearCrossEntropy(Function):
         linear_bias: Tensor | None,
         target: Tensor,
         weight: Tensor | None,
-        call: Call,
+        call: LinearOptions,
         backend: Backend,
     ) -> tuple[Tensor, ...]:
         ctx.call, ctx.backend = call, backend

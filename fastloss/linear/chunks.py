@@ -30,12 +30,12 @@ from ..backends.contract import Backend, LossOptions, compute_dtype
 from ..loss.row_numbers import total_weight
 
 __all__ = [
-    "Call",
+    "ChunkIterator",
+    "GradientAccumulator",
     "Gradients",
+    "LinearOptions",
     "Needs",
     "Result",
-    "Sums",
-    "Visit",
     "backward",
     "forward",
     "rows_of_chunk",
@@ -61,7 +61,7 @@ _ROW_NUMBERS = 64
 
 
 @dataclass(frozen=True)
-class Call:
+class LinearOptions:
     """What one call asks for beside its tensors."""
 
     options: LossOptions
@@ -104,7 +104,7 @@ class Result(NamedTuple):
     kept: Tensor  # (numbers, rows): what the backend wants back for the backward pass; (0, rows) if nothing
 
 
-def writes_gradients(call: Call, needs: Needs, tensors: Sequence[Tensor | None]) -> bool:
+def writes_gradients(call: LinearOptions, needs: Needs, tensors: Sequence[Tensor | None]) -> bool:
     """Does the forward pass write the gradients that are needed? ``tensors`` in the order of :class:`Needs`.
 
     Not those in float16, before the loss scale is known.
@@ -114,7 +114,7 @@ def writes_gradients(call: Call, needs: Needs, tensors: Sequence[Tensor | None])
     return any(needs) and at_once and not call.accumulate_grad
 
 
-def rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, needs: Needs) -> int:
+def rows_of_chunk(call: LinearOptions, rows: int, linear_weight: Tensor, needs: Needs) -> int:
     """How many rows a chunk has: ``chunk_size``, or what ``memory_budget`` has room for, or a rule.
 
     The rule. A chunk of n rows does 6 n C D operations, and beside its own n C logits it reads W twice and reads and
@@ -155,14 +155,14 @@ def _pitch(classes: int, device: torch.device) -> int:
     return -(-classes // step) * step
 
 
-def _bytes_of_sums(call: Call, linear_weight: Tensor, needs: Needs) -> int:
+def _bytes_of_sums(call: LinearOptions, linear_weight: Tensor, needs: Needs) -> int:
     """What the weight gradient's sums in 32 bits take beside the gradient: their rounding needs no more memory."""
     if call.accumulate_grad or not needs.linear_weight:
         return 0
     return linear_weight.numel() * max(_wide(call.compute_dtype).itemsize - linear_weight.dtype.itemsize, 0)
 
 
-def _rows_within(budget: int, call: Call, rows: int, linear_weight: Tensor, needs: Needs) -> int:
+def _rows_within(budget: int, call: LinearOptions, rows: int, linear_weight: Tensor, needs: Needs) -> int:
     """How many rows a chunk may have, if everything held beside inputs and gradients is to be ``budget`` bytes."""
     (classes, features), dtype = linear_weight.shape, call.compute_dtype
     narrow, wide = dtype.itemsize, _wide(dtype).itemsize
@@ -199,7 +199,7 @@ def forward(
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
-    call: Call,
+    call: LinearOptions,
     needs: Needs,
     backend: Backend,
 ) -> Result:
@@ -226,8 +226,10 @@ def forward(
         rows if none else (), dtype=torch.float64 if not none else call.loss_dtype, device=input.device
     )
     right = torch.zeros((ks, rows) if none else (ks,), dtype=torch.float64, device=input.device)
-    visit = Visit(rows, linear_weight, target, call, needs)
-    sums = Sums(input, linear_weight, linear_bias, target, visit, needs if written else Needs(*[False] * 4))
+    visit = ChunkIterator(rows, linear_weight, target, call, needs)
+    sums = GradientAccumulator(
+        input, linear_weight, linear_bias, target, visit, needs if written else Needs(*[False] * 4)
+    )
     kept = input.new_empty((0, rows))
     for index, x, t, z in visit.chunks(input, linear_bias):
         logits = z.unsqueeze(2)
@@ -286,7 +288,7 @@ def backward(
     linear_bias: Tensor | None,
     weight: Tensor | None,
     kept: Tensor,
-    call: Call,
+    call: LinearOptions,
     needs: Needs,
     backend: Backend,
     into: Tensor | None = None,
@@ -303,8 +305,8 @@ def backward(
         upstream = upstream.double() / total
     wide = torch.float32 if compute_dtype(call.compute_dtype) == torch.float32 else torch.float64
     upstream = upstream.to(wide).expand(len(input))
-    visit = Visit(len(input), linear_weight, target, call, needs)
-    sums = Sums(input, linear_weight, linear_bias, target, visit, needs, into=into)
+    visit = ChunkIterator(len(input), linear_weight, target, call, needs)
+    sums = GradientAccumulator(input, linear_weight, linear_bias, target, visit, needs, into=into)
     for index, x, t, z in visit.chunks(input, linear_bias):
         saved = tuple(kept[:, index].contiguous().unbind(0)) if len(kept) else ()
         mine, logits = upstream[index].contiguous(), z.unsqueeze(2)
@@ -327,10 +329,10 @@ def backward(
 Index = slice | Tensor
 
 
-class Visit:
+class ChunkIterator:
     """Which rows are visited, how many at a time, and W in the dtype of the products."""
 
-    def __init__(self, rows: int, linear_weight: Tensor, target: Tensor, call: Call, needs: Needs) -> None:
+    def __init__(self, rows: int, linear_weight: Tensor, target: Tensor, call: LinearOptions, needs: Needs) -> None:
         self.target, self.call = target, call
         self.chosen, self.holds_ignored = _counted_rows(target, call)  # None: all of them
         self.count = rows if self.chosen is None else len(self.chosen)
@@ -376,7 +378,7 @@ def _starts(rows: int, size: int, *, even: bool) -> list[int]:
     return [*starts, rows]
 
 
-def _counted_rows(target: Tensor, call: Call) -> tuple[Tensor | None, bool]:
+def _counted_rows(target: Tensor, call: LinearOptions) -> tuple[Tensor | None, bool]:
     """The rows that count, if the others are to be left out, else None; and may those visited be ignored ones?"""
     if target.is_floating_point():
         return None, False
@@ -396,7 +398,7 @@ def _shares(right: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     return right
 
 
-class Sums:
+class GradientAccumulator:
     """The gradients while chunks add to them."""
 
     def __init__(
@@ -405,7 +407,7 @@ class Sums:
         linear_weight: Tensor,
         linear_bias: Tensor | None,
         target: Tensor,
-        visit: Visit,
+        visit: ChunkIterator,
         needs: Needs,
         into: Tensor | None = None,
     ) -> None:

@@ -16,7 +16,7 @@ from ..backends import choice
 from ..backends.contract import may_keep_memory
 from ..loss.compiled import KEPT, OPTIONS, packed, unpacked
 from . import chunks
-from .chunks import Call, Gradients, Needs
+from .chunks import Gradients, LinearOptions, Needs
 
 __all__ = ["loss_and_accuracy"]
 
@@ -33,7 +33,7 @@ def loss_and_accuracy(
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
-    call: Call,
+    call: LinearOptions,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss and the accuracies, ``()`` or ``(rows,)``; the arguments are checked."""
     enabled = torch.is_grad_enabled()
@@ -45,9 +45,9 @@ def loss_and_accuracy(
     return loss, tuple(accuracy[i] for i in range(len(call.options.topk)))
 
 
-def _unpacked(how: tuple[Any, ...]) -> tuple[Call, Needs]:
+def _unpacked(how: tuple[Any, ...]) -> tuple[LinearOptions, Needs]:
     *options, compute_dtype, loss_dtype, chunk_size, memory_budget, skip_ignored, needs = how
-    call = Call(unpacked(options), compute_dtype, loss_dtype, chunk_size, memory_budget, skip_ignored)
+    call = LinearOptions(unpacked(options), compute_dtype, loss_dtype, chunk_size, memory_budget, skip_ignored)
     return call, Needs(*needs)
 
 
@@ -147,7 +147,12 @@ def _(
 
 
 def _fake_kept(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, call: Call, needs: Needs
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    call: LinearOptions,
+    needs: Needs,
 ) -> tuple[tuple[int, int], torch.dtype]:
     """The shape and dtype of the backend's numbers."""
     written = chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))

@@ -21,7 +21,7 @@ from ..loss.functional import LossAndAccuracy
 from ..ranks import collectives, placements
 from . import compiled, sharded
 from .autograd import fused_linear_cross_entropy
-from .chunks import Call, Needs, rows_of_chunk
+from .chunks import LinearOptions, Needs, rows_of_chunk
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_accuracy"]
 
@@ -160,7 +160,7 @@ def linear_cross_entropy_with_accuracy(
 def _checked_sizes(
     chunk_size: object, memory_budget: object, shift: object, skip_ignored: object, accumulate_grad: object
 ) -> dict[str, Any]:
-    """The arguments that say how, as fields of a :class:`Call`."""
+    """The arguments that say how, as fields of a :class:`LinearOptions`."""
     checks.check_switches(shift=shift, accumulate_grad=accumulate_grad)
     if skip_ignored is not None and not isinstance(skip_ignored, bool):
         raise TypeError(f"fastloss: skip_ignored is {skip_ignored!r}; expected True, False or None")
@@ -194,7 +194,7 @@ def _loss_and_accuracy(
     sizes: dict[str, Any],
     group: Any,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    if group is not None or functional.is_placed(input) or functional.is_placed(linear_weight):
+    if group is not None or functional.is_dtensor(input) or functional.is_dtensor(linear_weight):
         return _over_ranks(input, linear_weight, target, linear_bias, weight, options, shift, sizes, group)
     _check_shapes(input, linear_weight, target, linear_bias, shift, weight)
     if linear_weight.dim() > 2:
@@ -221,7 +221,7 @@ def _loss_and_accuracy(
     else:
         if not soft and (t.is_cpu or choice.validates()):
             checks.check_labels(t.view(target.shape), classes, options.ignore_index, shifted=shift)
-        call = Call(options, dtype, functional.loss_dtype(input, t, weight, dtype), **sizes)
+        call = LinearOptions(options, dtype, functional.loss_dtype(input, t, weight, dtype), **sizes)
         if call.accumulate_grad and linear_weight.requires_grad and not linear_weight.is_leaf:
             raise RuntimeError(
                 "fastloss: accumulate_grad=True beside a linear_weight that is not a leaf and has no .grad to add "
@@ -321,7 +321,7 @@ def _over_ranks(
     of_classes = None if of_classes is None else of_classes.contiguous()
     t = t.reshape(-1, t.shape[-1]) if soft else as_labels(t)
     dtype = _dtype_of_logits(x)
-    call = Call(options, dtype, functional.loss_dtype(x, t, of_classes, dtype), **sizes)
+    call = LinearOptions(options, dtype, functional.loss_dtype(x, t, of_classes, dtype), **sizes)
     trained = (tensor is not None and tensor.requires_grad for tensor in (x, w, b, t))
     size = sharded.common_rows_of_chunk(call, len(x), w, Needs(*trained), layout)
     if layout.class_group is not None:
@@ -350,7 +350,9 @@ def _traced(
     """By the operator that a compiler sees, or by torch's own."""
     dtype = _dtype_of_logits(x)
     if functional.is_compiled(x, t, weight, options) and type(linear_weight) in functional.FUSED_TYPES:
-        call = Call(options, dtype, functional.loss_dtype(x, t, weight, dtype), **{**sizes, "accumulate_grad": False})
+        call = LinearOptions(
+            options, dtype, functional.loss_dtype(x, t, weight, dtype), **{**sizes, "accumulate_grad": False}
+        )
         return compiled.loss_and_accuracy(x, linear_weight, t, linear_bias, weight, call)
     return functional.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
 

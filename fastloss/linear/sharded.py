@@ -25,11 +25,11 @@ from torch.autograd import Function
 
 from ..backends.contract import Backend
 from ..loss.autograd import graph_is_kept, is_differentiable
-from ..loss.sharded import Kind, Share, label_elsewhere
-from ..ranks.collectives import Layout, gather, replicated, summed
+from ..loss.sharded import RowReduction, ShardedLoss, label_elsewhere
+from ..ranks.collectives import Layout, all_reduce_detached, gather, replicated
 from . import chunks
 from .autograd import fused_linear_cross_entropy, gradient_of
-from .chunks import Call, Needs, Sums, Visit
+from .chunks import ChunkIterator, GradientAccumulator, LinearOptions, Needs
 
 __all__ = ["common_rows_of_chunk", "loss_and_accuracy"]
 
@@ -40,7 +40,7 @@ def loss_and_accuracy(
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
-    call: Call,
+    call: LinearOptions,
     layout: Layout,
     backend: Backend,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -58,7 +58,7 @@ def loss_and_accuracy(
     """
     options, dtype = call.options, call.loss_dtype
     soft = target.is_floating_point()
-    share = Share(input, None if soft else target, weight, options, layout)
+    share = RowReduction(input, None if soft else target, weight, options, layout)
     linear_weight = replicated(linear_weight, layout.row_groups)
     linear_bias = None if linear_bias is None else replicated(linear_bias, layout.row_groups)
     total: Tensor | float = float(layout.rows) if soft else share.divisor
@@ -76,7 +76,7 @@ def loss_and_accuracy(
     return share.finished(loss, right, dtype, (len(input),))
 
 
-def common_rows_of_chunk(call: Call, rows: int, linear_weight: Tensor, needs: Needs, layout: Layout) -> int:
+def common_rows_of_chunk(call: LinearOptions, rows: int, linear_weight: Tensor, needs: Needs, layout: Layout) -> int:
     """:func:`linear_chunks.rows_of_chunk`, the same on all ranks that share the classes: a chunk has collectives.
 
     That of the rank that has the most classes. On a GPU with ``group=`` the host doesn't know of it: there the rule
@@ -106,7 +106,7 @@ class _SharedClasses(Function):
         linear_bias: Tensor | None,
         target: Tensor,
         weight: Tensor | None,
-        call: Call,
+        call: LinearOptions,
         layout: Layout,
         backend: Backend,
     ) -> tuple[Tensor, ...]:
@@ -148,15 +148,17 @@ class _SharedClasses(Function):
         return (*found, *nothing)
 
 
-def _kind(z: Tensor, t: Tensor, weight: Tensor | None, call: Call, layout: Layout, *, ranked: bool) -> Kind:
+def _kind(
+    z: Tensor, t: Tensor, weight: Tensor | None, call: LinearOptions, layout: Layout, *, ranked: bool
+) -> ShardedLoss:
     """What the loss asks of a chunk's rows."""
     labels = None if t.is_floating_point() else t
     label = label_elsewhere(z, t, labels, call.options, layout) if ranked else None
-    return Kind(z, t, labels, weight, call.options, layout, label)
+    return ShardedLoss(z, t, labels, weight, call.options, layout, label)
 
 
 def _coefficients(
-    kind: Kind, numbers: tuple[Tensor | None, ...], upstream: Tensor
+    kind: ShardedLoss, numbers: tuple[Tensor | None, ...], upstream: Tensor
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The rows' losses, and the upstream gradients of the numbers that they are made of."""
     with torch.enable_grad():
@@ -175,7 +177,7 @@ def _forward(
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
-    call: Call,
+    call: LinearOptions,
     layout: Layout,
     needs: Needs,
     written: bool,
@@ -189,8 +191,10 @@ def _forward(
     scale = torch.ones((), **wide) / total
     losses = torch.zeros(rows, **wide)
     right = torch.zeros((ks, rows) if none else (ks,), **wide)
-    visit = Visit(rows, linear_weight, target, call, needs)
-    sums = Sums(input, linear_weight, linear_bias, target, visit, needs if written else Needs(*[False] * 4))
+    visit = ChunkIterator(rows, linear_weight, target, call, needs)
+    sums = GradientAccumulator(
+        input, linear_weight, linear_bias, target, visit, needs if written else Needs(*[False] * 4)
+    )
     kept = (
         input.new_zeros((3 + soft, rows), dtype=torch.float64) if any(needs) and not written else input.new_empty(0)
     )
@@ -200,7 +204,7 @@ def _forward(
         values, coefficients = _coefficients(kind, tuple(numbers), scale)
         losses[index] = values
         if rank is not None:
-            share = Share(z, None if soft else t, None, options, Layout(layout.classes, rows=len(t)))
+            share = RowReduction(z, None if soft else t, None, options, Layout(layout.classes, rows=len(t)))
             found = share.right(rank)
             if none:
                 right[:, index] = found
@@ -232,7 +236,7 @@ def _backward(
     linear_bias: Tensor | None,
     weight: Tensor | None,
     kept: Tensor,
-    call: Call,
+    call: LinearOptions,
     layout: Layout,
     needs: Needs,
     backend: Backend,
@@ -242,8 +246,8 @@ def _backward(
     smoothing, soft = call.options.label_smoothing != 0, target.is_floating_point()
     total: Any = call.total if call.options.reduction == "mean" else 1.0
     upstream = (upstream.double() / total).expand(len(input))
-    visit = Visit(len(input), linear_weight, target, call, needs)
-    sums = Sums(input, linear_weight, linear_bias, target, visit, needs, into=into)
+    visit = ChunkIterator(len(input), linear_weight, target, call, needs)
+    sums = GradientAccumulator(input, linear_weight, linear_bias, target, visit, needs, into=into)
     for index, x, t, z in visit.chunks(input, linear_bias):
         kind = _kind(z, t, weight, call, layout, ranked=False)
         numbers = (*kept[: 2 + soft, index].unbind(0), kept[-1, index] if smoothing else None)
@@ -262,5 +266,5 @@ def _whole_input(gradients: chunks.Gradients, layout: Layout) -> tuple[Tensor | 
     """The gradients, that of the input over all classes."""
     of_input = gradients.input
     if of_input is not None:
-        of_input = summed(of_input, (layout.class_group,))
+        of_input = all_reduce_detached(of_input, (layout.class_group,))
     return (of_input, *gradients[1:])

@@ -245,7 +245,7 @@ def accuracy(
     checks.check_logits(input)
     ks = checks.checked_topk(topk)
     options = checks.checked_options(ignore_index, 0.0, reduction, 0.0, None, ks)
-    if group is not None or is_placed(input):
+    if group is not None or is_dtensor(input):
         values = _over_ranks(input, target, None, options, group, only_accuracy=True)[1]
         return values if isinstance(topk, Sequence) else values[0]
     if is_dense(input, target):
@@ -300,7 +300,7 @@ def loss_and_accuracy(
     group: Any = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss and the accuracies of options that are checked."""
-    if group is not None or is_placed(input):
+    if group is not None or is_dtensor(input):
         return _over_ranks(input, target, weight, options, group)
     if is_traced(input, target):
         _check_shapes(input, target, weight, options)
@@ -339,7 +339,7 @@ def loss_and_accuracy(
     return loss, values
 
 
-def is_placed(input: object) -> bool:
+def is_dtensor(input: object) -> bool:
     """Is it a DTensor, to be served shard by shard? A compiler's are left to torch's operators."""
     return type(input) not in FUSED_TYPES and placements.is_dtensor(input) and not torch.compiler.is_compiling()
 

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backends.contract import Backend, LabelElsewhere, LossOptions, RowStatistics, compute_dtype
-from ..ranks.collectives import Layout, gather, replicated, sum_over, summed
+from ..backends.contract import Backend, ExternalLabel, LossOptions, RowStatistics, compute_dtype
+from ..ranks.collectives import Layout, all_reduce, all_reduce_detached, gather, replicated
 from . import composite
 from .autograd import as_labels, as_rows, fused_cross_entropy, is_differentiable
 from .row_numbers import LabelLosses, SoftLosses, total_weight
 
-__all__ = ["Kind", "Share", "accuracy", "label_elsewhere", "loss_and_accuracy"]
+__all__ = ["RowReduction", "ShardedLoss", "accuracy", "label_elsewhere", "loss_and_accuracy"]
 
 
 def loss_and_accuracy(
@@ -57,7 +57,7 @@ def loss_and_accuracy(
         dtype: of the loss.
     """
     labels = None if target.is_floating_point() else as_labels(target)
-    share = Share(input, labels, weight, options, layout)
+    share = RowReduction(input, labels, weight, options, layout)
     if layout.class_group is None:
         loss, right = _of_whole_rows(input, target, labels, weight, share, backend)
     else:
@@ -71,7 +71,7 @@ def accuracy(
 ) -> tuple[Tensor, ...]:
     """The accuracies for each k of the options; ``dense``: a value for each class, whose argmax is the label."""
     labels = None if dense else as_labels(target)
-    share = Share(input, labels, None, options, layout)
+    share = RowReduction(input, labels, None, options, layout)
     if layout.class_group is None:
         if labels is None:
             labels = _argmax(target)
@@ -82,7 +82,7 @@ def accuracy(
         rank = label.position.new_zeros(label.position.shape)
         if input.numel():
             rank = backend.label_ranks(as_rows(input), label)
-        rank = summed(rank, (layout.class_group,))
+        rank = all_reduce_detached(rank, (layout.class_group,))
         right = share.right(rank)
     return share.finished(None, right, torch.float32, _row_shape(input))[1]
 
@@ -97,7 +97,7 @@ def _argmax(target: Tensor) -> Tensor:
     return rows.argmax(1).flatten()
 
 
-class Share:
+class RowReduction:
     """This rank's rows among all rows: what a mean divides by, and how parts become wholes."""
 
     def __init__(
@@ -115,7 +115,7 @@ class Share:
             total = counts if weight is None else total_weight(labels, weight, options)
             totals = torch.stack([total, counts])
             if options.reduction != "none":
-                totals = summed(totals, layout.row_groups)
+                totals = all_reduce_detached(totals, layout.row_groups)
             self.divisor, self.counts = totals.unbind(0)  # of the loss, of the accuracy
 
     def scaled(self, values: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Share:
         if self.options.reduction == "none":
             values = () if right is None else tuple(value.to(torch.float32).view(shape) for value in right.unbind(0))
             return torch.empty(0) if loss is None else loss.to(dtype).view(shape), values
-        whole = sum_over(torch.cat(parts), groups)
+        whole = all_reduce(torch.cat(parts), groups)
         value = whole[0].to(dtype)
         if right is None:
             return value, ()
@@ -158,7 +158,7 @@ class Share:
 
 
 def _of_whole_rows(
-    input: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None, share: Share, backend: Backend
+    input: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None, share: RowReduction, backend: Backend
 ) -> tuple[Tensor, Tensor | None]:
     """This rank's part of the loss, and its right rows: as on one device, at the scale of all rows."""
     options = share.options
@@ -206,18 +206,18 @@ def _right_in_whole_rows(input: Tensor, labels: Tensor, options: LossOptions, ba
 
 
 def _of_shared_rows(
-    input: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None, share: Share, backend: Backend
+    input: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None, share: RowReduction, backend: Backend
 ) -> tuple[Tensor, Tensor | None]:
     """This rank's part of the loss (its rows, all classes), and its right rows."""
     options, layout = share.options, share.layout
     label = label_elsewhere(input, target, labels, options, layout) if options.topk else None
-    kind = Kind(input, target, labels, weight, options, layout, label)
+    kind = ShardedLoss(input, target, labels, weight, options, layout, label)
     if not options.from_logits:
         rank = None
         if label is not None:
             rank = backend.label_ranks(as_rows(input.detach()), label) if input.numel() else label.position * 0
-            rank = summed(rank, (layout.class_group,))
-        values = sum_over(kind.values_of_probabilities(input, target, backend), (layout.class_group,))
+            rank = all_reduce_detached(rank, (layout.class_group,))
+        values = all_reduce(kind.values_of_probabilities(input, target, backend), (layout.class_group,))
     else:
         *numbers, rank = _Numbers.apply(input, target, kind, backend)
         values = kind.values(tuple(numbers))
@@ -227,7 +227,7 @@ def _of_shared_rows(
 
 def label_elsewhere(
     input: Tensor, target: Tensor, labels: Tensor | None, options: LossOptions, layout: Layout
-) -> LabelElsewhere:
+) -> ExternalLabel:
     """Each row's label and its score, which one rank has and tells the others: an accuracy's first collective."""
     x, most_k = as_rows(input.detach()), max(options.topk)
     outer, classes, inner = x.shape
@@ -249,9 +249,9 @@ def label_elsewhere(
         if classes:
             at = torch.where(own, local, 0).view(outer, 1, inner)
             logit = torch.where(own, x.gather(1, at).flatten().double(), 0.0)
-        logit = summed(logit, (layout.class_group,))
+        logit = all_reduce_detached(logit, (layout.class_group,))
     position = (labels.long() - layout.start).clamp(0, classes)
-    return LabelElsewhere(logit.contiguous(), position, most_k)
+    return ExternalLabel(logit.contiguous(), position, most_k)
 
 
 def _own_labels(labels: Tensor, classes: int, options: LossOptions, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -262,7 +262,7 @@ def _own_labels(labels: Tensor, classes: int, options: LossOptions, layout: Layo
     return torch.where(counted, torch.where(own, local, 0), -100), own
 
 
-class Kind:
+class ShardedLoss:
     """What a loss over shared classes asks of each row, of labels or of class probabilities.
 
     Everything but the visits is a few numbers a row. ``numbers`` are, of labels, (lse, z_y, Σ w z or None); of
@@ -277,7 +277,7 @@ class Kind:
         weight: Tensor | None,
         options: LossOptions,
         layout: Layout,
-        label: LabelElsewhere | None,
+        label: ExternalLabel | None,
     ) -> None:
         self.labels, self.weight, self.options, self.layout, self.label = labels, weight, options, layout, label
         self.of_visit = dataclasses.replace(options, ignore_index=-100)
@@ -465,7 +465,9 @@ class _Numbers(Function):
     """(this rank's logits, its probabilities) → the numbers of each row over all classes, and the rank."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, kind: Kind, backend: Backend) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, kind: ShardedLoss, backend: Backend
+    ) -> tuple[Tensor | None, ...]:
         ctx.kind, ctx.backend = kind, backend
         ctx.set_materialize_grads(False)
         found = kind.visit(input, target, backend)

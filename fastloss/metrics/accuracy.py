@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..loss.functional import accuracy, is_dense, is_placed
+from ..loss.functional import accuracy, is_dense, is_dtensor
 
 if TYPE_CHECKING:
     from .standalone import Metric
@@ -133,7 +133,7 @@ class Accuracy(Metric):
         self._process_group = _Shared(value)
 
     def _counts_of(self, input: Tensor, target: Any) -> Tensor:
-        placed = is_placed(input)  # then rows stay on their processes
+        placed = is_dtensor(input)  # then rows stay on their processes
         many = not isinstance(target, Tensor) or target.numel() > _EXACT
         reduction = "none" if placed or many else "sum"
         found = accuracy(
@@ -141,7 +141,7 @@ class Accuracy(Metric):
         )
         dense = is_dense(input, target)
         if placed:
-            if is_placed(target) and not dense:
+            if is_dtensor(target) and not dense:
                 target = target.redistribute(placements=found[0].placements).to_local()
             found = tuple(f.to_local() for f in found)
         if not dense:

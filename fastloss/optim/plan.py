@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Addresses, SGDBatch
-from .shards import Shards, ShardSums, is_sharded, local
+from .shards import Shards, ShardSums, is_dtensor, local
 
 try:  # what torch.compile asks whether a compiled program fits other tensors; documented nowhere
     from torch._C._dynamo import guards as _guards
@@ -208,7 +208,7 @@ def kinds(grads: list[Any]) -> list[Any]:
         found = [None if grad is None else grad.layout for grad in grads]
     if not _HAVE_MEMORY.issuperset(map(type, grads)):
         for i, grad in enumerate(grads):
-            if type(grad) not in _HAVE_MEMORY and not is_sharded(grad):
+            if type(grad) not in _HAVE_MEMORY and not is_dtensor(grad):
                 found[i] = type(grad)
     return found
 

@@ -19,7 +19,7 @@ from ..backends.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, c
 from . import plain
 from .checkpoint import check_loaded, restore_dtypes
 from .plan import SERVED_DTYPES, Batch, Plan, gradients, kinds, overlapping, serves
-from .shards import Shards, ShardSums, is_sharded, local, shards_of
+from .shards import Shards, ShardSums, is_dtensor, local, shards_of
 
 __all__ = ["SGD"]
 
@@ -274,7 +274,7 @@ class SGD(Optimizer):
         for i in plan.plain:
             if i not in plan.repeated:
                 param, grad = plan.params[i], grads[i]
-                shards = shards_of(param) if is_sharded(grad) else None
+                shards = shards_of(param) if is_dtensor(grad) else None
                 squares = plain.norm(grad if shards is None else local(grad, like=param)).square()
                 there = found.setdefault(shards, torch.zeros_like(squares))
                 there += squares.to(there.device)
@@ -349,7 +349,7 @@ class SGD(Optimizer):
         for i, (param, layout) in enumerate(zip(params, layouts, strict=True)):
             if layout is None:
                 continue
-            stored = local(param) if is_sharded(param) else param
+            stored = local(param) if is_dtensor(param) else param
             grad = param.grad
             if grad is not None:
                 check_gradients([param], [grad])

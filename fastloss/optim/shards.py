@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ShardSums", "Shards", "is_sharded", "local", "shards_of"]
+__all__ = ["ShardSums", "Shards", "is_dtensor", "local", "shards_of"]
 
 Shards = tuple[Any, tuple[int, ...]]  # a DeviceMesh, and the dimensions of it that cut a tensor up
 
 
-def is_sharded(param: Tensor) -> bool:
+def is_dtensor(param: Tensor) -> bool:
     """Is it a DTensor? (Asked without an import of torch.distributed.)"""
     return type(param) is not Tensor and hasattr(param, "to_local") and hasattr(param, "device_mesh")
 
@@ -31,7 +31,7 @@ def local(param: Tensor, like: Tensor | None = None) -> Tensor:
 
 def shards_of(param: Any) -> Shards | None:
     """The mesh of a DTensor and those of its dimensions that cut the tensor up; None for other tensors."""
-    if not is_sharded(param):
+    if not is_dtensor(param):
         return None
     return param.device_mesh, tuple(d for d, placement in enumerate(param.placements) if not placement.is_replicate())
 

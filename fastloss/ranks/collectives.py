@@ -3,7 +3,7 @@
 The collectives are torch.distributed's own, by whatever backend the group has. It is imported at the first use.
 
 Two kinds of tensors meet here. A *replicated* one is the same on all ranks, and so is its gradient. A *sharded* one
-is each rank's own. A sum over the ranks makes the first of the second: :func:`sum_over`, whose gradient is free.
+is each rank's own. A sum over the ranks makes the first of the second: :func:`all_reduce`, whose gradient is free.
 The way back is :func:`replicated`: nothing now, and a sum over the ranks in the backward pass.
 """
 
@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["Layout", "agreed_layout", "checked_group", "gather", "raise_together", "replicated", "sum_over", "summed"]
+__all__ = [
+    "Layout",
+    "agreed_layout",
+    "all_reduce",
+    "all_reduce_detached",
+    "checked_group",
+    "gather",
+    "raise_together",
+    "replicated",
+]
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ def gather(tensor: Tensor, group: Any) -> Tensor:
     return cast(Tensor, result)
 
 
-def summed(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
+def all_reduce_detached(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
     """The sum over the ranks of each group in turn, without a gradient."""
     import torch.distributed._functional_collectives as functional
 
@@ -53,7 +62,7 @@ def summed(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
     return tensor
 
 
-def sum_over(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
+def all_reduce(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
     """The sum over the ranks of each group, replicated, of a sharded tensor."""
     return cast(Tensor, _Sum.apply(tensor, groups)) if groups else tensor
 
@@ -67,7 +76,7 @@ class _Sum(Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, groups: Sequence[Any]) -> Tensor:
         ctx.groups = groups
-        return summed(tensor, groups)
+        return all_reduce_detached(tensor, groups)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -82,7 +91,7 @@ class _Replicated(Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return sum_over(upstream, ctx.groups), None
+        return all_reduce(upstream, ctx.groups), None
 
 
 def checked_group(group: object) -> Any:
@@ -152,7 +161,9 @@ def agreed_layout(
 
 def raise_together(fault: Exception | None, groups: Sequence[Any], device: torch.device) -> None:
     """Raise on all ranks of the groups what was found wrong on one of them. The host waits for it."""
-    faults = int(summed(torch.full((), float(fault is not None), dtype=torch.float64, device=device), groups))
+    faults = int(
+        all_reduce_detached(torch.full((), float(fault is not None), dtype=torch.float64, device=device), groups)
+    )
     if fault is not None:
         raise fault
     if faults:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contract import LabelElsewhere, compute_dtype
+from ..contract import ExternalLabel, compute_dtype
 from .chunks import Chunk, Scratch, chunks, row_dtype
 from .workers import for_each
 
@@ -39,7 +39,7 @@ def accuracy(
     return reduce_accuracy(ranks.right, counted, invalid, reduction)
 
 
-def label_ranks(logits: Tensor, label: LabelElsewhere) -> Tensor:
+def label_ranks(logits: Tensor, label: ExternalLabel) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`."""
     rows = (logits.shape[0], 1, logits.shape[2])
     mine, position = label.logit.to(logits.dtype).view(rows), label.position.view(rows)

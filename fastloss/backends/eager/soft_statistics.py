@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..contract import LabelElsewhere, LossOptions, SoftRowStatistics, compute_dtype
+from ..contract import ExternalLabel, LossOptions, SoftRowStatistics, compute_dtype
 from .accuracy import rank_of
 from .chunks import Chunk, Scratch, chunks, row_dtype
 from .softmax import LOG2_E, capped, tanh_slope_
@@ -30,7 +30,7 @@ def soft_statistics_forward(
     weight: Tensor | None,
     options: LossOptions,
     *,
-    ranked: LabelElsewhere | None = None,
+    ranked: ExternalLabel | None = None,
 ) -> SoftRowStatistics:
     """See :class:`fastloss.backends.contract.Backend`."""
     outer, classes, inner = logits.shape

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..contract import LabelElsewhere, LossOptions, RowStatistics, compute_dtype
+from ..contract import ExternalLabel, LossOptions, RowStatistics, compute_dtype
 from .accuracy import inside_label, rank_of
 from .chunks import Chunk, Scratch, chunks, row_dtype
 from .softmax import LOG2_E, capped, tanh_slope_
@@ -42,7 +42,7 @@ def row_statistics_forward(
     entropy: bool,
     predicted: bool,
     every_row: bool,
-    ranked: LabelElsewhere | None = None,
+    ranked: ExternalLabel | None = None,
 ) -> RowStatistics:
     """See :class:`fastloss.backends.contract.Backend`; every row is visited."""
     outer, classes, inner = logits.shape
