@@ -1,6 +1,6 @@
-"""What may be passed to the public functions: each check names the argument, what it was and what would fit.
+"""Checks of the public functions' arguments. Each error names the argument, its value and a value that would fit.
 
-The kinds of error are torch's own for the same mistake.
+The types of the errors are torch's own for the same mistake.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends.contract import LossOptions
+from .backends.view import class_dim, row_shape
 
 __all__ = [
     "LABEL_DTYPES",
@@ -21,19 +22,61 @@ __all__ = [
     "check_no_gradient",
     "check_soft_target",
     "check_switches",
+    "check_tensors",
     "check_weight",
     "check_weight_dtype",
+    "checked_ignore_index",
     "checked_options",
     "checked_topk",
     "is_autocast",
+    "is_dense",
+    "is_soft",
+    "loss_dtype",
 ]
 
 _REDUCTIONS = ("none", "mean", "sum")
 LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
 
+def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, *, look: bool) -> None:
+    """Check shapes, dtypes and devices, and the labels' values if ``look``."""
+    check_logits(input)
+    if isinstance(target, Tensor) and is_soft(input, target):
+        check_soft_target(input, target, weight, ignore_index)
+        return
+    check_index_target(input, target, weight)
+    if look:
+        check_labels(target, input.shape[class_dim(input)], ignore_index)
+
+
+def is_soft(input: Tensor, target: Tensor) -> bool:
+    """Return True if the target of a loss has one value per class: ``input``'s shape, and a floating-point dtype."""
+    return target.shape == input.shape and target.is_floating_point()
+
+
+def is_dense(input: Tensor, target: object) -> bool:
+    """Return True if the target of an accuracy has one value per class, in any dtype: one-hot or probabilities."""
+    if not isinstance(target, Tensor) or target.shape != input.shape:
+        return False
+    # With one class, a target of shape (1,) is dense if its dtype is none of labels.
+    return input.shape != (1,) or target.dtype not in LABEL_DTYPES
+
+
+def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype | None = None) -> torch.dtype:
+    """Return the loss's dtype, as torch has it.
+
+    It is the input's, or a wider one of class probabilities and their weights; float32 for 16 bits under autocast.
+    ``dtype`` is that of the logits, where ``input`` is not the logits themselves.
+    """
+    dtype = dtype or input.dtype
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
+        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+    return torch.float32 if dtype.itemsize == 2 and is_autocast(input) else dtype
+
+
 def check_logits(input: object) -> None:
-    """A floating-point tensor with a class dimension."""
+    """Check that ``input`` is a floating-point tensor with a class dimension."""
     if not isinstance(input, Tensor):
         raise TypeError(f"fastloss: input must be a Tensor of logits, got {type(input).__name__}")
     if not input.is_floating_point() or input.dtype.itemsize < 2:
@@ -47,15 +90,16 @@ def check_logits(input: object) -> None:
 
 
 def checked_options(
+    *,
     ignore_index: object,
-    label_smoothing: object,
     reduction: object,
-    lse_square_scale: object,
-    softcap: object,
+    label_smoothing: object = 0.0,
+    lse_square_scale: object = 0.0,
+    softcap: object = None,
     topk: tuple[int, ...] = (),
     from_logits: object = True,
 ) -> LossOptions:
-    """The words and numbers that are not tensors, as plain ints and floats."""
+    """Check the arguments that are not tensors, and return them as plain ints and floats."""
     if reduction not in _REDUCTIONS:
         raise ValueError(
             f"fastloss: {reduction!r} is not a valid value for reduction; expected 'none', 'mean' or 'sum'"
@@ -71,13 +115,19 @@ def checked_options(
     if not from_logits and (cap is not None or scale != 0.0):
         name, value = ("softcap", softcap) if cap is not None else ("lse_square_scale", lse_square_scale)
         raise ValueError(f"fastloss: {name} is {value} beside from_logits=False; probabilities have no logits for it")
+    ignored = checked_ignore_index(ignore_index)
+    return LossOptions(ignored, smoothing, str(reduction), scale, cap, topk, bool(from_logits))
+
+
+def checked_ignore_index(ignore_index: object) -> int:
+    """Return the label to ignore as an int of 64 bits."""
     try:
         ignored = operator.index(ignore_index)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"fastloss: ignore_index is {ignore_index!r}; expected an int") from None
     if not -(2**63) <= ignored < 2**63:
         raise ValueError(f"fastloss: ignore_index is {ignored}; expected a number of 64 bits")
-    return LossOptions(ignored, smoothing, str(reduction), scale, cap, topk, bool(from_logits))
+    return ignored
 
 
 def _number(value: object, name: str) -> float:
@@ -90,10 +140,10 @@ def _number(value: object, name: str) -> float:
 
 
 def check_index_target(input: Tensor, target: object, weight: object) -> None:
-    """Class indices that fit ``input``, and a class weight that does; looks at no element."""
+    """Check that class indices and a class weight fit ``input``, without reading an element."""
     if not isinstance(target, Tensor):
         raise TypeError(f"fastloss: target must be a Tensor, got {type(target).__name__}")
-    expected = tuple(input.shape[:1] + input.shape[2:]) if input.dim() > 1 else ()
+    expected = row_shape(input)
     if target.dtype not in LABEL_DTYPES:
         # torch looks at the batch first, and takes anything in another shape for labels.
         other_batch = input.dim() > 1 and target.shape[:1] != input.shape[:1]
@@ -118,7 +168,7 @@ def check_index_target(input: Tensor, target: object, weight: object) -> None:
 
 
 def check_weight_dtype(input: Tensor, weight: object) -> None:
-    """Class weights of labels: a dtype that fits ``input``, and no gradient."""
+    """Check that class weights beside labels have a dtype that fits ``input``, and require no gradient."""
     if not isinstance(weight, Tensor):
         return
     fitting = {input.dtype, torch.float32} if input.dtype.itemsize == 2 else {input.dtype}
@@ -131,7 +181,7 @@ def check_weight_dtype(input: Tensor, weight: object) -> None:
 
 
 def check_no_gradient(weight: object) -> None:
-    """Class weights of a loss over several ranks."""
+    """Check that class weights of a loss over several ranks require no gradient."""
     if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "fastloss: weight requires grad, and over several ranks the loss is not differentiable in it; detach it"
@@ -139,7 +189,7 @@ def check_no_gradient(weight: object) -> None:
 
 
 def check_soft_target(input: Tensor, target: Tensor, weight: object, ignore_index: int) -> None:
-    """Class probabilities, of input's shape and floating point, that fit ``input``; looks at no element."""
+    """Check that class probabilities of ``input``'s shape fit it, without reading an element."""
     if target.dtype.itemsize < 2 or not target.is_floating_point():
         raise RuntimeError(
             f"fastloss: target has dtype {target.dtype}; expected class probabilities in float16, bfloat16, float32 "
@@ -154,15 +204,15 @@ def check_soft_target(input: Tensor, target: Tensor, weight: object, ignore_inde
 
 
 def _check_beside(input: Tensor, target: Tensor, weight: object) -> None:
-    """``target`` and ``weight`` are where ``input`` is, and there is a weight for each class."""
+    """Check that ``target`` and ``weight`` are on ``input``'s device, and that there is a weight for each class."""
     if target.device != input.device:
         raise RuntimeError(f"fastloss: target is on {target.device}; expected {input.device}, where input is")
     check_weight(input, weight)
 
 
 def check_weight(input: Tensor, weight: object) -> None:
-    """A weight for each class, where ``input`` is; or None."""
-    classes = input.shape[min(1, input.dim() - 1)]
+    """Check that ``weight`` is None, or has one element for each class, on ``input``'s device."""
+    classes = input.shape[class_dim(input)]
     if weight is None:
         return
     if not isinstance(weight, Tensor):
@@ -176,9 +226,9 @@ def check_weight(input: Tensor, weight: object) -> None:
 
 
 def check_labels(target: Tensor, classes: int, ignore_index: int, *, shifted: bool = False) -> None:
-    """Every label is in [0, classes) or ``ignore_index``. Looks at the labels: on a GPU the host waits.
+    """Check that every label is in [0, classes) or ``ignore_index``. On a GPU the host waits for them.
 
-    ``shifted``: they stand one place before their place in the caller's tensor.
+    ``shifted``: the labels are one place before their place in the caller's tensor, which the error names.
     """
     if target.numel() == 0:
         return
@@ -201,13 +251,13 @@ def check_labels(target: Tensor, classes: int, ignore_index: int, *, shifted: bo
 
 
 def is_autocast(input: Tensor) -> bool:
-    """Is autocast on for its device? Meta tensors have none, and torch raises if it is asked."""
+    """Return True if autocast is on for ``input``'s device. (For meta tensors torch would raise: they have none.)"""
     device = input.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def checked_topk(topk: int | Sequence[int]) -> tuple[int, ...]:
-    """The ks of ``topk``, an int or a sequence of ints, each at least 1."""
+    """Return ``topk``, an int or a sequence of ints of at least 1, as a tuple."""
     given = tuple(topk) if isinstance(topk, Sequence) else (topk,)
     try:
         if any(isinstance(k, bool) for k in given):  # meant for another argument
@@ -222,7 +272,7 @@ def checked_topk(topk: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def check_switches(**switches: object) -> None:
-    """Each is True or False: a number in the place of one was meant for another argument."""
+    """Check that each argument is True or False; a number there was meant for another argument."""
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"fastloss: {name} is {value!r}; expected True or False")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastloss
-from fastloss.loss import functional
+from fastloss.loss import routes
 
 RECIPES = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
 
@@ -47,13 +47,13 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the logits that a fused pass served, so that torch's own operator is not held against itself."""
     shapes: list[tuple[int, ...]] = []
-    original = functional.fused_cross_entropy
+    original = routes.fused_cross_entropy
 
     def counted(input: Tensor, *arguments: Any) -> Any:
         shapes.append(tuple(input.shape))
         return original(input, *arguments)
 
-    monkeypatch.setattr(functional, "fused_cross_entropy", counted)
+    monkeypatch.setattr(routes, "fused_cross_entropy", counted)
     return shapes
 
 
@@ -262,7 +262,7 @@ def test_mixup(rows: int, classes: int, fused: list[tuple[int, ...]], monkeypatc
         return list(recipe("Mixup")()["train"](model, optimizer, batches, classes)), model
 
     our_steps, ours = run()
-    assert fused or rows * classes <= functional.SMALL_ON_CPU
+    assert fused or rows * classes <= routes.SMALL_ON_CPU
     monkeypatch.setattr(fastloss, "cross_entropy", F.cross_entropy)
     monkeypatch.setattr(fastloss, "accuracy", lambda x, y: (x.argmax(1) == y.argmax(1)).float().mean())
     their_steps, theirs = run()

@@ -26,7 +26,7 @@ from fastloss import (
 )
 from fastloss.backends import choice
 from fastloss.backends.contract import LossOptions
-from fastloss.loss.autograd import as_rows
+from fastloss.backends.view import as_rows
 
 pytestmark = pytest.mark.gpu
 

@@ -221,12 +221,12 @@ ROOMS = ("__main__", "bench", "demo", "info", "__init__", "modules", "metrics", 
 ROOMS += ("checks", "ranks", "kernels", "backends", "_layout")
 # The same for the files of a room. Kernels, bench and demo have no order.
 FILES = {
-    "loss": ("statistics", "functional", "sharded", "row_numbers", "compiled", "autograd", "composite"),
-    "linear": ("functional", "sharded", "compiled", "autograd", "chunks"),
+    "loss": ("statistics", "functional", "routes", "sharded", "row_numbers", "compiled", "autograd", "composite"),
+    "linear": ("functional", "sharded", "compiled", "autograd", "chunks", "arguments"),
     "metrics": ("accuracy", "standalone"),
     "optim": ("sgd", "plan", "shards", "plain", "checkpoint"),
     "ranks": ("placements", "collectives"),
-    "backends": ("choice", "eager", "contract"),
+    "backends": ("choice", "eager", "view", "contract", "memory"),
 }
 
 

@@ -460,10 +460,31 @@ def test_groups_that_are_none(alone: Any) -> None:
         fastloss.cross_entropy(X, torch.softmax(X, 1), torch.ones(4, requires_grad=True), group=alone)
     with pytest.raises(ValueError, match="the least that would do is"):
         fastloss.linear_cross_entropy(X, torch.ones(4, 4), T, memory_budget=10, group=alone)
-    x = X.clone().requires_grad_()
-    loss = fastloss.linear_cross_entropy(x, torch.ones(4, 4), T, group=alone)
-    with pytest.raises(RuntimeError, match=r"no second derivative; with create_graph=True use cross_entropy"):
-        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_grads_batched": True}, {"create_graph": True}], ids=str)
+def test_second_derivatives_over_shards_of_the_classes_are_refused(alone: Any, options: dict[str, bool]) -> None:
+    """First derivatives are as ever; the error says what to do for others."""
+    from torch.distributed.tensor import Shard
+
+    x, t = X.clone().requires_grad_(), torch.softmax(X, 1)
+    calls = {
+        "gather the classes first": [
+            fastloss.cross_entropy(x, T, group=alone),
+            fastloss.cross_entropy(x, t, group=alone),
+            fastloss.cross_entropy_with_accuracy(x, T, group=alone, label_smoothing=0.1).loss,
+            fastloss.cross_entropy(dtensor(x, Shard(1)), T).to_local(),
+        ],
+        "gather linear_weight first": [fastloss.linear_cross_entropy(x, torch.eye(4), T, group=alone)],
+    }
+    for words, losses in calls.items():
+        for loss in losses:
+            if not options:
+                torch.autograd.grad(loss, x)
+                continue
+            upstream = torch.ones(2) if "is_grads_batched" in options else None
+            with pytest.raises(RuntimeError, match=rf"no second derivative; with create_graph=True {words}"):
+                torch.autograd.grad(loss, x, upstream, **options)
 
 
 def test_modules_and_compilers(alone: Any) -> None:

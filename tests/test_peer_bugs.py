@@ -34,7 +34,7 @@ from fastloss import (
 )
 from fastloss.backends import choice
 from fastloss.backends.contract import LossOptions
-from fastloss.loss.autograd import as_rows
+from fastloss.backends.view import as_rows
 
 BLOCK = 8192  # classes that a looped row of aligned 16- and 32-bit logits is visited by at a time
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)

@@ -18,17 +18,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
+    "NUMBERS_SAVED",
+    "backend_that_saved",
     "choose",
     "is_forced",
     "load",
+    "may_look",
     "reason",
     "triton_version",
     "use_backend",
-    "validates",
     "wanted",
 ]
 
 BACKENDS = ("auto", "triton", "eager")
+
+# Numbers per row that a forward pass without gradients saves for the backward pass: (labels, class probabilities).
+NUMBERS_SAVED = {"eager": (0, 0), "triton": (2, 3)}
 
 _forced: ContextVar[str | None] = ContextVar("fastloss_backend", default=None)
 
@@ -63,9 +68,12 @@ def is_forced() -> bool:
     return _forced.get() is not None or "FASTLOSS_BACKEND" in os.environ
 
 
-def validates() -> bool:
-    """Does ``FASTLOSS_VALIDATE`` ask that labels be checked on a GPU too (at the price of a host sync)?"""
-    return os.environ.get("FASTLOSS_VALIDATE", "0") not in ("", "0")
+def may_look(tensor: Tensor) -> bool:
+    """Return True if the host may read the tensor's values: on a CPU, or if ``FASTLOSS_VALIDATE`` asks for it.
+
+    On a GPU that costs a synchronisation.
+    """
+    return tensor.is_cpu or os.environ.get("FASTLOSS_VALIDATE", "0") not in ("", "0")
 
 
 def choose(tensor: Tensor) -> str:
@@ -107,6 +115,11 @@ def load(name: str) -> Backend:
     """The backend's module. Triton is imported here, at its first use, and nowhere else."""
     module = "fastloss.kernels" if name == "triton" else "fastloss.backends.eager"
     return cast("Backend", importlib.import_module(module))
+
+
+def backend_that_saved(numbers: int) -> Backend:
+    """Return the backend whose forward pass saved so many numbers per row, whichever would be chosen now."""
+    return load("triton" if numbers else "eager")
 
 
 def wanted() -> str:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from .memory import may_keep_memory
 
 __all__ = [
     "FLAG_ELEMENTS",
@@ -42,9 +43,6 @@ __all__ = [
 
 _shape_of = operator.attrgetter("shape")
 
-# May a backend keep small device tensors from one call to the next?
-may_keep_memory: ContextVar[bool] = ContextVar("fastloss_may_keep_memory", default=True)
-
 
 @dataclass(frozen=True)
 class LossOptions:
@@ -57,6 +55,16 @@ class LossOptions:
     softcap: float | None = None
     topk: tuple[int, ...] = ()  # the accuracies to compute in the same pass; empty: none
     from_logits: bool = True  # False: the input is probabilities (soft targets alone)
+
+    @property
+    def is_reduced(self) -> bool:
+        """The loss is one number."""
+        return self.reduction != "none"
+
+    @property
+    def hides_softmax(self) -> bool:
+        """The gradient does not give the softmax back: its formula has more in it."""
+        return self.softcap is not None or self.lse_square_scale != 0 or not self.from_logits
 
 
 class Forward(NamedTuple):

@@ -1,9 +1,9 @@
 """The ``torch.autograd.Function`` of :func:`fastloss.linear_cross_entropy`.
 
 As in :mod:`fastloss.loss.autograd` the gradients are written in the forward pass where they can be, at an upstream
-gradient of 1, and handed over in backward. Input, weights and target are kept all the same: they are somebody else's
-tensors, so that it costs nothing, and derivatives past the first are taken from them by torch's own operators, which
-hold the logits then.
+gradient of 1, and handed over in backward. Input, weights and target are saved all the same, which costs nothing:
+they are the caller's tensors. Derivatives past the first are taken from them by torch's own operators, which hold the
+logits then.
 """
 
 from __future__ import annotations
@@ -16,41 +16,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backends.contract import Backend
 from ..loss import composite
-from ..loss.autograd import graph_is_kept, is_differentiable
+from ..loss.autograd import handed_over, is_differentiable
 from . import chunks
-from .chunks import LinearOptions, Needs
+from .chunks import NO_GRADIENTS, Losses, Needs
 
-__all__ = ["fused_linear_cross_entropy", "gradient_of"]
+__all__ = ["fused_linear_cross_entropy"]
 
 
 def fused_linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    call: LinearOptions,
-    backend: Backend,
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, losses: Losses
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss, with a graph where something needs one, and the accuracies; ``()`` or ``(rows,)``.
+    """Return the loss, with a graph where a tensor needs one, and the accuracies; ``()`` or ``(rows,)``.
 
-    Shapes as in :func:`fastloss.linear.chunks.forward`.
+    The arguments are as in :func:`fastloss.linear.chunks.forward`.
     """
-    tensors = (input, linear_weight, linear_bias, target)
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+    if not (torch.is_grad_enabled() and any(Needs.of(input, linear_weight, linear_bias, target))):
         with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-            result = chunks.forward(
-                input, linear_weight, target, linear_bias, weight, call, Needs(*[False] * 4), backend
-            )
+            result = chunks.forward(input, linear_weight, target, linear_bias, NO_GRADIENTS, losses)
         return result.loss, result.accuracy
-    loss, *accuracy = _LinearCrossEntropy.apply(input, linear_weight, linear_bias, target, weight, call, backend)
+    loss, *accuracy = _LinearCrossEntropy.apply(input, linear_weight, linear_bias, target, losses)
     return loss, tuple(accuracy)
 
 
 class _LinearCrossEntropy(Function):
-    """(input, linear_weight, linear_bias, target, …) → (loss, *accuracies)."""
+    """(input, linear_weight, linear_bias, target, losses) → (loss, *accuracies)."""
 
     @staticmethod
     def forward(
@@ -59,46 +49,44 @@ class _LinearCrossEntropy(Function):
         linear_weight: Tensor,
         linear_bias: Tensor | None,
         target: Tensor,
-        weight: Tensor | None,
-        call: LinearOptions,
-        backend: Backend,
+        losses: Losses,
     ) -> tuple[Tensor, ...]:
-        ctx.call, ctx.backend = call, backend
-        # Itself: a saved tensor may come back as a copy, by a checkpoint or another hook, whose .grad nobody reads.
+        ctx.losses, call = losses, losses.call
+        # The tensor itself: a saved one may come back as a copy, by a checkpoint or a hook, whose .grad is not read.
         ctx.accumulated = linear_weight if call.accumulate_grad and linear_weight.requires_grad else None
         needs = Needs(*ctx.needs_input_grad[:4])
         ctx.written = chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
         with torch.autocast(input.device.type, enabled=False):
-            result = chunks.forward(input, linear_weight, target, linear_bias, weight, call, needs, backend)
+            result = chunks.forward(input, linear_weight, target, linear_bias, needs, losses)
         ctx.mark_non_differentiable(*result.accuracy)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, result.kept, *result.gradients)
+        ctx.save_for_backward(
+            input, linear_weight, linear_bias, target, losses.weight, result.saved, *result.gradients
+        )
         return (result.loss, *result.accuracy)
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstream, nothing = upstreams[0], (None,) * 3
+        upstream, losses = upstreams[0], ctx.losses
         if upstream is None:
-            return (None,) * 7
-        input, linear_weight, linear_bias, target, weight, kept, *written = ctx.saved_tensors
-        needs = Needs(*ctx.needs_input_grad[:4])
+            return (None,) * 5
         if is_differentiable(upstreams[:1]):
-            return (*_differentiable(ctx, upstream), *nothing)
+            losses.refuse_second_derivative()
+            return (*_differentiable(ctx, upstream), None)
+        input, linear_weight, linear_bias, target, _, saved, *written = ctx.saved_tensors
         if ctx.written:
-            mine = not graph_is_kept()
-            handed = (None if g is None else ctx.backend.rescale(g.detach(), upstream, inplace=mine) for g in written)
-            return (*handed, *nothing)
-        into = None if ctx.accumulated is None else gradient_of(ctx.accumulated)
+            return (*handed_over(losses.backend, written, upstream), None)
+        into = None if ctx.accumulated is None else _gradient_of(ctx.accumulated)
+        needs = Needs(*ctx.needs_input_grad[:4])
         with torch.autocast(input.device.type, enabled=False), torch.no_grad():
-            result = chunks.backward(
-                *(upstream, input, linear_weight, target, linear_bias, weight, kept),
-                *(ctx.call, needs, ctx.backend, into),
+            gradients = chunks.backward(
+                upstream, input, linear_weight, target, linear_bias, saved, needs, losses, into
             )
-        return (*result, *nothing)
+        return (*gradients, None)
 
 
-def gradient_of(leaf: Tensor) -> Tensor:
-    """Its ``.grad``, to add to."""
+def _gradient_of(leaf: Tensor) -> Tensor:
+    """Return ``leaf.grad``, creating zeros if it is None."""
     if leaf.grad is None:
         leaf.grad = torch.zeros_like(leaf, dtype=leaf.grad_dtype)
     elif leaf.grad.layout != torch.strided:
@@ -110,12 +98,14 @@ def gradient_of(leaf: Tensor) -> Tensor:
 
 
 def _differentiable(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients as functions of the tensors and ``upstream`` that autograd can differentiate again."""
+    """Return the gradients as functions of the tensors and ``upstream`` that autograd can differentiate again."""
     input, linear_weight, linear_bias, target, weight, *_ = ctx.saved_tensors
     tensors = [input, linear_weight, linear_bias, target]
+    call = ctx.losses.call
     create_graph = torch.is_grad_enabled()
     if create_graph:
-        # One may be made of another, as hidden states of a tied embedding are: a view stands for its own part alone.
+        # One tensor may be computed from another (hidden states of a tied embedding). Each view gets its own part
+        # alone.
         tensors = [None if t is None else t.view_as(t) for t in tensors]
     else:
         tensors = [
@@ -124,12 +114,12 @@ def _differentiable(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         ]
     wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad, strict=False) if needed]
     x, w, b, t = tensors
-    dtype = ctx.call.compute_dtype
+    dtype = call.compute_dtype
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         narrow = (None if each is None else each.to(dtype) for each in (x, w, b))
-        logits = F.linear(*narrow).to(ctx.call.loss_dtype)  # type: ignore[arg-type]
+        logits = F.linear(*narrow).to(call.loss_dtype)  # type: ignore[arg-type]
         of_classes = None if weight is None else weight.to(logits.dtype)
-        options, total = ctx.call.options, ctx.call.total
+        options, total = call.options, call.total
         if total is not None and options.reduction == "mean":
             upstream, options = upstream / total, dataclasses.replace(options, reduction="sum")
         loss = composite.cross_entropy(logits, t, of_classes, options)

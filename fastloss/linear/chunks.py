@@ -2,17 +2,17 @@ r"""The projection, the loss and their gradients, some rows at a time: the logit
 
 With x ``(N, D)`` the input, W ``(C, D)`` and b ``(C,)`` the linear map, a chunk of n rows takes
 
-    z = x Wᵀ + b          (n, C), the one buffer, which every chunk uses anew
+    z = x Wᵀ + b          (n, C), in one buffer for all chunks
     g = ∂L/∂z             written over z by the backend's cross-entropy kernel, in the visit that gives the loss
     ∂L/∂x = g W           ∂L/∂W += gᵀ x           ∂L/∂b += Σ_rows g
 
-three products of 2 n C D operations each. What all chunks add to, ∂L/∂W and ∂L/∂b, is kept in float32 for 16-bit
-weights: rounded after every chunk, it would lose what a chunk has to add to a sum that is already large.
+three products of 2 n C D operations each. The sums over all chunks, ∂L/∂W and ∂L/∂b, are kept in float32 for 16-bit
+weights: a large sum that is rounded after every chunk would lose the chunks' small parts.
 
 Where the gradient can't be written in the forward pass (reduction "none"; float16, whose gradients need the loss
 scale before they are rounded), the backward pass computes the chunk's logits again: a fourth product.
 
-How many rows a chunk has follows from arithmetic; see :func:`rows_of_chunk`.
+:func:`rows_of_chunk` has the rule for the number of rows.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ from ..backends.contract import Backend, LossOptions, compute_dtype
 from ..loss.row_numbers import total_weight
 
 __all__ = [
+    "NO_GRADIENTS",
     "ChunkIterator",
+    "ChunkLoss",
     "GradientAccumulator",
     "Gradients",
     "LinearOptions",
+    "Losses",
     "Needs",
     "Result",
     "backward",
@@ -42,27 +45,27 @@ __all__ = [
     "writes_gradients",
 ]
 
-# Elements that a row of a GPU's logits begins at a multiple of: products of matrices whose rows begin anywhere, as
-# those of 50257 classes in 16 bits would, take slower kernels.
+# A GPU's rows of logits begin at multiples of so many elements. Products of matrices whose rows are not aligned, such
+# as 50257 classes in 16 bits, take slower kernels.
 _PITCH = {"cuda": 64}
 # The rows of a chunk, and the bytes of its logits: see rows_of_chunk.
 _CPU_ROWS, _CPU_BYTES = 256, 96 << 20
 _GPU_ROWS, _MANY_GPU_ROWS = 1536, 4096
 _FEW_GPU_BYTES, _GPU_BYTES = 5 << 26, 5 << 28
 _FEWEST_CPU_ROWS, _CPU_STEP, _GPU_STEP = 128, 64, 64
-# Rows are left out where at least so many of them are ignored.
+# Ignored rows are left out if they are at least this part of all.
 _SHARE_LEFT_OUT = 1 / 16
 # Elements of a 16-bit chunk that a CPU widens at a time.
 _WIDENED = 1 << 22
-# Elements of a 32-bit sum that are rounded before their own memory takes the others.
+# Elements of a 32-bit sum that are rounded first; the others are rounded into their memory.
 _ROUNDED_FIRST = 1 << 10
-# Bytes of the numbers that every row has: its loss, its place, what is kept of it for the backward pass.
+# Bytes of the numbers per row: its loss, its index, the numbers saved for the backward pass.
 _ROW_NUMBERS = 64
 
 
 @dataclass(frozen=True)
 class LinearOptions:
-    """What one call asks for beside its tensors."""
+    """The options of one call, checked."""
 
     options: LossOptions
     compute_dtype: torch.dtype  # of the products: the tensors', or autocast's
@@ -72,8 +75,8 @@ class LinearOptions:
     skip_ignored: bool | None = None  # None: where the host knows the labels
     # Add to linear_weight.grad, in the backward pass, which knows the upstream gradient.
     accumulate_grad: bool = False
-    # What a mean divides by, where it is one over more rows than these; a float beside class probabilities. Then the
-    # accuracies are numbers of rows, not shares.
+    # The divisor of a mean over more rows than these; a float beside class probabilities. The accuracies are numbers
+    # of rows then, not shares.
     total: Tensor | float | None = None
 
 
@@ -85,9 +88,17 @@ class Needs(NamedTuple):
     linear_bias: bool
     target: bool
 
+    @classmethod
+    def of(cls, *tensors: Tensor | None) -> Needs:
+        """Return which tensors require a gradient; in the order of the fields."""
+        return cls(*(tensor is not None and tensor.requires_grad for tensor in tensors))
+
+
+NO_GRADIENTS = Needs(False, False, False, False)
+
 
 class Gradients(NamedTuple):
-    """In the shapes and dtypes of their tensors; None where none is wanted."""
+    """The gradients in the shapes and dtypes of their tensors; None where none is wanted."""
 
     input: Tensor | None = None
     linear_weight: Tensor | None = None
@@ -96,26 +107,26 @@ class Gradients(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a forward pass gives."""
+    """The result of a forward pass."""
 
     loss: Tensor  # () or (rows,)
-    accuracy: tuple[Tensor, ...]  # one () or (rows,) float32 for each k of options.topk
+    accuracy: tuple[Tensor, ...]  # one () or (rows,) for each k of options.topk; float32, float64 beside call.total
     gradients: Gradients  # at an upstream gradient of 1, where they are written
-    kept: Tensor  # (numbers, rows): what the backend wants back for the backward pass; (0, rows) if nothing
+    saved: Tensor  # (numbers, rows), for the backward pass; (0, rows) if it needs none
 
 
 def writes_gradients(call: LinearOptions, needs: Needs, tensors: Sequence[Tensor | None]) -> bool:
-    """Does the forward pass write the gradients that are needed? ``tensors`` in the order of :class:`Needs`.
+    """Return True if the forward pass writes the gradients that are needed. ``tensors`` have the order of ``needs``.
 
-    Not those in float16, before the loss scale is known.
+    Gradients in float16 wait for the backward pass, which knows the loss scale.
     """
     dtypes = {call.compute_dtype, *(t.dtype for t, n in zip(tensors, needs, strict=True) if n and t is not None)}
-    at_once = call.options.reduction != "none" and torch.float16 not in dtypes
+    at_once = call.options.is_reduced and torch.float16 not in dtypes
     return any(needs) and at_once and not call.accumulate_grad
 
 
 def rows_of_chunk(call: LinearOptions, rows: int, linear_weight: Tensor, needs: Needs) -> int:
-    """How many rows a chunk has: ``chunk_size``, or what ``memory_budget`` has room for, or a rule.
+    """Return the number of rows of a chunk: ``chunk_size``, or what ``memory_budget`` has room for, or a rule.
 
     The rule. A chunk of n rows does 6 n C D operations, and beside its own n C logits it reads W twice and reads and
     writes ∂L/∂W once: about 4 C D b bytes, with b those of an element, whatever n is. At F operations and B bytes a
@@ -150,33 +161,33 @@ def rows_of_chunk(call: LinearOptions, rows: int, linear_weight: Tensor, needs: 
 
 
 def _pitch(classes: int, device: torch.device) -> int:
-    """How far apart the logits' rows lie."""
+    """Return the distance of the logits' rows in memory, in elements."""
     step = _PITCH.get(device.type, 1)
     return -(-classes // step) * step
 
 
 def _bytes_of_sums(call: LinearOptions, linear_weight: Tensor, needs: Needs) -> int:
-    """What the weight gradient's sums in 32 bits take beside the gradient: their rounding needs no more memory."""
+    """Return the bytes of the weight gradient's sums beyond those of the gradient. Their rounding needs no more."""
     if call.accumulate_grad or not needs.linear_weight:
         return 0
     return linear_weight.numel() * max(_wide(call.compute_dtype).itemsize - linear_weight.dtype.itemsize, 0)
 
 
 def _rows_within(budget: int, call: LinearOptions, rows: int, linear_weight: Tensor, needs: Needs) -> int:
-    """How many rows a chunk may have, if everything held beside inputs and gradients is to be ``budget`` bytes."""
+    """Return a chunk's rows if all that is held beside inputs and gradients may be ``budget`` bytes."""
     (classes, features), dtype = linear_weight.shape, call.compute_dtype
     narrow, wide = dtype.itemsize, _wide(dtype).itemsize
     sums, on_cpu = needs.linear_weight, linear_weight.device.type == "cpu"
-    # Of each row: logits, the target's gradient; on a CPU what is widened of them for the sums, or a softcap's slope;
+    # Per row: the logits and the target's gradient; on a CPU their widened parts for the sums, or a softcap's slope;
     # x and its gradient in another dtype.
     row = _pitch(classes, linear_weight.device) * narrow + features * (narrow + 2 * wide)
     row += (
         classes * wide * (needs.target + (on_cpu and (call.options.softcap is not None or (sums and wide > narrow))))
     )
-    # Whatever the chunk: the numbers of every row, and the weights in the dtype of the products.
+    # For chunks of any size: the numbers of all rows, and the weights in the dtype of the products.
     always = rows * _ROW_NUMBERS + (linear_weight.numel() * narrow if linear_weight.dtype != dtype else 0)
     if on_cpu and narrow < wide and needs.input:
-        always += linear_weight.numel() * narrow  # oneDNN lays W out anew for g W
+        always += linear_weight.numel() * narrow  # oneDNN copies W into a layout of its own for g W
     of_sums = _bytes_of_sums(call, linear_weight, needs)
     one_chunk = always + rows * row + (of_sums if linear_weight.dtype != dtype else 0)
     if budget >= one_chunk:
@@ -193,91 +204,150 @@ def _rows_within(budget: int, call: LinearOptions, rows: int, linear_weight: Ten
     return int(min(room, rows))
 
 
+class ChunkLoss(NamedTuple):
+    """The loss of one chunk of n rows."""
+
+    loss: Tensor  # (n,), or () for a sum
+    right: Tensor | None  # for each k of options.topk the right rows, (k, n), or their number, (k,)
+    saved: Sequence[Tensor]  # what the backward pass wants back, (n,) each
+    target_gradient: Tensor | None  # (n, C, 1)
+
+
+class Losses:
+    """The losses of chunks; the gradient of a chunk's logits is written over them.
+
+    Args:
+        weight: of the classes, ``(C,)``.
+        call: the options.
+        backend: the backend whose functions visit the logits.
+    """
+
+    per_row = False  # is a chunk's loss (n,), whatever the reduction?
+
+    def __init__(self, weight: Tensor | None, call: LinearOptions, backend: Backend) -> None:
+        self.weight, self.call, self.backend = weight, call, backend
+        self.upstream_dtype = compute_dtype(call.compute_dtype)
+
+    def total(self, target: Tensor) -> Tensor | float | None:
+        """Return the divisor of the mean: the sum of the counted rows' weights; None for another reduction."""
+        if self.call.options.reduction != "mean":
+            return None
+        if self.call.total is not None:
+            return self.call.total
+        if target.is_floating_point():
+            return float(len(target))
+        return total_weight(target, self.weight, self.call.options)
+
+    def forward(self, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
+        """Return the loss of logits z, ``(n, C)``, against t, and the gradients that are needed now."""
+        part = dataclasses.replace(self.call.options, reduction="sum" if self.call.options.is_reduced else "none")
+        dtype = self.call.loss_dtype
+        dtype = torch.promote_types(dtype, torch.float32) if part.is_reduced else dtype
+        logits, of_logits = z.unsqueeze(2), any(needs[:3])
+        if not t.is_floating_point():
+            result = self.backend.cross_entropy_forward(
+                *(logits, t, self.weight, part),
+                loss_dtype=dtype,
+                gradient=of_logits,
+                inplace=of_logits,
+                divisor=total if of_logits else None,  # type: ignore[arg-type]
+            )
+            right = torch.stack(result.accuracy) if result.accuracy else None
+            return ChunkLoss(result.loss, right, result.saved, None)
+        right = None
+        if part.topk:
+            right = torch.stack(self.backend.accuracy(logits, t.argmax(1), part.topk, -1, part.reduction))
+        soft = self.backend.soft_cross_entropy_forward(
+            *(logits, t.unsqueeze(2), self.weight, part),
+            loss_dtype=dtype,
+            gradient=of_logits,
+            target_gradient=needs.target,
+            inplace=of_logits,
+            divisor=1.0 if total is None else float(total),
+        )
+        return ChunkLoss(soft.loss, right, soft.saved, soft.target_gradient)
+
+    def backward(self, upstream: Tensor, t: Tensor, z: Tensor, saved: tuple[Tensor, ...], needs: Needs) -> Any:
+        """Write the gradient over the logits z, and return that of the probabilities, ``(n, C, 1)``, or None.
+
+        ``upstream`` is ``(n,)``.
+        """
+        part = dataclasses.replace(self.call.options, reduction="none", topk=())
+        logits, of_logits = z.unsqueeze(2), any(needs[:3])
+        if not t.is_floating_point():
+            self.backend.cross_entropy_backward(upstream, logits, t, self.weight, part, saved, inplace=True)
+            return None
+        _, of_target = self.backend.soft_cross_entropy_backward(
+            *(upstream, logits, t.unsqueeze(2), self.weight, part, saved),
+            gradient=of_logits,
+            target_gradient=needs.target,
+            inplace=of_logits,
+        )
+        return of_target
+
+    def finished(self, loss: Tensor, total: Tensor | float | None) -> Tensor:
+        """Return the loss from what its chunks add up to."""
+        return loss if total is None else loss / total
+
+    def whole(self, gradients: Gradients) -> Gradients:
+        """Return the gradients over all classes."""
+        return gradients
+
+    def refuse_second_derivative(self) -> None:
+        """Raise if there is none."""
+
+
 def forward(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    weight: Tensor | None,
-    call: LinearOptions,
     needs: Needs,
-    backend: Backend,
+    losses: Losses,
 ) -> Result:
-    """Loss, accuracies and, where they can be written now, the gradients.
+    """Return the loss, the accuracies and, where they can be written now, the gradients.
 
     Args:
         input: x, ``(rows, D)``.
         linear_weight: W, ``(C, D)``.
         target: labels ``(rows,)``, or class probabilities ``(rows, C)``.
         linear_bias: b, ``(C,)``.
-        weight: of the classes, ``(C,)``.
-        call: the rest.
         needs: which gradients are wanted. Nothing is computed for the others.
-        backend: whose kernels take the loss.
+        losses: the loss of a chunk, and the options.
     """
-    rows, none, soft = len(input), call.options.reduction == "none", target.is_floating_point()
+    call, rows, none = losses.call, len(input), not losses.call.options.is_reduced
     written = writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
-    part_dtype = call.loss_dtype if none else torch.promote_types(call.loss_dtype, torch.float32)
-    part = dataclasses.replace(call.options, reduction="none" if none else "sum")
-    total: Any = total_weight(target, weight, call.options) if call.total is None else call.total
-    divisor = total if call.options.reduction == "mean" else None
-    ks = len(part.topk)
-    loss = torch.zeros(
-        rows if none else (), dtype=torch.float64 if not none else call.loss_dtype, device=input.device
-    )
+    needs_now = needs if written else NO_GRADIENTS
+    total, ks = losses.total(target), len(call.options.topk)
+    dtype = call.loss_dtype if none else torch.float64
+    loss = torch.zeros(rows if none or losses.per_row else (), dtype=dtype, device=input.device)
     right = torch.zeros((ks, rows) if none else (ks,), dtype=torch.float64, device=input.device)
     visit = ChunkIterator(rows, linear_weight, target, call, needs)
-    sums = GradientAccumulator(
-        input, linear_weight, linear_bias, target, visit, needs if written else Needs(*[False] * 4)
-    )
-    kept = input.new_empty((0, rows))
+    sums = GradientAccumulator(input, linear_weight, linear_bias, target, visit, needs_now)
+    saved = input.new_empty((0, rows))
     for index, x, t, z in visit.chunks(input, linear_bias):
-        logits = z.unsqueeze(2)
-        if soft:
-            probabilities = t.unsqueeze(2)
-            if ks:
-                values = backend.accuracy(logits, t.argmax(1), part.topk, -1, part.reduction)
-            result = backend.soft_cross_entropy_forward(
-                *(logits, probabilities, weight, part),
-                loss_dtype=part_dtype,
-                gradient=written and any(needs[:3]),
-                target_gradient=written and needs.target,
-                inplace=written and any(needs[:3]),
-                divisor=1.0 if divisor is None else float(rows if call.total is None else total),
-            )
-            sums.add_target(index, result.target_gradient)
+        part = losses.forward(t, z, total, needs_now)
+        if loss.dim():
+            loss[index] = part.loss
         else:
-            result = backend.cross_entropy_forward(  # type: ignore[assignment]
-                *(logits, t, weight, part),
-                loss_dtype=part_dtype,
-                gradient=written,
-                inplace=written,
-                divisor=divisor if written else None,
-            )
-            values = result.accuracy  # type: ignore[attr-defined]
-        if none:
-            loss[index] = result.loss
-        else:
-            loss += result.loss
-        if ks and none:
-            right[:, index] = torch.stack(values).double()
-        elif ks:
-            right += torch.stack(values)
-        if any(needs) and not written and result.saved:
-            numbers = torch.stack(tuple(result.saved))
-            if not len(kept):
-                kept = numbers.new_zeros((len(numbers), rows))
-            kept[:, index] = numbers
-        if written:
-            sums.add(index, x, z)
-        # The target's gradient among it, and the chunk: the sums are rounded, and the next x is made, without them.
-        del result, logits, x, z
-    if divisor is not None:
-        loss = loss / divisor
+            loss += part.loss
+        if part.right is not None and none:
+            right[:, index] = part.right.double()
+        elif part.right is not None:
+            right += part.right
+        if any(needs) and not written and part.saved:
+            numbers = torch.stack(tuple(part.saved))
+            if not len(saved):
+                saved = numbers.new_zeros((len(numbers), rows))
+            saved[:, index] = numbers
+        sums.add_target(index, part.target_gradient)
+        sums.add(index, x, z)
+        # Free the target's gradient and the chunk, before the sums are rounded and the next x is made.
+        del part, x, z
     if call.total is None:
-        right = _shares(right, target, call.options)
-    accuracy = tuple(right.to(torch.float32).unbind(0))
-    return Result(loss.to(call.loss_dtype), accuracy, sums.finished(), kept)
+        right = _shares(right, target, call.options).to(torch.float32)
+    loss = losses.finished(loss, total).to(call.loss_dtype)
+    return Result(loss, tuple(right.unbind(0)), losses.whole(sums.finished()), saved)
 
 
 def backward(
@@ -286,51 +356,36 @@ def backward(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    weight: Tensor | None,
-    kept: Tensor,
-    call: LinearOptions,
+    saved: Tensor,
     needs: Needs,
-    backend: Backend,
+    losses: Losses,
     into: Tensor | None = None,
 ) -> Gradients:
-    """The gradients from the logits, computed once more.
+    """Return the gradients from the logits, computed once more.
 
     Args:
         upstream: the gradient of the loss, ``()`` or ``(rows,)``.
+        saved: from the forward pass.
         into: the weight's gradient so far, to which its gradient is added chunk by chunk; it is not returned then.
     """
-    part = dataclasses.replace(call.options, reduction="none", topk=())
-    if call.options.reduction == "mean":
-        total = total_weight(target, weight, call.options) if call.total is None else call.total
-        upstream = upstream.double() / total
-    wide = torch.float32 if compute_dtype(call.compute_dtype) == torch.float32 else torch.float64
-    upstream = upstream.to(wide).expand(len(input))
-    visit = ChunkIterator(len(input), linear_weight, target, call, needs)
+    total = losses.total(target)
+    upstream = upstream if total is None else upstream.double() / total
+    upstream = upstream.to(losses.upstream_dtype).expand(len(input))
+    visit = ChunkIterator(len(input), linear_weight, target, losses.call, needs)
     sums = GradientAccumulator(input, linear_weight, linear_bias, target, visit, needs, into=into)
     for index, x, t, z in visit.chunks(input, linear_bias):
-        saved = tuple(kept[:, index].contiguous().unbind(0)) if len(kept) else ()
-        mine, logits = upstream[index].contiguous(), z.unsqueeze(2)
-        if t.is_floating_point():
-            _, of_target = backend.soft_cross_entropy_backward(
-                *(mine, logits, t.unsqueeze(2), weight, part, saved),
-                gradient=any(needs[:3]),
-                target_gradient=needs.target,
-                inplace=any(needs[:3]),
-            )
-            sums.add_target(index, of_target)
-            del of_target
-        else:
-            backend.cross_entropy_backward(mine, logits, t, weight, part, saved, inplace=True)
+        numbers = tuple(saved[:, index].contiguous().unbind(0)) if len(saved) else ()
+        sums.add_target(index, losses.backward(upstream[index].contiguous(), t, z, numbers, needs))
         sums.add(index, x, z)
-        del logits, x, z  # the chunk: the sums are rounded, and the next x is made, without it
-    return sums.finished()
+        del x, z  # before the sums are rounded and the next x is made
+    return losses.whole(sums.finished())
 
 
 Index = slice | Tensor
 
 
 class ChunkIterator:
-    """Which rows are visited, how many at a time, and W in the dtype of the products."""
+    """Visits rows a chunk at a time: projects them, and yields their logits."""
 
     def __init__(self, rows: int, linear_weight: Tensor, target: Tensor, call: LinearOptions, needs: Needs) -> None:
         self.target, self.call = target, call
@@ -342,7 +397,7 @@ class ChunkIterator:
         self.w = linear_weight.to(call.compute_dtype)
 
     def chunks(self, input: Tensor, linear_bias: Tensor | None) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:
-        """Where its rows are, x, the target, and the logits, in memory that the next chunk writes to."""
+        """Yield each chunk's index, x, target and logits. The next chunk's logits overwrite these."""
         dtype, w = self.call.compute_dtype, self.w
         b = None if linear_bias is None else linear_bias.to(dtype)
         shape = (min(self.size, self.count), _pitch(len(w), input.device))
@@ -353,7 +408,7 @@ class ChunkIterator:
                 index = self.chosen[index]
             x, t = input[index].to(dtype), self.target[index]
             if self.holds_ignored:
-                # Padding may hold NaN, which a gradient of 0 does not keep out of gᵀ x.
+                # Padding may hold NaN, and 0 · NaN would reach gᵀ x.
                 x = torch.where((t != self.call.options.ignore_index).unsqueeze(1), x, 0.0)
             z = buffer[: len(x)]
             if b is None:
@@ -365,10 +420,10 @@ class ChunkIterator:
 
 
 def _starts(rows: int, size: int, *, even: bool) -> list[int]:
-    """Where the chunks begin, and where the last one ends.
+    """Return the chunks' first rows, and the end of the last chunk.
 
-    ``even``: a rest of less than half a chunk shares its rows with the chunk before it, as products of few rows are
-    slow; in multiples of 64 where a chunk has several of them.
+    ``even``: a rest of less than half a chunk shares its rows with the chunk before it, since products of few rows
+    are slow; in multiples of 64 where a chunk has several of them.
     """
     starts = list(range(0, rows, size))
     rest = rows - starts[-1] if starts else 0
@@ -379,7 +434,7 @@ def _starts(rows: int, size: int, *, even: bool) -> list[int]:
 
 
 def _counted_rows(target: Tensor, call: LinearOptions) -> tuple[Tensor | None, bool]:
-    """The rows that count, if the others are to be left out, else None; and may those visited be ignored ones?"""
+    """Return the rows to visit, None for all, and whether ignored rows may be among them."""
     if target.is_floating_point():
         return None, False
     if call.skip_ignored is not True and not target.is_cpu:
@@ -392,6 +447,7 @@ def _counted_rows(target: Tensor, call: LinearOptions) -> tuple[Tensor | None, b
 
 
 def _shares(right: Tensor, target: Tensor, options: LossOptions) -> Tensor:
+    """Return the accuracies from the number of right rows."""
     if options.reduction == "mean" and options.topk:
         counted = len(target) if target.is_floating_point() else (target != options.ignore_index).sum()
         right = right / counted
@@ -399,7 +455,7 @@ def _shares(right: Tensor, target: Tensor, options: LossOptions) -> Tensor:
 
 
 class GradientAccumulator:
-    """The gradients while chunks add to them."""
+    """Adds up the gradients of chunks."""
 
     def __init__(
         self,
@@ -422,7 +478,7 @@ class GradientAccumulator:
         self._rows = visit.count
 
     def add(self, index: Index, x: Tensor, g: Tensor) -> None:
-        """A chunk's part, from its input and its logits' gradient."""
+        """Add a chunk's part, from its input x and its logits' gradient g."""
         if self._input is not None:
             if isinstance(index, slice) and self._input.dtype == g.dtype:
                 torch.mm(g, self._narrow, out=self._input[index])
@@ -435,12 +491,12 @@ class GradientAccumulator:
             self._of_bias = part if self._of_bias is None else self._of_bias.add_(part)
 
     def add_target(self, index: Index, gradient: Tensor | None) -> None:
-        """A chunk's part of the class probabilities' gradient, ``(n, C, 1)``."""
+        """Store a chunk's part of the class probabilities' gradient, ``(n, C, 1)``."""
         if self._target is not None and gradient is not None:
             self._target[index] = gradient.squeeze(2)
 
     def finished(self) -> Gradients:
-        """In their tensors' dtypes."""
+        """Return the gradients in their tensors' dtypes."""
         of_weight, of_bias = self._finished_weight(), self._of_bias
         if self._needs.linear_bias and of_bias is None and self._bias is not None:
             of_bias = torch.zeros_like(self._bias)
@@ -481,7 +537,7 @@ class GradientAccumulator:
 
 
 def _add_product(total: Tensor, g: Tensor, x: Tensor, *, before: int) -> None:
-    """``total = before * total + gᵀ x``, ``(C, D)``; with a 0, what was in it is not read."""
+    """Compute ``total = before * total + gᵀ x``, ``(C, D)``, in place; if ``before`` is 0, total is not read."""
     if total.dtype == g.dtype:
         total.addmm_(g.t(), x, beta=before)
     elif total.is_cuda and total.dtype == torch.float32 and torch.version.hip is None:
@@ -495,9 +551,9 @@ def _add_product(total: Tensor, g: Tensor, x: Tensor, *, before: int) -> None:
 
 
 def _rounded(first: Tensor, second: Tensor, like: Tensor) -> Tensor:
-    """Two halves of a sum in 32 bits, rounded to 16 bits in the memory of the first, which has room for both.
+    """Return the two halves of a sum in 32 bits, rounded to 16 bits in the memory of the first half.
 
-    Nothing is held beside the sums: another tensor would be, whole, while they are.
+    It has room for both. A result of its own would be held beside the sums.
     """
     result = torch.empty(0, dtype=like.dtype, device=like.device)
     result.set_(first.untyped_storage(), 0, like.shape)  # type: ignore[call-overload]
@@ -505,7 +561,7 @@ def _rounded(first: Tensor, second: Tensor, like: Tensor) -> Tensor:
     done = min(count, _ROUNDED_FIRST)
     narrow[:done] = wide[:done].to(like.dtype)
     while done < count:
-        # Written are the bytes from 2 · done to 4 · done, of numbers that are rounded; read are those from there on.
+        # This writes the bytes from 2 · done to 4 · done, whose numbers are rounded already, and reads those after.
         following = slice(done, min(2 * done, count))
         narrow[following].copy_(wide[following])
         done = following.stop
@@ -514,4 +570,5 @@ def _rounded(first: Tensor, second: Tensor, like: Tensor) -> Tensor:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums."""
     return torch.float32 if dtype.itemsize < 4 else dtype

@@ -1,27 +1,24 @@
-"""The linear map and its cross-entropy in one: arguments → checks → ``(rows, D)`` → autograd → chunks → a backend."""
+"""The public functions of the linear map and its cross-entropy in one."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
 from ..backends import choice
 from ..backends.contract import LossOptions
-from ..loss import functional
-from ..loss.autograd import as_labels
+from ..loss import routes
 from ..loss.functional import LossAndAccuracy
-from ..ranks import collectives, placements
-from . import compiled, sharded
+from ..ranks import placements
+from . import arguments, compiled, sharded
 from .autograd import fused_linear_cross_entropy
-from .chunks import LinearOptions, Needs, rows_of_chunk
+from .chunks import LinearOptions, Losses, Needs, rows_of_chunk
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_accuracy"]
 
@@ -109,10 +106,14 @@ def linear_cross_entropy(
         torch.Size([3, 2])
     """
     options = checks.checked_options(
-        -100 if ignore_index is None else ignore_index, label_smoothing, reduction, lse_square_scale, softcap
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
     )
-    sizes = _checked_sizes(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
-    return _loss_and_accuracy(input, linear_weight, target, linear_bias, weight, options, shift, sizes, group)[0]
+    chunking = arguments.checked_chunking(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
+    return _loss_and_accuracies(input, linear_weight, target, linear_bias, weight, options, shift, chunking, group)[0]
 
 
 def linear_cross_entropy_with_accuracy(
@@ -150,40 +151,21 @@ def linear_cross_entropy_with_accuracy(
     """
     ks = checks.checked_topk(topk)
     options = checks.checked_options(
-        -100 if ignore_index is None else ignore_index, label_smoothing, reduction, lse_square_scale, softcap, ks
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+        topk=ks,
     )
-    sizes = _checked_sizes(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
-    loss, values = _loss_and_accuracy(input, linear_weight, target, linear_bias, weight, options, shift, sizes, group)
+    chunking = arguments.checked_chunking(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
+    loss, values = _loss_and_accuracies(
+        input, linear_weight, target, linear_bias, weight, options, shift, chunking, group
+    )
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
 
 
-def _checked_sizes(
-    chunk_size: object, memory_budget: object, shift: object, skip_ignored: object, accumulate_grad: object
-) -> dict[str, Any]:
-    """The arguments that say how, as fields of a :class:`LinearOptions`."""
-    checks.check_switches(shift=shift, accumulate_grad=accumulate_grad)
-    if skip_ignored is not None and not isinstance(skip_ignored, bool):
-        raise TypeError(f"fastloss: skip_ignored is {skip_ignored!r}; expected True, False or None")
-    sizes: dict[str, Any] = {"skip_ignored": skip_ignored, "accumulate_grad": accumulate_grad}
-    for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
-        if value is None:
-            continue
-        try:
-            if isinstance(value, bool):  # meant for another argument
-                raise TypeError
-            sizes[name] = operator.index(value)  # type: ignore[arg-type]
-        except TypeError:
-            raise TypeError(f"fastloss: {name} is {value!r}; expected an int, or None") from None
-    if sizes.get("chunk_size", 1) < 1:
-        raise ValueError(f"fastloss: chunk_size is {chunk_size}; expected at least 1 row, or None")
-    if chunk_size is not None and memory_budget is not None:
-        raise ValueError(
-            f"fastloss: chunk_size is {chunk_size} and memory_budget {memory_budget}; expected one of them"
-        )
-    return sizes
-
-
-def _loss_and_accuracy(
+def _loss_and_accuracies(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -191,260 +173,67 @@ def _loss_and_accuracy(
     weight: Tensor | None,
     options: LossOptions,
     shift: bool,
-    sizes: dict[str, Any],
+    chunking: dict[str, Any],
     group: Any,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    if group is not None or functional.is_dtensor(input) or functional.is_dtensor(linear_weight):
-        return _over_ranks(input, linear_weight, target, linear_bias, weight, options, shift, sizes, group)
-    _check_shapes(input, linear_weight, target, linear_bias, shift, weight)
-    if linear_weight.dim() > 2:
-        _check_unchunked(linear_weight, sizes)
-        return _of_many_dimensions(input, linear_weight, target, linear_bias, weight, options)
+    """Return the loss and an accuracy for each k, ``()`` or of the labels' shape. The options are checked already."""
+    if group is not None or any(map(placements.is_uncompiled_dtensor, (input, linear_weight))):
+        return sharded.linear_loss_over_ranks(
+            input, linear_weight, target, linear_bias, weight, options, shift, chunking, group
+        )
+    arguments.check_shapes(input, linear_weight, target, linear_bias, shift, weight)
+    if linear_weight.dim() > 2:  # torch's K-dimensional loss: each input has logits (C, d1, …, dK), and they are held
+        _check_unchunked(linear_weight, chunking)
+        flat = linear_weight.reshape(-1, linear_weight.shape[-1])
+        logits = F.linear(input, flat, None if linear_bias is None else linear_bias.reshape(-1))
+        logits = logits.view(*input.shape[:-1], *linear_weight.shape[:-1])
+        return routes.loss_and_accuracies(logits, target, weight, options)
     lead, classes = input.shape[:-1], len(linear_weight)
     if shift:
-        target = _shifted(target, options.ignore_index)
+        target = arguments.shifted_labels(target, options.ignore_index)
     rows = math.prod(lead)
     x = input.reshape(rows, input.shape[-1])
     soft = target.is_floating_point() and target.dim() == input.dim()
     t = target.reshape(rows, classes) if soft else target.reshape(-1)
-    dtype = _dtype_of_logits(input)
-    stand_in = input.new_empty((), dtype=dtype).expand(len(x), classes)  # of the logits, for the checks
+    dtype = arguments.dtype_of_logits(input)
+    logits = input.new_empty((), dtype=dtype).expand(rows, classes)  # without memory, for the checks
     if soft:
-        checks.check_soft_target(stand_in, t, weight, options.ignore_index)
+        checks.check_soft_target(logits, t, weight, options.ignore_index)
     else:
-        checks.check_index_target(stand_in, t, weight)
+        checks.check_index_target(logits, t, weight)
     weight = None if weight is None else weight.contiguous()  # as the kernels read it
-    if functional.is_traced(input, target) or functional.is_traced(linear_weight, target):
-        loss, values = _traced(x, linear_weight, t, linear_bias, weight, options, sizes)
-    elif len(x) == 0 or classes == 0 or (soft and weight is not None and weight.requires_grad):
-        loss, values = functional.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
+    call = LinearOptions(options, dtype, checks.loss_dtype(input, t, weight, dtype), **chunking)
+    traced = routes.is_traced(input, target) or routes.is_traced(linear_weight, target)
+    trained_weight = soft and weight is not None and weight.requires_grad
+    if traced and routes.is_compiled(x, t, weight, options) and type(linear_weight) in routes.FUSED_TYPES:
+        call = dataclasses.replace(call, accumulate_grad=False)
+        loss, values = compiled.linear_loss_and_accuracies(x, linear_weight, t, linear_bias, weight, call)
+    elif traced or rows == 0 or classes == 0 or trained_weight:
+        loss, values = routes.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
     else:
-        if not soft and (t.is_cpu or choice.validates()):
+        if not soft and choice.may_look(t):
             checks.check_labels(t.view(target.shape), classes, options.ignore_index, shifted=shift)
-        call = LinearOptions(options, dtype, functional.loss_dtype(input, t, weight, dtype), **sizes)
         if call.accumulate_grad and linear_weight.requires_grad and not linear_weight.is_leaf:
             raise RuntimeError(
                 "fastloss: accumulate_grad=True beside a linear_weight that is not a leaf and has no .grad to add "
                 "to; pass the parameter itself, or accumulate_grad=False"
             )
-        trained = (t is not None and t.requires_grad for t in (x, linear_weight, linear_bias, target))
-        rows_of_chunk(call, len(x), linear_weight, Needs(*trained))  # has the budget room for a row?
-        served = choice.load(choice.choose(input))
-        loss, values = fused_linear_cross_entropy(x, linear_weight, t, linear_bias, weight, call, served)
-    if options.reduction != "none":
+        needs = Needs.of(x, linear_weight, linear_bias, target)
+        rows_of_chunk(call, rows, linear_weight, needs)  # raises if the budget has no room for a row
+        losses = Losses(weight, call, choice.load(choice.choose(input)))
+        loss, values = fused_linear_cross_entropy(x, linear_weight, t, linear_bias, losses)
+    if options.is_reduced:
         return loss, values
     if shift:
         return loss.view(lead)[..., :-1], tuple(v.view(lead)[..., :-1] for v in values)
     return loss.view(lead), tuple(v.view(lead) for v in values)
 
 
-def _shifted(target: Tensor, ignore_index: int) -> Tensor:
-    """The labels of the next tokens; the last position has none."""
-    last = target.new_full((*target.shape[:-1], 1), ignore_index, dtype=torch.int64)
-    return torch.cat([target[..., 1:].long(), last], dim=-1)[..., : target.shape[-1]]
-
-
-@torch._disable_dynamo  # not torch.compiler.disable, which imports the compiler at once
-def _over_ranks(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    options: LossOptions,
-    shift: bool,
-    sizes: dict[str, Any],
-    group: Any,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Of DTensors, or of a group's shards of the classes."""
-    checks.check_no_gradient(weight)
-    plan, fault = None, None
-    x: Any
-    of_classes: Tensor | None
-    look = isinstance(input, Tensor) and (input.is_cpu or choice.validates())
-    soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() == input.dim()
-    by_mesh = any(placements.is_dtensor(tensor) for tensor in (input, linear_weight))
-    if by_mesh and group is not None:
-        raise ValueError("fastloss: group is given beside a DTensor, whose mesh says which ranks have what")
-    group = None if by_mesh else collectives.checked_group(group)
-    try:
-        _check_shapes(input, linear_weight, target, linear_bias, shift)
-        if linear_weight.dim() > 2:
-            raise ValueError(
-                f"fastloss: linear_weight has shape {tuple(linear_weight.shape)}, torch's K-dimensional loss, over "
-                "several ranks; expected (C, D)"
-            )
-        rows = input.new_empty((), dtype=_dtype_of_logits(input)).expand(input.shape[:-1].numel(), len(linear_weight))
-        if soft:
-            checks.check_soft_target(rows, target, None, options.ignore_index)
-        else:
-            checks.check_weight_dtype(rows, weight)
-        if sizes["accumulate_grad"] and (by_mesh or not linear_weight.is_leaf):
-            raise RuntimeError(
-                "fastloss: accumulate_grad=True beside a linear_weight that is a DTensor or not a leaf; pass a "
-                "parameter with group=, or accumulate_grad=False"
-            )
-    except Exception as error:
-        fault = error
-    if by_mesh:
-        if fault is not None:  # of whole tensors, which every rank knows alike
-            raise fault
-        plan = placements.plan_linear(input, linear_weight, target, linear_bias, soft)
-        if shift and any(p.is_shard() and p.dim == len(plan.row_shape) - 1 for p in plan.of_rows):
-            raise ValueError(
-                f"fastloss: shift=True with positions that are sharded ({plan.of_rows}); expected whole sequences on "
-                "each rank, or shift=False beside labels that are shifted already"
-            )
-        layout, t = plan.layout, plan.target
-        x, w, b = (placements.local(tensor) for tensor in (input, linear_weight, linear_bias))
-        of_classes = placements.whole(weight)
-    else:
-        layout = collectives.agreed_layout(
-            group,
-            len(linear_weight) if fault is None else 0,
-            input.shape[:-1].numel() if fault is None else 0,
-            device=input.device,
-            facts=(options, input.shape, input.dtype, soft, shift, sizes, getattr(weight, "shape", None)),
-            labels=None if soft else target,
-            fault=fault,
-            look=look,
-        )
-        x, w, b = input, linear_weight, linear_bias
-        t, of_classes = target, weight
-    if look:
-        checks.check_weight(input.new_empty(()).expand(int(layout.classes)), of_classes)
-    t = _shifted(t, options.ignore_index) if shift else t
-    if not soft and look:
-        functional.check_labels_together(t, layout, options.ignore_index, shifted=shift)
-    lead = x.shape[:-1]
-    x = x.reshape(-1, x.shape[-1])
-    of_classes = None if of_classes is None else of_classes.contiguous()
-    t = t.reshape(-1, t.shape[-1]) if soft else as_labels(t)
-    dtype = _dtype_of_logits(x)
-    call = LinearOptions(options, dtype, functional.loss_dtype(x, t, of_classes, dtype), **sizes)
-    trained = (tensor is not None and tensor.requires_grad for tensor in (x, w, b, t))
-    size = sharded.common_rows_of_chunk(call, len(x), w, Needs(*trained), layout)
-    if layout.class_group is not None:
-        call = dataclasses.replace(call, chunk_size=size, memory_budget=None)
-    served = choice.load(choice.choose(x))
-    loss, values = sharded.loss_and_accuracy(x, w, t, b, of_classes, call, layout, served)
-    results = [loss, *values]
-    if options.reduction == "none":
-        results = [value.view(lead) for value in results]
-    if plan is not None:
-        results = [plan.placed(value) for value in results]
-    if options.reduction == "none" and shift:
-        results = [value[..., :-1] for value in results]
-    return results[0], tuple(results[1:])
-
-
-def _traced(
-    x: Tensor,
-    linear_weight: Tensor,
-    t: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    options: LossOptions,
-    sizes: dict[str, Any],
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """By the operator that a compiler sees, or by torch's own."""
-    dtype = _dtype_of_logits(x)
-    if functional.is_compiled(x, t, weight, options) and type(linear_weight) in functional.FUSED_TYPES:
-        call = LinearOptions(
-            options, dtype, functional.loss_dtype(x, t, weight, dtype), **{**sizes, "accumulate_grad": False}
-        )
-        return compiled.loss_and_accuracy(x, linear_weight, t, linear_bias, weight, call)
-    return functional.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
-
-
-def _of_many_dimensions(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    options: LossOptions,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """torch's K-dimensional loss: each input has logits ``(C, d1, …, dK)``, and they are held."""
-    flat = linear_weight.reshape(-1, linear_weight.shape[-1])
-    logits = F.linear(input, flat, None if linear_bias is None else linear_bias.reshape(-1))
-    logits = logits.view(*input.shape[:-1], *linear_weight.shape[:-1])
-    return functional.loss_and_accuracy(logits, target, weight, options, inplace=False)
-
-
-def _check_unchunked(linear_weight: Tensor, sizes: dict[str, Any]) -> None:
-    """Whoever sets a limit must not find it passed over."""
-    for name, value in sizes.items():
+def _check_unchunked(linear_weight: Tensor, chunking: dict[str, Any]) -> None:
+    """Refuse arguments about chunks beside K-dimensional weights, whose loss holds all logits."""
+    for name, value in chunking.items():
         if value is not None and value is not False:
             raise ValueError(
                 f"fastloss: {name} is {value} beside a linear_weight of shape {tuple(linear_weight.shape)}; the "
                 "K-dimensional loss holds all of its logits: leave it out, or pass a linear_weight of shape (C, D)"
             )
-
-
-def _dtype_of_logits(input: Tensor) -> torch.dtype:
-    if checks.is_autocast(input) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(input.device.type)
-    return input.dtype
-
-
-def _check_shapes(
-    input: object, linear_weight: object, target: object, linear_bias: object, shift: bool, weight: object = None
-) -> None:
-    """The shapes fit each other, and the target is labels or probabilities; everything else is the loss's to check.
-
-    An error about a shape names all of them. ``weight`` is given where its classes are those of ``linear_weight``.
-    """
-    checks.check_logits(input)
-    for name, tensor in (("linear_weight", linear_weight), ("target", target), ("linear_bias", linear_bias)):
-        if not isinstance(tensor, Tensor) and not (name == "linear_bias" and tensor is None):
-            raise TypeError(f"fastloss: {name} must be a Tensor, got {type(tensor).__name__}")
-    assert isinstance(input, Tensor)
-    assert isinstance(linear_weight, Tensor)
-    assert isinstance(target, Tensor)
-
-    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
-        if tensor.layout != torch.strided:
-            raise RuntimeError(f"fastloss: {name} has layout {tensor.layout}; expected {torch.strided}")
-
-    def shapes() -> str:
-        names = ("input", "linear_weight", "target", "linear_bias", "weight")
-        tensors = zip(names, (input, linear_weight, target, linear_bias, weight), strict=True)
-        named = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors if isinstance(tensor, Tensor)]
-        return "the shapes are " + ", ".join(named)
-
-    if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
-        raise RuntimeError(f"fastloss: {shapes()}; expected input (..., D) and linear_weight (C, D), with the same D")
-    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.device != input.device:
-            raise RuntimeError(f"fastloss: {name} is on {tensor.device}; expected {input.device}, where input is")
-        if tensor.dtype != input.dtype and not checks.is_autocast(input):
-            raise RuntimeError(f"fastloss: {name} has dtype {tensor.dtype}; expected {input.dtype}, as input has")
-    of_logits = tuple(linear_weight.shape[:-1])  # (C,), or torch's (C, d1, ..., dK)
-    if isinstance(linear_bias, Tensor) and tuple(linear_bias.shape) != of_logits:
-        raise RuntimeError(
-            f"fastloss: {shapes()}; expected a linear_bias of shape {of_logits}, a number for each class"
-        )
-    if isinstance(weight, Tensor) and tuple(weight.shape) != of_logits[:1]:
-        raise RuntimeError(f"fastloss: {shapes()}; expected one weight for each class: {of_logits[:1]}")
-    if len(of_logits) > 1 and (input.dim() != 2 or shift):
-        raise RuntimeError(
-            f"fastloss: {shapes()}: the K-dimensional loss; expected an input of shape (N, D), and no shift"
-        )
-    of_labels, soft = (*input.shape[:-1], *of_logits[1:]), (*input.shape[:-1], *of_logits)
-    is_soft = tuple(target.shape) == soft and target.is_floating_point() and target.dtype.itemsize > 1
-    if shift and (input.dim() < 2 or target.is_floating_point() or target.dtype == torch.bool):
-        raise ValueError(
-            f"fastloss: shift=True; {shapes()}; target is {target.dtype}; expected an "
-            "input of shape (..., T, D) and class indices of shape (..., T)"
-        )
-    one_label = input.dim() == 1 and tuple(target.shape) == (1,)
-    is_labels = (tuple(target.shape) == of_labels or one_label) and target.dtype in checks.LABEL_DTYPES
-    if not is_soft and not is_labels:
-        kind = ValueError if target.shape[:1] != input.shape[:1] else RuntimeError  # torch looks at the batch first
-        raise kind(
-            f"fastloss: {shapes()}; target is {target.dtype}; expected class indices of shape {of_labels} in "
-            f"int64, int32 or uint8, or class probabilities of shape {soft}, floating point"
-        )

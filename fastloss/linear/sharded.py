@@ -1,17 +1,17 @@
 r"""The linear map and its loss over several ranks: rows of the input, or of the head (the classes), shared.
 
-*The head's rows are shared.* Each rank projects a chunk of rows onto its own classes and tells the others a few
-numbers of each row, as in :mod:`fastloss.loss.sharded`; then the chunk's gradient is written over its logits, and two
-products take it on. So there is one collective a chunk (two where an accuracy is wanted), of O(rows) bytes. The
-other way, all numbers in one collective after a first pass over all chunks, would need a fourth product of
-2 n (C / ranks) D operations: a third more time. A collective waits some 20 to 50 µs, while a chunk of 4096 rows with
-D = 4096 and 16384 classes on a rank takes 1.6·10¹² operations, some 3 ms on an H100: a hundredth of it.
+*The head's rows are shared.* Each rank projects a chunk of rows onto its own classes and sends the others a few
+numbers per row, as in :mod:`fastloss.loss.sharded`; then the chunk's gradient is written over its logits, and two
+products use it. So there is one collective per chunk (two where an accuracy is wanted), of O(rows) bytes. The other
+way, all numbers in one collective after a first pass over all chunks, would need a fourth product of 2 n (C / ranks)
+D operations: a third more time. A collective waits some 20 to 50 µs, while a chunk of 4096 rows with D = 4096 and
+16384 classes on a rank takes 1.6·10¹² operations, some 3 ms on an H100: a hundredth of it.
 
-What the input's gradient owes to the other ranks' classes is added up once, after the last chunk: N·D elements. The
-weight's gradient stays where the weight is.
+Each rank's part of the input's gradient is added up once, after the last chunk: N·D elements. The weight's gradient
+stays on the weight's rank.
 
-*The input's rows are shared.* Each rank goes through its own chunks at the scale of the mean over all rows; the
-weight's gradient is added up by autograd, in the backward pass.
+*The input's rows are shared.* Each rank goes through its own chunks at the scale of the mean over all rows; autograd
+adds up the weight's gradient in the backward pass.
 """
 
 from __future__ import annotations
@@ -21,250 +21,254 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from ..backends.contract import Backend
-from ..loss.autograd import graph_is_kept, is_differentiable
-from ..loss.sharded import RowReduction, ShardedLoss, label_elsewhere
+from .. import checks
+from ..backends import choice
+from ..backends.contract import Backend, LossOptions
+from ..backends.view import as_labels
+from ..loss.sharded import RowReduction, ShardedLoss, check_labels_together, right_rows, sharded_loss
+from ..ranks import collectives, placements
 from ..ranks.collectives import Layout, all_reduce_detached, gather, replicated
-from . import chunks
-from .autograd import fused_linear_cross_entropy, gradient_of
-from .chunks import ChunkIterator, GradientAccumulator, LinearOptions, Needs
+from . import arguments, chunks
+from .autograd import fused_linear_cross_entropy
+from .chunks import ChunkLoss, Gradients, LinearOptions, Losses, Needs
 
-__all__ = ["common_rows_of_chunk", "loss_and_accuracy"]
+__all__ = ["linear_loss_over_ranks"]
 
 
-def loss_and_accuracy(
+@torch._disable_dynamo  # not torch.compiler.disable, which imports the compiler at once
+def linear_loss_over_ranks(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
+    options: LossOptions,
+    shift: bool,
+    chunking: dict[str, Any],
+    group: Any,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the loss and the accuracies of DTensors, or of a group's shards of the classes.
+
+    The arguments are :func:`fastloss.linear_cross_entropy`'s; ``options`` and ``chunking`` are checked already.
+    """
+    checks.check_no_gradient(weight)
+    by_mesh = any(map(placements.is_dtensor, (input, linear_weight)))
+    if by_mesh and group is not None:
+        raise ValueError("fastloss: group is given beside a DTensor, whose mesh says which ranks have what")
+    group = None if by_mesh else collectives.checked_group(group)
+    look = isinstance(input, Tensor) and choice.may_look(input)
+    soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() == input.dim()
+    error = None
+    try:
+        _check_tensors(input, linear_weight, target, linear_bias, weight, options, shift, soft=soft)
+        if chunking["accumulate_grad"] and (by_mesh or not linear_weight.is_leaf):
+            raise RuntimeError(
+                "fastloss: accumulate_grad=True beside a linear_weight that is a DTensor or not a leaf; pass a "
+                "parameter with group=, or accumulate_grad=False"
+            )
+    except Exception as raised:
+        error = raised
+    plan = None
+    x: Any
+    if by_mesh:
+        if error is not None:  # all ranks know it: these checks are of the whole tensors
+            raise error
+        plan = placements.plan_linear(input, linear_weight, target, linear_bias, soft)
+        if shift and any(p.is_shard() and p.dim == len(plan.row_shape) - 1 for p in plan.of_rows):
+            raise ValueError(
+                f"fastloss: shift=True with positions that are sharded ({plan.of_rows}); expected whole sequences on "
+                "each rank, or shift=False beside labels that are shifted already"
+            )
+        layout, t, weight = plan.layout, plan.target, placements.whole(weight)
+        x, w, b = (placements.local(tensor) for tensor in (input, linear_weight, linear_bias))
+    else:
+        layout = collectives.agreed_layout(
+            group,
+            len(linear_weight) if error is None else 0,
+            input.shape[:-1].numel() if error is None else 0,
+            device=input.device,
+            same=(options, input.shape, input.dtype, soft, shift, chunking, getattr(weight, "shape", None)),
+            labels=None if soft else target,
+            error=error,
+            look=look,
+        )
+        x, w, b, t = input, linear_weight, linear_bias, target
+    if look:
+        checks.check_weight(input.new_empty(()).expand(int(layout.classes)), weight)
+    t = arguments.shifted_labels(t, options.ignore_index) if shift else t
+    if not soft and look:
+        check_labels_together(t, layout, options.ignore_index, shifted=shift)
+    lead = x.shape[:-1]
+    x = x.reshape(-1, x.shape[-1])
+    t = t.reshape(-1, t.shape[-1]) if soft else as_labels(t)
+    weight = None if weight is None else weight.contiguous()
+    dtype = arguments.dtype_of_logits(x)
+    call = LinearOptions(options, dtype, checks.loss_dtype(x, t, weight, dtype), **chunking)
+    if layout.class_group is not None:
+        rows_of_chunk = _common_rows_of_chunk(call, len(x), w, Needs.of(x, w, b, t), layout)
+        call = dataclasses.replace(call, chunk_size=rows_of_chunk, memory_budget=None)
+    else:
+        chunks.rows_of_chunk(call, len(x), w, Needs.of(x, w, b, t))  # raises if the budget has no room for a row
+    results = _of_part(x, w, t, b, weight, call, layout, choice.load(choice.choose(x)))
+    if not options.is_reduced:
+        results = [value.view(lead) for value in results]
+    if plan is not None:
+        results = [plan.placed(value) for value in results]
+    if not options.is_reduced and shift:
+        results = [value[..., :-1] for value in results]
+    return results[0], tuple(results[1:])
+
+
+def _check_tensors(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    options: LossOptions,
+    shift: bool,
+    *,
+    soft: bool,
+) -> None:
+    """Check what one rank can check alone."""
+    arguments.check_shapes(input, linear_weight, target, linear_bias, shift)
+    if linear_weight.dim() > 2:
+        raise ValueError(
+            f"fastloss: linear_weight has shape {tuple(linear_weight.shape)}, torch's K-dimensional loss, over "
+            "several ranks; expected (C, D)"
+        )
+    rows, dtype = input.shape[:-1].numel(), arguments.dtype_of_logits(input)
+    logits = input.new_empty((), dtype=dtype).expand(rows, len(linear_weight))
+    if soft:
+        checks.check_soft_target(logits, target, None, options.ignore_index)
+    else:
+        checks.check_weight_dtype(logits, weight)
+
+
+def _of_part(
+    x: Tensor,
+    linear_weight: Tensor,
+    t: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
     call: LinearOptions,
     layout: Layout,
     backend: Backend,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss and the accuracies, ``()``, the same on every rank, or ``(rows,)``.
+) -> list[Tensor]:
+    """Return the loss and the accuracies over all ranks, ``()`` or ``(rows,)``, from this rank's part.
 
     Args:
-        input: x, this rank's rows, ``(rows, D)``.
+        x: this rank's rows, ``(rows, D)``.
         linear_weight: its classes, ``(C_r, D)``.
-        target: its rows' labels among all classes; or its part of class probabilities ``(rows, C_r)``.
+        t: its rows' labels among all classes; or its part of class probabilities ``(rows, C_r)``.
         linear_bias: its classes, ``(C_r,)``.
         weight: of all classes, ``(C,)``.
-        call: the rest.
-        layout: where the other ranks' rows and classes lie.
-        backend: whose functions visit the logits.
+        call: the options.
+        layout: the place of the rows and classes among those of all ranks.
+        backend: the backend whose functions visit the logits.
     """
-    options, dtype = call.options, call.loss_dtype
-    soft = target.is_floating_point()
-    share = RowReduction(input, None if soft else target, weight, options, layout)
+    soft = t.is_floating_point()
+    reduction = RowReduction(x, None if soft else t, weight, call.options, layout)
     linear_weight = replicated(linear_weight, layout.row_groups)
     linear_bias = None if linear_bias is None else replicated(linear_bias, layout.row_groups)
-    total: Tensor | float = float(layout.rows) if soft else share.divisor
-    call = dataclasses.replace(call, total=total, loss_dtype=torch.float64)
-    if layout.class_group is None:
-        loss, values = fused_linear_cross_entropy(input, linear_weight, target, linear_bias, weight, call, backend)
-    else:
-        if not torch.is_grad_enabled():
-            input, linear_weight, target = input.detach(), linear_weight.detach(), target.detach()
-            linear_bias = None if linear_bias is None else linear_bias.detach()
-        loss, *values = _SharedClasses.apply(  # type: ignore[assignment]
-            input, linear_weight, linear_bias, target, weight, call, layout, backend
-        )
-    right = torch.stack(tuple(values)).double() if len(values) else None
-    return share.finished(loss, right, dtype, (len(input),))
+    total: Tensor | float = float(layout.rows) if soft else reduction.divisor
+    of_part = dataclasses.replace(call, total=total, loss_dtype=torch.float64)
+    losses = Losses(weight, of_part, backend)
+    if layout.class_group is not None:
+        losses = _SharedLosses(weight, of_part, backend, layout)
+    loss, values = fused_linear_cross_entropy(x, linear_weight, t, linear_bias, losses)
+    right = torch.stack(values).double() if values else None
+    loss, values = reduction.finished(loss, right, call.loss_dtype, (len(x),))
+    return [loss, *values]
 
 
-def common_rows_of_chunk(call: LinearOptions, rows: int, linear_weight: Tensor, needs: Needs, layout: Layout) -> int:
-    """:func:`linear_chunks.rows_of_chunk`, the same on all ranks that share the classes: a chunk has collectives.
+def _common_rows_of_chunk(call: LinearOptions, rows: int, linear_weight: Tensor, needs: Needs, layout: Layout) -> int:
+    """Return a chunk's rows, the same on all ranks that share the classes, since a chunk has collectives.
 
-    That of the rank that has the most classes. On a GPU with ``group=`` the host doesn't know of it: there the rule
-    leaves the width of the head out, and for a ``memory_budget`` the host waits once.
+    It is :func:`chunks.rows_of_chunk` of the rank that has the most classes. On a GPU with ``group=`` the host
+    doesn't know their number: there the rule leaves the width of the head out, and for a ``memory_budget`` the host
+    waits once.
 
     Raises:
         ValueError: the budget has no room for a row; on all ranks.
     """
-    if layout.class_group is None:
-        return chunks.rows_of_chunk(call, rows, linear_weight, needs)
     most = layout.most_classes
     if most is None and call.memory_budget is not None:
-        mine = torch.full((), len(linear_weight), dtype=torch.int64, device=linear_weight.device)
-        most = int(gather(mine, layout.class_group).max())
+        own = torch.full((), len(linear_weight), dtype=torch.int64, device=linear_weight.device)
+        most = int(gather(own, layout.class_group).max())
     stand_in = linear_weight.new_empty(()).expand(1 if most is None else most, linear_weight.shape[1])
     return chunks.rows_of_chunk(call, rows, stand_in, needs)
 
 
-class _SharedClasses(Function):
-    """(input, linear_weight, linear_bias, target, …) → (loss, *right rows): of this rank's rows, all classes."""
+class _SharedLosses(Losses):
+    """The losses of chunks whose classes are shared: one collective per chunk, two with an accuracy."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        weight: Tensor | None,
-        call: LinearOptions,
-        layout: Layout,
-        backend: Backend,
-    ) -> tuple[Tensor, ...]:
-        ctx.call, ctx.layout, ctx.backend = call, layout, backend
-        ctx.accumulated = linear_weight if call.accumulate_grad and linear_weight.requires_grad else None
-        needs = Needs(*ctx.needs_input_grad[:4])
-        ctx.written = chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
-        ctx.set_materialize_grads(False)
-        with torch.autocast(input.device.type, enabled=False):
-            loss, right, gradients, kept = _forward(
-                input, linear_weight, target, linear_bias, weight, call, layout, needs, ctx.written, backend
-            )
-        ctx.mark_non_differentiable(*right)
-        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, kept, *gradients)
-        return (loss, *right)
+    per_row = True
 
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstream, nothing = upstreams[0], (None,) * 4
-        if upstream is None:
-            return (None,) * 8
-        if is_differentiable(upstreams[:1]):
-            raise RuntimeError(
-                "fastloss: linear_cross_entropy over shards of the classes has no second derivative; with "
-                "create_graph=True use cross_entropy(torch.nn.functional.linear(input, linear_weight), ...) instead"
-            )
-        input, linear_weight, linear_bias, target, weight, kept, *written = ctx.saved_tensors
-        if ctx.written:
-            mine = not graph_is_kept()
-            handed = (None if g is None else ctx.backend.rescale(g.detach(), upstream, inplace=mine) for g in written)
-            return (*handed, *nothing)
-        into = None if ctx.accumulated is None else gradient_of(ctx.accumulated)
-        needs = Needs(*ctx.needs_input_grad[:4])
-        with torch.autocast(input.device.type, enabled=False), torch.no_grad():
-            found = _backward(
-                *(upstream, input, linear_weight, target, linear_bias, weight, kept),
-                *(ctx.call, ctx.layout, needs, ctx.backend, into),
-            )
-        return (*found, *nothing)
+    def __init__(self, weight: Tensor | None, call: LinearOptions, backend: Backend, layout: Layout) -> None:
+        super().__init__(weight, call, backend)
+        self.layout, self.upstream_dtype = layout, torch.float64
+
+    def forward(self, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
+        options, labels = self.call.options, None if t.is_floating_point() else t
+        shard = sharded_loss(z, t, self.weight, options, self.layout, ranked=bool(options.topk))
+        *numbers, rank = shard.numbers(z, t, self.backend)
+        values, upstreams = _differentiated(shard, tuple(numbers), self._scale(total, z))
+        right = None if rank is None else right_rows(rank, labels, options, self.layout.classes)
+        of_target = self._gradients(shard, upstreams, z, t, tuple(numbers), needs)
+        return ChunkLoss(values, right, tuple(number for number in numbers if number is not None), of_target)
+
+    def finished(self, loss: Tensor, total: Tensor | float | None) -> Tensor:
+        return loss.sum() * self._scale(total, loss) if self.call.options.is_reduced else loss
+
+    def backward(self, upstream: Tensor, t: Tensor, z: Tensor, saved: tuple[Tensor, ...], needs: Needs) -> Any:
+        sums = 2 + t.is_floating_point()
+        numbers = (*saved[:sums], saved[sums] if len(saved) > sums else None)
+        shard = sharded_loss(z, t, self.weight, self.call.options, self.layout, ranked=False)
+        _, upstreams = _differentiated(shard, numbers, upstream)
+        return self._gradients(shard, upstreams, z, t, numbers, needs)
+
+    def whole(self, gradients: Gradients) -> Gradients:
+        if gradients.input is None:
+            return gradients
+        return gradients._replace(input=all_reduce_detached(gradients.input, (self.layout.class_group,)))
+
+    def refuse_second_derivative(self) -> None:
+        raise RuntimeError(
+            "fastloss: linear_cross_entropy over shards of the classes has no second derivative; with "
+            "create_graph=True gather linear_weight first (of a DTensor: redistribute) and pass the whole of it"
+        )
+
+    def _scale(self, total: Tensor | float | None, like: Tensor) -> Tensor:
+        one = torch.ones((), dtype=torch.float64, device=like.device)
+        return one if total is None else one / total
+
+    def _gradients(
+        self,
+        shard: ShardedLoss,
+        upstreams: tuple[Tensor | None, ...],
+        z: Tensor,
+        t: Tensor,
+        numbers: tuple[Tensor | None, ...],
+        needs: Needs,
+    ) -> Tensor | None:
+        """Write the gradient over the logits z, and return that of the probabilities, ``(n, C_r, 1)``, or None."""
+        if not any(needs):
+            return None
+        of_logits = any(needs[:3])
+        pair = of_logits, needs.target
+        _, of_target = shard.gradients(upstreams, z, t, numbers, pair, self.backend, inplace=of_logits)
+        return None if of_target is None else of_target.unsqueeze(2)
 
 
-def _kind(
-    z: Tensor, t: Tensor, weight: Tensor | None, call: LinearOptions, layout: Layout, *, ranked: bool
-) -> ShardedLoss:
-    """What the loss asks of a chunk's rows."""
-    labels = None if t.is_floating_point() else t
-    label = label_elsewhere(z, t, labels, call.options, layout) if ranked else None
-    return ShardedLoss(z, t, labels, weight, call.options, layout, label)
-
-
-def _coefficients(
-    kind: ShardedLoss, numbers: tuple[Tensor | None, ...], upstream: Tensor
+def _differentiated(
+    shard: ShardedLoss, numbers: tuple[Tensor | None, ...], upstream: Tensor
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The rows' losses, and the upstream gradients of the numbers that they are made of."""
+    """Return the rows' losses, and the upstream gradients of the numbers that they are made of."""
     with torch.enable_grad():
         numbers = tuple(None if number is None else number.detach().requires_grad_() for number in numbers)
-        values = kind.values(numbers)
+        values = shard.values(numbers)
         given = [number for number in numbers if number is not None]
-        found = iter(
-            torch.autograd.grad(values, given, torch.as_tensor(upstream).expand_as(values), allow_unused=True)
-        )
-    return values.detach(), tuple(None if number is None else next(found) for number in numbers)
-
-
-def _forward(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    call: LinearOptions,
-    layout: Layout,
-    needs: Needs,
-    written: bool,
-    backend: Backend,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...], Tensor]:
-    """The loss, the right rows, the gradients where they can be written now, and what the backward pass needs."""
-    options, rows = call.options, len(input)
-    none, soft, ks = options.reduction == "none", target.is_floating_point(), len(options.topk)
-    wide: Any = {"dtype": torch.float64, "device": input.device}
-    total: Any = call.total if options.reduction == "mean" else 1.0
-    scale = torch.ones((), **wide) / total
-    losses = torch.zeros(rows, **wide)
-    right = torch.zeros((ks, rows) if none else (ks,), **wide)
-    visit = ChunkIterator(rows, linear_weight, target, call, needs)
-    sums = GradientAccumulator(
-        input, linear_weight, linear_bias, target, visit, needs if written else Needs(*[False] * 4)
-    )
-    kept = (
-        input.new_zeros((3 + soft, rows), dtype=torch.float64) if any(needs) and not written else input.new_empty(0)
-    )
-    for index, x, t, z in visit.chunks(input, linear_bias):
-        kind = _kind(z, t, weight, call, layout, ranked=ks > 0)
-        *numbers, rank = kind.visit(z, t, backend)
-        values, coefficients = _coefficients(kind, tuple(numbers), scale)
-        losses[index] = values
-        if rank is not None:
-            share = RowReduction(z, None if soft else t, None, options, Layout(layout.classes, rows=len(t)))
-            found = share.right(rank)
-            if none:
-                right[:, index] = found
-            else:
-                right += found
-        if len(kept):
-            for place, number in enumerate(numbers):
-                if number is not None:
-                    kept[place, index] = number
-        if written:
-            of_logits, of_target = kind.gradients(
-                coefficients, z, t, tuple(numbers), (any(needs[:3]), needs.target), backend, inplace=any(needs[:3])
-            )
-            if of_logits is not None:
-                sums.add(index, x, of_logits)
-            sums.add_target(index, None if of_target is None else of_target.unsqueeze(2))
-            del of_logits, of_target
-        del kind, z  # the sums are rounded without the chunk
-    loss = losses if none else losses.sum() * scale
-    gradients = sums.finished()
-    return loss, tuple(right.unbind(0)), _whole_input(gradients, layout), kept
-
-
-def _backward(
-    upstream: Tensor,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    kept: Tensor,
-    call: LinearOptions,
-    layout: Layout,
-    needs: Needs,
-    backend: Backend,
-    into: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """The gradients from the logits, computed once more; the numbers of their rows are known."""
-    smoothing, soft = call.options.label_smoothing != 0, target.is_floating_point()
-    total: Any = call.total if call.options.reduction == "mean" else 1.0
-    upstream = (upstream.double() / total).expand(len(input))
-    visit = ChunkIterator(len(input), linear_weight, target, call, needs)
-    sums = GradientAccumulator(input, linear_weight, linear_bias, target, visit, needs, into=into)
-    for index, x, t, z in visit.chunks(input, linear_bias):
-        kind = _kind(z, t, weight, call, layout, ranked=False)
-        numbers = (*kept[: 2 + soft, index].unbind(0), kept[-1, index] if smoothing else None)
-        _, coefficients = _coefficients(kind, numbers, upstream[index])
-        of_logits, of_target = kind.gradients(
-            coefficients, z, t, numbers, (any(needs[:3]), needs.target), backend, inplace=any(needs[:3])
-        )
-        if of_logits is not None:
-            sums.add(index, x, of_logits)
-        sums.add_target(index, None if of_target is None else of_target.unsqueeze(2))
-        del of_logits, of_target, z  # the sums are rounded without the chunk
-    return _whole_input(sums.finished(), layout)
-
-
-def _whole_input(gradients: chunks.Gradients, layout: Layout) -> tuple[Tensor | None, ...]:
-    """The gradients, that of the input over all classes."""
-    of_input = gradients.input
-    if of_input is not None:
-        of_input = all_reduce_detached(of_input, (layout.class_group,))
-    return (of_input, *gradients[1:])
+        gradients = iter(torch.autograd.grad(values, given, upstream.expand_as(values), allow_unused=True))
+    return values.detach(), tuple(None if number is None else next(gradients) for number in numbers)

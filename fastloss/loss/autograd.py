@@ -2,17 +2,17 @@
 
 There are two ways to the gradient:
 
-*Written in the forward pass* (reduction "mean" and "sum"). The one visit to the logits leaves the gradient at
-an upstream gradient of 1, G = ∂L/∂x; backward hands G over, scaled if the upstream is not 1. The logits are not
-kept. G is an *output* of the node, so that an expression of G is an expression of the logits: the second
-derivative is this node's backward at an upstream gradient V of G. It needs only the softmax p, which G gives
-back: with G = s (A p − b),
+*Written in the forward pass* (reduction "mean" and "sum"). The one visit to the logits writes the gradient at an
+upstream gradient of 1, G = ∂L/∂x; backward hands G over, scaled if the upstream is not 1. The logits are not saved. G
+is an *output* of the node, so that an expression of G is an expression of the logits: the second derivative is this
+node's backward at an upstream gradient V of G. It needs only the softmax p, which follows from G: with G = s (A p −
+b),
 
     H V = s A (p ∘ V − p ⟨p, V⟩),     p = (G / s + b) / A
 
-(A and b as in ``backends/eager/cross_entropy.py``; for soft targets S and w u), itself written in differentiable ops,
-so that the third derivative follows. Where a softcap or the z-loss hides p, the logits are kept after all, for those
-derivatives.
+(A and b as in ``backends/eager/cross_entropy.py``; for class probabilities S and w u). It is written in
+differentiable operators, so that the third derivative follows. Where p does not follow from G (softcap, z-loss), the
+logits are saved for these derivatives.
 
 *Computed in backward, from the logits* (reduction "none"; float16, where a gradient divided by N before the loss
 scale arrives would flush to zero). Derivatives past the first go through :mod:`fastloss.loss.composite`.
@@ -20,18 +20,18 @@ scale arrives would flush to zero). Derivatives past the first go through :mod:`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from ..backends.contract import Backend, LossOptions, compute_dtype
+from ..backends.view import as_rows
 from . import composite
 
-__all__ = ["as_labels", "as_rows", "fused_cross_entropy", "graph_is_kept", "is_differentiable"]
+__all__ = ["fused_cross_entropy", "gradients_from_input", "handed_over", "is_differentiable", "visit"]
 
 
 def fused_cross_entropy(
@@ -44,31 +44,17 @@ def fused_cross_entropy(
     inplace: bool,
     divisor: Tensor | float | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss (with a graph where ``input`` needs one) and the accuracies, all as ``()`` or ``(rows,)``.
+    """Return the loss, with a graph where a tensor needs one, and the accuracies; ``()`` or ``(rows,)``.
 
-    ``divisor`` goes with reduction "sum": loss and gradient, not the accuracies, are divided by it. So these rows
-    give their part of a mean over more rows than they are. It is ``()`` in float64; beside a soft target a float.
-
-    ``input`` is ``(C,)`` or ``(N, C, …)``; ``target``, unless it is soft and shaped like ``input``, and what comes
-    back "a row" are flat.
+    Args:
+        input: ``(C,)`` or ``(N, C, …)``. target: labels ``(rows,)``, or class probabilities of ``input``'s shape.
+        weight: of the classes, contiguous. options: checked. backend: the backend whose functions visit the logits.
+        loss_dtype: of the loss. inplace: write the gradient over ``input``. divisor: goes with reduction "sum": loss
+        and gradient, not the accuracies, are divided by it, so that these rows
+            give their part of a mean over more rows. ``()`` in float64; beside class probabilities a float.
     """
-    soft = target.is_floating_point()
     if not ((input.requires_grad or target.requires_grad) and torch.is_grad_enabled()):
-        if soft:
-            loss = backend.soft_cross_entropy_forward(
-                as_rows(input),
-                as_rows(target),
-                weight,
-                options,
-                loss_dtype=loss_dtype,
-                gradient=False,
-                target_gradient=False,
-                inplace=False,
-            ).loss
-            return _divided(loss, divisor), ()
-        result = backend.cross_entropy_forward(
-            as_rows(input), target, weight, options, loss_dtype=loss_dtype, gradient=False, inplace=False
-        )
+        result = visit(input, target, weight, options, backend, loss_dtype, gradient=False)
         return _divided(result.loss, divisor), result.accuracy
     base = input._base if input._is_view() else None
     if (
@@ -80,117 +66,96 @@ def fused_cross_entropy(
             "fastloss: inplace=True would write the gradient over a leaf tensor that requires grad, or over a "
             "view of one; pass the output of an operation, or inplace=False"
         )
-    function = _SoftCrossEntropy if soft else _CrossEntropy
-    loss, _, *accuracy = function.apply(input, target, weight, options, backend, loss_dtype, inplace, divisor)
+    loss, _, *accuracy = _CrossEntropy.apply(input, target, weight, options, backend, loss_dtype, inplace, divisor)
     return loss, tuple(accuracy)
+
+
+class Visit(NamedTuple):
+    """The result of a backend's forward pass, for labels or for class probabilities."""
+
+    loss: Tensor
+    accuracy: tuple[Tensor, ...]
+    gradient: Tensor | None  # of the input, in its shape
+    target_gradient: Tensor | None
+    saved: tuple[Tensor, ...]
+    scale: Tensor | None
+
+
+def visit(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    backend: Backend,
+    loss_dtype: torch.dtype,
+    *,
+    gradient: bool,
+    target_gradient: bool = False,
+    inplace: bool = False,
+    divisor: Any = None,
+) -> Visit:
+    """Run the backend's forward pass. The arguments are as in :func:`fused_cross_entropy`."""
+    logits = as_rows(input)
+    if not target.is_floating_point():
+        result = backend.cross_entropy_forward(
+            *(logits, target, weight, options),
+            loss_dtype=loss_dtype,
+            gradient=gradient,
+            inplace=inplace,
+            divisor=divisor if gradient else None,
+        )
+        return Visit(result.loss, result.accuracy, _like(result.gradient, input), None, result.saved, result.scale)
+    soft = backend.soft_cross_entropy_forward(
+        *(logits, as_rows(target), weight, options),
+        loss_dtype=loss_dtype,
+        gradient=gradient,
+        target_gradient=target_gradient,
+        inplace=inplace,
+        divisor=1.0 if divisor is None else divisor,
+    )
+    return Visit(soft.loss, (), _like(soft.gradient, input), _like(soft.target_gradient, target), soft.saved, None)
+
+
+def gradients_from_input(
+    upstream: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    backend: Backend,
+    saved: Sequence[Tensor],
+    *,
+    gradient: bool = True,
+    target_gradient: bool = False,
+    inplace: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Run the backend's backward pass; return the gradients of ``input`` and ``target``."""
+    logits = as_rows(input)
+    if not target.is_floating_point():
+        of_input = backend.cross_entropy_backward(upstream, logits, target, weight, options, saved, inplace=inplace)
+        return of_input.view(input.shape), None
+    of_logits, of_target = backend.soft_cross_entropy_backward(
+        *(upstream, logits, as_rows(target), weight, options, saved),
+        gradient=gradient,
+        target_gradient=target_gradient,
+        inplace=inplace,
+    )
+    return _like(of_logits, input), _like(of_target, target)
+
+
+def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.view(tensor.shape)
 
 
 def _divided(loss: Tensor, divisor: Tensor | float | None) -> Tensor:
     return loss if divisor is None else (loss / divisor).to(loss.dtype)
 
 
-def as_rows(input: Tensor) -> Tensor:
-    """The canonical ``(outer, classes, inner)``: a view wherever strides allow one."""
-    if input.dim() == 1:
-        return input[None, :, None]
-    if input.dim() == 2:
-        return input.unsqueeze(2)
-    # Not flatten(2), which a batched upstream (is_grads_batched=True) has no rule for.
-    return input.reshape(*input.shape[:2], math.prod(input.shape[2:]))
-
-
-def as_labels(target: Tensor) -> Tensor:
-    """One label a row, in the order of :func:`as_rows`, side by side."""
-    return target if target.dim() == 1 and target.is_contiguous() else target.reshape(-1).contiguous()
-
-
 class _CrossEntropy(Function):
-    """(input, …) → (loss, G or None, *accuracies)."""
+    """(input, target, …) → (loss, G or None, *accuracies).
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
-        backend: Backend,
-        loss_dtype: torch.dtype,
-        inplace: bool,
-        divisor: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        logits = as_rows(input)
-        # Where the view had to be a copy, the logits' own memory stays as it is.
-        inplace = inplace and logits.data_ptr() == input.data_ptr()
-        ctx.options, ctx.backend, ctx.inplace = options, backend, inplace
-        ctx.set_materialize_grads(False)
-        # In float16 the loss scale must be known before the gradient is rounded.
-        written = options.reduction != "none" and input.dtype != torch.float16
-        hides_softmax = options.softcap is not None or options.lse_square_scale != 0
-        ctx.from_logits = not written or (hides_softmax and not inplace)
-        result = backend.cross_entropy_forward(
-            *(logits, target, weight, options),
-            loss_dtype=loss_dtype,
-            gradient=written,
-            inplace=inplace and written,
-            divisor=divisor if written else None,
-        )
-        loss, ctx.divisor = _divided(result.loss, divisor), divisor
-        scale = result.scale if divisor is None else divisor.reciprocal()
-        ctx.mark_non_differentiable(*result.accuracy)
-        ctx.written = written
-        gradient = None if result.gradient is None else result.gradient.view(input.shape)
-        if gradient is not None and inplace:
-            torch.autograd.graph.increment_version(input)
-            # An alias of the input shares its version: whoever writes over the gradient is found out.
-            ctx.save_for_backward(input.detach())
-            return (loss, None, *result.accuracy)
-        ctx.save_for_backward(input if ctx.from_logits else None, target, weight, gradient, scale, *result.saved)
-        return (loss, gradient, *result.accuracy)
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_loss, of_gradient = upstreams[:2]
-        differentiable = is_differentiable(upstreams[:2])
-        nothing = (None,) * 7
-        if ctx.inplace and ctx.written:
-            _refuse_second_derivative(upstreams[:2])
-            return (*_handed_over(ctx, ctx.saved_tensors, of_loss), *nothing)
-
-        input, target, weight, gradient, scale, *saved = ctx.saved_tensors
-        if differentiable and ctx.from_logits:
-            return (*_differentiable_gradients(ctx, input, target, weight, of_loss), *nothing[1:])
-        if not ctx.written:
-            if of_loss is None:
-                return (None, *nothing)
-            result = ctx.backend.cross_entropy_backward(
-                of_loss if ctx.divisor is None else of_loss / ctx.divisor,
-                as_rows(input),
-                target,
-                weight,
-                ctx.options,
-                saved,
-                inplace=ctx.inplace and not graph_is_kept(),
-            )
-            if ctx.inplace and not graph_is_kept():
-                torch.autograd.graph.increment_version(input)
-            return (result.view(input.shape), *nothing)
-
-        if not differentiable and of_gradient is None:
-            return (*_handed_over(ctx, (gradient,), of_loss), *nothing)
-        total = None if of_loss is None else gradient * of_loss
-        if of_gradient is not None:
-            slopes = _hard_slopes(gradient, target, weight, ctx.options, scale)
-            second = _second(gradient, of_gradient, *slopes)
-            total = second if total is None else total + second
-        return (total, *nothing)
-
-
-class _SoftCrossEntropy(Function):
-    """(input, soft target, …) → (loss, G or None): as :class:`_CrossEntropy`, with a gradient for the target too.
-
-    That one is written or computed together with G, but is no output: derivatives past the first of a target that
-    requires grad come from the logits, which are kept then.
+    The gradient of class probabilities is written or computed together with G, but is no output: where they require
+    grad, the logits are saved, and derivatives past the first come from those.
     """
 
     @staticmethod
@@ -203,114 +168,105 @@ class _SoftCrossEntropy(Function):
         backend: Backend,
         loss_dtype: torch.dtype,
         inplace: bool,
-        divisor: float | None,
+        divisor: Any,
     ) -> tuple[Tensor | None, ...]:
         of_input, of_target = ctx.needs_input_grad[:2]
-        logits, soft = as_rows(input), as_rows(target)
-        inplace = inplace and of_input and logits.data_ptr() == input.data_ptr()
-        ctx.options, ctx.backend, ctx.inplace = options, backend, inplace
+        # Where the view has to be a copy, the logits' own memory stays as it is.
+        inplace = inplace and of_input and as_rows(input).data_ptr() == input.data_ptr()
+        ctx.options, ctx.backend, ctx.inplace, ctx.divisor = options, backend, inplace, divisor
         ctx.set_materialize_grads(False)
-        ctx.written = options.reduction != "none" and torch.float16 not in (input.dtype, target.dtype)
-        hides_softmax = options.softcap is not None or options.lse_square_scale != 0 or not options.from_logits
-        overwrites = inplace and ctx.written
-        ctx.from_logits = not overwrites and (not ctx.written or hides_softmax or of_target)
-        result = backend.soft_cross_entropy_forward(
-            logits,
-            soft,
-            weight,
-            options,
-            loss_dtype=loss_dtype,
+        # In float16 the loss scale must be known before the gradient is rounded.
+        ctx.written = options.is_reduced and torch.float16 not in (input.dtype, target.dtype)
+        ctx.overwrites = inplace and ctx.written
+        ctx.from_logits = not ctx.overwrites and (not ctx.written or options.hides_softmax or of_target)
+        loss, accuracy, gradient, target_gradient, saved, scale = visit(
+            *(input, target, weight, options, backend, loss_dtype),
             gradient=ctx.written and of_input,
             target_gradient=ctx.written and of_target,
-            inplace=overwrites,
-            divisor=1.0 if divisor is None else divisor,
+            inplace=ctx.overwrites,
+            divisor=divisor,
         )
-        loss, ctx.divisor = _divided(result.loss, divisor), divisor
-        gradient = None if result.gradient is None else result.gradient.view(input.shape)
-        target_gradient = None if result.target_gradient is None else result.target_gradient.view(target.shape)
-        if overwrites:
+        loss = _divided(loss, divisor)
+        ctx.mark_non_differentiable(*accuracy)
+        if ctx.overwrites:
             torch.autograd.graph.increment_version(input)
+            # An alias of the input shares its version, so that a later write over the gradient is noticed.
             ctx.save_for_backward(input.detach(), target_gradient)
-            return loss, None
-        ctx.save_for_backward(
-            input if ctx.from_logits else None, target, weight, gradient, target_gradient, *result.saved
-        )
-        return loss, gradient
+            return (loss, None, *accuracy)
+        if isinstance(divisor, Tensor):
+            scale = divisor.reciprocal()
+        logits = input if ctx.from_logits else None
+        ctx.save_for_backward(logits, target, weight, gradient, target_gradient, scale, *saved)
+        return (loss, gradient, *accuracy)
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_loss, of_gradient = upstreams
+        of_loss, of_gradient = upstreams[:2]
         nothing = (None,) * 6
-        if ctx.inplace and ctx.written:
-            _refuse_second_derivative(upstreams)
-            return (*_handed_over(ctx, ctx.saved_tensors, of_loss), *nothing)
-        input, target, weight, gradient, target_gradient, *saved = ctx.saved_tensors
-        differentiable = is_differentiable(upstreams)
+        differentiable = is_differentiable(upstreams[:2])
+        if ctx.overwrites:
+            if differentiable:
+                raise RuntimeError(
+                    "fastloss: the logits were overwritten (inplace=True), so there is no second derivative; "
+                    "use inplace=False with create_graph=True"
+                )
+            return (*handed_over(ctx.backend, ctx.saved_tensors, of_loss), *nothing)
+        input, target, weight, gradient, target_gradient, scale, *saved = ctx.saved_tensors
         if differentiable and ctx.from_logits:
             return (*_differentiable_gradients(ctx, input, target, weight, of_loss), *nothing)
         if not ctx.written:
             if of_loss is None:
                 return (None, None, *nothing)
             of_input, of_target = ctx.needs_input_grad[:2]
-            inplace = ctx.inplace and not graph_is_kept()
-            g, d = ctx.backend.soft_cross_entropy_backward(
+            inplace = ctx.inplace and not _graph_is_kept()
+            gradients = gradients_from_input(
                 of_loss if ctx.divisor is None else of_loss / ctx.divisor,
-                as_rows(input),
-                as_rows(target),
-                weight,
-                ctx.options,
-                saved,
+                *(input, target, weight, ctx.options, ctx.backend, saved),
                 gradient=of_input,
                 target_gradient=of_target,
                 inplace=inplace,
             )
             if inplace:
                 torch.autograd.graph.increment_version(input)
-            return (
-                None if g is None else g.view(input.shape),
-                None if d is None else d.view(target.shape),
-                *nothing,
-            )
-        if differentiable or of_gradient is not None:
-            total = None if of_loss is None else gradient * of_loss
-            if of_gradient is not None:
-                second = _second(gradient, of_gradient, *_soft_slopes(gradient, target, weight, ctx))
-                total = second if total is None else total + second
-            return (total, None, *nothing)
-        return (*_handed_over(ctx, (gradient, target_gradient), of_loss), *nothing)
+            return (*gradients, *nothing)
+        if not differentiable and of_gradient is None:
+            return (*handed_over(ctx.backend, (gradient, target_gradient), of_loss), *nothing)
+        total = None if of_loss is None else gradient * of_loss
+        if of_gradient is not None:
+            if target.is_floating_point():
+                slopes = _soft_slopes(gradient, target, weight, ctx)
+            else:
+                slopes = _hard_slopes(gradient, target, weight, ctx.options, scale)
+            second = _second(gradient, of_gradient, *slopes)
+            total = second if total is None else total + second
+        return (total, None, *nothing)
 
 
-def _handed_over(ctx: Any, written: Sequence[Tensor | None], upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients that the forward pass wrote, times ``upstream``."""
-    mine = not graph_is_kept()
+def handed_over(
+    backend: Backend, gradients: Sequence[Tensor | None], upstream: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients that the forward pass wrote, times ``upstream``; in place where autograd is done."""
+    inplace = not _graph_is_kept()
     return tuple(
-        None if g is None or upstream is None else ctx.backend.rescale(g.detach(), upstream, inplace=mine)
-        for g in written
+        None if g is None or upstream is None else backend.rescale(g.detach(), upstream, inplace=inplace)
+        for g in gradients
     )
 
 
 def is_differentiable(upstreams: Sequence[Tensor | None]) -> bool:
-    """Must backward itself be differentiable (``create_graph=True``)?
+    """Return True if backward itself must be differentiable (``create_graph=True``).
 
-    A batched upstream (``is_grads_batched=True``) takes the same road: out of place, in torch's own ops.
+    A batched upstream (``is_grads_batched=True``) needs the same: torch's own operators, out of place.
     """
     return torch.is_grad_enabled() or any(
         u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in upstreams
     )
 
 
-def _refuse_second_derivative(upstreams: Sequence[Tensor | None]) -> None:
-    if is_differentiable(upstreams):
-        raise RuntimeError(
-            "fastloss: the logits were overwritten (inplace=True), so there is no second derivative; "
-            "use inplace=False with create_graph=True"
-        )
-
-
 def _hard_slopes(
     gradient: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A, b and s of class indices, where G = s (A p − b): see the head of this file. A is 0 in ignored rows."""
+    """Return A, b and s of class indices in G = s (A p − b), as at the top of this file. A is 0 in ignored rows."""
     dtype = compute_dtype(gradient.dtype)
     outer, classes, inner = as_rows(gradient).shape
     target = target.view(outer, 1, inner).long()
@@ -325,7 +281,7 @@ def _hard_slopes(
 
 
 def _soft_slopes(gradient: Tensor, target: Tensor, weight: Tensor | None, ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of soft targets: b_c = w_c u_c, and A their sum."""
+    """Return A, b and s of class probabilities: b_c = w_c u_c, and A is their sum."""
     dtype = compute_dtype(gradient.dtype)
     b = as_rows(target).to(dtype)
     outer, classes, inner = b.shape
@@ -338,10 +294,10 @@ def _soft_slopes(gradient: Tensor, target: Tensor, weight: Tensor | None, ctx: A
 
 
 def _second(gradient: Tensor, v: Tensor, level: Tensor, b: Tensor, s: Tensor) -> Tensor:
-    """H V, from G, in differentiable ops: see the head of this file."""
+    """Return H V, from G, in differentiable operators, as at the top of this file."""
     dtype = compute_dtype(gradient.dtype)
     g, v = as_rows(gradient).to(dtype), as_rows(v).to(dtype)
-    # A row of weight 0 has G = 0 and H = 0, whatever its p.
+    # A row of weight 0 has G = 0 and H = 0 for any p.
     known = level != 0
     p = torch.where(known, (g / s + b) / torch.where(known, level, 1.0), 0.0)
     result = s * p * level * (v - (p * v).sum(1, keepdim=True))
@@ -351,12 +307,12 @@ def _second(gradient: Tensor, v: Tensor, level: Tensor, b: Tensor, s: Tensor) ->
 def _differentiable_gradients(
     ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, upstream: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients as functions of ``input``, ``target`` and ``upstream`` that autograd can differentiate again."""
+    """Return the gradients as functions of all three tensors that autograd can differentiate again."""
     if upstream is None:
         return None, None
     create_graph = torch.is_grad_enabled()
     if create_graph:
-        # The target may be made of the input: a view stands for its own part of the derivative alone.
+        # The target may be computed from the input. Each view gets its own part of the derivative alone.
         input, target = input.view_as(input), target.view_as(target)
     else:
         input = input.detach().requires_grad_(ctx.needs_input_grad[0])
@@ -378,11 +334,11 @@ def _differentiable_gradients(
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """``(rows, classes)``, or ``(classes,)`` as it is."""
+    """Return ``(rows, classes)``; ``(classes,)`` as it is."""
     return tensor if tensor.dim() == 1 else as_rows(tensor).movedim(1, -1).flatten(0, 1)
 
 
-def graph_is_kept() -> bool:
-    """Will autograd come back to this node (``retain_graph=True``)? If that can't be known: yes."""
+def _graph_is_kept() -> bool:
+    """Return True if autograd may come back to this node (``retain_graph=True``), or if that can't be known."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())

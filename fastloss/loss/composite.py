@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
 from ..backends.contract import LossOptions, compute_dtype
+from ..backends.view import class_dim
 
-__all__ = ["accuracy", "by_class", "cross_entropy", "is_soft", "reduced", "row_weight"]
+__all__ = ["accuracy", "by_class", "cross_entropy", "labels_of", "reduced", "row_weight"]
 
 
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, dtype: torch.dtype | None = None
 ) -> Tensor:
     """The loss in ``dtype``, or in the one that torch gives it; shapes as in :func:`fastloss.cross_entropy`."""
-    soft = is_soft(input, target)
+    soft = checks.is_soft(input, target)
     plain = options.softcap is None and not options.lse_square_scale and options.from_logits
     if dtype is None:
         dtype = torch.promote_types(input.dtype, target.dtype) if soft else input.dtype
@@ -49,9 +51,9 @@ def cross_entropy(
 
 
 def _z_loss(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
-    lse = torch.logsumexp(logits, _class_dim(logits))
-    if is_soft(logits, target):
-        mass = (target if weight is None else target * by_class(weight, target)).sum(_class_dim(target))
+    lse = torch.logsumexp(logits, class_dim(logits))
+    if checks.is_soft(logits, target):
+        mass = (target if weight is None else target * by_class(weight, target)).sum(class_dim(target))
         return reduced(options.lse_square_scale * mass * lse.square(), None, options.reduction)
     counted, weights = row_weight(target, weight, logits.dtype, options)
     # The inner `where` keeps an ignored row's infinities out of the gradient of the outer one.
@@ -59,16 +61,11 @@ def _z_loss(logits: Tensor, target: Tensor, weight: Tensor | None, options: Loss
     return reduced(options.lse_square_scale * squares, weights, options.reduction)
 
 
-def is_soft(input: Tensor, target: Tensor) -> bool:
-    """Does ``target`` hold a value for each class? torch's rule: it has the input's shape, and is not of integers."""
-    return target.shape == input.shape and target.is_floating_point()
-
-
 def _of_probabilities(y: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
     """−Σ t log y. Of class indices N values are read and, in backward, one gradient is written: nothing to fuse."""
-    dim, eps = _class_dim(y), options.label_smoothing
+    dim, eps = class_dim(y), options.label_smoothing
     w = None if weight is None else by_class(weight.to(y.dtype), y)
-    if is_soft(y, target):
+    if checks.is_soft(y, target):
         u = target * (1 - eps) + eps / y.shape[dim]
         u = u if w is None else u * w
         # Where u is 0 nothing is added, and log's infinite slope at 0 stays out of the gradient.
@@ -103,18 +100,22 @@ def reduced(rows: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
     return rows.mean() if row_weight is None else rows.sum() / row_weight.sum()
 
 
-def _class_dim(input: Tensor) -> int:
-    return 1 if input.dim() > 1 else 0
-
-
 def by_class(weight: Tensor, input: Tensor) -> Tensor:
     """The class weights, shaped to be multiplied with ``input``."""
-    return weight.view([-1] + [1] * (input.dim() - _class_dim(input) - 1))
+    return weight.view([-1] + [1] * (input.dim() - class_dim(input) - 1))
+
+
+def labels_of(target: Tensor) -> Tensor:
+    """Return the labels of rows with one value per class: their argmax, the lower index where two are equal."""
+    dim = class_dim(target)
+    if target.shape[dim] == 0:
+        raise ValueError(f"fastloss: target has shape {tuple(target.shape)}; expected at least one class")
+    return (target.to(torch.uint8) if target.dtype == torch.bool else target).argmax(dim)
 
 
 def accuracy(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
     """For each k of the options the accuracy of class-index targets, as :func:`fastloss.accuracy` has it."""
-    dim = _class_dim(input)
+    dim = class_dim(input)
     classes = input.shape[dim]
     target = target.long().view(input.shape[:dim] + input.shape[dim + 1 :])
     counted = target != options.ignore_index

@@ -1,34 +1,19 @@
-"""The public functions: arguments → checks → the canonical view → autograd → a backend."""
+"""The public functions of the loss and the accuracy. :mod:`fastloss.loss.routes` has what follows their arguments."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import _reduction as legacy
 
 from .. import checks
-from ..backends import choice
-from ..backends.contract import LossOptions
-from ..ranks import collectives, placements
-from . import compiled, composite, sharded
-from .autograd import as_labels, as_rows, fused_cross_entropy
+from . import routes
 
 __all__ = ["LossAndAccuracy", "accuracy", "cross_entropy", "cross_entropy_with_accuracy"]
-
-# Logits of at most this many elements go to torch's own operator on a CPU, where a fused pass saves less than
-# its Python costs (`python -m benchmarks.cpu --crossover` prints both).
-SMALL_ON_CPU = 1 << 18
-# And so do rows of so few classes: what is kept of a row would outweigh the row.
-FEW_CLASSES = 8
-
-FUSED_TYPES = (Tensor, torch.nn.Parameter)
 
 
 class LossAndAccuracy(NamedTuple):
@@ -137,11 +122,10 @@ def cross_entropy(
         and not inplace
         and group is None
         and label_smoothing.__class__ is float
-        and is_small(input, target, weight)
+        and routes.is_small(input, target, weight)
+        and 0.0 <= label_smoothing <= 1.0
     ):
         try:
-            if not 0.0 <= label_smoothing <= 1.0:
-                raise ValueError  # torch lets some of these pass
             return F.cross_entropy(
                 input,
                 target,
@@ -151,14 +135,16 @@ def cross_entropy(
                 label_smoothing=label_smoothing,
             )
         except (RuntimeError, ValueError, IndexError, TypeError):
-            # Say the same in this package's words, if they have any for it.
-            options = checks.checked_options(ignore_index, label_smoothing, reduction, 0.0, None)
-            check_tensors(input, target, weight, options)
-            raise
+            pass  # What follows says the same in this package's words, or, if it has none, in torch's.
     options = checks.checked_options(
-        ignore_index, label_smoothing, reduction, lse_square_scale, softcap, from_logits=from_logits
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+        from_logits=from_logits,
     )
-    return loss_and_accuracy(input, target, weight, options, inplace, group)[0]
+    return routes.loss_and_accuracies(input, target, weight, options, inplace, group)[0]
 
 
 def cross_entropy_with_accuracy(
@@ -196,9 +182,15 @@ def cross_entropy_with_accuracy(
         reduction = legacy.legacy_get_string(size_average, reduce)
     ks = checks.checked_topk(topk)
     options = checks.checked_options(
-        ignore_index, label_smoothing, reduction, lse_square_scale, softcap, ks, from_logits
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+        topk=ks,
+        from_logits=from_logits,
     )
-    loss, values = loss_and_accuracy(input, target, weight, options, inplace, group)
+    loss, values = routes.loss_and_accuracies(input, target, weight, options, inplace, group)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
 
 
@@ -244,322 +236,6 @@ def accuracy(
     """
     checks.check_logits(input)
     ks = checks.checked_topk(topk)
-    options = checks.checked_options(ignore_index, 0.0, reduction, 0.0, None, ks)
-    if group is not None or is_dtensor(input):
-        values = _over_ranks(input, target, None, options, group, only_accuracy=True)[1]
-        return values if isinstance(topk, Sequence) else values[0]
-    if is_dense(input, target):
-        target = _labels_of(target)
-        options = dataclasses.replace(options, ignore_index=-1)  # argmax gives none to ignore
-    checks.check_index_target(input, target, None)
-    target = target.view(()) if input.dim() == 1 else target
-    values = _accuracy(input, target, options)
+    options = checks.checked_options(ignore_index=ignore_index, reduction=reduction, topk=ks)
+    values = routes.accuracies(input, target, options, group)
     return values if isinstance(topk, Sequence) else values[0]
-
-
-def is_small(input: Tensor, target: Tensor, weight: Tensor | None = None) -> bool:
-    """Do torch's own operators serve these best: few logits on a CPU, with a target that they take?"""
-    return (
-        not torch.compiler.is_compiling()
-        and type(input) in FUSED_TYPES
-        and type(target) is Tensor
-        and input.is_cpu
-        and (input.numel() <= SMALL_ON_CPU or (input.dim() > 1 and input.shape[1] <= FEW_CLASSES))
-        and (
-            target.dtype is torch.int64
-            or target.dtype is torch.uint8
-            or (target.dtype is input.dtype and target.shape == input.shape)
-        )
-        and (weight is None or (isinstance(weight, Tensor) and weight.dtype is input.dtype))
-        and not choice.is_forced()
-    )
-
-
-def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
-    """Everything about the tensors of a loss, the labels themselves where a look is free or asked for."""
-    _check_shapes(input, target, weight, options)
-    if not target.is_floating_point() and (target.is_cpu or choice.validates()):
-        checks.check_labels(target, input.shape[min(1, input.dim() - 1)], options.ignore_index)
-
-
-def _check_shapes(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
-    """Everything about the tensors but their elements."""
-    checks.check_logits(input)
-    if isinstance(target, Tensor) and composite.is_soft(input, target):
-        checks.check_soft_target(input, target, weight, options.ignore_index)
-    else:
-        checks.check_index_target(input, target, weight)
-
-
-def loss_and_accuracy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    inplace: bool,
-    group: Any = None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss and the accuracies of options that are checked."""
-    if group is not None or is_dtensor(input):
-        return _over_ranks(input, target, weight, options, group)
-    if is_traced(input, target):
-        _check_shapes(input, target, weight, options)
-        if is_compiled(input, target, weight, options):
-            return _operated(input, target, weight, options)
-        return composed(input, target, weight, options)
-    check_tensors(input, target, weight, options)
-    soft = target.is_floating_point()
-    if not soft and input.dim() == 1:
-        target = target.view(())
-    if not inplace and input.numel() > 0 and is_small(input, target, weight):
-        return composed(input, target, weight, options)
-    if inplace and torch._debug_has_internal_overlap(input) == 1:
-        raise RuntimeError(
-            f"fastloss: inplace=True needs an input whose elements have memory of their own; "
-            f"got strides {input.stride()} for shape {tuple(input.shape)} (an expanded tensor: clone it)"
-        )
-    dtype = loss_dtype(input, target, weight)
-    served = input.numel() > 0 and (soft or options.from_logits) and not has_too_many_rows(input)
-    if not served or (soft and weight is not None and weight.requires_grad and torch.is_grad_enabled()):
-        return composed(input, target, weight, options)
-    loss, values = fused_cross_entropy(
-        input,
-        target if soft else as_labels(target),
-        None if weight is None else weight.contiguous(),
-        options,
-        choice.load(choice.choose(input)),
-        dtype,
-        inplace,
-    )
-    if soft:
-        values = _accuracies(input, target, options)
-    if options.reduction == "none":
-        shape = _row_shape(input)
-        return loss.view(shape), tuple(value.view(shape) for value in values)
-    return loss, values
-
-
-def is_dtensor(input: object) -> bool:
-    """Is it a DTensor, to be served shard by shard? A compiler's are left to torch's operators."""
-    return type(input) not in FUSED_TYPES and placements.is_dtensor(input) and not torch.compiler.is_compiling()
-
-
-@torch._disable_dynamo  # not torch.compiler.disable, which imports the compiler at once
-def _over_ranks(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    group: Any,
-    *,
-    only_accuracy: bool = False,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss and the accuracies of a DTensor, or of a group's shards of the classes."""
-    checks.check_no_gradient(weight)
-    if placements.is_dtensor(input):
-        if group is not None:
-            raise ValueError("fastloss: group is given beside a DTensor, whose mesh says which ranks have what")
-        return _of_dtensor(input, target, weight, options, only_accuracy)
-    group = collectives.checked_group(group)
-    checks.check_logits(input)
-    look, fault = input.is_cpu or choice.validates(), None
-    try:
-        dense = _check_part(input, target, weight, only_accuracy, options)
-    except Exception as error:
-        fault, dense = error, True
-    rows = _row_shape(input)
-    layout = collectives.agreed_layout(
-        group,
-        input.shape[min(1, input.dim() - 1)],
-        math.prod(rows),
-        device=input.device,
-        facts=(options, rows, input.dtype, dense, only_accuracy, getattr(weight, "shape", None)),
-        labels=None if dense else target,
-        fault=fault,
-        look=look,
-    )
-    if look:
-        classes = int(layout.classes)
-        checks.check_weight(input.new_empty(()).expand(classes), weight)
-        if not dense:
-            checks.check_labels(target, classes, options.ignore_index)
-    served = choice.load(choice.choose(input))
-    if only_accuracy:
-        return input, sharded.accuracy(input, target, dense, options, layout, served)
-    return sharded.loss_and_accuracy(
-        input, target, weight, options, layout, served, loss_dtype(input, target, weight)
-    )
-
-
-def check_labels_together(target: Tensor, layout: collectives.Layout, ignore_index: int, **how: bool) -> None:
-    """:func:`checks.check_labels` of rows that several ranks share: what one finds is raised on all."""
-    fault = None
-    try:
-        checks.check_labels(target, int(layout.classes), ignore_index, **how)
-    except IndexError as error:
-        fault = error
-    collectives.raise_together(fault, layout.row_groups, target.device)
-
-
-def _check_part(
-    input: Tensor, target: Tensor, weight: Tensor | None, only_accuracy: bool, options: LossOptions
-) -> bool:
-    """Checks a rank's tensors, but for what all ranks' classes must be known for. Is the target dense?"""
-    if only_accuracy and is_dense(input, target):
-        return True
-    if not only_accuracy and isinstance(target, Tensor) and composite.is_soft(input, target):
-        checks.check_soft_target(input, target, None, options.ignore_index)
-        return True
-    checks.check_index_target(input, target, None)
-    checks.check_weight_dtype(input, weight)
-    return False
-
-
-def _of_dtensor(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, only_accuracy: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """By the shards that this rank has, and DTensors again."""
-    if only_accuracy and is_dense(input, target):
-        dense = True
-    else:
-        _check_shapes(input, target, weight, options)
-        dense = composite.is_soft(input, target)
-    plan = placements.plan(input, target, dense)
-    x, t, w = placements.local(input), plan.target, placements.whole(weight)
-    if not dense and (x.is_cpu or choice.validates()):
-        check_labels_together(t, plan.layout, options.ignore_index)
-    served = choice.load(choice.choose(x))
-    if only_accuracy:
-        values = sharded.accuracy(x, t, dense, options, plan.layout, served)
-        return input, tuple(plan.placed(value) for value in values)
-    loss, values = sharded.loss_and_accuracy(x, t, w, options, plan.layout, served, loss_dtype(input, target, weight))
-    return plan.placed(loss), tuple(plan.placed(value) for value in values)
-
-
-def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype | None = None) -> torch.dtype:
-    """As torch has it: the input's, or a wider one of class probabilities and their weights; autocast's float32.
-
-    ``dtype`` is that of the logits, where ``input`` is not the logits themselves.
-    """
-    dtype = dtype or input.dtype
-    if target.is_floating_point():
-        dtype = torch.promote_types(dtype, target.dtype)
-        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
-    half = dtype.itemsize == 2
-    return torch.float32 if half and checks.is_autocast(input) else dtype
-
-
-def is_compiled(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> bool:
-    """Is this traced by a compiler, to be served by this package's operators?"""
-    return (
-        torch.compiler.is_dynamo_compiling()
-        and not _is_exporting()
-        and type(input) in FUSED_TYPES
-        and type(target) in FUSED_TYPES
-        and (target.is_floating_point() or options.from_logits)
-        and not (target.is_floating_point() and weight is not None and weight.requires_grad)
-        and not torch._C._are_functorch_transforms_active()
-        and input.numel() > 0
-        and not has_too_many_rows(input)
-    )
-
-
-def _is_exporting() -> bool:
-    """As ``torch.compiler.is_exporting``, which dynamo answers with yes in torch 2.11, export or not."""
-    flag = getattr(torch.compiler, "_is_exporting_flag", None)
-    return torch.compiler.is_exporting() if flag is None else bool(flag)
-
-
-def has_too_many_rows(input: Tensor) -> bool:
-    """More than the kernels can count in 32 bits, with a tile to spare; logits may be any number."""
-    return not input.is_cpu and input.dim() > 1 and input.numel() // max(input.shape[1], 1) > (1 << 31) - (1 << 13)
-
-
-def _operated(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Loss and accuracies by the operators that a compiler sees."""
-    soft = target.is_floating_point()
-    labels = target if soft else as_labels(target)
-    weight = None if weight is None else weight.contiguous()
-    loss, values = compiled.loss_and_accuracy(input, labels, weight, options, loss_dtype(input, target, weight))
-    if soft:
-        values = _accuracies(input, target, options)
-    if options.reduction != "none":
-        return loss, values
-    shape = _row_shape(input)
-    return loss.view(shape), tuple(value.view(shape) for value in values)
-
-
-def _row_shape(input: Tensor) -> tuple[int, ...]:
-    """The shape of what has one value a row."""
-    return (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
-
-
-def composed(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Loss and accuracies where no fused pass serves the loss."""
-    loss = composite.cross_entropy(input, target, weight, options, loss_dtype(input, target, weight))
-    return loss, _accuracies(input, target, options)
-
-
-def _accuracies(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
-    """The accuracies beside a loss that did not give them; its arguments are checked."""
-    if not options.topk:
-        return ()
-    if composite.is_soft(input, target):
-        target = _labels_of(target)
-        options = dataclasses.replace(options, ignore_index=-1)  # argmax gives none to ignore
-    return _accuracy(input.detach(), target, options, checked=True)
-
-
-def _accuracy(input: Tensor, target: Tensor, options: LossOptions, *, checked: bool = False) -> tuple[Tensor, ...]:
-    if not options.topk:
-        return ()
-    if is_traced(input, target):
-        return composite.accuracy(input, target, options)
-    if not checked and (target.is_cpu or choice.validates()):
-        checks.check_labels(target, input.shape[min(1, input.dim() - 1)], options.ignore_index)
-    if input.numel() == 0 or (input.numel() <= SMALL_ON_CPU // 16 and is_small(input, target)):
-        return composite.accuracy(input, target, options)
-    served = choice.load(choice.choose(input))
-    labels = as_labels(target)
-    values = served.accuracy(as_rows(input), labels, options.topk, options.ignore_index, options.reduction)
-    return tuple(v.view(target.shape) for v in values) if options.reduction == "none" else values
-
-
-def is_dense(input: Tensor, target: object) -> bool:
-    """Does ``target`` hold a value for each class: one-hot rows, or probabilities?"""
-    if not isinstance(target, Tensor) or target.shape != input.shape:
-        return False
-    # One class: a target of shape (1,) is dense if it can't be a label.
-    return input.shape != (1,) or target.dtype not in (torch.int64, torch.int32, torch.uint8)
-
-
-def _labels_of(target: Tensor) -> Tensor:
-    """The labels of one-hot rows or class probabilities: their argmax, the lower index where two are equal."""
-    dim = min(1, target.dim() - 1)
-    if target.shape[dim] == 0:
-        raise ValueError(f"fastloss: target has shape {tuple(target.shape)}; expected at least one class")
-    return (target.to(torch.uint8) if target.dtype == torch.bool else target).argmax(dim)
-
-
-def is_traced(input: Tensor, target: Tensor) -> bool:
-    """Must every step be a torch op: a transform, a trace, forward-mode derivatives, a tensor subclass?"""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
-        or forward_ad._current_level >= 0
-    ):
-        return True
-    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
-        return False
-    return (
-        type(input) not in FUSED_TYPES
-        or type(target) is not Tensor
-        or input.is_meta
-        or not (input.layout is target.layout is torch.strided)
-    )

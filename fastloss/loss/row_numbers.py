@@ -1,7 +1,6 @@
-"""Losses put together from a few numbers of each row, in ordinary torch operations, N numbers at a time.
+"""Losses from a few numbers of each row, in ordinary torch operations, N numbers at a time.
 
-What the numbers are made of does not matter here: one visit to the logits, or those of several ranks, each of which
-has some of the classes.
+The numbers come from one visit to the logits, or from those of several ranks, each of which has some of the classes.
 """
 
 from __future__ import annotations
@@ -9,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.contract import LossOptions, RowStatistics
+from ..backends.contract import LossOptions, RowStatistics, SoftRowStatistics
 from . import composite
 
-__all__ = ["LabelLosses", "SoftLosses", "total_weight"]
+__all__ = ["LabelLosses", "soft_losses", "total_weight"]
 
 
 class LabelLosses:
@@ -44,9 +43,9 @@ class LabelLosses:
         labels = target.long()
         counted = labels != options.ignore_index
         label, invalid = labels, None
-        # Off the CPU a look at the labels would make the host wait.
+        # Off the CPU the host would have to wait for the labels.
         if not target.is_cpu or not bool(counted.all()):
-            # With zeros for its numbers an ignored row adds nothing, and no gradient goes to it.
+            # With zeros for its numbers an ignored row adds nothing, and gets no gradient.
             self.lse = torch.where(counted, self.lse, 0.0)
             self.label_logit = torch.where(counted, self.label_logit, 0.0)
             if self.weighted_sum is not None:
@@ -64,24 +63,21 @@ class LabelLosses:
             self.weight = one.masked_fill(invalid, float("nan"))
 
     def loss(self) -> Tensor:
-        """Reduced as the options say."""
+        """Return the loss, reduced as the options say."""
         return self._reduced(self.values())
 
     def values(self) -> Tensor:
-        """Of each row; 0 where it is ignored, NaN where its label is none."""
+        """Return the rows' losses: 0 where a row is ignored, NaN where its label is invalid."""
         eps = self.options.label_smoothing
         value = self.lse - self.label_logit
         value = value * (1 - eps) if eps else value
         if self.options.lse_square_scale:
             value = value + self.options.lse_square_scale * self.lse.square()
         value = value if self.weight is None else value * self.weight
-        if self.weighted_sum is not None:
-            total = self.classes if self.class_weight is None else self.class_weight.sum()
-            value = value + (total * self.lse - self.weighted_sum) * (eps / self.classes)
-        return value
+        return _with_spread(value, self.lse, self.weighted_sum, self.class_weight, eps, self.classes)
 
     def z_loss(self) -> Tensor:
-        """The part of the loss that λ makes, reduced alike."""
+        """Return the z-loss, the part of the loss with λ, reduced alike."""
         value = self.options.lse_square_scale * self.lse.square()
         return self._reduced(value if self.weight is None else value * self.weight)
 
@@ -89,44 +85,37 @@ class LabelLosses:
         return composite.reduced(value, self.counted if self.weight is None else self.weight, self.options.reduction)
 
 
-class SoftLosses:
-    """The losses of class probabilities t; every tensor is ``(rows,)``, and every operation differentiable.
+def soft_losses(
+    rows: SoftRowStatistics, weight: Tensor | None, options: LossOptions, classes: int | Tensor
+) -> Tensor:
+    """Return the rows' losses against class probabilities t, ``(rows,)``; differentiable in all tensors.
 
     With lse, nll = Σ_c w_c t_c (lse − z_c), mass = Σ_c w_c t_c and Σ_c w_c z_c of each row,
 
         loss_row  =  (1−ε) nll  +  λ mass lse²  +  ε/C (W lse − Σ_c w_c z_c)
+
+    The arguments are as of :class:`LabelLosses`.
     """
+    eps = options.label_smoothing
+    value = rows.nll * (1 - eps) if eps else rows.nll
+    if options.lse_square_scale:
+        value = value + options.lse_square_scale * rows.mass * rows.lse.square()
+    weight = None if weight is None else weight.to(rows.lse.dtype)
+    return _with_spread(value, rows.lse, rows.weighted_sum, weight, eps, classes)
 
-    def __init__(
-        self,
-        lse: Tensor,
-        nll: Tensor,
-        mass: Tensor,
-        weighted_sum: Tensor | None,
-        weight: Tensor | None,
-        options: LossOptions,
-        classes: int | Tensor,
-    ) -> None:
-        self.lse, self.nll, self.mass, self.weighted_sum = lse, nll, mass, weighted_sum
-        self.class_weight = None if weight is None else weight.to(lse.dtype)
-        self.options, self.classes = options, classes
 
-    def values(self) -> Tensor:
-        """Of each row."""
-        eps = self.options.label_smoothing
-        value = self.nll * (1 - eps) if eps else self.nll
-        if self.options.lse_square_scale:
-            value = value + self.options.lse_square_scale * self.mass * self.lse.square()
-        if self.weighted_sum is not None:
-            total = self.classes if self.class_weight is None else self.class_weight.sum()
-            value = value + (total * self.lse - self.weighted_sum) * (eps / self.classes)
+def _with_spread(
+    value: Tensor, lse: Tensor, weighted_sum: Tensor | None, weight: Tensor | None, eps: float, classes: int | Tensor
+) -> Tensor:
+    """Add ε/C (W lse − Σ_c w_c z_c), the part of label smoothing; without it return ``value``."""
+    if weighted_sum is None:
         return value
+    total = classes if weight is None else weight.sum()
+    return value + (total * lse - weighted_sum) * (eps / classes)
 
 
 def total_weight(target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
-    """What a mean divides by, float64: Σ w_y of the rows that count, NaN if a label is none; the rows, if soft."""
-    if target.is_floating_point():
-        return torch.full((), float(len(target)), dtype=torch.float64, device=target.device)
+    """Return the divisor of a mean over labels, Σ w_y of the counted rows, in float64; NaN if a label is invalid."""
     counted = target != options.ignore_index
     if weight is None:
         return counted.sum(dtype=torch.float64)

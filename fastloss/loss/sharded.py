@@ -1,273 +1,372 @@
 r"""The loss and the accuracy where ranks of process groups share the rows or the classes.
 
-*The classes are shared.* Each rank visits its own logits and tells the others a few float64 numbers a row: lse over
+*The classes are shared.* Each rank visits its own logits and sends the others a few float64 numbers per row: lse over
 its classes, the label's logit if it has that class, and as needed Σ_c w_c z_c and how many of its classes stand
 before the label. One collective gathers them. From then on every rank knows the numbers over all classes,
 
     lse = log Σ_ranks exp(lse_rank),     z_y, Σ_c w_c z_c, rank: sums over the ranks
 
-and puts the same loss together, in ordinary operations (``rows.py``). Ranks count against the label's logit, which
-has to be known before the visit: where an accuracy is wanted a collective of one number a row goes first.
+and computes the same loss from them, in ordinary operations (``row_numbers.py``). Ranks count against the label's
+logit, which must be known before the visit: where an accuracy is wanted, a collective of one number per row goes
+first.
 
-In backward each rank computes the upstream gradients of those numbers, all of them alike, and one more visit makes
-the gradient of its own logits of them: it needs lse over all classes, which is known, and no collective. A second
-derivative does: the first one's dependence on lse is spread over the ranks, and :func:`collectives.replicated`
-adds up what each has to say of it.
+In backward each rank computes the upstream gradients of those numbers, which are the same on all ranks, and one more
+visit makes the gradient of its own logits from them: it needs lse over all classes, which is known, and no
+collective. A second derivative would need one, and is refused.
 
-*The rows are shared.* Each rank has a part of the sum; what it is divided by is summed over the ranks first, so that
-the gradient is written at its final scale, in the visit that gives the loss, as on one device.
+*The rows are shared.* Each rank has a part of the sum. The divisor is summed over the ranks first, so that the visit
+that gives the loss writes the gradient at its final scale, as on one device.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backends.contract import Backend, ExternalLabel, LossOptions, RowStatistics, compute_dtype
-from ..ranks.collectives import Layout, all_reduce, all_reduce_detached, gather, replicated
+from .. import checks
+from ..backends import choice
+from ..backends.contract import Backend, ExternalLabel, LossOptions, RowStatistics, SoftRowStatistics, compute_dtype
+from ..backends.view import as_labels, as_rows, class_dim, row_shape
+from ..ranks import collectives, placements
+from ..ranks.collectives import Layout, all_reduce, all_reduce_detached, gather
 from . import composite
-from .autograd import as_labels, as_rows, fused_cross_entropy, is_differentiable
-from .row_numbers import LabelLosses, SoftLosses, total_weight
+from .autograd import fused_cross_entropy, is_differentiable
+from .row_numbers import LabelLosses, soft_losses, total_weight
 
-__all__ = ["RowReduction", "ShardedLoss", "accuracy", "label_elsewhere", "loss_and_accuracy"]
+__all__ = [
+    "RowReduction",
+    "ShardedLoss",
+    "accuracies_over_ranks",
+    "check_labels_together",
+    "loss_over_ranks",
+    "right_rows",
+    "sharded_loss",
+]
 
 
-def loss_and_accuracy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    layout: Layout,
-    backend: Backend,
-    dtype: torch.dtype,
+@torch._disable_dynamo  # not torch.compiler.disable, which imports the compiler at once
+def loss_over_ranks(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, group: Any
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss in ``dtype`` and the accuracies: ``()``, the same on every rank, or of the shape of its labels.
+    """Return the loss and the accuracies, ``()`` or of the labels' shape; the same on all ranks that share the rows.
 
     Args:
-        input: this rank's logits, ``(C_r,)`` or ``(n, C_r, …)``.
+        input: this rank's logits, ``(C_r,)`` or ``(n, C_r, …)``; or a DTensor.
         target: its rows' labels among all classes; or class probabilities of ``input``'s shape.
         weight: of all classes, ``(C,)``.
-        options: checked.
-        layout: where the other ranks' rows and classes lie.
-        backend: whose functions visit the logits.
-        dtype: of the loss.
+        options: checked already.
+        group: the group whose ranks share the classes; None beside a DTensor.
     """
-    labels = None if target.is_floating_point() else as_labels(target)
-    share = RowReduction(input, labels, weight, options, layout)
-    if layout.class_group is None:
-        loss, right = _of_whole_rows(input, target, labels, weight, share, backend)
-    else:
-        loss, right = _of_shared_rows(input, target, labels, weight, share, backend)
-    return share.finished(loss, right, dtype, _row_shape(input))
+    part = _part_of_rank(input, target, weight, options, group, only_accuracy=False)
+    dtype = checks.loss_dtype(input, target, weight)
+    reduction = RowReduction(part.input, part.labels, part.weight, options, part.layout)
+    backend = choice.load(choice.choose(part.input))
+    of_part = _of_whole_rows if part.layout.class_group is None else _of_shared_classes
+    loss, right = of_part(part, reduction, backend)
+    loss, values = reduction.finished(loss, right, dtype, row_shape(part.input))
+    return part.placed(loss), tuple(part.placed(value) for value in values)
 
 
+@torch._disable_dynamo
 @torch.no_grad()
-def accuracy(
-    input: Tensor, target: Tensor, dense: bool, options: LossOptions, layout: Layout, backend: Backend
-) -> tuple[Tensor, ...]:
-    """The accuracies for each k of the options; ``dense``: a value for each class, whose argmax is the label."""
-    labels = None if dense else as_labels(target)
-    share = RowReduction(input, labels, None, options, layout)
-    if layout.class_group is None:
-        if labels is None:
-            labels = _argmax(target)
-            share.options = dataclasses.replace(options, ignore_index=-1)
-        right = _right_in_whole_rows(input, labels, share.options, backend)
+def accuracies_over_ranks(input: Tensor, target: Tensor, options: LossOptions, group: Any) -> tuple[Tensor, ...]:
+    """Return the accuracy for each k, as :func:`loss_over_ranks` does. ``target`` may have one value per class."""
+    part = _part_of_rank(input, target, None, options, group, only_accuracy=True)
+    reduction = RowReduction(part.input, part.labels, None, options, part.layout)
+    backend = choice.load(choice.choose(part.input))
+    if part.layout.class_group is None:
+        right = _right_in_whole_rows(part, options, backend)
     else:
-        label = label_elsewhere(input, target, labels, options, layout)
-        rank = label.position.new_zeros(label.position.shape)
-        if input.numel():
-            rank = backend.label_ranks(as_rows(input), label)
-        rank = all_reduce_detached(rank, (layout.class_group,))
-        right = share.right(rank)
-    return share.finished(None, right, torch.float32, _row_shape(input))[1]
+        label = _external_label(part.input, part.target, part.labels, options, part.layout)
+        rank = backend.label_ranks(as_rows(part.input), label) if part.input.numel() else label.position * 0
+        rank = all_reduce_detached(rank, (part.layout.class_group,))
+        right = right_rows(rank, part.labels, options, part.layout.classes)
+    return tuple(part.placed(value) for value in reduction.accuracies(right, row_shape(part.input)))
 
 
-def _row_shape(input: Tensor) -> tuple[int, ...]:
-    return (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
+class _Part(NamedTuple):
+    """This rank's part of a call."""
+
+    input: Tensor
+    target: Tensor
+    labels: Tensor | None  # (rows,); None where the target has one value per class
+    weight: Tensor | None  # of all classes
+    options: LossOptions
+    layout: Layout
+    plan: placements.Plan | None  # of DTensors
+
+    def placed(self, result: Tensor) -> Tensor:
+        """Return a result as a DTensor, if the input was one."""
+        return result if self.plan is None else self.plan.placed(result)
 
 
-def _argmax(target: Tensor) -> Tensor:
-    """The labels of dense rows, flat."""
-    rows = as_rows(target.to(torch.uint8) if target.dtype == torch.bool else target)
-    return rows.argmax(1).flatten()
+def _part_of_rank(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, group: Any, *, only_accuracy: bool
+) -> _Part:
+    """Check the arguments, together with the other ranks, and return this rank's part of them."""
+    checks.check_no_gradient(weight)
+    if placements.is_dtensor(input):
+        if group is not None:
+            raise ValueError("fastloss: group is given beside a DTensor, whose mesh says which ranks have what")
+        checks.check_logits(input)
+        dense = _check_target(input, target, weight, options, only_accuracy)
+        plan = placements.plan(input, target, dense)
+        x, t, layout = placements.local(input), plan.target, plan.layout
+        if not dense and choice.may_look(x):
+            check_labels_together(t, layout, options.ignore_index)
+        return _Part(x, t, None if dense else as_labels(t), placements.whole(weight), options, layout, plan)
+    group = collectives.checked_group(group)
+    checks.check_logits(input)
+    look, error, dense = choice.may_look(input), None, True
+    try:
+        # The weight is of all classes, whose number is known only when the ranks have exchanged theirs.
+        dense = _check_target(input, target, None, options, only_accuracy)
+        if not dense:
+            checks.check_weight_dtype(input, weight)
+    except Exception as raised:
+        error = raised
+    shape = row_shape(input)
+    layout = collectives.agreed_layout(
+        group,
+        input.shape[class_dim(input)],
+        math.prod(shape),
+        device=input.device,
+        same=(options, shape, input.dtype, dense, only_accuracy, getattr(weight, "shape", None)),
+        labels=None if dense else target,
+        error=error,
+        look=look,
+    )
+    if look:
+        checks.check_weight(input.new_empty(()).expand(int(layout.classes)), weight)
+        if not dense:
+            checks.check_labels(target, int(layout.classes), options.ignore_index)
+    return _Part(input, target, None if dense else as_labels(target), weight, options, layout, None)
+
+
+def _check_target(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, only_accuracy: bool
+) -> bool:
+    """Check what one rank can check alone. Return True if the target has one value per class."""
+    if only_accuracy and checks.is_dense(input, target):
+        return True
+    if not only_accuracy and isinstance(target, Tensor) and checks.is_soft(input, target):
+        checks.check_soft_target(input, target, weight, options.ignore_index)
+        return True
+    checks.check_index_target(input, target, weight)
+    return False
+
+
+def check_labels_together(target: Tensor, layout: Layout, ignore_index: int, *, shifted: bool = False) -> None:
+    """Check the labels of rows that several ranks share; a bad label on one rank is an error on all."""
+    error = None
+    try:
+        checks.check_labels(target, int(layout.classes), ignore_index, shifted=shifted)
+    except IndexError as raised:
+        error = raised
+    collectives.raise_together(error, layout.row_groups, target.device)
 
 
 class RowReduction:
-    """This rank's rows among all rows: what a mean divides by, and how parts become wholes."""
+    """How a rank's part of the rows becomes the result over all rows."""
 
     def __init__(
         self, input: Tensor, labels: Tensor | None, weight: Tensor | None, options: LossOptions, layout: Layout
     ) -> None:
-        self.options, self.layout, self.labels = options, layout, labels
-        if labels is None:
-            self.divisor = self.counts = torch.full((), layout.rows, dtype=torch.float64, device=input.device)
-        else:
-            counted = labels != options.ignore_index
-            self.counted, self.invalid = counted, None
-            if not labels.is_cpu:
-                self.invalid = counted & ((labels < 0) | (labels >= layout.classes))
-            counts = counted.sum(dtype=torch.float64)
+        self.options, self.layout = options, layout
+        # What the mean of the loss divides by, and that of the accuracy.
+        self.divisor = self.counts = torch.full((), layout.rows, dtype=torch.float64, device=input.device)
+        if labels is not None:
+            counts = (labels != options.ignore_index).sum(dtype=torch.float64)
             total = counts if weight is None else total_weight(labels, weight, options)
             totals = torch.stack([total, counts])
-            if options.reduction != "none":
+            if options.is_reduced:
                 totals = all_reduce_detached(totals, layout.row_groups)
-            self.divisor, self.counts = totals.unbind(0)  # of the loss, of the accuracy
+            self.divisor, self.counts = totals.unbind(0)
 
-    def scaled(self, values: Tensor) -> Tensor:
-        """This rank's part of the loss from its rows' values; or those."""
-        if self.options.reduction == "none":
+    def part(self, values: Tensor) -> Tensor:
+        """Return this rank's part of a reduced loss from its rows' values; or, for "none", the values."""
+        if not self.options.is_reduced:
             return values
         total = values.sum()
         return total / self.divisor if self.options.reduction == "mean" else total
 
-    def right(self, rank: Tensor) -> Tensor:
-        """For each k which rows are right, ``(k, rows)``, or how many, ``(k,)``; float64."""
-        right = torch.stack([rank < k for k in self.options.topk])
-        if self.labels is not None:
-            right = (right & self.counted).double()
-            if self.invalid is not None:
-                right = right.masked_fill(self.invalid, float("nan"))
-        right = right.double()
-        return right if self.options.reduction == "none" else right.sum(1)
-
     def finished(
-        self, loss: Tensor | None, right: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]
+        self, loss: Tensor, right: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The whole loss and accuracies from this rank's parts; where there is no loss, any number."""
-        groups = self.layout.row_groups
-        parts = [part for part in (None if loss is None else loss.double().reshape(-1), right) if part is not None]
-        if self.options.reduction == "none":
-            values = () if right is None else tuple(value.to(torch.float32).view(shape) for value in right.unbind(0))
-            return torch.empty(0) if loss is None else loss.to(dtype).view(shape), values
-        whole = all_reduce(torch.cat(parts), groups)
-        value = whole[0].to(dtype)
-        if right is None:
-            return value, ()
-        shares = whole[len(whole) - len(right) :].detach()
-        if self.options.reduction == "mean":
-            shares = shares / self.counts
-        return value, tuple(shares.to(torch.float32).unbind(0))
+        """Return the loss and the accuracies over all rows from this rank's parts, by one all-reduce.
+
+        Args:
+            loss: :meth:`part` of it.
+            right: :func:`right_rows`, or None where no accuracy is wanted.
+            dtype: of the loss.
+            shape: of the labels.
+        """
+        if not self.options.is_reduced:
+            return loss.to(dtype).view(shape), () if right is None else self.accuracies(right, shape)
+        parts = loss.double().reshape(1)
+        whole = all_reduce(parts if right is None else torch.cat([parts, right]), self.layout.row_groups)
+        return whole[0].to(dtype), self._shares(whole[1:].detach())
+
+    def accuracies(self, right: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Return the accuracies over all rows from this rank's right rows."""
+        if not self.options.is_reduced:
+            return tuple(value.to(torch.float32).view(shape) for value in right.unbind(0))
+        return self._shares(all_reduce(right, self.layout.row_groups))
+
+    def _shares(self, right: Tensor) -> tuple[Tensor, ...]:
+        shares = right / self.counts if self.options.reduction == "mean" else right
+        return tuple(shares.to(torch.float32).unbind(0))
 
 
-# ------------------------------------------------------------------------------------------ rows that are whole here
+def right_rows(rank: Tensor, labels: Tensor | None, options: LossOptions, classes: int | Tensor) -> Tensor:
+    """Return for each k which rows are right, ``(k, rows)``, or how many, ``(k,)``; in float64.
+
+    Args:
+        rank: how many classes stand before each row's label.
+        labels: the labels among all classes; None where every row counts.
+        options: the ks, the ignored label and the reduction.
+        classes: C.
+    """
+    right = torch.stack([rank < k for k in options.topk])
+    if labels is not None:
+        counted = labels != options.ignore_index
+        right = (right & counted).double()
+        if not labels.is_cpu:
+            right = right.masked_fill(counted & ((labels < 0) | (labels >= classes)), float("nan"))
+    right = right.double()
+    return right.sum(1) if options.is_reduced else right
 
 
-def _of_whole_rows(
-    input: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None, share: RowReduction, backend: Backend
-) -> tuple[Tensor, Tensor | None]:
-    """This rank's part of the loss, and its right rows: as on one device, at the scale of all rows."""
-    options = share.options
-    none = options.reduction == "none"
+# --------------------------------------------------------------------------------------- ranks that have all classes
+
+
+def _of_whole_rows(part: _Part, reduction: RowReduction, backend: Backend) -> tuple[Tensor, Tensor | None]:
+    """Return this rank's part of the loss and its right rows: as on one device, at the scale of all rows."""
+    input, target, labels, weight, options, layout, _ = part
     divisor: Tensor | float | None = None
     if options.reduction == "mean":
-        divisor = float(share.layout.rows) if labels is None else share.divisor
-    part = dataclasses.replace(options, reduction="none" if none else "sum", topk=())
-    soft_weight_grad = labels is None and weight is not None and weight.requires_grad
-    if input.numel() and (labels is None or options.from_logits) and not soft_weight_grad:
-        with_topk = part if labels is None else dataclasses.replace(part, topk=options.topk)
+        divisor = float(layout.rows) if labels is None else reduction.divisor
+    own = dataclasses.replace(options, reduction="sum" if options.is_reduced else "none", topk=())
+    trained_weight = labels is None and weight is not None and weight.requires_grad
+    if input.numel() and (labels is None or options.from_logits) and not trained_weight:
         loss, values = fused_cross_entropy(
             input,
             target if labels is None else labels,
             None if weight is None else weight.contiguous(),
-            with_topk,
+            own if labels is None else dataclasses.replace(own, topk=options.topk),
             backend,
             torch.float64,
             False,
             divisor,
         )
     else:
-        rows = target if labels is None else target.view(_row_shape(input))
-        loss, values = composite.cross_entropy(input, rows, weight, part, torch.float64), ()
+        rows = target if labels is None else target.view(row_shape(input))
+        loss, values = composite.cross_entropy(input, rows, weight, own, torch.float64), ()
         loss = loss if divisor is None else loss / divisor
-    if not options.topk:
-        return loss, None
-    if len(values):
+    if values:
         return loss, torch.stack(values).double()
-    if labels is None:
-        labels, options = _argmax(target), dataclasses.replace(options, ignore_index=-1)
-    return loss, _right_in_whole_rows(input.detach(), labels, options, backend)
+    return loss, _right_in_whole_rows(part, options, backend) if options.topk else None
 
 
-def _right_in_whole_rows(input: Tensor, labels: Tensor, options: LossOptions, backend: Backend) -> Tensor:
-    reduction = "none" if options.reduction == "none" else "sum"
+def _right_in_whole_rows(part: _Part, options: LossOptions, backend: Backend) -> Tensor:
+    """Return :func:`right_rows` of a rank that has all classes."""
+    input, labels, ignore_index = part.input.detach(), part.labels, options.ignore_index
+    if labels is None:  # argmax gives no label to ignore
+        labels, ignore_index = composite.labels_of(part.target).reshape(-1), -1
+    reduction = "sum" if options.is_reduced else "none"
     if not input.numel():
-        shape = (len(options.topk), labels.numel()) if reduction == "none" else (len(options.topk),)
+        shape = (len(options.topk),) if options.is_reduced else (len(options.topk), labels.numel())
         return torch.zeros(shape, dtype=torch.float64, device=input.device)
-    values = backend.accuracy(as_rows(input), labels, options.topk, options.ignore_index, reduction)
-    return torch.stack(values).double()
+    return torch.stack(backend.accuracy(as_rows(input), labels, options.topk, ignore_index, reduction)).double()
 
 
-# ----------------------------------------------------------------------------------- rows whose classes are spread
+# -------------------------------------------------------------------------------------- ranks that share the classes
 
 
-def _of_shared_rows(
-    input: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None, share: RowReduction, backend: Backend
-) -> tuple[Tensor, Tensor | None]:
-    """This rank's part of the loss (its rows, all classes), and its right rows."""
-    options, layout = share.options, share.layout
-    label = label_elsewhere(input, target, labels, options, layout) if options.topk else None
-    kind = ShardedLoss(input, target, labels, weight, options, layout, label)
-    if not options.from_logits:
-        rank = None
-        if label is not None:
-            rank = backend.label_ranks(as_rows(input.detach()), label) if input.numel() else label.position * 0
-            rank = all_reduce_detached(rank, (layout.class_group,))
-        values = all_reduce(kind.values_of_probabilities(input, target, backend), (layout.class_group,))
+def _of_shared_classes(part: _Part, reduction: RowReduction, backend: Backend) -> tuple[Tensor, Tensor | None]:
+    """Return this rank's part of the loss (its rows, all classes) and its right rows."""
+    input, target, labels, weight, options, layout, _ = part
+    shard = sharded_loss(input, target, weight, options, layout, ranked=bool(options.topk))
+    if options.from_logits:
+        *numbers, rank = _Numbers.apply(input, target, shard, backend)
+        values = shard.values(tuple(numbers))
     else:
-        *numbers, rank = _Numbers.apply(input, target, kind, backend)
-        values = kind.values(tuple(numbers))
-    right = None if rank is None else share.right(rank)
-    return share.scaled(values), right
+        rank = None
+        if shard.label is not None:
+            rank = shard.label.position * 0
+            if input.numel():
+                rank = backend.label_ranks(as_rows(input.detach()), shard.label)
+            rank = all_reduce_detached(rank, (layout.class_group,))
+        values = all_reduce(shard.values_of_probabilities(input, target, backend), (layout.class_group,))
+    right = None if rank is None else right_rows(rank, labels, options, layout.classes)
+    return reduction.part(values), right
 
 
-def label_elsewhere(
+def _external_label(
     input: Tensor, target: Tensor, labels: Tensor | None, options: LossOptions, layout: Layout
 ) -> ExternalLabel:
-    """Each row's label and its score, which one rank has and tells the others: an accuracy's first collective."""
-    x, most_k = as_rows(input.detach()), max(options.topk)
+    """Return each row's label and its score, which one rank has and sends to the others, by one collective."""
+    x = as_rows(input.detach())
     outer, classes, inner = x.shape
     if labels is None:
         score = as_rows(target.detach().to(torch.uint8) if target.dtype == torch.bool else target.detach())
         if classes:
             best = score.argmax(1, keepdim=True)
-            mine = [score.gather(1, best), best + layout.start, x.gather(1, best)]
+            own = [score.gather(1, best), best + layout.start, x.gather(1, best)]
         else:
             nothing = x.new_full((outer, 1, inner), -torch.inf)
-            mine = [nothing, nothing * 0, nothing * 0]
-        told = gather(torch.stack([number.flatten().double() for number in mine]), layout.class_group)
-        winner = told[:, 0].argmax(0).expand(1, 3, -1)  # the first of equal ones: on the rank of the lower classes
-        _, label, logit = told.gather(0, winner)[0].unbind(0)
+            own = [nothing, nothing * 0, nothing * 0]
+        by_rank = gather(torch.stack([number.flatten().double() for number in own]), layout.class_group)
+        winner = by_rank[:, 0].argmax(0).expand(1, 3, -1)  # the first of equal ones: on the rank of the lower classes
+        _, label, logit = by_rank.gather(0, winner)[0].unbind(0)
         labels = label.long()
     else:
-        local, own = _own_labels(labels, classes, options, layout)
+        local, is_own = _own_labels(labels, classes, options, layout)
         logit = x.new_zeros(len(labels), dtype=torch.float64)
         if classes:
-            at = torch.where(own, local, 0).view(outer, 1, inner)
-            logit = torch.where(own, x.gather(1, at).flatten().double(), 0.0)
+            index = torch.where(is_own, local, 0).view(outer, 1, inner)
+            logit = torch.where(is_own, x.gather(1, index).flatten().double(), 0.0)
         logit = all_reduce_detached(logit, (layout.class_group,))
     position = (labels.long() - layout.start).clamp(0, classes)
-    return ExternalLabel(logit.contiguous(), position, most_k)
+    return ExternalLabel(logit.contiguous(), position, max(options.topk))
 
 
 def _own_labels(labels: Tensor, classes: int, options: LossOptions, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Labels among this rank's classes: -100 where the row is ignored, 0 where another rank has it; and if it has."""
+    """Return the labels among this rank's classes, and which rows' labels those are.
+
+    A label is -100 where the row is ignored, and 0 where another rank has it.
+    """
     local = labels.long() - layout.start
     counted = labels != options.ignore_index
-    own = counted & (local >= 0) & (local < classes)
-    return torch.where(counted, torch.where(own, local, 0), -100), own
+    is_own = counted & (local >= 0) & (local < classes)
+    return torch.where(counted, torch.where(is_own, local, 0), -100), is_own
 
 
-class ShardedLoss:
-    """What a loss over shared classes asks of each row, of labels or of class probabilities.
+def _own_weight(weight: Tensor, classes: int, layout: Layout) -> Tensor:
+    """Return the weights of this rank's classes."""
+    if isinstance(layout.start, int):
+        return weight[layout.start : layout.start + classes].contiguous()
+    index = (layout.start + torch.arange(classes, device=weight.device)).clamp_(max=len(weight) - 1)
+    return weight[index]
 
-    Everything but the visits is a few numbers a row. ``numbers`` are, of labels, (lse, z_y, Σ w z or None); of
-    probabilities (lse, nll, mass, Σ w z or None); over all classes.
-    """
+
+def sharded_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, layout: Layout, *, ranked: bool
+) -> ShardedLoss:
+    """Return the loss of rows whose classes are shared. ``ranked`` asks for the labels' ranks, by a collective."""
+    if target.is_floating_point():
+        return _SoftShard(input, target, None, weight, options, layout, ranked)
+    return _LabelShard(input, target, as_labels(target), weight, options, layout, ranked)
+
+
+class _Shard:
+    """A loss over shared classes. Everything but the visits to the logits is a few numbers per row."""
 
     def __init__(
         self,
@@ -277,62 +376,59 @@ class ShardedLoss:
         weight: Tensor | None,
         options: LossOptions,
         layout: Layout,
-        label: ExternalLabel | None,
+        ranked: bool,
     ) -> None:
-        self.labels, self.weight, self.options, self.layout, self.label = labels, weight, options, layout, label
+        self.weight, self.options, self.layout = weight, options, layout
+        self.label = _external_label(input, target, labels, options, layout) if ranked else None
+        self.own_weight = None if weight is None else _own_weight(weight, input.shape[class_dim(input)], layout)
+        # The labels of a visit are this rank's, -100 where a row is ignored.
         self.of_visit = dataclasses.replace(options, ignore_index=-100)
-        classes = as_rows(input).shape[1]
-        self.own_weight = None if weight is None else _own_part(weight, classes, layout)
-        if labels is not None:
-            self.local, self.own = _own_labels(labels, classes, options, layout)
 
-    def visit(self, input: Tensor, target: Tensor, backend: Backend) -> tuple[Tensor | None, ...]:
-        """This rank's numbers, one collective, and the numbers over all classes; the rank, or None, comes last."""
-        logits = as_rows(input)
-        rows = logits.shape[0] * logits.shape[2]
-        weight = None if self.own_weight is None else self.own_weight.detach()
-        smoothing, ranked = self.options.label_smoothing != 0, self.label is not None
-        zero = torch.zeros(rows, dtype=torch.float64, device=input.device)
-        parts: list[Tensor | None]
-        if not logits.numel():
-            parts = [zero - torch.inf, zero, *([] if self.labels is not None else [zero])]
-            parts += [zero if smoothing else None, zero if ranked else None]
-        elif self.labels is not None:
-            found = backend.row_statistics_forward(
-                *(logits, self.local, weight, self.of_visit),
-                entropy=False,
-                predicted=False,
-                every_row=False,
-                ranked=self.label,  # type: ignore[arg-type]
+    def visit_weight(self) -> Tensor | None:
+        """Return the weights of this rank's classes, without a graph."""
+        return None if self.own_weight is None else self.own_weight.detach()
+
+    def without_classes(self, input: Tensor, sums: int) -> tuple[Tensor | None, ...]:
+        """Return the numbers of an empty shard: lse, so many sums, Σ w z and the rank."""
+        zero = torch.zeros(math.prod(row_shape(input)), dtype=torch.float64, device=input.device)
+        smoothed, ranked = self.options.label_smoothing != 0, self.label is not None
+        return (zero - torch.inf, *[zero] * sums, zero if smoothed else None, zero if ranked else None)
+
+    def gathered(self, own: Sequence[Tensor | None]) -> list[Any]:
+        """Return the numbers of all ranks, ``(ranks, rows)`` each, from this rank's; None where it has None."""
+        stacked = torch.stack([number.double() for number in own if number is not None])
+        columns = iter(gather(stacked, self.layout.class_group).unbind(1))
+        return [None if number is None else next(columns) for number in own]
+
+
+class _LabelShard(_Shard):
+    """The loss of class indices. A row's numbers are (lse, z_y, Σ w z or None)."""
+
+    def __init__(self, input: Tensor, target: Tensor, labels: Tensor, *rest: Any) -> None:
+        super().__init__(input, target, labels, *rest)
+        self.labels = labels
+        self.local, self.is_own = _own_labels(labels, input.shape[class_dim(input)], self.options, self.layout)
+
+    def numbers(self, input: Tensor, target: Tensor, backend: Backend) -> tuple[Tensor | None, ...]:
+        """Return each row's numbers over all classes, and its label's rank or None. A visit and one collective."""
+        own: tuple[Tensor | None, ...]
+        if input.numel():
+            switches = {"entropy": False, "predicted": False, "every_row": False}
+            rows = backend.row_statistics_forward(
+                as_rows(input), self.local, self.visit_weight(), self.of_visit, **switches, ranked=self.label
             )
-            parts = [found.lse, torch.where(self.own, found.label_logit, 0.0), found.weighted_sum, found.rank]
+            own = rows.lse, torch.where(self.is_own, rows.label_logit, 0.0), rows.weighted_sum, rows.rank
         else:
-            parts = list(
-                backend.soft_statistics_forward(logits, as_rows(target), weight, self.of_visit, ranked=self.label)
-            )
-        told = gather(torch.stack([part.double() for part in parts if part is not None]), self.layout.class_group)
-        columns = iter(told.unbind(1))  # (ranks, rows) each
-        of_ranks = [None if part is None else next(columns) for part in parts]
-        lse = torch.logsumexp(of_ranks[0], 0)  # type: ignore[arg-type]
-        if self.labels is None:  # nll is relative to each rank's own lse so far
-            local_lse, nll, mass = of_ranks[:3]
-            assert local_lse is not None
-            assert nll is not None
-            assert mass is not None
-            of_ranks[1] = nll + torch.where(mass == 0, 0.0, mass * (lse - local_lse))
-        whole = [None if part is None else part.sum(0) for part in of_ranks[1:]]
-        return lse, *whole
+            own = self.without_classes(input, 1)
+        lse, *sums = self.gathered(own)
+        return torch.logsumexp(lse, 0), *_summed(sums)
 
     def values(self, numbers: tuple[Any, ...]) -> Tensor:
-        """The rows' losses, differentiable in the numbers."""
-        layout, options = self.layout, self.options
-        if self.labels is not None:
-            lse, label_logit, weighted_sum = numbers
-            rows = RowStatistics(lse, label_logit, None, weighted_sum, None)
-            weight = None if self.weight is None else self.weight.detach()
-            return LabelLosses(rows, self.labels, weight, options, layout.classes).values()
-        lse, nll, mass, weighted_sum = numbers
-        return SoftLosses(lse, nll, mass, weighted_sum, self.weight, options, layout.classes).values()
+        """Return the rows' losses, differentiable in the numbers."""
+        lse, label_logit, weighted_sum = numbers
+        rows = RowStatistics(lse, label_logit, None, weighted_sum, None)
+        weight = None if self.weight is None else self.weight.detach()
+        return LabelLosses(rows, self.labels, weight, self.options, self.layout.classes).values()
 
     def gradients(
         self,
@@ -345,105 +441,32 @@ class ShardedLoss:
         *,
         inplace: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Of this rank's logits and probabilities, for upstream gradients of the numbers: a visit, no collective."""
+        """Return the gradient of this rank's logits, from those of the numbers. A visit, no collective."""
         if not input.numel():
-            return torch.zeros_like(input), torch.zeros_like(target) if needs[1] else None
-        logits, weight = as_rows(input), None if self.own_weight is None else self.own_weight.detach()
-        if self.labels is not None:
-            of_lse, of_label, of_sum = upstreams
-            of_label = None if of_label is None else torch.where(self.own, of_label, 0.0)
-            found = backend.row_statistics_backward(
-                *((of_lse, of_label, None, of_sum), logits, self.local, weight, self.of_visit, numbers[0], None),
-                inplace=inplace,
-            )
-            return found.view(input.shape), None
-        of_input, of_target = backend.soft_statistics_backward(
-            *(upstreams, logits, as_rows(target), weight, self.of_visit, numbers[0], numbers[2]),
-            gradient=needs[0],
-            target_gradient=needs[1],
-            inplace=inplace,
+            return torch.zeros_like(input), None
+        of_lse, of_label, of_sum = upstreams
+        of_label = None if of_label is None else torch.where(self.is_own, of_label, 0.0)
+        of_rows, weight = (of_lse, of_label, None, of_sum), self.visit_weight()
+        gradient = backend.row_statistics_backward(
+            of_rows, as_rows(input), self.local, weight, self.of_visit, numbers[0], None, inplace=inplace
         )
-        return (
-            None if of_input is None else of_input.view(input.shape),
-            None if of_target is None else of_target.view(target.shape),
-        )
-
-    def differentiable_gradients(
-        self, upstreams: tuple[Tensor | None, ...], input: Tensor, target: Tensor, numbers: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same in operations that autograd can differentiate again; numbers and upstreams are alike on all ranks.
-
-        Each rank's logits have a part in lse; what the others' gradients owe to lse comes over :func:`replicated`.
-        """
-        groups = (self.layout.class_group,) if torch.is_grad_enabled() else ()
-        x = as_rows(input)
-        dtype, rows = compute_dtype(x.dtype), (x.shape[0], 1, x.shape[2])
-
-        def of_rows(number: Tensor | None) -> Tensor | None:
-            return None if number is None else replicated(number, groups).to(dtype).view(rows)
-
-        x = x.to(dtype)
-        cap = self.options.softcap
-        tanh = None if cap is None else torch.tanh(x / cap)
-        z = x if tanh is None or cap is None else cap * tanh
-        lse = of_rows(numbers[0])
-        assert lse is not None
-        log_p = z - lse
-        p = log_p.exp()
-        weight = None if self.own_weight is None else self.own_weight.to(dtype).view(1, -1, 1)
-        of_target = None
-        zero = torch.zeros_like(z)
-        if self.labels is not None:
-            of_lse, of_label, of_sum = map(of_rows, upstreams)
-            gradient = zero if of_lse is None else p * of_lse
-            if of_label is not None:
-                hit = torch.where(self.own, 1.0, 0.0).to(dtype).view(rows)
-                gradient = gradient.scatter_add(1, self.local.clamp(min=0).view(rows), of_label * hit)
-        else:
-            of_lse, of_nll, of_mass, of_sum = map(of_rows, upstreams)
-            t = as_rows(target).to(dtype)
-            mass = of_rows(numbers[2])
-            assert mass is not None
-            w = torch.ones((), dtype=dtype, device=z.device) if weight is None else weight
-            gradient = zero if of_lse is None else p * of_lse
-            of_target = zero if of_mass is None else w * of_mass
-            if of_nll is not None:
-                gradient = gradient + of_nll * (p * mass - w * t)
-                of_target = of_target - w * of_nll * log_p
-            of_target = of_target.expand(z.shape).to(target.dtype).view(target.shape)
-        if of_sum is not None:
-            gradient = gradient + (of_sum if weight is None else of_sum * weight)
-        if tanh is not None:
-            gradient = gradient * (1 - tanh.square())
-        idle = torch.ones(rows, dtype=torch.bool, device=z.device)
-        for upstream in upstreams:
-            if upstream is not None:
-                idle = idle & (upstream.detach() == 0).view(rows)
-        gradient = torch.where(idle, 0.0, gradient)
-        return gradient.to(input.dtype).view(input.shape), of_target
+        return gradient.view(input.shape), None
 
     def values_of_probabilities(self, input: Tensor, target: Tensor, backend: Backend) -> Tensor:
-        """This rank's part of −Σ_c w_c u_c log y_c, which is a sum over classes; differentiable."""
+        """Return this rank's part of the rows' −Σ_c w_c u_c log y_c, a sum over classes; differentiable."""
         eps, classes = self.options.label_smoothing, self.layout.classes
-        if self.labels is None:
-            mixed = target * (1 - eps) + eps / classes if eps else target
-            part = dataclasses.replace(self.options, reduction="none", label_smoothing=0.0, topk=())
-            weight = self.own_weight
-            if (weight is not None and weight.requires_grad) or not input.numel():
-                return composite.cross_entropy(input, mixed, weight, part, torch.float64).reshape(-1)
-            weight = None if weight is None else weight.contiguous()
-            return fused_cross_entropy(input, mixed, weight, part, backend, torch.float64, False)[0]
         y = as_rows(input)
         y = y.to(compute_dtype(y.dtype))
         counted = self.labels != self.options.ignore_index
         loss = torch.zeros(len(self.labels), dtype=torch.float64, device=y.device)
-        weight = None if self.own_weight is None else self.own_weight.detach().to(y.dtype)
         if not y.shape[1]:
             return loss + input.sum() * 0
-        at = torch.where(self.own, self.local, 0)
-        p_y = torch.where(self.own, y.gather(1, at.view(y.shape[0], 1, y.shape[2])).flatten(), 1.0)
+        weight = self.visit_weight()
+        weight = None if weight is None else weight.to(y.dtype)
+        index = torch.where(self.is_own, self.local, 0)
+        p_y = torch.where(self.is_own, y.gather(1, index.view(y.shape[0], 1, y.shape[2])).flatten(), 1.0)
         hit = p_y.log().double() * (1 - eps)
-        loss = loss - (hit if weight is None else hit * weight[at])
+        loss = loss - (hit if weight is None else hit * weight[index])
         if eps:
             logs = y.log() if weight is None else y.log() * weight.view(1, -1, 1)
             loss = loss - torch.where(counted, (eps / classes) * logs.sum(1).flatten().double(), 0.0)
@@ -453,12 +476,72 @@ class ShardedLoss:
         return loss
 
 
-def _own_part(weight: Tensor, classes: int, layout: Layout) -> Tensor:
-    """The weights of this rank's classes."""
-    if isinstance(layout.start, int):
-        return weight[layout.start : layout.start + classes].contiguous()
-    index = (layout.start + torch.arange(classes, device=weight.device)).clamp_(max=len(weight) - 1)
-    return weight[index]
+class _SoftShard(_Shard):
+    """The loss of class probabilities, sharded as the logits. A row's numbers are (lse, nll, mass, Σ w z or None)."""
+
+    def numbers(self, input: Tensor, target: Tensor, backend: Backend) -> tuple[Tensor | None, ...]:
+        """See :meth:`_LabelShard.numbers`."""
+        own: tuple[Tensor | None, ...]
+        if input.numel():
+            own = backend.soft_statistics_forward(
+                as_rows(input), as_rows(target), self.visit_weight(), self.of_visit, ranked=self.label
+            )
+        else:
+            own = self.without_classes(input, 2)
+        own_lse, nll, mass, *sums = self.gathered(own)
+        lse = torch.logsumexp(own_lse, 0)
+        # A rank's nll is relative to its own lse.
+        nll = nll + torch.where(mass == 0, 0.0, mass * (lse - own_lse))
+        return lse, *_summed((nll, mass, *sums))
+
+    def values(self, numbers: tuple[Any, ...]) -> Tensor:
+        """Return the rows' losses, differentiable in the numbers."""
+        lse, nll, mass, weighted_sum = numbers
+        rows = SoftRowStatistics(lse, nll, mass, weighted_sum, None)
+        return soft_losses(rows, self.weight, self.options, self.layout.classes)
+
+    def gradients(
+        self,
+        upstreams: tuple[Tensor | None, ...],
+        input: Tensor,
+        target: Tensor,
+        numbers: tuple[Any, ...],
+        needs: tuple[bool, bool],
+        backend: Backend,
+        *,
+        inplace: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of this rank's logits and probabilities, as :meth:`_LabelShard.gradients` does."""
+        if not input.numel():
+            return torch.zeros_like(input), torch.zeros_like(target) if needs[1] else None
+        of_input, of_target = backend.soft_statistics_backward(
+            *(upstreams, as_rows(input), as_rows(target), self.visit_weight(), self.of_visit, numbers[0], numbers[2]),
+            gradient=needs[0],
+            target_gradient=needs[1],
+            inplace=inplace,
+        )
+        return (
+            None if of_input is None else of_input.view(input.shape),
+            None if of_target is None else of_target.view(target.shape),
+        )
+
+    def values_of_probabilities(self, input: Tensor, target: Tensor, backend: Backend) -> Tensor:
+        """See :meth:`_LabelShard.values_of_probabilities`."""
+        eps, weight = self.options.label_smoothing, self.own_weight
+        mixed = target * (1 - eps) + eps / self.layout.classes if eps else target
+        own = dataclasses.replace(self.options, reduction="none", label_smoothing=0.0, topk=())
+        if (weight is not None and weight.requires_grad) or not input.numel():
+            return composite.cross_entropy(input, mixed, weight, own, torch.float64).reshape(-1)
+        weight = None if weight is None else weight.contiguous()
+        return fused_cross_entropy(input, mixed, weight, own, backend, torch.float64, False)[0]
+
+
+ShardedLoss = _LabelShard | _SoftShard
+
+
+def _summed(numbers: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Return the sums over the ranks."""
+    return [None if number is None else number.sum(0) for number in numbers]
 
 
 class _Numbers(Function):
@@ -466,23 +549,26 @@ class _Numbers(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, target: Tensor, kind: ShardedLoss, backend: Backend
+        ctx: Any, input: Tensor, target: Tensor, shard: ShardedLoss, backend: Backend
     ) -> tuple[Tensor | None, ...]:
-        ctx.kind, ctx.backend = kind, backend
+        ctx.shard, ctx.backend = shard, backend
         ctx.set_materialize_grads(False)
-        found = kind.visit(input, target, backend)
-        if found[-1] is not None:
-            ctx.mark_non_differentiable(found[-1])
-        ctx.save_for_backward(input, target, *found[:-1])
-        return found
+        *numbers, rank = shard.numbers(input, target, backend)
+        if rank is not None:
+            ctx.mark_non_differentiable(rank)
+        ctx.save_for_backward(input, target, *numbers)
+        return (*numbers, rank)
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstreams, nothing = upstreams[:-1], (None, None)
+        upstreams = upstreams[:-1]
         if all(upstream is None for upstream in upstreams):
-            return (None, None, *nothing)
-        input, target, *numbers = ctx.saved_tensors
+            return (None,) * 4
         if is_differentiable(upstreams):
-            return (*ctx.kind.differentiable_gradients(upstreams, input, target, numbers), *nothing)
+            raise RuntimeError(
+                "fastloss: cross_entropy over shards of the classes has no second derivative; with create_graph=True "
+                "gather the classes first (of a DTensor: input.redistribute) and pass whole rows"
+            )
+        input, target, *numbers = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        return (*ctx.kind.gradients(upstreams, input, target, numbers, needs, ctx.backend), *nothing)
+        return (*ctx.shard.gradients(upstreams, input, target, numbers, needs, ctx.backend), None, None)

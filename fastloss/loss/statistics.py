@@ -28,8 +28,9 @@ from torch.nn import _reduction as legacy
 from .. import checks
 from ..backends import choice
 from ..backends.contract import Backend, LossOptions, RowStatistics, compute_dtype
-from . import composite, functional
-from .autograd import as_labels, as_rows, is_differentiable
+from ..backends.view import as_labels, as_rows, class_dim, row_shape
+from . import composite, routes
+from .autograd import is_differentiable
 from .row_numbers import LabelLosses
 
 __all__ = ["LossStatistics", "cross_entropy_with_statistics"]
@@ -128,33 +129,32 @@ def cross_entropy_with_statistics(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
-    options = checks.checked_options(ignore_index, label_smoothing, reduction, lse_square_scale, softcap)
+    options = checks.checked_options(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+    )
     checks.check_switches(z_loss=z_loss, lse=lse, entropy=entropy, predicted=predicted, correct=correct)
     wanted = _Wanted(z_loss, lse, entropy, predicted, correct)
     checks.check_logits(input)
-    if isinstance(target, Tensor) and composite.is_soft(input, target):
+    if isinstance(target, Tensor) and checks.is_soft(input, target):
         return _of_probabilities(input, target, weight, options, wanted)
-    traced = functional.is_traced(input, target)
-    if traced:
-        checks.check_index_target(input, target, weight)
-    else:
-        functional.check_tensors(input, target, weight, options)
+    traced = routes.is_traced(input, target)
+    look = not traced and isinstance(target, Tensor) and choice.may_look(target)
+    checks.check_tensors(input, target, weight, options.ignore_index, look=look)
     target = target.view(()) if input.dim() == 1 else target
-    if (
-        traced
-        or input.numel() == 0
-        or functional.has_too_many_rows(input)
-        or functional.is_small(input, target, weight)
-    ):
+    if traced or input.numel() == 0 or routes.has_too_many_rows(input) or routes.is_small(input, target, weight):
         return _composed(input, target, weight, options, wanted)
 
     every_row = lse or entropy or predicted
     labels = as_labels(target)
     rows = _row_statistics(input, labels, weight, options, entropy, predicted or correct, every_row)
-    losses = LabelLosses(rows, labels, weight, options, input.shape[min(1, input.dim() - 1)])
-    loss_dtype = functional.loss_dtype(input, target, weight)
+    losses = LabelLosses(rows, labels, weight, options, input.shape[class_dim(input)])
+    loss_dtype = checks.loss_dtype(input, target, weight)
     loss, of_lse = losses.loss().to(loss_dtype), losses.z_loss().to(loss_dtype) if z_loss else None
-    if options.reduction == "none":
+    if not options.is_reduced:
         loss, of_lse = loss.view(target.shape), None if of_lse is None else of_lse.view(target.shape)
     dtype = compute_dtype(input.dtype)
     return LossStatistics(
@@ -189,25 +189,15 @@ def _of_probabilities(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: _Wanted
 ) -> LossStatistics:
     """The same of class probabilities: :func:`cross_entropy` knows their loss, and the rest is the logits' alone."""
-    loss = functional.cross_entropy(
-        input,
-        target,
-        weight,
-        ignore_index=options.ignore_index,
-        reduction=options.reduction,
-        label_smoothing=options.label_smoothing,
-        lse_square_scale=options.lse_square_scale,
-        softcap=options.softcap,
-    )
+    loss, _ = routes.loss_and_accuracies(input, target, weight, options)
     if not any(wanted):
         return LossStatistics(loss, None, None, None, None, None)
-    dim = min(1, input.dim() - 1)
-    shape = input.shape[:dim] + input.shape[dim + 1 :]
+    dim, shape = class_dim(input), row_shape(input)
     labels = target.argmax(dim) if wanted.correct else torch.zeros(shape, dtype=torch.int64, device=input.device)
     # No row is ignored, and neither the label's logit nor Σ_c w_c z_c is looked at.
     options = dataclasses.replace(options, ignore_index=-1, label_smoothing=0.0)
-    traced = functional.is_traced(input, target)
-    if traced or input.numel() == 0 or functional.is_small(input, labels):
+    traced = routes.is_traced(input, target)
+    if traced or input.numel() == 0 or routes.is_small(input, labels):
         parts = _composed_rows(input, labels, options, wanted)
     else:
         argmax = wanted.predicted or wanted.correct
@@ -244,7 +234,7 @@ def _composed(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: _Wanted
 ) -> LossStatistics:
     """All of it from torch's own differentiable operations, for what no fused pass serves."""
-    loss = composite.cross_entropy(input, target, weight, options, functional.loss_dtype(input, target, weight))
+    loss = composite.cross_entropy(input, target, weight, options, checks.loss_dtype(input, target, weight))
     parts = _composed_rows(input, target, options, wanted)
     z_loss = None
     if wanted.z_loss and parts.lse is not None:
@@ -269,7 +259,7 @@ class _PlainRows:
     """Each row's numbers from torch's own differentiable operations, in the dtype of the arithmetic."""
 
     def __init__(self, input: Tensor, options: LossOptions) -> None:
-        self.input, self.options, self.dim = input, options, min(1, input.dim() - 1)
+        self.input, self.options, self.dim = input, options, class_dim(input)
 
     def logits(self) -> Tensor:
         x, cap = self.input.to(compute_dtype(self.input.dtype)), self.options.softcap
@@ -377,9 +367,7 @@ def _differentiable_gradient(
             numbers.append(plain.lse())
             given.append(of_lse)
         if of_label is not None:
-            numbers.append(
-                plain.label_logit(target.view(input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()))
-            )
+            numbers.append(plain.label_logit(target.view(row_shape(input))))
             given.append(of_label)
         if of_entropy is not None:
             numbers.append(plain.entropy())

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..loss.functional import accuracy, is_dense, is_dtensor
+from ..backends.view import class_dim
+from ..loss.functional import accuracy
+from ..ranks import placements
 
 if TYPE_CHECKING:
     from .standalone import Metric
@@ -91,7 +93,7 @@ class Accuracy(Metric):
         self._ks = checks.checked_topk(topk)
         if not self._ks:
             raise ValueError("fastloss.Accuracy: topk is empty; expected an int, or at least one of them")
-        self._ignore_index = checks.checked_options(ignore_index, 0.0, "sum", 0.0, None, self._ks).ignore_index
+        self._ignore_index = checks.checked_ignore_index(ignore_index)
         self._is_tuple = isinstance(topk, Sequence)
         self._group = _Shared(group)
         # One state, one collective. The settings are a state beside it, always the same: a MetricCollection takes two
@@ -133,23 +135,27 @@ class Accuracy(Metric):
         self._process_group = _Shared(value)
 
     def _counts_of(self, input: Tensor, target: Any) -> Tensor:
-        placed = is_dtensor(input)  # then rows stay on their processes
+        is_dtensor = placements.is_uncompiled_dtensor(input)  # each process counts the rows that it has
         many = not isinstance(target, Tensor) or target.numel() > _EXACT
-        reduction = "none" if placed or many else "sum"
-        found = accuracy(
-            input, target, self._ks, ignore_index=self._ignore_index, reduction=reduction, group=self._group.value
+        values = accuracy(
+            input,
+            target,
+            self._ks,
+            ignore_index=self._ignore_index,
+            reduction="none" if is_dtensor or many else "sum",
+            group=self._group.value,
         )
-        dense = is_dense(input, target)
-        if placed:
-            if is_dtensor(target) and not dense:
-                target = target.redistribute(placements=found[0].placements).to_local()
-            found = tuple(f.to_local() for f in found)
+        dense = checks.is_dense(input, target)
+        if is_dtensor:
+            if not dense and placements.is_dtensor(target):
+                target = target.redistribute(placements=values[0].placements).to_local()
+            values = tuple(value.to_local() for value in values)
         if not dense:
             rows = (target != self._ignore_index).sum()
         else:  # every row counts
-            number = found[0].numel() if placed else target.numel() // target.shape[min(1, target.dim() - 1)]
-            rows = torch.full((), number, dtype=torch.int64, device=found[0].device)
-        right = torch.stack([rows.to(_wide(rows)), *(f.sum(dtype=_wide(f)) for f in found)])
+            number = values[0].numel() if is_dtensor else target.numel() // target.shape[class_dim(target)]
+            rows = torch.full((), number, dtype=torch.int64, device=values[0].device)
+        right = torch.stack([rows.to(_wide(rows)), *(value.sum(dtype=_wide(value)) for value in values)])
         return torch.cat([right[:1], right.isnan().any(0, keepdim=True), right[1:].nan_to_num()]).long()
 
     def _sync_dist(self, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:

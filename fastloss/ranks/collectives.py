@@ -1,10 +1,10 @@
-"""What the ranks of a process group tell each other: numbers of rows, and whether they were called alike.
+"""Collectives: numbers of rows, and a check that all ranks made the same call.
 
-The collectives are torch.distributed's own, by whatever backend the group has. It is imported at the first use.
+They are torch.distributed's own, by whatever backend the group has. It is imported at the first use.
 
-Two kinds of tensors meet here. A *replicated* one is the same on all ranks, and so is its gradient. A *sharded* one
-is each rank's own. A sum over the ranks makes the first of the second: :func:`all_reduce`, whose gradient is free.
-The way back is :func:`replicated`: nothing now, and a sum over the ranks in the backward pass.
+There are two kinds of tensors. A *replicated* one is the same on all ranks, and so is its gradient. A *sharded* one
+is each rank's own. :func:`all_reduce` makes a replicated tensor of a sharded one; its gradient needs no collective.
+:func:`replicated` is the way back: the identity in forward, and a sum over the ranks in backward.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows and the classes of a loss over several ranks lie."""
+    """The place of this rank's rows and classes among those of all ranks."""
 
     classes: int | Tensor  # C, of all ranks; a scalar on the device where the host does not know it
-    start: int | Tensor = 0  # how many of them stand on the ranks before this one
-    class_group: Any = None  # each of its ranks has a shard of the classes, in rank order; None: this one has all
-    row_groups: tuple[Any, ...] = ()  # each of these cuts the rows up among its ranks
-    rows: int = 0  # of all of them together
+    start: int | Tensor = 0  # how many classes the ranks before this one have
+    class_group: Any = None  # each of its ranks has a shard of the classes, in rank order; None: this rank has all
+    row_groups: tuple[Any, ...] = ()  # the ranks of each of these groups share the rows
+    rows: int = 0  # of all ranks together
     most_classes: int | None = None  # of the rank that has the most, where the host knows
 
 
 def gather(tensor: Tensor, group: Any) -> Tensor:
-    """Those of all ranks, ``(ranks, …)``."""
+    """Return the tensors of all ranks, ``(ranks, …)``."""
     import torch.distributed._functional_collectives as functional
 
-    # Named anew in torch 2.13, which warns of the older name.
+    # torch 2.13 renamed it, and warns of the older name.
     collective = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
     result = functional.wait_tensor(collective(tensor.contiguous().unsqueeze(0), 0, group))
     return cast(Tensor, result)
 
 
 def all_reduce_detached(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
-    """The sum over the ranks of each group in turn, without a gradient."""
+    """All-reduce over each group in turn, without a gradient."""
     import torch.distributed._functional_collectives as functional
 
     for group in groups:
@@ -63,12 +63,12 @@ def all_reduce_detached(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
 
 
 def all_reduce(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
-    """The sum over the ranks of each group, replicated, of a sharded tensor."""
+    """All-reduce in forward; identity in backward."""
     return cast(Tensor, _Sum.apply(tensor, groups)) if groups else tensor
 
 
 def replicated(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
-    """The same tensor, where each rank of the groups is to use it for a part of its own."""
+    """Identity in forward; all-reduce of the gradient in backward (Megatron's copy_to_tensor_parallel_region)."""
     return cast(Tensor, _Replicated.apply(tensor, groups)) if groups else tensor
 
 
@@ -95,7 +95,7 @@ class _Replicated(Function):
 
 
 def checked_group(group: object) -> Any:
-    """A process group that this process is in."""
+    """Return ``group`` if it is a process group that this process is in."""
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():
@@ -114,59 +114,58 @@ def agreed_layout(
     rows: int,
     *,
     device: torch.device,
-    facts: object,
+    same: object,
     labels: Tensor | None,
-    fault: Exception | None,
+    error: Exception | None,
     look: bool,
 ) -> Layout:
-    """Each rank tells how many classes it has, and on a CPU whatever else shows that the calls fit together.
+    """Exchange the numbers of classes, and on a CPU check that the ranks' calls fit together.
 
     Args:
-        group: a rank has a shard of the classes.
+        group: each of its ranks has a shard of the classes.
         classes, rows: of this rank.
-        device: where the tensors are.
-        facts: what must be the same on all ranks, but for the number of rows; anything with a fixed ``repr``.
-        labels: the class indices, the same on all ranks.
-        fault: what this rank found wrong with its own arguments. It is raised here, after the others were told, so
-            that none of them waits for this one.
-        look: may the host look at what it is told? On a GPU it would have to wait: then a shape that differs is the
-            collective's to find, and a fault is raised before anything is told.
+        device: of the tensors.
+        same: what must be equal on all ranks, beside the number of rows; anything with a fixed ``repr``.
+        labels: the class indices, which must be equal on all ranks too.
+        error: what was wrong with this rank's own arguments. It is raised here, after the exchange, so that no other
+            rank waits for this one.
+        look: the host may look at the numbers of the other ranks. On a GPU it would have to wait. There a shape that
+            differs is found by the collective, and ``error`` is raised before the exchange.
     """
     import torch.distributed as dist
 
     rank = dist.get_rank(group)
     if not look:
-        if fault is not None:
-            raise fault
+        if error is not None:
+            raise error
         shards = gather(torch.full((), classes, dtype=torch.int64, device=device), group)
         return Layout(shards.sum().double(), shards[:rank].sum(), group, rows=rows)
-    total = 0 if labels is None or fault is not None else int(labels.sum(dtype=torch.int64))
-    mine = [int(fault is not None), classes, rows, zlib.crc32(repr(facts).encode()), total]
-    told: list[list[int]] = gather(torch.tensor(mine, dtype=torch.int64, device=device), group).tolist()
-    if fault is not None:
-        raise fault
-    refused = [number for number, (failed, *_) in enumerate(told) if failed]
+    total = 0 if labels is None or error is not None else int(labels.sum(dtype=torch.int64))
+    own = [int(error is not None), classes, rows, zlib.crc32(repr(same).encode()), total]
+    by_rank: list[list[int]] = gather(torch.tensor(own, dtype=torch.int64, device=device), group).tolist()
+    if error is not None:
+        raise error
+    refused = [number for number, (failed, *_) in enumerate(by_rank) if failed]
     if refused:
         raise RuntimeError(
             f"fastloss: rank {refused[0]} of the group refused its arguments, for the reason that its own error gives"
         )
     for name, column in (("rows", 2), ("options, dtype, class weights or kind of target", 3), ("labels", 4)):
-        values = [line[column] for line in told]
+        values = [numbers[column] for numbers in by_rank]
         if len(set(values)) > 1:
-            found = f": {', '.join(f'{value} on rank {r}' for r, value in enumerate(values))}" if column == 2 else ""
-            raise RuntimeError(f"fastloss: the ranks of the group differ in their {name}{found}; expected the same")
-    sizes = [line[1] for line in told]
+            listed = f": {', '.join(f'{value} on rank {r}' for r, value in enumerate(values))}" if column == 2 else ""
+            raise RuntimeError(f"fastloss: the ranks of the group differ in their {name}{listed}; expected the same")
+    sizes = [numbers[1] for numbers in by_rank]
     return Layout(sum(sizes), sum(sizes[:rank]), group, rows=rows, most_classes=max(sizes))
 
 
-def raise_together(fault: Exception | None, groups: Sequence[Any], device: torch.device) -> None:
-    """Raise on all ranks of the groups what was found wrong on one of them. The host waits for it."""
-    faults = int(
-        all_reduce_detached(torch.full((), float(fault is not None), dtype=torch.float64, device=device), groups)
-    )
-    if fault is not None:
-        raise fault
-    if faults:
+def raise_together(error: Exception | None, groups: Sequence[Any], device: torch.device) -> None:
+    """Raise on all ranks of the groups if one of them has an error. The host waits for the others."""
+    own = torch.full((), float(error is not None), dtype=torch.float64, device=device)
+    errors = int(all_reduce_detached(own, groups))
+    if error is not None:
+        raise error
+    if errors:
         ranks = math.prod(group.size() for group in groups)
         raise IndexError(
             f"fastloss: target has a label that is out of bounds on another of the {ranks} ranks that share the "

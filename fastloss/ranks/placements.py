@@ -1,6 +1,6 @@
-"""DTensors: which dimensions of the mesh cut the rows up, which one the classes, and the local tensors of both.
+"""DTensors: which dimensions of the mesh shard the rows, which one the classes, and the local tensors.
 
-Nothing is imported before there is a DTensor.
+torch's DTensor module is not imported before there is a DTensor.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .collectives import Layout
 
-__all__ = ["Plan", "is_dtensor", "local", "plan", "plan_linear", "whole"]
+__all__ = ["Plan", "is_dtensor", "is_uncompiled_dtensor", "local", "plan", "plan_linear", "whole"]
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Is it a DTensor?"""
+    """Return True for a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_uncompiled_dtensor(tensor: object) -> bool:
+    """Return True for a DTensor that is served shard by shard; a compiler's are left to torch's operators."""
+    return type(tensor) not in (Tensor, Parameter) and is_dtensor(tensor) and not torch.compiler.is_compiling()
 
 
 @dataclass(frozen=True)
@@ -31,23 +37,22 @@ class Plan:
 
     mesh: Any
     target: Tensor  # this rank's part: its rows' labels, or its part of the class probabilities
-    classes: int  # of all ranks
     layout: Layout
-    of_rows: tuple[Any, ...]  # placements of what has a number a row: replicated over the ranks that share a row
+    of_rows: tuple[Any, ...]  # placements of a tensor with one element per row
     row_shape: tuple[int, ...]  # of all rows
 
     def placed(self, local: Tensor) -> Tensor:
-        """A result as a DTensor: replicated, or the rows' own."""
-        return placed(local, self.mesh, self.of_rows, self.row_shape)
+        """Return a result as a DTensor: replicated if it is ``()``, else placed as the rows."""
+        return _placed(local, self.mesh, self.of_rows, self.row_shape)
 
 
 def local(tensor: Any) -> Any:
-    """A DTensor's part on this rank, whose gradient goes back into its placement; another tensor is itself."""
+    """Return a DTensor's part on this rank, whose gradient is placed as the DTensor; another tensor as it is."""
     return tensor.to_local(grad_placements=tensor.placements) if is_dtensor(tensor) else tensor
 
 
-def placed(local: Tensor, mesh: Any, of_rows: Sequence[Any], shape: Sequence[int]) -> Tensor:
-    """A DTensor of what is the same on every rank, ``()``, or of this rank's part of a number a row."""
+def _placed(local: Tensor, mesh: Any, of_rows: Sequence[Any], shape: Sequence[int]) -> Tensor:
+    """Return a DTensor of a ``()`` that is the same on every rank, or of this rank's part of the rows."""
     from torch.distributed.tensor import DTensor, Replicate
 
     if not local.dim():
@@ -58,19 +63,20 @@ def placed(local: Tensor, mesh: Any, of_rows: Sequence[Any], shape: Sequence[int
 
 
 def whole(tensor: Tensor | None) -> Tensor | None:
-    """The whole of a small tensor, on every rank."""
+    """Return the whole of a small tensor on every rank."""
     return cast(Any, tensor).full_tensor() if is_dtensor(tensor) else tensor
 
 
 def plan(input: Any, target: Tensor, dense: bool) -> Plan:
-    """Which rank does what for logits ``(C,)`` or ``(N, C, …)``.
+    """Return the plan for logits ``(C,)`` or ``(N, C, …)``.
 
     Args:
         input: a DTensor.
-        target: labels, or, if ``dense``, a value for each class. A DTensor, or the whole of it on each rank.
+        target: a DTensor, or the whole of it on each rank.
+        dense: the target has one value per class; else it is labels.
 
     Raises:
-        ValueError: placements that can't be served; the error names them and what would do.
+        ValueError: placements that can't be served. The error names them and some that can.
     """
     dim = min(1, input.dim() - 1)
     return _plan(
@@ -86,14 +92,14 @@ def plan(input: Any, target: Tensor, dense: bool) -> Plan:
 
 
 def plan_linear(input: Any, linear_weight: Any, target: Tensor, linear_bias: Any, dense: bool) -> Plan:
-    """The same of ``linear(input, linear_weight)``, ``(…, C)``, whose logits never exist.
+    """Return the plan for ``linear(input, linear_weight)``, ``(…, C)``, whose logits never exist.
 
     Args:
         input: ``(…, D)``: a DTensor whose rows may be sharded, or the whole of it on each rank.
         linear_weight: ``(C, D)``, a DTensor whose classes may be sharded.
-        target: labels ``(…)``, or, if ``dense``, a value for each class. As above.
+        target: as in :func:`plan`.
         linear_bias: ``(C,)``, placed as the weight; or None.
-        dense: see ``target``.
+        dense: as in :func:`plan`.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -130,7 +136,7 @@ def plan_linear(input: Any, linear_weight: Any, target: Tensor, linear_bias: Any
 
 
 def _checked(placement: Any, name: str, tensor: Any) -> Any:
-    """A placement that can be served."""
+    """Return ``placement`` if it can be served."""
     from torch.distributed.tensor import Shard
 
     if not placement.is_replicate() and type(placement) is not Shard:
@@ -151,7 +157,10 @@ def _plan(
     target: Tensor,
     dense: bool,
 ) -> Plan:
-    """Of logits of that shape and those placements, with the classes in ``dim``; ``where`` names what was given."""
+    """Return the plan for logits of that shape and those placements, with the classes in ``dim``.
+
+    ``where`` begins the errors: it names the caller's tensors.
+    """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     row_groups, class_dims, of_rows, expected = [], [], [], []
@@ -205,4 +214,4 @@ def _plan(
     row_shape = (*shape[:dim], *shape[dim + 1 :])
     group = mesh.get_group(class_dims[0]) if class_dims else None
     layout = Layout(classes, start, group, tuple(row_groups), math.prod(row_shape), most)
-    return Plan(mesh, local(given), classes, layout, tuple(of_rows), row_shape)
+    return Plan(mesh, local(given), layout, tuple(of_rows), row_shape)

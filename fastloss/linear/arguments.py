@@ -1,0 +1,115 @@
+"""Checks of the arguments of :func:`fastloss.linear_cross_entropy`, for one device and for several ranks."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+
+__all__ = ["check_shapes", "checked_chunking", "dtype_of_logits", "shifted_labels"]
+
+
+def checked_chunking(
+    chunk_size: object, memory_budget: object, shift: object, skip_ignored: object, accumulate_grad: object
+) -> dict[str, Any]:
+    """Return the arguments that are about chunks, as fields of a :class:`LinearOptions`."""
+    checks.check_switches(shift=shift, accumulate_grad=accumulate_grad)
+    if skip_ignored is not None and not isinstance(skip_ignored, bool):
+        raise TypeError(f"fastloss: skip_ignored is {skip_ignored!r}; expected True, False or None")
+    chunking: dict[str, Any] = {"skip_ignored": skip_ignored, "accumulate_grad": accumulate_grad}
+    for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
+        if value is None:
+            continue
+        try:
+            if isinstance(value, bool):  # meant for another argument
+                raise TypeError
+            chunking[name] = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"fastloss: {name} is {value!r}; expected an int, or None") from None
+    if chunking.get("chunk_size", 1) < 1:
+        raise ValueError(f"fastloss: chunk_size is {chunk_size}; expected at least 1 row, or None")
+    if chunk_size is not None and memory_budget is not None:
+        raise ValueError(
+            f"fastloss: chunk_size is {chunk_size} and memory_budget {memory_budget}; expected one of them"
+        )
+    return chunking
+
+
+def shifted_labels(target: Tensor, ignore_index: int) -> Tensor:
+    """Return the labels of the next tokens; the last position has none, and is ignored."""
+    last = target.new_full((*target.shape[:-1], 1), ignore_index, dtype=torch.int64)
+    return torch.cat([target[..., 1:].long(), last], dim=-1)[..., : target.shape[-1]]
+
+
+def dtype_of_logits(input: Tensor) -> torch.dtype:
+    """Return the dtype of the products: the tensors', or autocast's."""
+    if checks.is_autocast(input) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
+    return input.dtype
+
+
+def check_shapes(
+    input: object, linear_weight: object, target: object, linear_bias: object, shift: bool, weight: object = None
+) -> None:
+    """Check that the shapes fit each other, and that the target is labels or probabilities.
+
+    The loss has its own checks of the rest. An error about a shape names all shapes. ``weight`` is given where its
+    classes are those of ``linear_weight``.
+    """
+    checks.check_logits(input)
+    for name, tensor in (("linear_weight", linear_weight), ("target", target), ("linear_bias", linear_bias)):
+        if not isinstance(tensor, Tensor) and not (name == "linear_bias" and tensor is None):
+            raise TypeError(f"fastloss: {name} must be a Tensor, got {type(tensor).__name__}")
+    assert isinstance(input, Tensor)
+    assert isinstance(linear_weight, Tensor)
+    assert isinstance(target, Tensor)
+
+    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        if tensor.layout != torch.strided:
+            raise RuntimeError(f"fastloss: {name} has layout {tensor.layout}; expected {torch.strided}")
+
+    def shapes() -> str:
+        names = ("input", "linear_weight", "target", "linear_bias", "weight")
+        tensors = zip(names, (input, linear_weight, target, linear_bias, weight), strict=True)
+        named = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors if isinstance(tensor, Tensor)]
+        return "the shapes are " + ", ".join(named)
+
+    if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
+        raise RuntimeError(f"fastloss: {shapes()}; expected input (..., D) and linear_weight (C, D), with the same D")
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.device != input.device:
+            raise RuntimeError(f"fastloss: {name} is on {tensor.device}; expected {input.device}, where input is")
+        if tensor.dtype != input.dtype and not checks.is_autocast(input):
+            raise RuntimeError(f"fastloss: {name} has dtype {tensor.dtype}; expected {input.dtype}, as input has")
+    of_logits = tuple(linear_weight.shape[:-1])  # (C,), or torch's (C, d1, ..., dK)
+    if isinstance(linear_bias, Tensor) and tuple(linear_bias.shape) != of_logits:
+        raise RuntimeError(
+            f"fastloss: {shapes()}; expected a linear_bias of shape {of_logits}, a number for each class"
+        )
+    if isinstance(weight, Tensor) and tuple(weight.shape) != of_logits[:1]:
+        raise RuntimeError(f"fastloss: {shapes()}; expected one weight for each class: {of_logits[:1]}")
+    if len(of_logits) > 1 and (input.dim() != 2 or shift):
+        raise RuntimeError(
+            f"fastloss: {shapes()}: the K-dimensional loss; expected an input of shape (N, D), and no shift"
+        )
+    of_labels, soft = (*input.shape[:-1], *of_logits[1:]), (*input.shape[:-1], *of_logits)
+    is_soft = tuple(target.shape) == soft and target.is_floating_point() and target.dtype.itemsize > 1
+    if shift and (input.dim() < 2 or target.is_floating_point() or target.dtype == torch.bool):
+        raise ValueError(
+            f"fastloss: shift=True; {shapes()}; target is {target.dtype}; expected an "
+            "input of shape (..., T, D) and class indices of shape (..., T)"
+        )
+    one_label = input.dim() == 1 and tuple(target.shape) == (1,)
+    is_labels = (tuple(target.shape) == of_labels or one_label) and target.dtype in checks.LABEL_DTYPES
+    if not is_soft and not is_labels:
+        kind = ValueError if target.shape[:1] != input.shape[:1] else RuntimeError  # torch looks at the batch first
+        raise kind(
+            f"fastloss: {shapes()}; target is {target.dtype}; expected class indices of shape {of_labels} in "
+            f"int64, int32 or uint8, or class probabilities of shape {soft}, floating point"
+        )

@@ -1,0 +1,214 @@
+"""The route that a loss or an accuracy takes: shards, torch's own operators, a compiler's operator, or a backend."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import checks
+from ..backends import choice
+from ..backends.contract import LossOptions
+from ..backends.view import as_labels, as_rows, class_dim, row_shape
+from ..ranks import placements
+from . import compiled, composite, sharded
+from .autograd import fused_cross_entropy
+
+__all__ = [
+    "FUSED_TYPES",
+    "SMALL_ON_CPU",
+    "accuracies",
+    "composed",
+    "has_too_many_rows",
+    "is_compiled",
+    "is_small",
+    "is_traced",
+    "loss_and_accuracies",
+]
+
+# Logits of at most this many elements go to torch's own operator on a CPU, where a fused pass saves less than
+# its Python costs (`python -m benchmarks.cpu --crossover` prints both).
+SMALL_ON_CPU = 1 << 18
+# So do rows of so few classes: the numbers that are kept of a row would outweigh the row.
+FEW_CLASSES = 8
+
+FUSED_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def loss_and_accuracies(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    inplace: bool = False,
+    group: Any = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the loss and an accuracy for each k, ``()`` or of the labels' shape. The options are checked already."""
+    route = _route(input, target, weight, options, inplace, group)
+    if route == "shards":
+        return sharded.loss_over_ranks(input, target, weight, options, group)
+    traced = route in ("compiled", "traced")
+    look = not traced and isinstance(target, Tensor) and choice.may_look(target)
+    checks.check_tensors(input, target, weight, options.ignore_index, look=look)
+    dtype = checks.loss_dtype(input, target, weight)
+    soft = target.is_floating_point()
+    if not traced and not soft and input.dim() == 1:
+        target = target.view(())
+    if inplace and not traced and torch._debug_has_internal_overlap(input) == 1:
+        raise RuntimeError(
+            f"fastloss: inplace=True needs an input whose elements have memory of their own; "
+            f"got strides {input.stride()} for shape {tuple(input.shape)} (an expanded tensor: clone it)"
+        )
+    labels = target if soft else as_labels(target)
+    values: tuple[Tensor, ...] = ()
+    flat = route in ("fused", "compiled")
+    if flat:
+        weight = None if weight is None else weight.contiguous()
+    if route == "fused":
+        backend = choice.load(choice.choose(input))
+        loss, values = fused_cross_entropy(input, labels, weight, options, backend, dtype, inplace)
+    elif route == "compiled":
+        loss, values = compiled.loss_and_accuracies(input, labels, weight, options, dtype)
+    else:
+        loss = composite.cross_entropy(input, target, weight, options, dtype)
+    if soft or not flat:
+        values = _accuracies_beside(input, target, options)
+    elif not options.is_reduced:
+        values = tuple(value.view(row_shape(input)) for value in values)
+    if flat and not options.is_reduced:
+        loss = loss.view(row_shape(input))
+    return loss, values
+
+
+def _route(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, inplace: bool, group: Any
+) -> str:
+    """Return "shards", "compiled", "traced", "composed" or "fused". The tensors are not checked yet."""
+    if group is None and not is_traced(input, target):
+        if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+            return "composed"  # the checks will refuse them
+        if not inplace and is_small(input, target, weight):
+            return "composed"
+        soft = target.is_floating_point()
+        served = input.numel() > 0 and (soft or options.from_logits) and not has_too_many_rows(input)
+        trained = soft and isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
+        return "fused" if served and not trained else "composed"
+    if group is None and is_compiled(input, target, weight, options):
+        return "compiled"
+    return "shards" if group is not None or placements.is_uncompiled_dtensor(input) else "traced"
+
+
+def composed(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the loss by torch's own operators, and the accuracies. The arguments are checked already."""
+    dtype = checks.loss_dtype(input, target, weight)
+    return composite.cross_entropy(input, target, weight, options, dtype), _accuracies_beside(input, target, options)
+
+
+def accuracies(input: Tensor, target: Tensor, options: LossOptions, group: Any = None) -> tuple[Tensor, ...]:
+    """Return an accuracy for each k, ``()`` or of the labels' shape. ``input`` is checked already."""
+    if group is not None or placements.is_uncompiled_dtensor(input):
+        return sharded.accuracies_over_ranks(input, target, options, group)
+    if checks.is_dense(input, target):
+        target = composite.labels_of(target)
+        options = dataclasses.replace(options, ignore_index=-1)  # argmax gives no label to ignore
+    checks.check_index_target(input, target, None)
+    target = target.view(()) if input.dim() == 1 else target
+    if options.topk and not is_traced(input, target) and choice.may_look(target):
+        checks.check_labels(target, input.shape[class_dim(input)], options.ignore_index)
+    return _accuracies(input, target, options)
+
+
+def _accuracies_beside(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
+    """Return the accuracies beside a loss that did not give them."""
+    if options.topk and checks.is_soft(input, target):
+        target = composite.labels_of(target)
+        options = dataclasses.replace(options, ignore_index=-1)  # argmax gives no label to ignore
+    return _accuracies(input.detach(), target, options)
+
+
+def _accuracies(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
+    """Return the accuracies for labels that are checked already."""
+    if not options.topk:
+        return ()
+    small = input.numel() == 0 or (input.numel() <= SMALL_ON_CPU // 16 and is_small(input, target))
+    if small or is_traced(input, target):
+        return composite.accuracy(input, target, options)
+    rows, labels = as_rows(input), as_labels(target)
+    backend = choice.load(choice.choose(input))
+    values = backend.accuracy(rows, labels, options.topk, options.ignore_index, options.reduction)
+    return values if options.is_reduced else tuple(value.view(target.shape) for value in values)
+
+
+def is_small(input: Tensor, target: Tensor, weight: Tensor | None = None) -> bool:
+    """Return True where torch's own operators are faster: few logits on a CPU, and a target that they take."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(input) in FUSED_TYPES
+        and type(target) is Tensor
+        and input.is_cpu
+        and (input.numel() <= SMALL_ON_CPU or (input.dim() > 1 and input.shape[1] <= FEW_CLASSES))
+        and (
+            target.dtype is torch.int64
+            or target.dtype is torch.uint8
+            or (target.dtype is input.dtype and target.shape == input.shape)
+        )
+        and (weight is None or (isinstance(weight, Tensor) and weight.dtype is input.dtype))
+        and not choice.is_forced()
+    )
+
+
+def is_traced(input: Tensor, target: Tensor) -> bool:
+    """Return True if every step must be an operator of torch.
+
+    That is so for transforms, traces, forward-mode derivatives and subclasses of tensors.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+    ):
+        return True
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+        return False
+    return (
+        type(input) not in FUSED_TYPES
+        or type(target) is not Tensor
+        or input.is_meta
+        or not (input.layout is target.layout is torch.strided)
+    )
+
+
+def is_compiled(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> bool:
+    """Return True if a compiler traces the call, and this package's operators serve it."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not _is_exporting()
+        and type(input) in FUSED_TYPES
+        and type(target) in FUSED_TYPES
+        and (target.is_floating_point() or options.from_logits)
+        and not (target.is_floating_point() and weight is not None and weight.requires_grad)
+        and not torch._C._are_functorch_transforms_active()
+        and input.numel() > 0
+        and not has_too_many_rows(input)
+    )
+
+
+def _is_exporting() -> bool:
+    """Return ``torch.compiler.is_exporting()``, which in torch 2.11 is always True under dynamo."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else bool(flag)
+
+
+def has_too_many_rows(input: Tensor) -> bool:
+    """Return True if the row count overflows the kernels' int32 row index; the logit count may be larger.
+
+    A tile of rows is spared.
+    """
+    return not input.is_cpu and input.dim() > 1 and input.numel() // max(input.shape[1], 1) > (1 << 31) - (1 << 13)
