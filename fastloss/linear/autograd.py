@@ -19,50 +19,37 @@ from torch.autograd import Function
 from ..loss import composite
 from ..loss.autograd import handed_over, is_differentiable
 from . import chunks
-from .chunks import NO_GRADIENTS, Losses, Needs
+from .chunks import NO_GRADIENTS, Losses, Needs, Tensors
 
 __all__ = ["fused_linear_cross_entropy"]
 
 
-def fused_linear_cross_entropy(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, losses: Losses
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the loss, with a graph where a tensor needs one, and the accuracies; ``()`` or ``(rows,)``.
-
-    The arguments are as in :func:`fastloss.linear.chunks.forward`.
-    """
-    if not (torch.is_grad_enabled() and any(Needs.of(input, linear_weight, linear_bias, target))):
-        with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-            result = chunks.forward(input, linear_weight, target, linear_bias, NO_GRADIENTS, losses)
+def fused_linear_cross_entropy(tensors: Tensors, losses: Losses) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the loss, with a graph where a tensor needs one, and the accuracies; ``()`` or ``(rows,)``."""
+    if not (torch.is_grad_enabled() and any(tensors.needs())):
+        with torch.no_grad(), torch.autocast(tensors.input.device.type, enabled=False):
+            result = chunks.forward(tensors, NO_GRADIENTS, losses)
         return result.loss, result.accuracy
-    loss, *accuracy = _LinearCrossEntropy.apply(input, linear_weight, linear_bias, target, losses)
+    loss, *accuracy = _LinearCrossEntropy.apply(*tensors, losses)
     return loss, tuple(accuracy)
 
 
 class _LinearCrossEntropy(Function):
-    """(input, linear_weight, linear_bias, target, losses) → (loss, *accuracies)."""
+    """(*tensors, losses) → (loss, *accuracies)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        losses: Losses,
-    ) -> tuple[Tensor, ...]:
-        ctx.losses, call = losses, losses.call
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        tensors, losses = Tensors(*arguments[:4]), arguments[4]
+        needs, call = Needs(*ctx.needs_input_grad[:4]), losses.call
+        ctx.losses, ctx.written = losses, chunks.writes_gradients(call, needs, tensors)
         # The tensor itself: a saved one may come back as a copy, by a checkpoint or a hook, whose .grad is not read.
-        ctx.accumulated = linear_weight if call.accumulate_grad and linear_weight.requires_grad else None
-        needs = Needs(*ctx.needs_input_grad[:4])
-        ctx.written = chunks.writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
-        with torch.autocast(input.device.type, enabled=False):
-            result = chunks.forward(input, linear_weight, target, linear_bias, needs, losses)
+        weight = tensors.linear_weight
+        ctx.accumulated = weight if call.accumulate_grad and weight.requires_grad else None
+        with torch.autocast(weight.device.type, enabled=False):
+            result = chunks.forward(tensors, needs, losses)
         ctx.mark_non_differentiable(*result.accuracy)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            input, linear_weight, linear_bias, target, losses.weight, result.saved, *result.gradients
-        )
+        ctx.save_for_backward(*tensors, losses.weight, result.saved, *result.gradients)
         return (result.loss, *result.accuracy)
 
     @staticmethod
@@ -76,12 +63,10 @@ class _LinearCrossEntropy(Function):
         input, linear_weight, linear_bias, target, _, saved, *written = ctx.saved_tensors
         if ctx.written:
             return (*handed_over(losses.backend, written, upstream), None)
+        tensors, needs = Tensors(input, linear_weight, linear_bias, target), Needs(*ctx.needs_input_grad[:4])
         into = None if ctx.accumulated is None else _gradient_of(ctx.accumulated)
-        needs = Needs(*ctx.needs_input_grad[:4])
         with torch.autocast(input.device.type, enabled=False), torch.no_grad():
-            gradients = chunks.backward(
-                upstream, input, linear_weight, target, linear_bias, saved, needs, losses, into
-            )
+            gradients = chunks.backward(upstream, tensors, saved, needs, losses, into)
         return (*gradients, None)
 
 

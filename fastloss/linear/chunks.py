@@ -39,6 +39,7 @@ __all__ = [
     "Losses",
     "Needs",
     "Result",
+    "Tensors",
     "backward",
     "forward",
     "rows_of_chunk",
@@ -88,13 +89,21 @@ class Needs(NamedTuple):
     linear_bias: bool
     target: bool
 
-    @classmethod
-    def of(cls, *tensors: Tensor | None) -> Needs:
-        """Return which tensors require a gradient; in the order of the fields."""
-        return cls(*(tensor is not None and tensor.requires_grad for tensor in tensors))
-
 
 NO_GRADIENTS = Needs(False, False, False, False)
+
+
+class Tensors(NamedTuple):
+    """The tensors that may have a gradient."""
+
+    input: Tensor  # x, (rows, D)
+    linear_weight: Tensor  # W, (C, D)
+    linear_bias: Tensor | None  # b, (C,)
+    target: Tensor  # labels (rows,), or class probabilities (rows, C)
+
+    def needs(self) -> Needs:
+        """Return which of them require a gradient."""
+        return Needs(*(tensor is not None and tensor.requires_grad for tensor in self))
 
 
 class Gradients(NamedTuple):
@@ -115,8 +124,8 @@ class Result(NamedTuple):
     saved: Tensor  # (numbers, rows), for the backward pass; (0, rows) if it needs none
 
 
-def writes_gradients(call: LinearOptions, needs: Needs, tensors: Sequence[Tensor | None]) -> bool:
-    """Return True if the forward pass writes the gradients that are needed. ``tensors`` have the order of ``needs``.
+def writes_gradients(call: LinearOptions, needs: Needs, tensors: Tensors) -> bool:
+    """Return True if the forward pass writes the gradients that are needed.
 
     Gradients in float16 wait for the backward pass, which knows the loss scale.
     """
@@ -297,35 +306,20 @@ class Losses:
         """Raise if there is none."""
 
 
-def forward(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    needs: Needs,
-    losses: Losses,
-) -> Result:
-    """Return the loss, the accuracies and, where they can be written now, the gradients.
-
-    Args:
-        input: x, ``(rows, D)``.
-        linear_weight: W, ``(C, D)``.
-        target: labels ``(rows,)``, or class probabilities ``(rows, C)``.
-        linear_bias: b, ``(C,)``.
-        needs: which gradients are wanted. Nothing is computed for the others.
-        losses: the loss of a chunk, and the options.
-    """
-    call, rows, none = losses.call, len(input), not losses.call.options.is_reduced
-    written = writes_gradients(call, needs, (input, linear_weight, linear_bias, target))
+def forward(tensors: Tensors, needs: Needs, losses: Losses) -> Result:
+    """Return the loss, the accuracies and, where they can be written now, the gradients that are needed."""
+    call, rows, none = losses.call, len(tensors.input), not losses.call.options.is_reduced
+    device, target = tensors.input.device, tensors.target
+    written = writes_gradients(call, needs, tensors)
     needs_now = needs if written else NO_GRADIENTS
     total, ks = losses.total(target), len(call.options.topk)
     dtype = call.loss_dtype if none else torch.float64
-    loss = torch.zeros(rows if none or losses.per_row else (), dtype=dtype, device=input.device)
-    right = torch.zeros((ks, rows) if none else (ks,), dtype=torch.float64, device=input.device)
-    visit = ChunkIterator(rows, linear_weight, target, call, needs)
-    sums = GradientAccumulator(input, linear_weight, linear_bias, target, visit, needs_now)
-    saved = input.new_empty((0, rows))
-    for index, x, t, z in visit.chunks(input, linear_bias):
+    loss = torch.zeros(rows if none or losses.per_row else (), dtype=dtype, device=device)
+    right = torch.zeros((ks, rows) if none else (ks,), dtype=torch.float64, device=device)
+    visit = ChunkIterator(tensors, call, needs)
+    sums = GradientAccumulator(tensors, visit, needs_now)
+    saved = tensors.input.new_empty((0, rows))
+    for index, x, t, z in visit.chunks():
         part = losses.forward(t, z, total, needs_now)
         if loss.dim():
             loss[index] = part.loss
@@ -351,15 +345,7 @@ def forward(
 
 
 def backward(
-    upstream: Tensor,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    saved: Tensor,
-    needs: Needs,
-    losses: Losses,
-    into: Tensor | None = None,
+    upstream: Tensor, tensors: Tensors, saved: Tensor, needs: Needs, losses: Losses, into: Tensor | None = None
 ) -> Gradients:
     """Return the gradients from the logits, computed once more.
 
@@ -368,12 +354,12 @@ def backward(
         saved: from the forward pass.
         into: the weight's gradient so far, to which its gradient is added chunk by chunk; it is not returned then.
     """
-    total = losses.total(target)
+    total = losses.total(tensors.target)
     upstream = upstream if total is None else upstream.double() / total
-    upstream = upstream.to(losses.upstream_dtype).expand(len(input))
-    visit = ChunkIterator(len(input), linear_weight, target, losses.call, needs)
-    sums = GradientAccumulator(input, linear_weight, linear_bias, target, visit, needs, into=into)
-    for index, x, t, z in visit.chunks(input, linear_bias):
+    upstream = upstream.to(losses.upstream_dtype).expand(len(tensors.input))
+    visit = ChunkIterator(tensors, losses.call, needs)
+    sums = GradientAccumulator(tensors, visit, needs, into)
+    for index, x, t, z in visit.chunks():
         numbers = tuple(saved[:, index].contiguous().unbind(0)) if len(saved) else ()
         sums.add_target(index, losses.backward(upstream[index].contiguous(), t, z, numbers, needs))
         sums.add(index, x, z)
@@ -387,26 +373,27 @@ Index = slice | Tensor
 class ChunkIterator:
     """Visits rows a chunk at a time: projects them, and yields their logits."""
 
-    def __init__(self, rows: int, linear_weight: Tensor, target: Tensor, call: LinearOptions, needs: Needs) -> None:
-        self.target, self.call = target, call
-        self.chosen, self.holds_ignored = _counted_rows(target, call)  # None: all of them
-        self.count = rows if self.chosen is None else len(self.chosen)
-        self.size = rows_of_chunk(call, self.count, linear_weight, needs)
+    def __init__(self, tensors: Tensors, call: LinearOptions, needs: Needs) -> None:
+        self.tensors, self.call = tensors, call
+        self.chosen, self.holds_ignored = _counted_rows(tensors.target, call)  # None: all of them
+        self.count = len(tensors.input if self.chosen is None else self.chosen)
+        self.size = rows_of_chunk(call, self.count, tensors.linear_weight, needs)
         by_rule = call.chunk_size is None and call.memory_budget is None
-        self.starts = _starts(self.count, self.size, even=by_rule and not target.is_cpu)
-        self.w = linear_weight.to(call.compute_dtype)
+        self.starts = _starts(self.count, self.size, even=by_rule and not tensors.target.is_cpu)
+        self.w = tensors.linear_weight.to(call.compute_dtype)
 
-    def chunks(self, input: Tensor, linear_bias: Tensor | None) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:
+    def chunks(self) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:
         """Yield each chunk's index, x, target and logits. The next chunk's logits overwrite these."""
+        input, _, b, target = self.tensors
         dtype, w = self.call.compute_dtype, self.w
-        b = None if linear_bias is None else linear_bias.to(dtype)
+        b = None if b is None else b.to(dtype)
         shape = (min(self.size, self.count), _pitch(len(w), input.device))
         buffer = torch.empty(shape, dtype=dtype, device=input.device)[:, : len(w)]
         for start, end in itertools.pairwise(self.starts):
             index: Index = slice(start, end)
             if self.chosen is not None:
                 index = self.chosen[index]
-            x, t = input[index].to(dtype), self.target[index]
+            x, t = input[index].to(dtype), target[index]
             if self.holds_ignored:
                 # Padding may hold NaN, and 0 · NaN would reach gᵀ x.
                 x = torch.where((t != self.call.options.ignore_index).unsqueeze(1), x, 0.0)
@@ -457,18 +444,9 @@ def _shares(right: Tensor, target: Tensor, options: LossOptions) -> Tensor:
 class GradientAccumulator:
     """Adds up the gradients of chunks."""
 
-    def __init__(
-        self,
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        visit: ChunkIterator,
-        needs: Needs,
-        into: Tensor | None = None,
-    ) -> None:
+    def __init__(self, tensors: Tensors, visit: ChunkIterator, needs: Needs, into: Tensor | None = None) -> None:
         self._needs = needs
-        self._weight, self._bias = linear_weight, linear_bias
+        input, self._weight, self._bias, target = tensors
         self._narrow = visit.w
         self._input = torch.zeros_like(input, memory_format=torch.contiguous_format) if needs.input else None
         self._target = torch.zeros_like(target, memory_format=torch.contiguous_format) if needs.target else None

@@ -18,7 +18,7 @@ from ..loss.functional import LossAndAccuracy
 from ..ranks import placements
 from . import arguments, compiled, sharded
 from .autograd import fused_linear_cross_entropy
-from .chunks import LinearOptions, Losses, Needs, rows_of_chunk
+from .chunks import LinearOptions, Losses, Tensors, rows_of_chunk
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_accuracy"]
 
@@ -96,6 +96,7 @@ def linear_cross_entropy(
         IndexError: a label out of bounds, on a CPU; on a GPU the loss is NaN instead.
 
     Example:
+        >>> import torch
         >>> hidden = torch.tensor([[1.0, 2.0], [0.5, -1.0]], requires_grad=True)
         >>> head = torch.tensor([[0.1, 0.2], [0.3, -0.4], [-0.5, 0.6]], requires_grad=True)
         >>> loss = linear_cross_entropy(hidden, head, torch.tensor([2, 1]))
@@ -144,6 +145,7 @@ def linear_cross_entropy_with_accuracy(
         ``(loss, accuracy)``, a NamedTuple; the accuracy as :func:`fastloss.accuracy` gives it.
 
     Example:
+        >>> import torch
         >>> hidden = torch.tensor([[1.0, 2.0], [0.5, -1.0]])
         >>> head = torch.tensor([[0.1, 0.2], [0.3, -0.4], [-0.5, 0.6]])
         >>> linear_cross_entropy_with_accuracy(hidden, head, torch.tensor([2, 0]))
@@ -207,7 +209,7 @@ def _loss_and_accuracies(
     trained_weight = soft and weight is not None and weight.requires_grad
     if traced and routes.is_compiled(x, t, weight, options) and type(linear_weight) in routes.FUSED_TYPES:
         call = dataclasses.replace(call, accumulate_grad=False)
-        loss, values = compiled.linear_loss_and_accuracies(x, linear_weight, t, linear_bias, weight, call)
+        loss, values = compiled.linear_loss_and_accuracies(Tensors(x, linear_weight, linear_bias, t), weight, call)
     elif traced or rows == 0 or classes == 0 or trained_weight:
         loss, values = routes.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
     else:
@@ -218,10 +220,10 @@ def _loss_and_accuracies(
                 "fastloss: accumulate_grad=True beside a linear_weight that is not a leaf and has no .grad to add "
                 "to; pass the parameter itself, or accumulate_grad=False"
             )
-        needs = Needs.of(x, linear_weight, linear_bias, target)
-        rows_of_chunk(call, rows, linear_weight, needs)  # raises if the budget has no room for a row
+        tensors = Tensors(x, linear_weight, linear_bias, t)
+        rows_of_chunk(call, rows, linear_weight, tensors.needs())  # raises if the budget has no room for a row
         losses = Losses(weight, call, choice.load(choice.choose(input)))
-        loss, values = fused_linear_cross_entropy(x, linear_weight, t, linear_bias, losses)
+        loss, values = fused_linear_cross_entropy(tensors, losses)
     if options.is_reduced:
         return loss, values
     if shift:

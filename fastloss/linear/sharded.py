@@ -31,7 +31,7 @@ from ..ranks import collectives, placements
 from ..ranks.collectives import Layout, all_reduce_detached, gather, replicated
 from . import arguments, chunks
 from .autograd import fused_linear_cross_entropy
-from .chunks import ChunkLoss, Gradients, LinearOptions, Losses, Needs
+from .chunks import ChunkLoss, Gradients, LinearOptions, Losses, Needs, Tensors
 
 __all__ = ["linear_loss_over_ranks"]
 
@@ -105,12 +105,11 @@ def linear_loss_over_ranks(
     weight = None if weight is None else weight.contiguous()
     dtype = arguments.dtype_of_logits(x)
     call = LinearOptions(options, dtype, checks.loss_dtype(x, t, weight, dtype), **chunking)
+    tensors = Tensors(x, w, b, t)
+    rows = _common_rows_of_chunk(call, tensors, layout)  # raises if the budget has no room for a row
     if layout.class_group is not None:
-        rows_of_chunk = _common_rows_of_chunk(call, len(x), w, Needs.of(x, w, b, t), layout)
-        call = dataclasses.replace(call, chunk_size=rows_of_chunk, memory_budget=None)
-    else:
-        chunks.rows_of_chunk(call, len(x), w, Needs.of(x, w, b, t))  # raises if the budget has no room for a row
-    results = _of_part(x, w, t, b, weight, call, layout, choice.load(choice.choose(x)))
+        call = dataclasses.replace(call, chunk_size=rows, memory_budget=None)
+    results = _of_part(tensors, weight, call, layout, choice.load(choice.choose(x)))
     if not options.is_reduced:
         results = [value.view(lead) for value in results]
     if plan is not None:
@@ -147,27 +146,18 @@ def _check_tensors(
 
 
 def _of_part(
-    x: Tensor,
-    linear_weight: Tensor,
-    t: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    call: LinearOptions,
-    layout: Layout,
-    backend: Backend,
+    tensors: Tensors, weight: Tensor | None, call: LinearOptions, layout: Layout, backend: Backend
 ) -> list[Tensor]:
     """Return the loss and the accuracies over all ranks, ``()`` or ``(rows,)``, from this rank's part.
 
     Args:
-        x: this rank's rows, ``(rows, D)``.
-        linear_weight: its classes, ``(C_r, D)``.
-        t: its rows' labels among all classes; or its part of class probabilities ``(rows, C_r)``.
-        linear_bias: its classes, ``(C_r,)``.
+        tensors: this rank's rows and classes; the labels are among all classes.
         weight: of all classes, ``(C,)``.
         call: the options.
         layout: the place of the rows and classes among those of all ranks.
         backend: the backend whose functions visit the logits.
     """
+    x, linear_weight, linear_bias, t = tensors
     soft = t.is_floating_point()
     reduction = RowReduction(x, None if soft else t, weight, call.options, layout)
     linear_weight = replicated(linear_weight, layout.row_groups)
@@ -177,13 +167,13 @@ def _of_part(
     losses = Losses(weight, of_part, backend)
     if layout.class_group is not None:
         losses = _SharedLosses(weight, of_part, backend, layout)
-    loss, values = fused_linear_cross_entropy(x, linear_weight, t, linear_bias, losses)
+    loss, values = fused_linear_cross_entropy(Tensors(x, linear_weight, linear_bias, t), losses)
     right = torch.stack(values).double() if values else None
     loss, values = reduction.finished(loss, right, call.loss_dtype, (len(x),))
     return [loss, *values]
 
 
-def _common_rows_of_chunk(call: LinearOptions, rows: int, linear_weight: Tensor, needs: Needs, layout: Layout) -> int:
+def _common_rows_of_chunk(call: LinearOptions, tensors: Tensors, layout: Layout) -> int:
     """Return a chunk's rows, the same on all ranks that share the classes, since a chunk has collectives.
 
     It is :func:`chunks.rows_of_chunk` of the rank that has the most classes. On a GPU with ``group=`` the host
@@ -193,6 +183,9 @@ def _common_rows_of_chunk(call: LinearOptions, rows: int, linear_weight: Tensor,
     Raises:
         ValueError: the budget has no room for a row; on all ranks.
     """
+    rows, linear_weight, needs = len(tensors.input), tensors.linear_weight, tensors.needs()
+    if layout.class_group is None:
+        return chunks.rows_of_chunk(call, rows, linear_weight, needs)
     most = layout.most_classes
     if most is None and call.memory_budget is not None:
         own = torch.full((), len(linear_weight), dtype=torch.int64, device=linear_weight.device)
