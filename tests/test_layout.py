@@ -226,7 +226,7 @@ FILES = {
     "metrics": ("accuracy", "standalone"),
     "optim": ("sgd", "plan", "shards", "plain", "checkpoint"),
     "ranks": ("placements", "collectives"),
-    "backends": ("choice", "eager", "view", "contract", "memory"),
+    "backends": ("choice", "eager", "view", "contract", "batch", "memory"),
 }
 
 

@@ -78,7 +78,7 @@ def cross_entropy(
             of any sizes that add up to C. ``input`` is this rank's logits. Labels are among all C classes, and the
             same on every rank; class probabilities are this rank's, as ``input`` is; ``weight`` is that of all C
             classes. The loss is the same on every rank, and each has the gradient of its own logits. Every rank has
-            to make the call, and to call ``backward`` where one does.
+            to make the call, and to call ``backward`` where one does. Second derivatives are refused.
 
     ``input`` may be a DTensor instead, replicated or sharded on each dimension of the mesh, on one at most by class.
     ``target`` is a DTensor whose rows lie as ``input``'s; or a tensor that is the whole target on each rank, which

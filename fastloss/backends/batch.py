@@ -1,0 +1,97 @@
+"""The arguments of a backend's SGD step. :mod:`fastloss.backends.contract` has what the step does with them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["FLAG_ELEMENTS", "Addresses", "SGDBatch", "SGDControls", "SGDRule", "check_gradients"]
+
+_shape_of = operator.attrgetter("shape")
+
+
+class SGDRule(NamedTuple):
+    """The hyper-parameters of one parameter group. A tensor has one element, and is read on its own device."""
+
+    lr: float | Tensor
+    momentum: float | Tensor
+    dampening: float
+    weight_decay: float | Tensor
+    nesterov: bool
+    maximize: bool
+    decoupled: bool  # weight decay scales the parameter by 1 − lr · weight_decay; else it is added to the gradient
+
+
+class SGDControls(NamedTuple):
+    """What one step says of all of its tensors at once; tensors are ``()``, on the batch's device."""
+
+    grad_scale: Tensor | None = None  # gradients are divided by it, and stored so, as torch.amp.GradScaler expects
+    found_inf: Tensor | None = None  # float32; the step does nothing if it is not 0
+    squares: Tensor | None = None  # float64: Σ g² over all gradients as they come; with it, clip to max_norm
+    max_norm: float = 0.0
+
+
+# A momentum buffer's flags: one byte for so many elements.
+FLAG_ELEMENTS = 4096
+
+
+@dataclass(eq=False)
+class SGDBatch:
+    """Tensors that one SGD step treats together: one device, one dtype of parameters, one way of rounding.
+
+    All lists are of one length, an entry a parameter. Parameters overlap neither each other nor themselves.
+    """
+
+    params: list[Tensor]
+    momentum: list[Tensor | None]  # None: this parameter's rule has no momentum
+    companions: list[Tensor | None]  # float32 master weights or Kahan compensation, after `rounding`
+    rules: list[int]  # which of the step's rules is the parameter's
+    rounding: str  # "nearest", "stochastic", "master" or "kahan"
+    # For some of the parameters, uint8, an element for FLAG_ELEMENTS of the parameter's, one at least: has the
+    # momentum buffer begun? (Of the others it has.) One that has not becomes the gradient, without dampening, at the
+    # first step that is not skipped; that step sets the flags.
+    begun: dict[int, Tensor]
+    memory: dict[str, Any] = field(default_factory=dict)  # what the backend keeps from step to step
+    # Nothing but addresses has changed since the backend was last told otherwise: parameters and buffers are the
+    # tensors that they were, they and the gradients have the dtypes, sizes, strides and flags that they had, and the
+    # parameters lie where they lay.
+    unchanged: bool = False
+
+
+# In builds for GPUs torch has a comparison of its own, which takes half of the time.
+_lie_at = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+
+
+class Addresses:
+    """Where tensors lie, without the tensors."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.values = list(map(Tensor.data_ptr, tensors))
+        self._places = list(range(len(self.values)))
+
+    def are_of(self, tensors: list[Tensor]) -> bool:
+        """Does each of these tensors lie at its address?"""
+        if _lie_at is None or len(tensors) != len(self.values):
+            return list(map(Tensor.data_ptr, tensors)) == self.values
+        return bool(_lie_at(tensors, self.values, self._places))
+
+
+def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Has every gradient its parameter's shape? ``.data =`` and ``resize_`` let others pass.
+
+    Raises:
+        RuntimeError: one hasn't.
+    """
+    if list(map(_shape_of, grads)) == list(map(_shape_of, params)):
+        return
+    for param, grad in zip(params, grads, strict=True):
+        if grad.shape != param.shape:
+            raise RuntimeError(
+                f"fastloss.SGD: a parameter of shape {tuple(param.shape)} has a gradient of shape "
+                f"{tuple(grad.shape)}; expected its own shape"
+            )
