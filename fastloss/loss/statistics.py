@@ -1,15 +1,15 @@
 r"""The loss together with what a trainer logs or trains on beside it, all from one visit to the logits.
 
-The visit gives a few numbers a row: lse, the label's logit z_y, and as needed H = lse − Σ p z, Σ_c w_c z_c and the
-predicted class. They are the outputs of one autograd node, and the losses are put together from them in ordinary
-torch operations, N numbers at a time:
+The visit gives a few numbers per row: lse, the label's logit z_y, and as needed H = lse − Σ p z, Σ_c w_c z_c and the
+predicted class. They are the outputs of one autograd node, and the losses are computed from them in ordinary torch
+operations, N numbers at a time:
 
     loss_row  =  w_y (1−ε) (lse − z_y)  +  λ w_y lse²  +  ε/C (W lse − Σ_c w_c z_c)
 
-So each part may have an upstream gradient of its own: however they are used, what arrives at the node is one
-coefficient a row for each number, and backward is one more visit (the formula is in
-``backends/eager/statistics.py``). The numbers are float64, so that lse − z_y loses nothing. Since the gradient is
-computed in backward, float16's loss scale is known before anything is rounded.
+So each part may have an upstream gradient of its own. At the node one coefficient per row arrives for each number,
+and backward is one more visit (the formula is in ``backends/eager/statistics.py``). The numbers are float64, so that
+lse − z_y loses nothing. Since the gradient is computed in backward, float16's loss scale is known before anything is
+rounded.
 
 Tracing, function transforms, tiny tensors on a CPU and derivatives past the first take plain torch operations.
 """
@@ -17,7 +17,6 @@ Tracing, function transforms, tiny tensors on a CPU and derivatives past the fir
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +36,7 @@ __all__ = ["LossStatistics", "cross_entropy_with_statistics"]
 
 
 class LossStatistics(NamedTuple):
-    """The result of :func:`cross_entropy_with_statistics`; what was not asked for is None."""
+    """The result of :func:`cross_entropy_with_statistics`; a part that was not asked for is None."""
 
     loss: Tensor
     z_loss: Tensor | None
@@ -75,11 +74,11 @@ def cross_entropy_with_statistics(
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
 ) -> LossStatistics:
-    r""":func:`cross_entropy`, and with it the z-loss, log-sum-exp, entropy, prediction and rightness of each row.
+    r"""Compute :func:`cross_entropy` and the z-loss, log-sum-exp, entropy, prediction and rightness of each row.
 
-    One visit to the logits gives all that is asked for, and backward is one more, whatever the loss that is made of
-    the parts: ``loss``, ``z_loss``, ``lse`` and ``entropy`` are differentiable, and each takes any upstream gradient.
-    With z the logits (after the softcap), p their softmax, y a row's label and w_y its class weight:
+    One visit to the logits gives all parts that are asked for, and backward is one more, for any loss that is
+    computed from them: ``loss``, ``z_loss``, ``lse`` and ``entropy`` are differentiable, and each takes any upstream
+    gradient. With z the logits (after the softcap), p their softmax, y a row's label and w_y its class weight:
 
         loss     as :func:`cross_entropy` has it; with reduction "none" alone, −loss is log p_y
         z_loss   λ w_y lse², λ being ``lse_square_scale``: the part of ``loss`` that it makes, reduced alike
@@ -88,8 +87,8 @@ def cross_entropy_with_statistics(
         predicted  the class of the greatest logit, the first of equal ones; NaN is the greatest value
         correct  predicted = y, and y is not ignored
 
-    The last four are given a row, and the first three of those for ignored rows too. A row that holds NaN or +inf has
-    NaN for all numbers; −inf, a class that can't be chosen, is ordinary.
+    The last four have one element per row, and the first three of them are given for ignored rows too. A row that
+    holds NaN or +inf has NaN for all numbers; −inf, a class that can't be chosen, is ordinary.
 
     Args:
         input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, …)``; float16, bfloat16, float32 or float64; any strides.
@@ -101,7 +100,7 @@ def cross_entropy_with_statistics(
         ignore_index: a label whose rows count neither in the losses nor in their mean, and are never correct.
         reduction: of ``loss`` and ``z_loss``: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: ε, in [0, 1].
-        z_loss, lse, entropy, predicted, correct: the parts to give; False: it is None, and nothing is spent on it.
+        z_loss, lse, entropy, predicted, correct: which parts to compute. The others are None and cost nothing.
         lse_square_scale: λ of the z-loss, which ``loss`` contains.
         softcap: z = softcap · tanh(input / softcap). The prediction is that of ``input``.
 
@@ -148,33 +147,71 @@ def cross_entropy_with_statistics(
     if traced or input.numel() == 0 or routes.has_too_many_rows(input) or routes.is_small(input, target, weight):
         return _composed(input, target, weight, options, wanted)
 
-    every_row = lse or entropy or predicted
-    labels = as_labels(target)
-    rows = _row_statistics(input, labels, weight, options, entropy, predicted or correct, every_row)
-    losses = LabelLosses(rows, labels, weight, options, input.shape[class_dim(input)])
-    loss_dtype = checks.loss_dtype(input, target, weight)
-    loss, of_lse = losses.loss().to(loss_dtype), losses.z_loss().to(loss_dtype) if z_loss else None
+    labels, every_row = as_labels(target), lse or entropy or predicted
+    numbers = _row_statistics(input, labels, weight, options, entropy, predicted or correct, every_row)
+    losses = LabelLosses(numbers, labels, weight, options, input.shape[class_dim(input)])
+    dtype = checks.loss_dtype(input, target, weight)
+    loss, of_lse = losses.loss().to(dtype), losses.z_loss().to(dtype) if z_loss else None
     if not options.is_reduced:
         loss, of_lse = loss.view(target.shape), None if of_lse is None else of_lse.view(target.shape)
-    dtype = compute_dtype(input.dtype)
-    return LossStatistics(
-        loss,
-        of_lse,
-        _given(rows.lse, dtype, target.shape) if lse else None,
-        None if rows.entropy is None else _given(rows.entropy, dtype, target.shape),
-        *_predicted_and_correct(rows.predicted, target, options.ignore_index, wanted),
+    return LossStatistics(loss, of_lse, *_rows_of_visit(numbers, input, target, options, wanted, lse=lse))
+
+
+def _of_probabilities(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: _Wanted
+) -> LossStatistics:
+    """Return the parts for class probabilities. Only the loss and the z-loss need more than the logits."""
+    loss, _ = routes.loss_and_accuracies(input, target, weight, options)
+    if not any(wanted):
+        return LossStatistics(loss, None, None, None, None, None)
+    dim, shape = class_dim(input), row_shape(input)
+    labels = target.argmax(dim) if wanted.correct else torch.zeros(shape, dtype=torch.int64, device=input.device)
+    # No row is ignored, and neither the label's logit nor Σ_c w_c z_c is used.
+    of_rows = dataclasses.replace(options, ignore_index=-1, label_smoothing=0.0)
+    if routes.is_traced(input, target) or input.numel() == 0 or routes.is_small(input, labels):
+        parts = _composed_rows(input, labels, of_rows, wanted)
+    else:
+        argmax = wanted.predicted or wanted.correct
+        numbers = _row_statistics(input, labels.reshape(-1), None, of_rows, wanted.entropy, argmax, True)
+        parts = _rows_of_visit(numbers, input, labels, of_rows, wanted, lse=True)
+    z_loss = None
+    if wanted.z_loss and parts.lse is not None:
+        mass = target.to(parts.lse.dtype)
+        if weight is not None:
+            mass = mass * composite.by_class(weight.to(parts.lse.dtype), input)
+        value = options.lse_square_scale * parts.lse.square() * mass.sum(dim)
+        z_loss = composite.reduced(value, None, options.reduction).to(loss.dtype)
+    return LossStatistics(loss, z_loss, parts.lse if wanted.lse else None, *parts[1:])
+
+
+class _Rows(NamedTuple):
+    """The parts that have one element per row, of the labels' shape."""
+
+    lse: Tensor | None
+    entropy: Tensor | None
+    predicted: Tensor | None
+    correct: Tensor | None
+
+
+def _rows_of_visit(
+    numbers: RowStatistics, input: Tensor, target: Tensor, options: LossOptions, wanted: _Wanted, *, lse: bool
+) -> _Rows:
+    """Return the rows' parts from the numbers that a backend gave: copies, since backward needs the numbers."""
+
+    def given(number: Tensor) -> Tensor:
+        return number.view(target.shape).to(compute_dtype(input.dtype), copy=True)
+
+    return _Rows(
+        given(numbers.lse) if lse else None,
+        None if numbers.entropy is None else given(numbers.entropy),
+        *_predicted_and_correct(numbers.predicted, target, options.ignore_index, wanted),
     )
-
-
-def _given(numbers: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """A row's numbers as the caller gets them: a copy, since the originals are needed in backward."""
-    return numbers.view(shape).to(dtype, copy=True)
 
 
 def _predicted_and_correct(
     predicted: Tensor | None, target: Tensor, ignore_index: int, wanted: _Wanted
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Each if it is wanted, of the target's shape."""
+    """Return the predicted class and whether it is right, of the target's shape; None where it is not wanted."""
     if predicted is None:
         return None, None
     predicted = predicted.view(target.shape)
@@ -185,55 +222,13 @@ def _predicted_and_correct(
     return predicted if wanted.predicted else None, correct
 
 
-def _of_probabilities(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: _Wanted
-) -> LossStatistics:
-    """The same of class probabilities: :func:`cross_entropy` knows their loss, and the rest is the logits' alone."""
-    loss, _ = routes.loss_and_accuracies(input, target, weight, options)
-    if not any(wanted):
-        return LossStatistics(loss, None, None, None, None, None)
-    dim, shape = class_dim(input), row_shape(input)
-    labels = target.argmax(dim) if wanted.correct else torch.zeros(shape, dtype=torch.int64, device=input.device)
-    # No row is ignored, and neither the label's logit nor Σ_c w_c z_c is looked at.
-    options = dataclasses.replace(options, ignore_index=-1, label_smoothing=0.0)
-    traced = routes.is_traced(input, target)
-    if traced or input.numel() == 0 or routes.is_small(input, labels):
-        parts = _composed_rows(input, labels, options, wanted)
-    else:
-        argmax = wanted.predicted or wanted.correct
-        rows = _row_statistics(input, labels.reshape(-1), None, options, wanted.entropy, argmax, True)
-        dtype = compute_dtype(input.dtype)
-        parts = _Rows(
-            _given(rows.lse, dtype, shape),
-            None if rows.entropy is None else _given(rows.entropy, dtype, shape),
-            *_predicted_and_correct(rows.predicted, labels, -1, wanted),
-        )
-    z_loss = None
-    if wanted.z_loss and parts.lse is not None:
-        share = target.to(parts.lse.dtype)
-        if weight is not None:
-            share = share * composite.by_class(weight.to(parts.lse.dtype), input)
-        value = options.lse_square_scale * parts.lse.square() * share.sum(dim)
-        z_loss = composite.reduced(value, None, options.reduction).to(loss.dtype)
-    return LossStatistics(loss, z_loss, parts.lse if wanted.lse else None, *parts[1:])
-
-
 # ------------------------------------------------------------------------------------------------ plain operations
-
-
-class _Rows(NamedTuple):
-    """The parts that are given a row, of the target's shape."""
-
-    lse: Tensor | None
-    entropy: Tensor | None
-    predicted: Tensor | None
-    correct: Tensor | None
 
 
 def _composed(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: _Wanted
 ) -> LossStatistics:
-    """All of it from torch's own differentiable operations, for what no fused pass serves."""
+    """Return the parts from torch's own differentiable operations."""
     loss = composite.cross_entropy(input, target, weight, options, checks.loss_dtype(input, target, weight))
     parts = _composed_rows(input, target, options, wanted)
     z_loss = None
@@ -245,7 +240,7 @@ def _composed(
 
 
 def _composed_rows(input: Tensor, target: Tensor, options: LossOptions, wanted: _Wanted) -> _Rows:
-    """The parts that are given a row, and lse where the z-loss needs it."""
+    """Return the rows' parts from torch's own operations; lse where the z-loss needs it, too."""
     plain = _PlainRows(input, options)
     predicted = input.detach().argmax(plain.dim) if wanted.predicted or wanted.correct else None
     return _Rows(
@@ -256,7 +251,7 @@ def _composed_rows(input: Tensor, target: Tensor, options: LossOptions, wanted: 
 
 
 class _PlainRows:
-    """Each row's numbers from torch's own differentiable operations, in the dtype of the arithmetic."""
+    """The numbers of each row, from torch's own differentiable operations, in the dtype of the arithmetic."""
 
     def __init__(self, input: Tensor, options: LossOptions) -> None:
         self.input, self.options, self.dim = input, options, class_dim(input)
@@ -267,11 +262,11 @@ class _PlainRows:
 
     def lse(self) -> Tensor:
         lse = torch.logsumexp(self.logits(), self.dim)
-        return torch.where(lse == torch.inf, float("nan"), lse)  # as the loss is, and as the kernels have it
+        return torch.where(lse == torch.inf, float("nan"), lse)  # as in the loss and in the kernels
 
     def entropy(self) -> Tensor:
         log_p = torch.log_softmax(self.logits(), self.dim)
-        # Of a masked logit both p and its derivatives are 0, and so must be their products with log p.
+        # A masked logit's p and its derivatives are 0, and so must be their products with log p.
         return -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(self.dim)
 
     def label_logit(self, target: Tensor) -> Tensor:
@@ -296,16 +291,13 @@ def _row_statistics(
     predicted: bool,
     every_row: bool,
 ) -> RowStatistics:
-    """What a backend gives of each row, with a graph where ``input`` needs one. ``target`` is flat."""
+    """Return a backend's numbers of each row, with a graph where ``input`` needs one. ``target`` is ``(rows,)``."""
     weight = None if weight is None else weight.detach().contiguous()
     backend = choice.load(choice.choose(input))
+    switches = {"entropy": entropy, "predicted": predicted, "every_row": every_row}
     if not (input.requires_grad and torch.is_grad_enabled()):
-        return backend.row_statistics_forward(
-            as_rows(input), target, weight, options, entropy=entropy, predicted=predicted, every_row=every_row
-        )
-    return RowStatistics(
-        *_RowStatistics.apply(input, target, weight, options, backend, entropy, predicted, every_row)
-    )
+        return backend.row_statistics_forward(as_rows(input), target, weight, options, **switches)
+    return RowStatistics(*_RowStatistics.apply(input, target, weight, options, backend, switches))
 
 
 class _RowStatistics(Function):
@@ -319,15 +311,11 @@ class _RowStatistics(Function):
         weight: Tensor | None,
         options: LossOptions,
         backend: Backend,
-        entropy: bool,
-        predicted: bool,
-        every_row: bool,
+        switches: dict[str, bool],
     ) -> tuple[Tensor | None, ...]:
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
-        rows = backend.row_statistics_forward(
-            as_rows(input), target, weight, options, entropy=entropy, predicted=predicted, every_row=every_row
-        )
+        rows = backend.row_statistics_forward(as_rows(input), target, weight, options, **switches)
         if rows.predicted is not None:
             ctx.mark_non_differentiable(rows.predicted)
         ctx.save_for_backward(input, target, weight, rows.lse, rows.entropy)
@@ -335,8 +323,8 @@ class _RowStatistics(Function):
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstreams = upstreams[:4]  # that of the prediction is None
-        nothing = (None,) * 7
+        upstreams = upstreams[:4]  # the prediction has none
+        nothing = (None,) * 5
         if all(upstream is None for upstream in upstreams):
             return (None, *nothing)
         input, target, weight, lse, entropy = ctx.saved_tensors
@@ -355,27 +343,20 @@ def _differentiable_gradient(
     options: LossOptions,
     upstreams: tuple[Tensor | None, ...],
 ) -> Tensor:
-    """The gradient as a function of ``input`` and the upstream gradients that autograd can differentiate again."""
+    """Return the gradient as a function of ``input`` and the upstreams that autograd can differentiate again."""
     create_graph = torch.is_grad_enabled()
     if not create_graph:
         input = input.detach().requires_grad_()
-    of_lse, of_label, of_entropy, of_sum = upstreams
-    numbers, given = [], []
     with torch.enable_grad():
         plain = _PlainRows(input, options)
-        if of_lse is not None:
-            numbers.append(plain.lse())
-            given.append(of_lse)
-        if of_label is not None:
-            numbers.append(plain.label_logit(target.view(row_shape(input))))
-            given.append(of_label)
-        if of_entropy is not None:
-            numbers.append(plain.entropy())
-            given.append(of_entropy)
-        if of_sum is not None:
-            numbers.append(plain.weighted_sum(weight))
-            given.append(of_sum)
-        flat = [number.flatten() for number in numbers]
-        given = [upstream.to(flat[0].dtype) for upstream in given]
-        (gradient,) = torch.autograd.grad(flat, input, given, create_graph=create_graph)
+        formulas = (
+            plain.lse,
+            lambda: plain.label_logit(target.view(row_shape(input))),
+            plain.entropy,
+            lambda: plain.weighted_sum(weight),
+        )
+        pairs = [(formula().flatten(), up) for formula, up in zip(formulas, upstreams, strict=True) if up is not None]
+        numbers = [number for number, _ in pairs]
+        given = [upstream.to(number.dtype) for number, upstream in pairs]
+        (gradient,) = torch.autograd.grad(numbers, input, given, create_graph=create_graph)
     return gradient
