@@ -1,4 +1,4 @@
-"""Which backend serves this machine, and why; the versions that a bug report needs."""
+"""The backend that serves this machine, and the versions that a bug report needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["facts", "processor", "show"]
 
 
 def show() -> None:
-    """Print :func:`facts`: a table where rich is installed, else plain text."""
+    """Print :func:`facts`, as a table where rich is installed, else as plain text."""
     rows = facts()
     if importlib.util.find_spec("rich") is None:
         width = max(len(name) for name, _ in rows)
@@ -33,7 +33,7 @@ def show() -> None:
 
 
 def facts() -> list[tuple[str, str]]:
-    """Names and values, in the order in which they are shown."""
+    """Return names and values in the order in which they are shown."""
     rows = [
         ("fastloss", fastloss.__version__),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
@@ -58,7 +58,7 @@ def facts() -> list[tuple[str, str]]:
 
 
 def processor() -> str:
-    """The processor's name, as the system tells it."""
+    """Return the system's name of the processor."""
     listing = Path("/proc/cpuinfo")  # Linux, where platform.processor() is often empty
     if listing.is_file():
         for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -79,7 +79,7 @@ def _name(device: torch.device) -> str:
 
 
 def _reason(device: torch.device) -> str:
-    """:func:`fastloss.backends.choice.reason`, or its complaint about ``FASTLOSS_BACKEND``."""
+    """Return :func:`fastloss.backends.choice.reason`, or its error about ``FASTLOSS_BACKEND``."""
     try:
         return choice.reason(device)
     except ValueError as error:

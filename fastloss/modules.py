@@ -1,4 +1,4 @@
-"""The ``torch.nn.Module`` faces of :mod:`fastloss.loss.functional`."""
+"""The losses as modules of ``torch.nn``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """:func:`fastloss.cross_entropy` as a module; takes the place of ``torch.nn.CrossEntropyLoss``.
+    """Computes :func:`fastloss.cross_entropy`; takes the place of ``torch.nn.CrossEntropyLoss``.
 
     Args:
         weight: a weight for each class, shape ``(C,)``; a buffer of the module.
@@ -66,7 +66,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.group = group
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of ``input`` ``(N, C, …)`` and ``target`` ``(N, …)``, or class probabilities like ``input``."""
+        """Return the loss of ``input`` ``(N, C, …)`` and ``target`` ``(N, …)``, or probabilities of its shape."""
         return cross_entropy(
             input,
             target,
@@ -82,7 +82,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
     def extra_repr(self) -> str:
-        """What the module computes, for ``print``."""
+        """Return the module's arguments, for ``print``."""
         return (
             f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
             f"label_smoothing={self.label_smoothing}, lse_square_scale={self.lse_square_scale}, "
@@ -91,7 +91,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
-    """:func:`fastloss.linear_cross_entropy` as a module that owns the linear map.
+    """Owns a linear map and computes :func:`fastloss.linear_cross_entropy`.
 
     Takes the place of ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13): each loads the other's ``state_dict``.
 
@@ -99,7 +99,7 @@ class LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
         in_features: D.
         num_classes: C; beside ``group`` the number of this rank's classes.
         out_features: ``(d1, …, dK)`` of torch's K-dimensional loss.
-        bias: does the linear map have one?
+        bias: whether the linear map has a bias.
         device, dtype: of the linear map.
         reduction, weight, ignore_index, label_smoothing, lse_square_scale, softcap, shift, chunk_size, memory_budget,
             skip_ignored, accumulate_grad, group: as in :func:`fastloss.linear_cross_entropy`. The linear map's
@@ -129,15 +129,15 @@ class LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
         label_smoothing: float = 0.0,
         lse_square_scale: float = 0.0,
         softcap: float | None = None,
-        **how: Any,
+        **options: Any,
     ) -> None:
-        if weight is not None and how.get("group") is None and tuple(weight.shape) != (num_classes,):
+        if weight is not None and options.get("group") is None and tuple(weight.shape) != (num_classes,):
             raise RuntimeError(
                 f"fastloss: weight has shape {tuple(weight.shape)}; "
                 f"expected one weight for each class: ({num_classes},)"
             )
         known = ("shift", "chunk_size", "memory_budget", "skip_ignored", "accumulate_grad", "group")
-        for name in how:
+        for name in options:
             if name not in known:
                 raise TypeError(
                     f"fastloss: LinearCrossEntropyLoss has no argument {name!r}; expected {', '.join(known)}"
@@ -146,12 +146,12 @@ class LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
         self.num_classes, self.out_features = num_classes, out_features
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         self.lse_square_scale, self.softcap = lse_square_scale, softcap
-        self.how = how
+        self.options = options
         features = math.prod(out_features, start=num_classes)
         self.linear = nn.Linear(in_features, features, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of ``input`` ``(…, D)`` and ``target`` ``(…)``, or class probabilities ``(…, C)``."""
+        """Return the loss of ``input`` ``(…, D)`` and ``target`` ``(…)``, or class probabilities ``(…, C)``."""
         shape, bias = (self.num_classes, *self.out_features), self.linear.bias
         return linear_cross_entropy(
             input,
@@ -164,14 +164,14 @@ class LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
             label_smoothing=self.label_smoothing,
             lse_square_scale=self.lse_square_scale,
             softcap=self.softcap,
-            **self.how,
+            **self.options,
         )
 
     def extra_repr(self) -> str:
-        """What the module computes, for ``print``."""
-        how = "".join(f", {name}={value}" for name, value in self.how.items())
+        """Return the module's arguments, for ``print``."""
+        options = "".join(f", {name}={value}" for name, value in self.options.items())
         return (
             f"num_classes={self.num_classes}, out_features={self.out_features}, reduction={self.reduction!r}, "
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
-            f"lse_square_scale={self.lse_square_scale}, softcap={self.softcap}{how}"
+            f"lse_square_scale={self.lse_square_scale}, softcap={self.softcap}{options}"
         )

@@ -1,4 +1,4 @@
-"""The arguments of a backend's SGD step. :mod:`fastloss.backends.contract` has what the step does with them."""
+"""The arguments of a backend's SGD step; :class:`fastloss.backends.contract.Backend` says what it does with them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SGDRule(NamedTuple):
 
 
 class SGDControls(NamedTuple):
-    """What one step says of all of its tensors at once; tensors are ``()``, on the batch's device."""
+    """The options of one step that hold for all of its tensors. Tensors are ``()``, on the batch's device."""
 
     grad_scale: Tensor | None = None  # gradients are divided by it, and stored so, as torch.amp.GradScaler expects
     found_inf: Tensor | None = None  # float32; the step does nothing if it is not 0
@@ -36,7 +36,7 @@ class SGDControls(NamedTuple):
     max_norm: float = 0.0
 
 
-# A momentum buffer's flags: one byte for so many elements.
+# A momentum buffer has one byte of flags per so many elements.
 FLAG_ELEMENTS = 4096
 
 
@@ -44,7 +44,7 @@ FLAG_ELEMENTS = 4096
 class SGDBatch:
     """Tensors that one SGD step treats together: one device, one dtype of parameters, one way of rounding.
 
-    All lists are of one length, an entry a parameter. Parameters overlap neither each other nor themselves.
+    All lists have one entry per parameter. Parameters overlap neither each other nor themselves.
     """
 
     params: list[Tensor]
@@ -52,40 +52,39 @@ class SGDBatch:
     companions: list[Tensor | None]  # float32 master weights or Kahan compensation, after `rounding`
     rules: list[int]  # which of the step's rules is the parameter's
     rounding: str  # "nearest", "stochastic", "master" or "kahan"
-    # For some of the parameters, uint8, an element for FLAG_ELEMENTS of the parameter's, one at least: has the
-    # momentum buffer begun? (Of the others it has.) One that has not becomes the gradient, without dampening, at the
-    # first step that is not skipped; that step sets the flags.
+    # Flags of some of the parameters, uint8, one per FLAG_ELEMENTS elements and at least one: 1 if the momentum
+    # buffer has begun. (Other parameters' buffers have.) A buffer that has not begun becomes the gradient, without
+    # dampening, at the first step that is not skipped; that step sets the flags.
     begun: dict[int, Tensor]
-    memory: dict[str, Any] = field(default_factory=dict)  # what the backend keeps from step to step
-    # Nothing but addresses has changed since the backend was last told otherwise: parameters and buffers are the
-    # tensors that they were, they and the gradients have the dtypes, sizes, strides and flags that they had, and the
-    # parameters lie where they lay.
+    memory: dict[str, Any] = field(default_factory=dict)  # the backend's own, from step to step
+    # True if only addresses changed since the last step: parameters and buffers are the same tensors; they and the
+    # gradients have the same dtypes, sizes, strides and flags; and the parameters' addresses are the same.
     unchanged: bool = False
 
 
-# In builds for GPUs torch has a comparison of its own, which takes half of the time.
+# torch's builds for GPUs have a comparison of their own, which takes half of the time.
 _lie_at = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 
 
 class Addresses:
-    """Where tensors lie, without the tensors."""
+    """The addresses of tensors, without references to the tensors."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.values = list(map(Tensor.data_ptr, tensors))
         self._places = list(range(len(self.values)))
 
     def are_of(self, tensors: list[Tensor]) -> bool:
-        """Does each of these tensors lie at its address?"""
+        """Return True if these tensors have the same addresses."""
         if _lie_at is None or len(tensors) != len(self.values):
             return list(map(Tensor.data_ptr, tensors)) == self.values
         return bool(_lie_at(tensors, self.values, self._places))
 
 
 def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Has every gradient its parameter's shape? ``.data =`` and ``resize_`` let others pass.
+    """Check that every gradient has its parameter's shape: ``.data =`` and ``resize_`` may change it.
 
     Raises:
-        RuntimeError: one hasn't.
+        RuntimeError: a gradient has another shape.
     """
     if list(map(_shape_of, grads)) == list(map(_shape_of, params)):
         return

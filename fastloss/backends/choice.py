@@ -1,4 +1,4 @@
-"""Which backend serves a tensor, and why."""
+"""The choice of the backend that serves a tensor."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def is_forced() -> bool:
-    """Has the user chosen a backend, by ``use_backend`` or by ``FASTLOSS_BACKEND``?"""
+    """Return True if the user chose a backend, by ``use_backend`` or by ``FASTLOSS_BACKEND``."""
     return _forced.get() is not None or "FASTLOSS_BACKEND" in os.environ
 
 
@@ -77,7 +77,7 @@ def may_look(tensor: Tensor) -> bool:
 
 
 def choose(tensor: Tensor) -> str:
-    """``"triton"`` or ``"eager"``: the backend that serves ``tensor``.
+    """Return the backend that serves ``tensor``, ``"triton"`` or ``"eager"``.
 
     Raises:
         RuntimeError: Triton is asked for and can't serve the tensor.
@@ -95,7 +95,7 @@ def choose(tensor: Tensor) -> str:
 
 
 def reason(device: torch.device) -> str:
-    """One line: which backend serves tensors on ``device``, and why."""
+    """Return one line that says which backend serves tensors on ``device``, and why."""
     name = wanted()
     source = "use_backend()" if _forced.get() is not None else "FASTLOSS_BACKEND"
     if name == "eager":
@@ -112,7 +112,7 @@ def reason(device: torch.device) -> str:
 
 @functools.cache
 def load(name: str) -> Backend:
-    """The backend's module. Triton is imported here, at its first use, and nowhere else."""
+    """Return the backend's module. Triton is imported here, at its first use, and nowhere else."""
     module = "fastloss.kernels" if name == "triton" else "fastloss.backends.eager"
     return cast("Backend", importlib.import_module(module))
 
@@ -123,7 +123,7 @@ def backend_that_saved(numbers: int) -> Backend:
 
 
 def wanted() -> str:
-    """The backend that was asked for: a name of :data:`BACKENDS`."""
+    """Return the backend that the user asks for: a name of :data:`BACKENDS`."""
     return _forced.get() or _checked(os.environ.get("FASTLOSS_BACKEND", "auto"), "FASTLOSS_BACKEND")
 
 
@@ -145,7 +145,7 @@ def _obstacle_to_triton(device: torch.device) -> str | None:
 
 @functools.cache
 def triton_version() -> str | None:
-    """The version of the Triton that can be imported; None if there is none, or one that does not work."""
+    """Return the version of Triton; None if it can't be imported."""
     try:
         return str(importlib.import_module("triton").__version__)
     except Exception:  # a broken Triton may raise anything; the eager backend serves then

@@ -1,13 +1,13 @@
-"""What the two backends, ``fastloss.backends.eager`` and ``fastloss.kernels``, promise to the layers above them.
+"""The contract of the two backends, ``fastloss.backends.eager`` and ``fastloss.kernels``.
 
-Both offer the functions of the protocols below, with these signatures and these meanings, and the same tests
-run over both. Neither knows autograd, argument checks or shapes beyond one canonical view:
+Both offer the functions of :class:`Backend` with these signatures and meanings, and the same tests run over both.
+Neither knows autograd, argument checks or shapes beyond one canonical view:
 
 - ``logits`` is ``(outer, classes, inner)``, with any strides. A *row* is one ``logits[o, :, i]``, and row number
   ``o * inner + i``. ``(N, C)`` becomes ``(N, C, 1)``; ``(N, C, d1, …)`` becomes ``(N, C, d1·…)``.
-- ``target`` is ``(rows,)``, contiguous, int64 / int32 / uint8. A *soft* target holds a value for each class, and is
+- ``target`` is ``(rows,)``, contiguous, int64 / int32 / uint8. A *soft* target holds one value per class, and is
   ``(outer, classes, inner)`` like the logits, in any floating-point dtype and any strides.
-- A result "a row" is ``(rows,)``; reduced, it is ``()``.
+- A result with one element per row is ``(rows,)``; reduced, it is ``()``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The numbers and words of one loss call, checked."""
+    """The options of one loss call, checked."""
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
@@ -55,38 +55,38 @@ class LossOptions:
 
     @property
     def is_reduced(self) -> bool:
-        """The loss is one number."""
+        """Return True if the loss is one number."""
         return self.reduction != "none"
 
     @property
     def hides_softmax(self) -> bool:
-        """The gradient does not give the softmax back: its formula has more in it."""
+        """Return True if the softmax does not follow from the gradient."""
         return self.softcap is not None or self.lse_square_scale != 0 or not self.from_logits
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives."""
+    """The result of a forward pass."""
 
     loss: Tensor  # () or (rows,), in the dtype that was asked for
     accuracy: tuple[Tensor, ...]  # one () or (rows,) float32 for each k of options.topk
     gradient: Tensor | None  # d(loss)/d(logits) at an upstream gradient of 1, laid out as logits
-    saved: tuple[Tensor, ...]  # what this backend's `cross_entropy_backward` wants back
+    saved: tuple[Tensor, ...]  # for this backend's `cross_entropy_backward`
     scale: Tensor | None  # (): 1 / (sum of the counted rows' weights); given with a gradient for "mean"
 
 
 class SoftForward(NamedTuple):
-    """What a forward pass against soft targets gives."""
+    """The result of a forward pass against soft targets."""
 
     loss: Tensor  # () or (rows,), in the dtype that was asked for
     gradient: Tensor | None  # d(loss)/d(input) at an upstream gradient of 1, laid out as the input
     target_gradient: Tensor | None  # d(loss)/d(target), laid out as the target
-    saved: tuple[Tensor, ...]  # what this backend's `soft_cross_entropy_backward` wants back
+    saved: tuple[Tensor, ...]  # for this backend's `soft_cross_entropy_backward`
 
 
 class RowStatistics(NamedTuple):
-    """What one visit to the logits z (after the softcap) tells of each row; ``(rows,)`` each.
+    """The numbers of each row from one visit to the logits z (after the softcap); ``(rows,)`` each.
 
-    Numbers are float64 (float32 on a device without it), so that a difference of two of them is as exact as they are.
+    They are float64 (float32 on a device without it), so that a difference of two of them is as exact as they are.
     """
 
     lse: Tensor  # log Σ_c exp(z_c)
@@ -98,7 +98,7 @@ class RowStatistics(NamedTuple):
 
 
 class SoftRowStatistics(NamedTuple):
-    """The same of a row with soft targets t, in float64; ``(rows,)`` each."""
+    """The numbers of each row with soft targets t, in float64; ``(rows,)`` each."""
 
     lse: Tensor  # log Σ_c exp(z_c)
     nll: Tensor  # Σ_c w_c t_c (lse − z_c)
@@ -108,18 +108,18 @@ class SoftRowStatistics(NamedTuple):
 
 
 class ExternalLabel(NamedTuple):
-    """Each row's label, which may be a class that the logits at hand do not have; ``(rows,)`` each.
+    """Each row's label, which may be a class that these logits do not have; ``(rows,)`` each.
 
-    So the ranks that shards of the classes count add up to the rank among all of them.
+    So the ranks that shards of the classes count add up to the rank among all classes.
     """
 
     logit: Tensor  # float64: the label's element of the input, before the softcap
-    position: Tensor  # int64, in [0, classes]: how many of the classes at hand have a lower index than the label
-    most_k: int  # a rank below it is exact; another is at least that
+    position: Tensor  # int64, in [0, classes]: how many of these classes have a lower index than the label
+    most_k: int  # a rank below it is exact; a higher one is at least that
 
 
 class Backend(Protocol):
-    """The functions that a backend offers."""
+    """The functions of a backend."""
 
     def cross_entropy_forward(
         self,
@@ -133,11 +133,11 @@ class Backend(Protocol):
         inplace: bool,
         divisor: Tensor | None = None,
     ) -> Forward:
-        """Loss, accuracies and, if ``gradient``, the gradient (over the logits themselves if ``inplace``).
+        """Return the loss, the accuracies and, if ``gradient``, the gradient (over the logits if ``inplace``).
 
-        ``gradient`` asks for a reduced loss. Without it ``saved`` is filled for ``cross_entropy_backward``.
+        ``gradient`` needs a reduced loss. Without it ``saved`` is filled for ``cross_entropy_backward``.
         ``divisor``, ``()`` float64, goes with reduction "sum": the gradient, not the loss, is divided by it. So some
-        of the rows get their part of the gradient of the mean over all.
+        of the rows get their part of the gradient of the mean over all rows.
         """
         ...
 
@@ -152,7 +152,7 @@ class Backend(Protocol):
         *,
         inplace: bool,
     ) -> Tensor:
-        """The gradient from the logits; ``upstream`` is ``()``, or ``(rows,)`` for reduction "none"."""
+        """Return the gradient from the logits; ``upstream`` is ``()``, or ``(rows,)`` for reduction "none"."""
         ...
 
     def soft_cross_entropy_forward(
@@ -168,11 +168,12 @@ class Backend(Protocol):
         inplace: bool,
         divisor: float = 1.0,
     ) -> SoftForward:
-        """The loss of soft targets t, with u = (1−ε) t + ε/C, and either gradient if asked for (a reduced loss then).
+        """Return the loss of soft targets t, with u = (1−ε) t + ε/C, and the gradients that are asked for.
 
-        Of logits:        L = Σ_c w_c u_c (lse − z_c) + λ lse² Σ_c w_c t_c;  "mean" divides by the number of rows.
-        Of probabilities: L = −Σ_c w_c u_c log y_c (``options.from_logits`` is False), where 0 · log y is 0.
-        ``options.ignore_index`` and ``options.topk`` mean nothing here. ``divisor`` is as above, of both gradients.
+        Of logits:        L = Σ_c w_c u_c (lse − z_c) + λ lse² Σ_c w_c t_c;  "mean" divides by the number of rows. Of
+        probabilities: L = −Σ_c w_c u_c log y_c (``options.from_logits`` is False), where 0 · log y is 0.
+        ``options.ignore_index`` and ``options.topk`` are not used. A gradient needs a reduced loss. ``divisor`` is as
+        in :meth:`cross_entropy_forward`, for both gradients.
         """
         ...
 
@@ -189,7 +190,7 @@ class Backend(Protocol):
         target_gradient: bool,
         inplace: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients from the input and the target; ``upstream`` is ``()``, or ``(rows,)`` for "none"."""
+        """Return the gradients from the input and the target; ``upstream`` is ``()``, or ``(rows,)`` for "none"."""
         ...
 
     def row_statistics_forward(
@@ -204,12 +205,12 @@ class Backend(Protocol):
         every_row: bool,
         ranked: ExternalLabel | None = None,
     ) -> RowStatistics:
-        """What the logits say of each row, for losses that are put together from it.
+        """Return the numbers of each row, from which the layers above compute losses.
 
-        Of the options it heeds ``ignore_index``, ``softcap``, and whether ``label_smoothing`` is 0. Without
-        ``every_row`` what is given for ignored rows means nothing, and their logits need not be read.
-        A label out of bounds (off the CPU) is taken for 0: the layers above make such a row NaN.
-        ``ranked`` asks for the ranks too, of labels that need not be those of ``target``.
+        It uses the options ``ignore_index``, ``softcap``, and whether ``label_smoothing`` is 0. Without ``every_row``
+        the numbers of ignored rows are arbitrary, and their logits need not be read. A label out of bounds (off the
+        CPU) is taken for 0: the layers above make such a row NaN. ``ranked`` asks for the ranks too, of labels that
+        may differ from ``target``.
         """
         ...
 
@@ -225,12 +226,12 @@ class Backend(Protocol):
         *,
         inplace: bool = False,
     ) -> Tensor:
-        """The gradient from the logits x, for ``upstreams`` of lse, z_y, H and Σ_c w_c z_c, each ``(rows,)`` or None.
+        """Return the gradient from the logits x. ``upstreams`` are of lse, z_y, H and Σ_c w_c z_c, or None.
 
         (p_c g_lse − g_H p_c (log p_c + H) + [c = y] g_zy + g_wz w_c) ∂z_c/∂x_c,  where 0 · log 0 is 0;
 
-        and 0 in a row whose upstreams are all 0, whatever it holds. ``lse`` and, if there is a g_H, ``entropy`` are
-        the forward's, or, where p is to be that of more classes than those at hand, theirs.
+        and 0 in a row whose upstreams are all 0, even if it holds NaN. ``lse`` and, if there is a g_H, ``entropy``
+        are from the forward pass, or of more classes than these logits have: p is that of all of them then.
         """
         ...
 
@@ -243,7 +244,7 @@ class Backend(Protocol):
         *,
         ranked: ExternalLabel | None = None,
     ) -> SoftRowStatistics:
-        """What logits and soft targets say of each row, from one visit to both; options and ``ranked`` as above."""
+        """Return the numbers of each row with soft targets, as :meth:`row_statistics_forward` does."""
         ...
 
     def soft_statistics_backward(
@@ -260,46 +261,46 @@ class Backend(Protocol):
         target_gradient: bool,
         inplace: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients from both tensors, for ``upstreams`` of lse, nll, mass and Σ_c w_c z_c, ``(rows,)`` or None.
+        """Return the gradients from both tensors. ``upstreams`` are of lse, nll, mass and Σ_c w_c z_c, or None.
 
         Of the logits x: (p_c (g_lse + g_nll mass) − g_nll w_c t_c + g_wz w_c) ∂z_c/∂x_c,  with p_c = exp(z_c − lse);
         of the target:   w_c (g_nll (lse − z_c) + g_mass).
 
-        ``lse`` and ``mass`` may be of more classes than those at hand.
+        ``lse`` and ``mass`` may be of more classes than these logits have.
         """
         ...
 
     def rescale(self, gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
-        """``gradient * factor``, ``factor`` a scalar on the device; in place it costs nothing where that is 1."""
+        """Return ``gradient * factor``, with a scalar on the device; in place it costs nothing where that is 1."""
         ...
 
     def sgd_squares(self, batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
-        """``squares`` ``()`` float64 += Σ g² over all gradients."""
+        """Add Σ g² over all gradients to ``squares``, ``()`` float64."""
         ...
 
     def sgd_step(self, batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], controls: SGDControls) -> None:
-        """One step of SGD for every parameter θ with gradient g (of its shape; any strides and floating dtype):
+        """Do one step of SGD for every parameter θ with gradient g (of its shape; any strides and floating dtype):
 
         g ← ± clip · g / grad_scale,  g ← g + λ θ,  m ← μ m + (1 − τ) g,  θ ← θ − γ · (m, or g + μ m with nesterov).
 
-        In float32 (float64 for float64 parameters); what is stored is rounded once.
+        It computes in float32 (float64 for float64 parameters), and rounds each result once.
         """
         ...
 
     def accuracy(
         self, logits: Tensor, target: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str
     ) -> tuple[Tensor, ...]:
-        """For each k: the share (mean), number (sum) or 0 / 1 a row (none) of rows right at k, float32."""
+        """Return for each k the share (mean) or number (sum) of right rows, or 0 / 1 per row (none); float32."""
         ...
 
     def label_ranks(self, logits: Tensor, label: ExternalLabel) -> Tensor:
-        """How many classes stand before each row's label: a greater logit, or an equal one at a lower index.
+        """Return how many classes stand before each row's label, ``(rows,)`` int64.
 
-        ``(rows,)``, int64. NaN is the greatest value.
+        A class stands before it if its logit is greater, or equal at a lower index. NaN is the greatest value.
         """
         ...
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums and exponentials are computed in: float64 for float64, else float32."""
+    """Return the dtype of sums and exponentials: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

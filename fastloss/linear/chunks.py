@@ -218,7 +218,7 @@ class ChunkLoss(NamedTuple):
 
     loss: Tensor  # (n,), or () for a sum
     right: Tensor | None  # for each k of options.topk the right rows, (k, n), or their number, (k,)
-    saved: Sequence[Tensor]  # what the backward pass wants back, (n,) each
+    saved: Sequence[Tensor]  # for the backward pass, (n,) each
     target_gradient: Tensor | None  # (n, C, 1)
 
 
@@ -231,7 +231,7 @@ class Losses:
         backend: the backend whose functions visit the logits.
     """
 
-    per_row = False  # is a chunk's loss (n,), whatever the reduction?
+    per_row = False  # if True, a chunk's loss is (n,) for every reduction
 
     def __init__(self, weight: Tensor | None, call: LinearOptions, backend: Backend) -> None:
         self.weight, self.call, self.backend = weight, call, backend
@@ -295,7 +295,7 @@ class Losses:
         return of_target
 
     def finished(self, loss: Tensor, total: Tensor | float | None) -> Tensor:
-        """Return the loss from what its chunks add up to."""
+        """Return the loss from the sum of its chunks' losses."""
         return loss if total is None else loss / total
 
     def whole(self, gradients: Gradients) -> Gradients:
@@ -303,7 +303,7 @@ class Losses:
         return gradients
 
     def refuse_second_derivative(self) -> None:
-        """Raise if there is none."""
+        """Raise an error if there is no second derivative."""
 
 
 def forward(tensors: Tensors, needs: Needs, losses: Losses) -> Result:

@@ -42,7 +42,7 @@ def linear_cross_entropy(
     accumulate_grad: bool = False,
     group: Any = None,
 ) -> Tensor:
-    r"""``cross_entropy(linear(input, linear_weight, linear_bias), target)``, without ever holding the logits.
+    r"""Compute ``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without holding the logits.
 
     Takes the place of :func:`torch.nn.functional.linear_cross_entropy` (torch 2.13). Some rows at a time are
     projected; their loss, and their logits' gradient g in the logits' place, come from the kernels of
@@ -86,13 +86,13 @@ def linear_cross_entropy(
         The loss, ``()``; for "none" ``(…)``, of ``input``'s rows (with ``shift`` all but the last of each sequence).
         In ``input``'s dtype, float32 for 16 bits under autocast.
 
-    Any of ``input``, ``linear_weight``, ``linear_bias`` and probabilities may require a gradient; for the others
-    nothing is computed. Second backward passes, and second derivatives, are as those of the two functions (the latter
-    hold the logits).
+    Any of ``input``, ``linear_weight``, ``linear_bias`` and probabilities may require a gradient; nothing is computed
+    for the others. Second backward passes, and second derivatives, are as those of the two functions (the latter hold
+    the logits).
 
     Raises:
         TypeError, ValueError, RuntimeError: arguments that don't fit, as torch raises them; ``chunk_size`` below 1;
-            a ``memory_budget`` that has no room for a row: the error says what would do.
+            a ``memory_budget`` that has no room for a row: the error names the least that has.
         IndexError: a label out of bounds, on a CPU; on a GPU the loss is NaN instead.
 
     Example:
@@ -137,7 +137,7 @@ def linear_cross_entropy_with_accuracy(
     accumulate_grad: bool = False,
     group: Any = None,
 ) -> LossAndAccuracy:
-    """:func:`linear_cross_entropy` and the accuracy of its logits, from the same chunks.
+    """Compute :func:`linear_cross_entropy` and the accuracy of its logits from the same chunks.
 
     Takes the arguments of that function, and ``topk`` of :func:`fastloss.accuracy`; ``reduction`` is that of both.
 

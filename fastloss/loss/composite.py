@@ -1,7 +1,7 @@
-"""The same loss from torch's own differentiable ops: slower, but every transform of torch can go through it.
+"""The same loss from torch's own differentiable operators: slower, but every transform of torch can go through it.
 
-It serves what a fused pass cannot: function transforms (``torch.func``), tracing by ``torch.compile``, tiny
-tensors on a CPU, and derivatives past the first where the logits were kept.
+It serves calls that a fused pass does not: function transforms (``torch.func``), tracing by ``torch.compile``, tiny
+tensors on a CPU, and derivatives past the first where the logits were saved.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["accuracy", "by_class", "cross_entropy", "labels_of", "reduced", "row
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The loss in ``dtype``, or in the one that torch gives it; shapes as in :func:`fastloss.cross_entropy`."""
+    """Return the loss in ``dtype``, by default torch's; the shapes are as in :func:`fastloss.cross_entropy`."""
     soft = checks.is_soft(input, target)
-    plain = options.softcap is None and not options.lse_square_scale and options.from_logits
+    plain = not options.hides_softmax
     if dtype is None:
         dtype = torch.promote_types(input.dtype, target.dtype) if soft else input.dtype
-    # What is not one operator of torch is computed in float32, and rounded once.
+    # A loss of several operators is computed in float32, and rounded once.
     logits = input if plain else input.to(compute_dtype(input.dtype))
     if not options.from_logits:
         return _of_probabilities(logits, target, weight, options).to(dtype)
@@ -62,13 +62,13 @@ def _z_loss(logits: Tensor, target: Tensor, weight: Tensor | None, options: Loss
 
 
 def _of_probabilities(y: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
-    """−Σ t log y. Of class indices N values are read and, in backward, one gradient is written: nothing to fuse."""
+    """Return −Σ t log y. With class indices it reads N values, so that there is nothing to fuse."""
     dim, eps = class_dim(y), options.label_smoothing
     w = None if weight is None else by_class(weight.to(y.dtype), y)
     if checks.is_soft(y, target):
         u = target * (1 - eps) + eps / y.shape[dim]
         u = u if w is None else u * w
-        # Where u is 0 nothing is added, and log's infinite slope at 0 stays out of the gradient.
+        # Classes with u = 0 add nothing, and log's infinite slope at 0 stays out of the gradient.
         rows = -torch.where(u == 0, 0.0, u * torch.where(u == 0, 1.0, y).log()).sum(dim)
         return reduced(rows, None, options.reduction)
     counted, weights = row_weight(target, weight, y.dtype, options)
@@ -84,7 +84,7 @@ def _of_probabilities(y: Tensor, target: Tensor, weight: Tensor | None, options:
 def row_weight(
     target: Tensor, weight: Tensor | None, dtype: torch.dtype, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
-    """Which rows count, and w_y: 0 in the others."""
+    """Return which rows count, and w_y, which is 0 in the others."""
     counted = target != options.ignore_index
     if weight is None:
         return counted, counted.to(dtype)
@@ -92,7 +92,7 @@ def row_weight(
 
 
 def reduced(rows: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
-    """The rows' values as they are, their sum, or their mean: over the rows' weights, or, if None, their number."""
+    """Return the rows' values, their sum, or their mean over the rows' weights (None: over their number)."""
     if reduction == "none":
         return rows
     if reduction == "sum":
@@ -101,7 +101,7 @@ def reduced(rows: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
 
 
 def by_class(weight: Tensor, input: Tensor) -> Tensor:
-    """The class weights, shaped to be multiplied with ``input``."""
+    """Return the class weights in a shape that broadcasts with ``input``."""
     return weight.view([-1] + [1] * (input.dim() - class_dim(input) - 1))
 
 
@@ -114,7 +114,7 @@ def labels_of(target: Tensor) -> Tensor:
 
 
 def accuracy(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
-    """For each k of the options the accuracy of class-index targets, as :func:`fastloss.accuracy` has it."""
+    """Return the accuracy for each k of the options, against class indices, as :func:`fastloss.accuracy` does."""
     dim = class_dim(input)
     classes = input.shape[dim]
     target = target.long().view(input.shape[:dim] + input.shape[dim + 1 :])
@@ -125,11 +125,11 @@ def accuracy(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tenso
         rank = (input.argmax(dim) != target).long()
     else:
         label = torch.where(counted, target, 0).unsqueeze(dim)
-        mine = input.gather(dim, label)
+        score = input.gather(dim, label)
         index = torch.arange(classes, device=input.device).view([-1] + [1] * (input.dim() - dim - 1))
-        nan, mine_nan = input.isnan(), mine.isnan()
-        before = torch.where(mine_nan, False, nan | (input > mine))
-        tied = (index < label) & ((input == mine) | (nan & mine_nan))
+        nan, score_nan = input.isnan(), score.isnan()
+        before = torch.where(score_nan, False, nan | (input > score))
+        tied = (index < label) & ((input == score) | (nan & score_nan))
         rank = (before | tied).sum(dim)
     values = []
     for k in options.topk:

@@ -1,4 +1,4 @@
-"""The public functions of the loss and the accuracy. :mod:`fastloss.loss.routes` has what follows their arguments."""
+"""The public functions of the loss and the accuracy; :mod:`fastloss.loss.routes` serves their calls."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cross_entropy(
     inplace: bool = False,
     group: Any = None,
 ) -> Tensor:
-    r"""Cross-entropy of logits and labels or class probabilities, with its gradient from the same pass over them.
+    r"""Compute the cross-entropy of logits and labels or class probabilities, and its gradient in the same pass.
 
     Takes the place of :func:`torch.nn.functional.cross_entropy`: everything before the ``*`` is that function's,
     argument for argument and meaning for meaning. With z the logits, y a row's label, w the class weights, W = Σ w,
@@ -94,8 +94,8 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, RuntimeError: arguments that don't fit, as torch raises them.
         IndexError: a label out of bounds, on a CPU. On a GPU the row's loss is NaN instead, since a look would
-            make the host wait; ``FASTLOSS_VALIDATE=1`` in the environment raises there too. Over several ranks what
-            one of them finds is raised on all of them.
+            make the host wait; ``FASTLOSS_VALIDATE=1`` in the environment raises there too. Over several ranks an
+            error on one of them is raised on all.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3]], requires_grad=True)
@@ -135,7 +135,7 @@ def cross_entropy(
                 label_smoothing=label_smoothing,
             )
         except (RuntimeError, ValueError, IndexError, TypeError):
-            pass  # What follows says the same in this package's words, or, if it has none, in torch's.
+            pass  # The checks below raise this package's own error, if it has one, or else torch's again.
     options = checks.checked_options(
         ignore_index=ignore_index,
         reduction=reduction,
@@ -164,7 +164,7 @@ def cross_entropy_with_accuracy(
     inplace: bool = False,
     group: Any = None,
 ) -> LossAndAccuracy:
-    """:func:`cross_entropy` and :func:`accuracy` from one pass over the logits.
+    """Compute :func:`cross_entropy` and :func:`accuracy` in one pass over the logits.
 
     Takes the arguments of the two; ``reduction`` is that of both. Class weights, smoothing and softcap do not touch
     the accuracy. Beside class probabilities, whose argmax is the label, the accuracy takes a pass of its own.
@@ -204,7 +204,7 @@ def accuracy(
     reduction: str = "mean",
     group: Any = None,
 ) -> Any:
-    """The share of rows whose label is among the k highest scores; every k from one pass over ``input``.
+    """Compute the share of rows whose label is among the k highest scores, for all k in one pass over ``input``.
 
     A row is right at k if fewer than k classes stand before its label, and a class stands before it if its score is
     greater, or equal at a lower index. NaN counts as the greatest value, as in :func:`torch.argmax`.

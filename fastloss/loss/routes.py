@@ -32,7 +32,7 @@ __all__ = [
 # Logits of at most this many elements go to torch's own operator on a CPU, where a fused pass saves less than
 # its Python costs (`python -m benchmarks.cpu --crossover` prints both).
 SMALL_ON_CPU = 1 << 18
-# So do rows of so few classes: the numbers that are kept of a row would outweigh the row.
+# So do rows of at most this many classes: the numbers that a fused pass saves per row would outweigh the row.
 FEW_CLASSES = 8
 
 FUSED_TYPES = (Tensor, torch.nn.Parameter)

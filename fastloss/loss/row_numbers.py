@@ -15,7 +15,7 @@ __all__ = ["LabelLosses", "soft_losses", "total_weight"]
 
 
 class LabelLosses:
-    """The losses of class indices; every tensor is ``(rows,)``, and every operation differentiable.
+    """The losses of class indices. Every tensor is ``(rows,)``, and every operation is differentiable.
 
     With lse, the label's logit z_y and Σ_c w_c z_c of each row,
 

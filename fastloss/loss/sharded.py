@@ -173,13 +173,13 @@ def check_labels_together(target: Tensor, layout: Layout, ignore_index: int, *, 
 
 
 class RowReduction:
-    """How a rank's part of the rows becomes the result over all rows."""
+    """Makes the result over all rows from a rank's part of them."""
 
     def __init__(
         self, input: Tensor, labels: Tensor | None, weight: Tensor | None, options: LossOptions, layout: Layout
     ) -> None:
         self.options, self.layout = options, layout
-        # What the mean of the loss divides by, and that of the accuracy.
+        # The divisors of the mean of the loss and of the accuracy.
         self.divisor = self.counts = torch.full((), layout.rows, dtype=torch.float64, device=input.device)
         if labels is not None:
             counts = (labels != options.ignore_index).sum(dtype=torch.float64)

@@ -1,4 +1,4 @@
-r"""The loss together with what a trainer logs or trains on beside it, all from one visit to the logits.
+r"""The loss and other numbers of each row that a trainer logs or trains on, all from one visit to the logits.
 
 The visit gives a few numbers per row: lse, the label's logit z_y, and as needed H = lse − Σ p z, Σ_c w_c z_c and the
 predicted class. They are the outputs of one autograd node, and the losses are computed from them in ordinary torch

@@ -1,5 +1,6 @@
-"""Running metrics. Where torchmetrics is installed they are its; it is imported with this module, and that when
-``fastloss.Accuracy`` is first asked for.
+"""The running metric, a ``torchmetrics.Metric`` where torchmetrics is installed.
+
+torchmetrics is imported with this module, when ``fastloss.Accuracy`` is first used.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ else:
 
 __all__ = ["Accuracy"]
 
-_EXACT = 1 << 24  # rows, up to which a float32 counts them
+_EXACT = 1 << 24  # float32 counts up to so many rows exactly
 
 
 class Accuracy(Metric):
-    """:func:`fastloss.accuracy` over many batches, and over many processes.
+    """Computes :func:`fastloss.accuracy` over many batches, and over many processes.
 
-    The share of all rows so far whose label is among the k highest scores: rows are counted, so that a batch weighs
-    as much as it has rows that count. The counts are int64, on the metric's device (``.to(device)``); nothing waits
-    for them, and no process for another, until :meth:`compute`.
+    The value is the share of all rows so far whose label is among the k highest scores. Rows are counted, so that a
+    batch weighs as much as it has rows that count. The counts are int64, on the metric's device (``.to(device)``);
+    nothing waits for them, and no process for another, until :meth:`compute`.
 
     Where torchmetrics is installed this is a ``torchmetrics.Metric``, for ``MetricCollection``, Lightning's
     ``self.log`` and everything else there; it is the same class without it, without those.
@@ -96,8 +97,8 @@ class Accuracy(Metric):
         self._ignore_index = checks.checked_ignore_index(ignore_index)
         self._is_tuple = isinstance(topk, Sequence)
         self._group = _Shared(group)
-        # One state, one collective. The settings are a state beside it, always the same: a MetricCollection takes two
-        # metrics for one if their states are equal after the first batch, as the counts for k = 1 and k = 5 may be.
+        # One state needs one collective. The constant settings are a state too, since a MetricCollection merges two
+        # metrics whose states are equal after the first batch, as the counts for k = 1 and k = 5 may be.
         zeros = torch.zeros(2 + len(self._ks), dtype=torch.int64)
         self.add_state("counts", zeros, dist_reduce_fx="sum", persistent=True)
         settings = torch.tensor([self._ignore_index, *self._ks])
@@ -115,7 +116,7 @@ class Accuracy(Metric):
 
     @torch.no_grad()
     def compute(self) -> Any:
-        """The share of right rows among all that were counted, in [0, 1].
+        """Return the share of right rows among all that were counted, in [0, 1].
 
         Returns:
             ``()`` float32 on the metric's device for an int ``topk``, a tuple of them for a tuple. NaN where no row
@@ -127,7 +128,7 @@ class Accuracy(Metric):
 
     @property
     def process_group(self) -> Any:
-        """The processes that :meth:`compute` adds up; None is all."""
+        """The processes whose counts :meth:`compute` adds up; None is all."""
         return self._process_group.value
 
     @process_group.setter
@@ -160,7 +161,7 @@ class Accuracy(Metric):
 
     def _sync_dist(self, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:
         group = process_group or self.process_group
-        if dist_sync_fn is not gather_all_tensors:  # somebody's own
+        if dist_sync_fn is not gather_all_tensors:  # the caller's own function
             super()._sync_dist(dist_sync_fn, group)
             return
         self.counts = self.counts.clone()
@@ -192,13 +193,13 @@ class Accuracy(Metric):
         self._computed = None
 
     def extra_repr(self) -> str:
-        """What the metric counts, for ``print``."""
+        """Return the metric's arguments, for ``print``."""
         topk = self._ks if self._is_tuple else self._ks[0]
         return f"topk={topk}, ignore_index={self._ignore_index}"
 
 
 class _Shared:
-    """A process group: copies of a metric share it."""
+    """Holds a process group that copies of a metric share."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -208,5 +209,5 @@ class _Shared:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    """float64, where the device has it."""
+    """Return float64 where the device has it, else float32."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -1,4 +1,4 @@
-"""A running metric: what :mod:`fastloss.metrics.accuracy` needs of torchmetrics, where that is not installed."""
+"""The methods of torchmetrics that :mod:`fastloss.metrics.accuracy` needs, where torchmetrics is not installed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Metric"]
 
 
 class Metric(nn.Module):
-    """States that are tensors, what becomes of them in a batch, over batches and over processes, and a value.
+    """A module whose states, which are tensors, add up over batches and over processes to a value.
 
-    Names and meanings are those of ``torchmetrics.Metric``, as far as they go. A subclass calls :meth:`add_state`,
-    and defines ``update``, ``compute`` and ``_sync_dist``.
+    Names and meanings are those of ``torchmetrics.Metric``. A subclass calls :meth:`add_state`, and defines
+    ``update``, ``compute`` and ``_sync_dist``.
 
-    The states are no buffers: DistributedDataParallel would overwrite every process's with the first one's.
+    The states are no buffers: DistributedDataParallel would overwrite them with those of the first process.
     """
 
     update: Callable[..., None]
@@ -45,17 +45,17 @@ class Metric(nn.Module):
         self._defaults: dict[str, Tensor] = {}
         self._persistent: dict[str, bool] = {}
         self._reductions: dict[str, str] = {}
-        self._cache: dict[str, Tensor] | None = None  # this process's states, while they are everybody's
+        self._cache: dict[str, Tensor] | None = None  # this process's states, while self has the sums
 
     def add_state(self, name: str, default: Tensor, dist_reduce_fx: str, persistent: bool = False) -> None:
-        """A state, and whether two of it make their ``"sum"`` or ``"max"``."""
+        """Add a state, and say whether two of it are merged by ``"sum"`` or ``"max"``."""
         setattr(self, name, default)
         self._defaults[name] = default.clone()
         self._persistent[name] = persistent
         self._reductions[name] = dist_reduce_fx
 
     def persistent(self, mode: bool = False) -> None:
-        """Are the states to be in ``state_dict()``?"""
+        """Set whether the states are in ``state_dict()``."""
         self._persistent = dict.fromkeys(self._persistent, mode)
 
     def reset(self) -> None:
@@ -65,7 +65,7 @@ class Metric(nn.Module):
             setattr(self, name, default.clone().to(getattr(self, name).device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Count a batch; its own value, on this process."""
+        """Count a batch, and return its own value, on this process."""
         before = self._states()
         self.reset()
         self._to_sync = False

@@ -33,7 +33,7 @@ def is_uncompiled_dtensor(tensor: object) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a loss of logits that lie on a mesh is computed by its ranks."""
+    """This rank's part of a loss whose logits lie on a mesh."""
 
     mesh: Any
     target: Tensor  # this rank's part: its rows' labels, or its part of the class probabilities
