@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..backends.contract import LossOptions
 
-__all__ = ["check_shapes", "checked_chunking", "dtype_of_logits", "shifted_labels"]
+__all__ = ["Arguments", "check_shapes", "checked_chunking", "dtype_of_logits", "shifted_labels"]
+
+
+class Arguments(NamedTuple):
+    """The arguments of a call, of which the options are checked already."""
+
+    input: Tensor
+    linear_weight: Tensor
+    target: Tensor
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    options: LossOptions
+    shift: bool
+    chunking: dict[str, Any]
 
 
 def checked_chunking(
@@ -52,14 +66,14 @@ def dtype_of_logits(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def check_shapes(
-    input: object, linear_weight: object, target: object, linear_bias: object, shift: bool, weight: object = None
-) -> None:
+def check_shapes(arguments: Arguments, *, whole: bool) -> None:
     """Check that the shapes fit each other, and that the target is labels or probabilities.
 
-    The loss has its own checks of the rest. An error about a shape names all shapes. ``weight`` is given where its
-    classes are those of ``linear_weight``.
+    The loss has its own checks of the rest. An error about a shape names all shapes. ``whole``: the class weights are
+    of ``linear_weight``'s classes, and not of more ranks' classes.
     """
+    input, linear_weight, target, linear_bias, weight, _, shift, _ = arguments
+    weight = weight if whole else None
     checks.check_logits(input)
     for name, tensor in (("linear_weight", linear_weight), ("target", target), ("linear_bias", linear_bias)):
         if not isinstance(tensor, Tensor) and not (name == "linear_bias" and tensor is None):

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import choice
-from ..backends.contract import LossOptions
 from ..loss import routes
 from ..loss.functional import LossAndAccuracy
 from ..ranks import placements
-from . import arguments, compiled, sharded
+from . import compiled, sharded
+from .arguments import Arguments, check_shapes, checked_chunking, dtype_of_logits, shifted_labels
 from .autograd import fused_linear_cross_entropy
 from .chunks import LinearOptions, Losses, Tensors, rows_of_chunk
 
@@ -113,8 +113,9 @@ def linear_cross_entropy(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
     )
-    chunking = arguments.checked_chunking(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
-    return _loss_and_accuracies(input, linear_weight, target, linear_bias, weight, options, shift, chunking, group)[0]
+    chunking = checked_chunking(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
+    arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
+    return _loss_and_accuracies(arguments, group)[0]
 
 
 def linear_cross_entropy_with_accuracy(
@@ -160,30 +161,18 @@ def linear_cross_entropy_with_accuracy(
         softcap=softcap,
         topk=ks,
     )
-    chunking = arguments.checked_chunking(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
-    loss, values = _loss_and_accuracies(
-        input, linear_weight, target, linear_bias, weight, options, shift, chunking, group
-    )
+    chunking = checked_chunking(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
+    arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
+    loss, values = _loss_and_accuracies(arguments, group)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
 
 
-def _loss_and_accuracies(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    options: LossOptions,
-    shift: bool,
-    chunking: dict[str, Any],
-    group: Any,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the loss and an accuracy for each k, ``()`` or of the labels' shape. The options are checked already."""
+def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the loss and an accuracy for each k, ``()`` or of the labels' shape."""
+    input, linear_weight, target, linear_bias, weight, options, shift, chunking = arguments
     if group is not None or any(map(placements.is_uncompiled_dtensor, (input, linear_weight))):
-        return sharded.linear_loss_over_ranks(
-            input, linear_weight, target, linear_bias, weight, options, shift, chunking, group
-        )
-    arguments.check_shapes(input, linear_weight, target, linear_bias, shift, weight)
+        return sharded.linear_loss_over_ranks(arguments, group)
+    check_shapes(arguments, whole=True)
     if linear_weight.dim() > 2:  # torch's K-dimensional loss: each input has logits (C, d1, …, dK), and they are held
         _check_unchunked(linear_weight, chunking)
         flat = linear_weight.reshape(-1, linear_weight.shape[-1])
@@ -192,12 +181,12 @@ def _loss_and_accuracies(
         return routes.loss_and_accuracies(logits, target, weight, options)
     lead, classes = input.shape[:-1], len(linear_weight)
     if shift:
-        target = arguments.shifted_labels(target, options.ignore_index)
+        target = shifted_labels(target, options.ignore_index)
     rows = math.prod(lead)
     x = input.reshape(rows, input.shape[-1])
     soft = target.is_floating_point() and target.dim() == input.dim()
     t = target.reshape(rows, classes) if soft else target.reshape(-1)
-    dtype = arguments.dtype_of_logits(input)
+    dtype = dtype_of_logits(input)
     logits = input.new_empty((), dtype=dtype).expand(rows, classes)  # without memory, for the checks
     if soft:
         checks.check_soft_target(logits, t, weight, options.ignore_index)

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import choice
-from ..backends.contract import Backend, LossOptions
+from ..backends.contract import Backend
 from ..backends.view import as_labels
-from ..loss.sharded import RowReduction, ShardedLoss, check_labels_together, right_rows, sharded_loss
+from ..loss.sharded import Numbers, RowReduction, ShardedLoss, check_labels_together, right_rows, sharded_loss
 from ..ranks import collectives, placements
 from ..ranks.collectives import Layout, all_reduce_detached, gather, replicated
-from . import arguments, chunks
+from . import chunks
+from .arguments import Arguments, check_shapes, dtype_of_logits, shifted_labels
 from .autograd import fused_linear_cross_entropy
 from .chunks import ChunkLoss, Gradients, LinearOptions, Losses, Needs, Tensors
 
@@ -37,21 +38,9 @@ __all__ = ["linear_loss_over_ranks"]
 
 
 @torch._disable_dynamo  # not torch.compiler.disable, which imports the compiler at once
-def linear_loss_over_ranks(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    options: LossOptions,
-    shift: bool,
-    chunking: dict[str, Any],
-    group: Any,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the loss and the accuracies of DTensors, or of a group's shards of the classes.
-
-    The arguments are :func:`fastloss.linear_cross_entropy`'s; ``options`` and ``chunking`` are checked already.
-    """
+def linear_loss_over_ranks(arguments: Arguments, group: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the loss and the accuracies of DTensors, or of a group's shards of the classes."""
+    input, linear_weight, target, linear_bias, weight, options, shift, chunking = arguments
     checks.check_no_gradient(weight)
     by_mesh = any(map(placements.is_dtensor, (input, linear_weight)))
     if by_mesh and group is not None:
@@ -61,7 +50,7 @@ def linear_loss_over_ranks(
     soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() == input.dim()
     error = None
     try:
-        _check_tensors(input, linear_weight, target, linear_bias, weight, options, shift, soft=soft)
+        _check_tensors(arguments, soft=soft)
         if chunking["accumulate_grad"] and (by_mesh or not linear_weight.is_leaf):
             raise RuntimeError(
                 "fastloss: accumulate_grad=True beside a linear_weight that is a DTensor or not a leaf; pass a "
@@ -96,14 +85,14 @@ def linear_loss_over_ranks(
         x, w, b, t = input, linear_weight, linear_bias, target
     if look:
         checks.check_weight(input.new_empty(()).expand(int(layout.classes)), weight)
-    t = arguments.shifted_labels(t, options.ignore_index) if shift else t
+    t = shifted_labels(t, options.ignore_index) if shift else t
     if not soft and look:
         check_labels_together(t, layout, options.ignore_index, shifted=shift)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     t = t.reshape(-1, t.shape[-1]) if soft else as_labels(t)
     weight = None if weight is None else weight.contiguous()
-    dtype = arguments.dtype_of_logits(x)
+    dtype = dtype_of_logits(x)
     call = LinearOptions(options, dtype, checks.loss_dtype(x, t, weight, dtype), **chunking)
     tensors = Tensors(x, w, b, t)
     rows = _common_rows_of_chunk(call, tensors, layout)  # raises if the budget has no room for a row
@@ -119,25 +108,16 @@ def linear_loss_over_ranks(
     return results[0], tuple(results[1:])
 
 
-def _check_tensors(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    options: LossOptions,
-    shift: bool,
-    *,
-    soft: bool,
-) -> None:
+def _check_tensors(arguments: Arguments, *, soft: bool) -> None:
     """Check what one rank can check alone."""
-    arguments.check_shapes(input, linear_weight, target, linear_bias, shift)
+    input, linear_weight, target, _, weight, options, _, _ = arguments
+    check_shapes(arguments, whole=False)
     if linear_weight.dim() > 2:
         raise ValueError(
             f"fastloss: linear_weight has shape {tuple(linear_weight.shape)}, torch's K-dimensional loss, over "
             "several ranks; expected (C, D)"
         )
-    rows, dtype = input.shape[:-1].numel(), arguments.dtype_of_logits(input)
+    rows, dtype = input.shape[:-1].numel(), dtype_of_logits(input)
     logits = input.new_empty((), dtype=dtype).expand(rows, len(linear_weight))
     if soft:
         checks.check_soft_target(logits, target, None, options.ignore_index)
@@ -205,8 +185,8 @@ class _SharedLosses(Losses):
 
     def forward(self, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
         options, labels = self.call.options, None if t.is_floating_point() else t
-        shard = sharded_loss(z, t, self.weight, options, self.layout, ranked=bool(options.topk))
-        *numbers, rank = shard.numbers(z, t, self.backend)
+        shard = sharded_loss(z, t, self.weight, options, self.layout, self.backend, ranked=bool(options.topk))
+        *numbers, rank = shard.numbers(z, t)
         values, upstreams = _differentiated(shard, tuple(numbers), self._scale(total, z))
         right = None if rank is None else right_rows(rank, labels, options, self.layout.classes)
         of_target = self._gradients(shard, upstreams, z, t, tuple(numbers), needs)
@@ -218,7 +198,7 @@ class _SharedLosses(Losses):
     def backward(self, upstream: Tensor, t: Tensor, z: Tensor, saved: tuple[Tensor, ...], needs: Needs) -> Any:
         sums = 2 + t.is_floating_point()
         numbers = (*saved[:sums], saved[sums] if len(saved) > sums else None)
-        shard = sharded_loss(z, t, self.weight, self.call.options, self.layout, ranked=False)
+        shard = sharded_loss(z, t, self.weight, self.call.options, self.layout, self.backend, ranked=False)
         _, upstreams = _differentiated(shard, numbers, upstream)
         return self._gradients(shard, upstreams, z, t, numbers, needs)
 
@@ -238,26 +218,17 @@ class _SharedLosses(Losses):
         return one if total is None else one / total
 
     def _gradients(
-        self,
-        shard: ShardedLoss,
-        upstreams: tuple[Tensor | None, ...],
-        z: Tensor,
-        t: Tensor,
-        numbers: tuple[Tensor | None, ...],
-        needs: Needs,
+        self, shard: ShardedLoss, upstreams: Numbers, z: Tensor, t: Tensor, numbers: Numbers, needs: Needs
     ) -> Tensor | None:
         """Write the gradient over the logits z, and return that of the probabilities, ``(n, C_r, 1)``, or None."""
         if not any(needs):
             return None
         of_logits = any(needs[:3])
-        pair = of_logits, needs.target
-        _, of_target = shard.gradients(upstreams, z, t, numbers, pair, self.backend, inplace=of_logits)
+        _, of_target = shard.gradients(upstreams, z, t, numbers, (of_logits, needs.target), inplace=of_logits)
         return None if of_target is None else of_target.unsqueeze(2)
 
 
-def _differentiated(
-    shard: ShardedLoss, numbers: tuple[Tensor | None, ...], upstream: Tensor
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _differentiated(shard: ShardedLoss, numbers: Numbers, upstream: Tensor) -> tuple[Tensor, Numbers]:
     """Return the rows' losses, and the upstream gradients of the numbers that they are made of."""
     with torch.enable_grad():
         numbers = tuple(None if number is None else number.detach().requires_grad_() for number in numbers)

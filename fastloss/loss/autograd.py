@@ -159,17 +159,8 @@ class _CrossEntropy(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
-        backend: Backend,
-        loss_dtype: torch.dtype,
-        inplace: bool,
-        divisor: Any,
-    ) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+        weight, options, backend, loss_dtype, inplace, divisor = arguments
         of_input, of_target = ctx.needs_input_grad[:2]
         # Where the view has to be a copy, the logits' own memory stays as it is.
         inplace = inplace and of_input and as_rows(input).data_ptr() == input.data_ptr()

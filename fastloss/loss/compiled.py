@@ -143,17 +143,9 @@ def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple
     schema="(Tensor upstream, Tensor input, Tensor target, Tensor? weight, Tensor scale, Tensor kept, "
     f"{OPTIONS}, bool input_needs_grad, bool target_needs_grad) -> (Tensor, Tensor)",
 )
-def backward(
-    upstream: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    scale: Tensor,
-    kept: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
+def backward(upstream: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     """Return the gradients from the input, the target, and the numbers that the forward pass saved."""
-    *packed, input_needs, target_needs = rest
+    input, target, weight, scale, kept, *packed, input_needs, target_needs = inputs
     options = unpacked(packed)
     saved = kept.unbind(0) if kept.dim() == 2 else ()
     # Probabilities as input: neither backend saves numbers of them.
@@ -168,16 +160,8 @@ def backward(
 
 
 @backward.register_fake
-def _(
-    upstream: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    scale: Tensor,
-    kept: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    return _empty_like(input, rest[-2]), _empty_like(target, rest[-1])
+def _(upstream: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    return _empty_like(inputs[0], inputs[-2]), _empty_like(inputs[1], inputs[-1])
 
 
 def register_gradients(

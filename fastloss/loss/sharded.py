@@ -40,6 +40,7 @@ from .autograd import fused_cross_entropy, is_differentiable
 from .row_numbers import LabelLosses, soft_losses, total_weight
 
 __all__ = [
+    "Numbers",
     "RowReduction",
     "ShardedLoss",
     "accuracies_over_ranks",
@@ -48,6 +49,10 @@ __all__ = [
     "right_rows",
     "sharded_loss",
 ]
+
+
+# Numbers of rows, (rows,) each; None where an option does not need them.
+Numbers = tuple[Tensor | None, ...]
 
 
 @torch._disable_dynamo  # not torch.compiler.disable, which imports the compiler at once
@@ -292,9 +297,9 @@ def _right_in_whole_rows(part: _Part, options: LossOptions, backend: Backend) ->
 def _of_shared_classes(part: _Part, reduction: RowReduction, backend: Backend) -> tuple[Tensor, Tensor | None]:
     """Return this rank's part of the loss (its rows, all classes) and its right rows."""
     input, target, labels, weight, options, layout, _ = part
-    shard = sharded_loss(input, target, weight, options, layout, ranked=bool(options.topk))
+    shard = sharded_loss(input, target, weight, options, layout, backend, ranked=bool(options.topk))
     if options.from_logits:
-        *numbers, rank = _Numbers.apply(input, target, shard, backend)
+        *numbers, rank = _Numbers.apply(input, target, shard)
         values = shard.values(tuple(numbers))
     else:
         rank = None
@@ -303,7 +308,7 @@ def _of_shared_classes(part: _Part, reduction: RowReduction, backend: Backend) -
             if input.numel():
                 rank = backend.label_ranks(as_rows(input.detach()), shard.label)
             rank = all_reduce_detached(rank, (layout.class_group,))
-        values = all_reduce(shard.values_of_probabilities(input, target, backend), (layout.class_group,))
+        values = all_reduce(shard.values_of_probabilities(input, target), (layout.class_group,))
     right = None if rank is None else right_rows(rank, labels, options, layout.classes)
     return reduction.part(values), right
 
@@ -357,12 +362,22 @@ def _own_weight(weight: Tensor, classes: int, layout: Layout) -> Tensor:
 
 
 def sharded_loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, layout: Layout, *, ranked: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    layout: Layout,
+    backend: Backend,
+    *,
+    ranked: bool,
 ) -> ShardedLoss:
     """Return the loss of rows whose classes are shared. ``ranked`` asks for the labels' ranks, by a collective."""
-    if target.is_floating_point():
-        return _SoftShard(input, target, None, weight, options, layout, ranked)
-    return _LabelShard(input, target, as_labels(target), weight, options, layout, ranked)
+    labels = None if target.is_floating_point() else as_labels(target)
+    label = _external_label(input, target, labels, options, layout) if ranked else None
+    classes = input.shape[class_dim(input)]
+    if labels is None:
+        return _SoftShard(classes, weight, options, layout, backend, label)
+    return _LabelShard(labels, classes, weight, options, layout, backend, label)
 
 
 class _Shard:
@@ -370,17 +385,16 @@ class _Shard:
 
     def __init__(
         self,
-        input: Tensor,
-        target: Tensor,
-        labels: Tensor | None,
+        classes: int,
         weight: Tensor | None,
         options: LossOptions,
         layout: Layout,
-        ranked: bool,
+        backend: Backend,
+        label: ExternalLabel | None,
     ) -> None:
         self.weight, self.options, self.layout = weight, options, layout
-        self.label = _external_label(input, target, labels, options, layout) if ranked else None
-        self.own_weight = None if weight is None else _own_weight(weight, input.shape[class_dim(input)], layout)
+        self.backend, self.label = backend, label
+        self.own_weight = None if weight is None else _own_weight(weight, classes, layout)
         # The labels of a visit are this rank's, -100 where a row is ignored.
         self.of_visit = dataclasses.replace(options, ignore_index=-100)
 
@@ -388,7 +402,7 @@ class _Shard:
         """Return the weights of this rank's classes, without a graph."""
         return None if self.own_weight is None else self.own_weight.detach()
 
-    def without_classes(self, input: Tensor, sums: int) -> tuple[Tensor | None, ...]:
+    def without_classes(self, input: Tensor, sums: int) -> Numbers:
         """Return the numbers of an empty shard: lse, so many sums, Σ w z and the rank."""
         zero = torch.zeros(math.prod(row_shape(input)), dtype=torch.float64, device=input.device)
         smoothed, ranked = self.options.label_smoothing != 0, self.label is not None
@@ -404,17 +418,17 @@ class _Shard:
 class _LabelShard(_Shard):
     """The loss of class indices. A row's numbers are (lse, z_y, Σ w z or None)."""
 
-    def __init__(self, input: Tensor, target: Tensor, labels: Tensor, *rest: Any) -> None:
-        super().__init__(input, target, labels, *rest)
+    def __init__(self, labels: Tensor, classes: int, *rest: Any) -> None:
+        super().__init__(classes, *rest)
         self.labels = labels
-        self.local, self.is_own = _own_labels(labels, input.shape[class_dim(input)], self.options, self.layout)
+        self.local, self.is_own = _own_labels(labels, classes, self.options, self.layout)
 
-    def numbers(self, input: Tensor, target: Tensor, backend: Backend) -> tuple[Tensor | None, ...]:
+    def numbers(self, input: Tensor, target: Tensor) -> Numbers:
         """Return each row's numbers over all classes, and its label's rank or None. A visit and one collective."""
-        own: tuple[Tensor | None, ...]
+        own: Numbers
         if input.numel():
             switches = {"entropy": False, "predicted": False, "every_row": False}
-            rows = backend.row_statistics_forward(
+            rows = self.backend.row_statistics_forward(
                 as_rows(input), self.local, self.visit_weight(), self.of_visit, **switches, ranked=self.label
             )
             own = rows.lse, torch.where(self.is_own, rows.label_logit, 0.0), rows.weighted_sum, rows.rank
@@ -423,7 +437,7 @@ class _LabelShard(_Shard):
         lse, *sums = self.gathered(own)
         return torch.logsumexp(lse, 0), *_summed(sums)
 
-    def values(self, numbers: tuple[Any, ...]) -> Tensor:
+    def values(self, numbers: Any) -> Tensor:
         """Return the rows' losses, differentiable in the numbers."""
         lse, label_logit, weighted_sum = numbers
         rows = RowStatistics(lse, label_logit, None, weighted_sum, None)
@@ -431,15 +445,7 @@ class _LabelShard(_Shard):
         return LabelLosses(rows, self.labels, weight, self.options, self.layout.classes).values()
 
     def gradients(
-        self,
-        upstreams: tuple[Tensor | None, ...],
-        input: Tensor,
-        target: Tensor,
-        numbers: tuple[Any, ...],
-        needs: tuple[bool, bool],
-        backend: Backend,
-        *,
-        inplace: bool = False,
+        self, upstreams: Numbers, input: Tensor, target: Tensor, numbers: Any, needs: Any, inplace: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradient of this rank's logits, from those of the numbers. A visit, no collective."""
         if not input.numel():
@@ -447,12 +453,12 @@ class _LabelShard(_Shard):
         of_lse, of_label, of_sum = upstreams
         of_label = None if of_label is None else torch.where(self.is_own, of_label, 0.0)
         of_rows, weight = (of_lse, of_label, None, of_sum), self.visit_weight()
-        gradient = backend.row_statistics_backward(
+        gradient = self.backend.row_statistics_backward(
             of_rows, as_rows(input), self.local, weight, self.of_visit, numbers[0], None, inplace=inplace
         )
         return gradient.view(input.shape), None
 
-    def values_of_probabilities(self, input: Tensor, target: Tensor, backend: Backend) -> Tensor:
+    def values_of_probabilities(self, input: Tensor, target: Tensor) -> Tensor:
         """Return this rank's part of the rows' −Σ_c w_c u_c log y_c, a sum over classes; differentiable."""
         eps, classes = self.options.label_smoothing, self.layout.classes
         y = as_rows(input)
@@ -479,11 +485,11 @@ class _LabelShard(_Shard):
 class _SoftShard(_Shard):
     """The loss of class probabilities, sharded as the logits. A row's numbers are (lse, nll, mass, Σ w z or None)."""
 
-    def numbers(self, input: Tensor, target: Tensor, backend: Backend) -> tuple[Tensor | None, ...]:
+    def numbers(self, input: Tensor, target: Tensor) -> Numbers:
         """See :meth:`_LabelShard.numbers`."""
-        own: tuple[Tensor | None, ...]
+        own: Numbers
         if input.numel():
-            own = backend.soft_statistics_forward(
+            own = self.backend.soft_statistics_forward(
                 as_rows(input), as_rows(target), self.visit_weight(), self.of_visit, ranked=self.label
             )
         else:
@@ -494,27 +500,19 @@ class _SoftShard(_Shard):
         nll = nll + torch.where(mass == 0, 0.0, mass * (lse - own_lse))
         return lse, *_summed((nll, mass, *sums))
 
-    def values(self, numbers: tuple[Any, ...]) -> Tensor:
+    def values(self, numbers: Any) -> Tensor:
         """Return the rows' losses, differentiable in the numbers."""
         lse, nll, mass, weighted_sum = numbers
         rows = SoftRowStatistics(lse, nll, mass, weighted_sum, None)
         return soft_losses(rows, self.weight, self.options, self.layout.classes)
 
     def gradients(
-        self,
-        upstreams: tuple[Tensor | None, ...],
-        input: Tensor,
-        target: Tensor,
-        numbers: tuple[Any, ...],
-        needs: tuple[bool, bool],
-        backend: Backend,
-        *,
-        inplace: bool = False,
+        self, upstreams: Numbers, input: Tensor, target: Tensor, numbers: Any, needs: Any, inplace: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of this rank's logits and probabilities, as :meth:`_LabelShard.gradients` does."""
         if not input.numel():
             return torch.zeros_like(input), torch.zeros_like(target) if needs[1] else None
-        of_input, of_target = backend.soft_statistics_backward(
+        of_input, of_target = self.backend.soft_statistics_backward(
             *(upstreams, as_rows(input), as_rows(target), self.visit_weight(), self.of_visit, numbers[0], numbers[2]),
             gradient=needs[0],
             target_gradient=needs[1],
@@ -525,7 +523,7 @@ class _SoftShard(_Shard):
             None if of_target is None else of_target.view(target.shape),
         )
 
-    def values_of_probabilities(self, input: Tensor, target: Tensor, backend: Backend) -> Tensor:
+    def values_of_probabilities(self, input: Tensor, target: Tensor) -> Tensor:
         """See :meth:`_LabelShard.values_of_probabilities`."""
         eps, weight = self.options.label_smoothing, self.own_weight
         mixed = target * (1 - eps) + eps / self.layout.classes if eps else target
@@ -533,7 +531,7 @@ class _SoftShard(_Shard):
         if (weight is not None and weight.requires_grad) or not input.numel():
             return composite.cross_entropy(input, mixed, weight, own, torch.float64).reshape(-1)
         weight = None if weight is None else weight.contiguous()
-        return fused_cross_entropy(input, mixed, weight, own, backend, torch.float64, False)[0]
+        return fused_cross_entropy(input, mixed, weight, own, self.backend, torch.float64, False)[0]
 
 
 ShardedLoss = _LabelShard | _SoftShard
@@ -548,12 +546,10 @@ class _Numbers(Function):
     """(this rank's logits, its probabilities) → the numbers of each row over all classes, and the rank."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, target: Tensor, shard: ShardedLoss, backend: Backend
-    ) -> tuple[Tensor | None, ...]:
-        ctx.shard, ctx.backend = shard, backend
+    def forward(ctx: Any, input: Tensor, target: Tensor, shard: ShardedLoss) -> Numbers:
+        ctx.shard = shard
         ctx.set_materialize_grads(False)
-        *numbers, rank = shard.numbers(input, target, backend)
+        *numbers, rank = shard.numbers(input, target)
         if rank is not None:
             ctx.mark_non_differentiable(rank)
         ctx.save_for_backward(input, target, *numbers)
@@ -563,7 +559,7 @@ class _Numbers(Function):
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
         upstreams = upstreams[:-1]
         if all(upstream is None for upstream in upstreams):
-            return (None,) * 4
+            return (None,) * 3
         if is_differentiable(upstreams):
             raise RuntimeError(
                 "fastloss: cross_entropy over shards of the classes has no second derivative; with create_graph=True "
@@ -571,4 +567,4 @@ class _Numbers(Function):
             )
         input, target, *numbers = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        return (*ctx.shard.gradients(upstreams, input, target, numbers, needs, ctx.backend), None, None)
+        return (*ctx.shard.gradients(upstreams, input, target, numbers, needs), None)

@@ -294,7 +294,7 @@ def _row_statistics(
     """Return a backend's numbers of each row, with a graph where ``input`` needs one. ``target`` is ``(rows,)``."""
     weight = None if weight is None else weight.detach().contiguous()
     backend = choice.load(choice.choose(input))
-    switches = {"entropy": entropy, "predicted": predicted, "every_row": every_row}
+    switches: dict[str, Any] = {"entropy": entropy, "predicted": predicted, "every_row": every_row}
     if not (input.requires_grad and torch.is_grad_enabled()):
         return backend.row_statistics_forward(as_rows(input), target, weight, options, **switches)
     return RowStatistics(*_RowStatistics.apply(input, target, weight, options, backend, switches))
@@ -311,7 +311,7 @@ class _RowStatistics(Function):
         weight: Tensor | None,
         options: LossOptions,
         backend: Backend,
-        switches: dict[str, bool],
+        switches: dict[str, Any],
     ) -> tuple[Tensor | None, ...]:
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
