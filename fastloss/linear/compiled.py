@@ -141,7 +141,7 @@ def _is_written(*inputs: Any) -> bool:
 register_gradients(
     forward,
     backward,
-    inputs=(0, 1, 3, 2),
+    trained=(0, 1, 3, 2),
     is_written=_is_written,
     needs_of=lambda options: options[-1],
     backward_options=lambda options: options,

@@ -173,6 +173,8 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
     if group is not None or any(map(placements.is_uncompiled_dtensor, (input, linear_weight))):
         return sharded.linear_loss_over_ranks(arguments, group)
     check_shapes(arguments, whole=True)
+    if shift:
+        target = shifted_labels(target, options.ignore_index)
     if linear_weight.dim() > 2:  # torch's K-dimensional loss: each input has logits (C, d1, …, dK), and they are held
         _check_unchunked(linear_weight, chunking)
         flat = linear_weight.reshape(-1, linear_weight.shape[-1])
@@ -180,8 +182,6 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
         logits = logits.view(*input.shape[:-1], *linear_weight.shape[:-1])
         return routes.loss_and_accuracies(logits, target, weight, options)
     lead, classes = input.shape[:-1], len(linear_weight)
-    if shift:
-        target = shifted_labels(target, options.ignore_index)
     rows = math.prod(lead)
     x = input.reshape(rows, input.shape[-1])
     soft = target.is_floating_point() and target.dim() == input.dim()

@@ -167,7 +167,7 @@ def _(upstream: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
 def register_gradients(
     forward: Any,
     backward: Any,
-    inputs: Sequence[int],
+    trained: Sequence[int],
     is_written: Callable[..., bool],
     needs_of: Callable[[tuple[Any, ...]], Sequence[bool]],
     backward_options: Callable[[tuple[Any, ...]], tuple[Any, ...]],
@@ -180,12 +180,12 @@ def register_gradients(
     Args:
         forward: the operator. Tensors, as many as there are gradients and one more, come first in its inputs.
         backward: the operator of the gradients.
-        inputs: which of the inputs have the gradients, in the order of the outputs.
+        trained: which of the inputs have the gradients, in the order of the outputs.
         is_written: whether the forward pass writes the gradients, from its inputs.
         needs_of: which gradients are needed, from the inputs that follow the tensors.
         backward_options: the last arguments of ``backward``, from the same.
     """
-    count = len(inputs)
+    count = len(trained)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensors, ctx.options = inputs[: count + 1], inputs[count + 1 :]
@@ -206,7 +206,7 @@ def register_gradients(
                 gradients = [gradient * of_loss for gradient in ctx.saved_tensors]
             else:
                 gradients = backward(of_loss, *ctx.saved_tensors, *backward_options(ctx.options))
-            for place, gradient, needed in zip(inputs, gradients, needs_of(ctx.options), strict=True):
+            for place, gradient, needed in zip(trained, gradients, needs_of(ctx.options), strict=True):
                 results[place] = gradient if needed else None
         return tuple(results)
 
@@ -216,7 +216,7 @@ def register_gradients(
 register_gradients(
     forward,
     backward,
-    inputs=(0, 1),
+    trained=(0, 1),
     is_written=lambda input, target, weight, *rest: _is_written(input, target, unpacked(rest[:-3]), *rest[-2:]),
     needs_of=lambda options: options[-2:],
     backward_options=lambda options: (*options[:-3], *options[-2:]),

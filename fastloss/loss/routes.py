@@ -62,10 +62,10 @@ def loss_and_accuracies(
             f"fastloss: inplace=True needs an input whose elements have memory of their own; "
             f"got strides {input.stride()} for shape {tuple(input.shape)} (an expanded tensor: clone it)"
         )
-    labels = target if soft else as_labels(target)
     values: tuple[Tensor, ...] = ()
     flat = route in ("fused", "compiled")
     if flat:
+        labels = target if soft else as_labels(target)
         weight = None if weight is None else weight.contiguous()
     if route == "fused":
         backend = choice.load(choice.choose(input))
