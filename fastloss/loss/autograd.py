@@ -47,11 +47,15 @@ def fused_cross_entropy(
     """Return the loss, with a graph where a tensor needs one, and the accuracies; ``()`` or ``(rows,)``.
 
     Args:
-        input: ``(C,)`` or ``(N, C, …)``. target: labels ``(rows,)``, or class probabilities of ``input``'s shape.
-        weight: of the classes, contiguous. options: checked. backend: the backend whose functions visit the logits.
-        loss_dtype: of the loss. inplace: write the gradient over ``input``. divisor: goes with reduction "sum": loss
-        and gradient, not the accuracies, are divided by it, so that these rows
-            give their part of a mean over more rows. ``()`` in float64; beside class probabilities a float.
+        input: ``(C,)`` or ``(N, C, …)``.
+        target: labels ``(rows,)``, or class probabilities of ``input``'s shape.
+        weight: of the classes, contiguous.
+        options: checked.
+        backend: the backend whose functions visit the logits.
+        loss_dtype: of the loss.
+        inplace: write the gradient over ``input``.
+        divisor: goes with reduction "sum": loss and gradient, not the accuracies, are divided by it, so that these
+            rows give their part of a mean over more rows. ``()`` in float64; beside class probabilities a float.
     """
     if not ((input.requires_grad or target.requires_grad) and torch.is_grad_enabled()):
         result = visit(input, target, weight, options, backend, loss_dtype, gradient=False)
