@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Backend, LossOptions, compute_dtype
+from ..loss.autograd import gradients_from_input, visit
 from ..loss.row_numbers import total_weight
 
 __all__ = [
@@ -219,7 +220,7 @@ class ChunkLoss(NamedTuple):
     loss: Tensor  # (n,), or () for a sum
     right: Tensor | None  # for each k of options.topk the right rows, (k, n), or their number, (k,)
     saved: Sequence[Tensor]  # for the backward pass, (n,) each
-    target_gradient: Tensor | None  # (n, C, 1)
+    target_gradient: Tensor | None  # (n, C)
 
 
 class Losses:
@@ -250,49 +251,34 @@ class Losses:
     def forward(self, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
         """Return the loss of logits z, ``(n, C)``, against t, and the gradients that are needed now."""
         part = dataclasses.replace(self.call.options, reduction="sum" if self.call.options.is_reduced else "none")
-        dtype = self.call.loss_dtype
-        dtype = torch.promote_types(dtype, torch.float32) if part.is_reduced else dtype
-        logits, of_logits = z.unsqueeze(2), any(needs[:3])
-        if not t.is_floating_point():
-            result = self.backend.cross_entropy_forward(
-                *(logits, t, self.weight, part),
-                loss_dtype=dtype,
-                gradient=of_logits,
-                inplace=of_logits,
-                divisor=total if of_logits else None,  # type: ignore[arg-type]
-            )
-            right = torch.stack(result.accuracy) if result.accuracy else None
-            return ChunkLoss(result.loss, right, result.saved, None)
-        right = None
-        if part.topk:
-            right = torch.stack(self.backend.accuracy(logits, t.argmax(1), part.topk, -1, part.reduction))
-        soft = self.backend.soft_cross_entropy_forward(
-            *(logits, t.unsqueeze(2), self.weight, part),
-            loss_dtype=dtype,
+        dtype, of_logits, right = self.call.loss_dtype, any(needs[:3]), None
+        if part.topk and t.is_floating_point():  # before the gradient is written over the logits
+            values = self.backend.accuracy(z.unsqueeze(2), t.argmax(1), part.topk, -1, part.reduction)
+            right = torch.stack(values)
+        result = visit(
+            *(z, t, self.weight, part, self.backend),
+            torch.promote_types(dtype, torch.float32) if part.is_reduced else dtype,
             gradient=of_logits,
             target_gradient=needs.target,
             inplace=of_logits,
-            divisor=1.0 if total is None else float(total),
+            divisor=total,
         )
-        return ChunkLoss(soft.loss, right, soft.saved, soft.target_gradient)
+        right = torch.stack(result.accuracy) if result.accuracy else right
+        return ChunkLoss(result.loss, right, result.saved, result.target_gradient)
 
     def backward(self, upstream: Tensor, t: Tensor, z: Tensor, saved: tuple[Tensor, ...], needs: Needs) -> Any:
-        """Write the gradient over the logits z, and return that of the probabilities, ``(n, C, 1)``, or None.
+        """Write the gradient over the logits z, and return that of the probabilities, ``(n, C)``, or None.
 
         ``upstream`` is ``(n,)``.
         """
         part = dataclasses.replace(self.call.options, reduction="none", topk=())
-        logits, of_logits = z.unsqueeze(2), any(needs[:3])
-        if not t.is_floating_point():
-            self.backend.cross_entropy_backward(upstream, logits, t, self.weight, part, saved, inplace=True)
-            return None
-        _, of_target = self.backend.soft_cross_entropy_backward(
-            *(upstream, logits, t.unsqueeze(2), self.weight, part, saved),
+        of_logits = any(needs[:3])
+        return gradients_from_input(
+            *(upstream, z, t, self.weight, part, self.backend, saved),
             gradient=of_logits,
             target_gradient=needs.target,
             inplace=of_logits,
-        )
-        return of_target
+        )[1]
 
     def finished(self, loss: Tensor, total: Tensor | float | None) -> Tensor:
         """Return the loss from the sum of its chunks' losses."""
@@ -469,9 +455,9 @@ class GradientAccumulator:
             self._of_bias = part if self._of_bias is None else self._of_bias.add_(part)
 
     def add_target(self, index: Index, gradient: Tensor | None) -> None:
-        """Store a chunk's part of the class probabilities' gradient, ``(n, C, 1)``."""
+        """Store a chunk's part of the class probabilities' gradient, ``(n, C)``."""
         if self._target is not None and gradient is not None:
-            self._target[index] = gradient.squeeze(2)
+            self._target[index] = gradient
 
     def finished(self) -> Gradients:
         """Return the gradients in their tensors' dtypes."""

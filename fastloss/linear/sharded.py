@@ -220,12 +220,12 @@ class _SharedLosses(Losses):
     def _gradients(
         self, shard: ShardedLoss, upstreams: Numbers, z: Tensor, t: Tensor, numbers: Numbers, needs: Needs
     ) -> Tensor | None:
-        """Write the gradient over the logits z, and return that of the probabilities, ``(n, C_r, 1)``, or None."""
+        """Write the gradient over the logits z, and return that of the probabilities, ``(n, C_r)``, or None."""
         if not any(needs):
             return None
         of_logits = any(needs[:3])
         _, of_target = shard.gradients(upstreams, z, t, numbers, (of_logits, needs.target), inplace=of_logits)
-        return None if of_target is None else of_target.unsqueeze(2)
+        return of_target
 
 
 def _differentiated(shard: ShardedLoss, numbers: Numbers, upstream: Tensor) -> tuple[Tensor, Numbers]:
