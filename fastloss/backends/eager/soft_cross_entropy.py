@@ -169,7 +169,8 @@ def _of_logits(
     product = Scratch("product", dtype, x.device).like(x) if d is None else d
     tanh = None
     if cap is not None:
-        tanh = torch.div(x, cap, out=Scratch("tanh", dtype, x.device).like(x)).tanh_()
+        wide = x if x.dtype == dtype else p.copy_(x)  # a narrow quotient would be rounded before it is stored
+        tanh = torch.div(wide, cap, out=Scratch("tanh", dtype, x.device).like(x)).tanh_()
 
     def logits() -> Tensor:
         if tanh is not None and cap is not None:
