@@ -20,6 +20,7 @@ from ..backends.eager.rounding import (
     without_infinities,
 )
 from ..backends.eager.sgd import multiply
+from ..torch_private import sparse_values
 
 __all__ = ["norm", "step", "unscale"]
 
@@ -38,7 +39,7 @@ def norm(grad: Tensor) -> Tensor:
 
 def unscale(grad: Tensor, grad_scale: Tensor) -> None:
     """g ← g / grad_scale, in float32 and rounded once."""
-    values = grad._values() if grad.is_sparse else grad
+    values = sparse_values(grad) if grad.is_sparse else grad
     values = torch.view_as_real(values) if values.is_complex() else values
     inverse = grad_scale.double().reciprocal().float().to(values.device)
     multiply([values], inverse)

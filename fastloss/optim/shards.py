@@ -10,22 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ShardSums", "Shards", "is_dtensor", "local", "shards_of"]
+from ..ranks.placements import is_dtensor, local
+from ..torch_private import flattened_meshes, root_mesh
+
+__all__ = ["ShardSums", "Shards", "local_as", "shards_of"]
 
 Shards = tuple[Any, tuple[int, ...]]  # a DeviceMesh, and the dimensions of it that cut a tensor up
 
 
-def is_dtensor(param: Tensor) -> bool:
-    """Is it a DTensor? (Asked without an import of torch.distributed.)"""
-    return type(param) is not Tensor and hasattr(param, "to_local") and hasattr(param, "device_mesh")
-
-
-def local(param: Tensor, like: Tensor | None = None) -> Tensor:
-    """A DTensor's local shard; with ``like``, that of the tensor brought into the placement of ``like``."""
-    sharded: Any = param
-    if like is not None and sharded.placements != like.placements:  # type: ignore[attr-defined]
-        sharded = sharded.redistribute(placements=like.placements)  # type: ignore[attr-defined]
-    shard: Tensor = sharded.to_local()
+def local_as(tensor: Any, param: Any) -> Tensor:
+    """Return the local shard of a DTensor, brought into the placement of ``param``."""
+    if tensor.placements != param.placements:
+        tensor = tensor.redistribute(placements=param.placements)
+    shard: Tensor = local(tensor)
     return shard
 
 
@@ -135,7 +132,7 @@ def _groups(mesh: Any, dims: Sequence[int]) -> list[Any]:
         ranks = _span(mesh, dims)
         if len(ranks) == torch.distributed.get_world_size():
             return [torch.distributed.group.WORLD]
-        for flat in getattr(_root(mesh), "_flatten_mapping", {}).values():
+        for flat in flattened_meshes(mesh):
             if flat.device_type == mesh.device_type and _ranks(flat) == ranks:
                 return [flat.get_group()]
     return [mesh.get_group(d) for d in dims]
@@ -151,16 +148,11 @@ def _span(mesh: Any, dims: Sequence[int]) -> list[int]:
     return sorted(mesh.mesh[through].flatten().tolist())
 
 
-def _root(mesh: Any) -> Any:
-    """The mesh that this one is a slice of: what lies so here lies so for every process of that mesh."""
-    return mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
-
-
 def _seen_from(host: Any, mesh: Any, dims: tuple[int, ...]) -> tuple[int, ...] | None:
     """The dimensions of ``host`` that are those dimensions of ``mesh``; None where there are none such."""
     if mesh == host:
         return dims
-    if host.get_coordinate() is None or _root(host) != _root(mesh):
+    if host.get_coordinate() is None or root_mesh(host) != root_mesh(mesh):
         return None
     ranks = _span(mesh, dims)
     positions = torch.isin(host.mesh, torch.tensor(ranks)).nonzero()

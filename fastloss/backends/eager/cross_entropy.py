@@ -241,6 +241,7 @@ class _RowSums:
         p_y = chunk.of(self.p_y)
         if not self.any_underflowed(p_y):
             return
+        underflowed = p_y < self.least
         with self._lock:
             if self.z_y is None:
                 self.z_y = self._label_logits()
@@ -250,7 +251,7 @@ class _RowSums:
         z = capped(chunk.of(self.logits).to(self.p_y.dtype), self.rows.options.softcap)
         nll = -z.log_softmax(1).gather(1, chunk.of(self.rows.label))  # of differences, not of lse
         for numbers, value in zip(self.exact, (nll, z.logsumexp(1, keepdim=True)), strict=True):
-            chunk.of(numbers).copy_(torch.where(p_y < self.least, value, float("nan")))
+            chunk.of(numbers).copy_(torch.where(underflowed, value, float("nan")))
 
     def nll_and_lse(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
         """Return lse − z_y = −log p_y; and lse, where it is needed."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...torch_private import transforms_are_active
+
 __all__ = ["compensated", "round_stochastically", "round_to_nearest", "true_master", "without_infinities"]
 
 # A compensation a little smaller is surely less than half a unit in the last place: no tie of even and odd.
@@ -112,5 +114,5 @@ def _may_look(tensor: Tensor) -> bool:
         tensor.is_cpu
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not transforms_are_active()
     )

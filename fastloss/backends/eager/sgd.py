@@ -22,6 +22,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ...torch_private import (
+    foreach_copy_,
+    foreach_mul,
+    foreach_mul_,
+    foreach_norm,
+    fused_sgd_,
+    materialized,
+    unscale_,
+)
 from ..contract import Addresses, SGDBatch, SGDControls, SGDRule, check_gradients, compute_dtype
 from .rounding import compensated, round_stochastically, true_master, without_infinities
 from .workers import for_each
@@ -52,7 +61,7 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
         if part.small is not None:
             chosen = _chosen(grads, part.small.indices)
             widest = torch.float64 if any(grad.dtype == torch.float64 for grad in chosen) else wide
-            norms = torch._foreach_norm(chosen, 2, dtype=widest)
+            norms = foreach_norm(chosen, 2, dtype=widest)
             squares += torch.stack(norms).double().square().sum()
         for i in part.pieced + (part.large.indices if part.large is not None else []):
             grad = grads[i]
@@ -141,13 +150,13 @@ class _Gathered:
             if self.vectors:
                 torch.cat(tensors, out=flat)  # half of the time of the other
             else:
-                torch._foreach_copy_(views, tensors)
+                foreach_copy_(views, tensors)
         return flat
 
     def scatter(self, views: list[Tensor]) -> None:
         """Write to the parameters."""
         with torch.inference_mode():
-            torch._foreach_copy_(self.params, views)
+            foreach_copy_(self.params, views)
         torch.autograd.graph.increment_version(self.params)  # which that mode does not
 
     def room(self, name: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -335,7 +344,7 @@ def _step_small(
         # All of it here: while one thread is in the operator, another one looks at its share's gradients.
         params, chosen = small.params[share], small.fitting(grads, share, known=known)
         if clip != 1.0:
-            chosen = list(torch._foreach_mul(chosen, clip))
+            chosen = list(foreach_mul(chosen, clip))
         _advance(params, chosen, small.momentum[share], rule, first=first)
         torch.autograd.graph.increment_version(params)  # which torch's operator does not
 
@@ -419,12 +428,12 @@ def _advance(
     if clip != 1.0:
         grads = [grad.mul_(clip) for grad in grads] if scratch else [grad * clip for grad in grads]
     if rule.decoupled and rule.weight_decay != 0:
-        torch._foreach_mul_(params, 1.0 - rule.lr * rule.weight_decay)
+        foreach_mul_(params, 1.0 - rule.lr * rule.weight_decay)
     wide, buffers = params[0].dtype, momentum
     if momentum and momentum[0].dtype != wide:
         buffers = [m.to(wide) for m in momentum]
     step = partial(
-        torch._fused_sgd_,
+        fused_sgd_,
         params,
         momentum_buffer_list=buffers,
         weight_decay=0.0 if rule.decoupled else rule.weight_decay,
@@ -438,19 +447,12 @@ def _advance(
     try:
         step(grads=grads)
     except RuntimeError:  # before it does anything, about a gradient that is negated when it is read
-        resolved = _resolved(grads)
-        if resolved is grads:
+        plain = materialized(grads)
+        if plain is grads:
             raise
-        step(grads=resolved)
+        step(grads=plain)
     if buffers is not momentum:
-        torch._foreach_copy_(momentum, buffers)
-
-
-def _resolved(grads: list[Tensor]) -> list[Tensor]:
-    """Without what torch's fused operators don't take: negated when it is read, or zeros without memory."""
-    if not any(map(Tensor.is_neg, grads)) and not any(map(Tensor._is_zerotensor, grads)):
-        return grads
-    return [grad.clone() if grad._is_zerotensor() else grad.resolve_neg() for grad in grads]
+        foreach_copy_(momentum, buffers)
 
 
 def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
@@ -470,14 +472,14 @@ def _listed(tensor: Tensor | None) -> list[Tensor]:
 
 def _unscale(grads: list[Tensor], grad_scale: Tensor) -> None:
     of_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    plain = _resolved(grads)
+    plain = materialized(grads)
     for grad in plain:
         of_dtype[grad.dtype].append(grad)
     inverse = grad_scale.double().reciprocal().float()
     for some in of_dtype.values():
         multiply(some, inverse)
     if plain is not grads:
-        torch._foreach_copy_(grads, plain)
+        foreach_copy_(grads, plain)
 
 
 def multiply(grads: list[Tensor], factor: Tensor) -> None:
@@ -487,7 +489,7 @@ def multiply(grads: list[Tensor], factor: Tensor) -> None:
             grad.copy_(grad.float().mul_(factor))
         return
     unused = torch.zeros((), dtype=torch.float32, device=factor.device)
-    torch._amp_foreach_non_finite_check_and_unscale_(grads, unused, factor)
+    unscale_(grads, unused, factor)
 
 
 def _clip_factor(controls: SGDControls) -> float:
