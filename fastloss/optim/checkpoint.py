@@ -1,4 +1,4 @@
-"""What a loaded state must look like, and the dtypes of its buffers."""
+"""Checks of a loaded state, and the dtypes of its buffers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BUFFERS = ("momentum_buffer", "master_param", "kahan_comp")
 
 
 def check_loaded(loaded: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Do the groups and the buffers of a state dict fit an optimizer's groups?
+    """Check that the groups and buffers of a state dict fit an optimizer's groups.
 
     Raises:
         ValueError: they don't.
@@ -46,7 +46,7 @@ def check_loaded(loaded: dict[str, Any], groups: list[dict[str, Any]]) -> None:
 
 
 def restore_dtypes(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
-    """Give every buffer the dtype that this optimizer keeps it in, from the loaded one.
+    """Give every buffer the dtype that this optimizer has for it, from the loaded one.
 
     ``Optimizer.load_state_dict`` has cast it to its parameter's dtype, which a float32 momentum does not survive.
     """
@@ -64,7 +64,7 @@ def restore_dtypes(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
 def _numbered(
     saved: list[dict[str, Any]], groups: list[dict[str, Any]]
 ) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
-    """The numbers by which a state dict knows the parameters, the parameters, and their groups."""
+    """Yield the numbers of the parameters in a state dict, the parameters, and their groups."""
     for theirs, ours in zip(saved, groups, strict=True):
         for number, param in zip(theirs["params"], ours["params"], strict=True):
             yield number, param, ours

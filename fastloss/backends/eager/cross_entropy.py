@@ -52,7 +52,7 @@ def cross_entropy_forward(
     slope = scale
     if divisor is not None:
         slope = divisor.reciprocal().item() if divisor.is_cpu else divisor.to(rows.dtype).reciprocal()
-    ranks = TargetRanks(logits, rows.label, options.topk) if options.topk else None
+    ranks = TargetRanks(rows.label, options.topk) if options.topk else None
     result = None
     if gradient:
         result = logits if inplace else torch.empty_like(logits)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..contract import ExternalLabel, LossOptions, RowStatistics, compute_dtype
-from .accuracy import inside_label, rank_of
+from .accuracy import inside_label, rank_of, run_maxima
 from .chunks import Chunk, Scratch, chunks, row_dtype
 from .sweep import LOG2_E, Piece, capped, sweep
 from .workers import for_each
@@ -218,10 +218,7 @@ def _first_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     classes = x.shape[1]
     run = min(classes, 128)
-    whole = classes // run * run
-    maxima = x.narrow(1, 0, whole).unflatten(1, (-1, run)).amax(2)
-    if whole < classes:
-        maxima = torch.cat([maxima, x.narrow(1, whole, classes - whole).amax(1, keepdim=True)], dim=1)
+    maxima = run_maxima(x, run)
     best = maxima.argmax(1, keepdim=True)
     # The last run may be short, and begins earlier then: the classes that it gains are in a run without the maximum.
     start = (best * run).clamp_(max=classes - run)
