@@ -49,7 +49,7 @@ def row_statistics_forward(
     """See :class:`fastloss.backends.contract.Backend`; every row is visited."""
     dtype = compute_dtype(logits.dtype)
     z_y = capped(logits.gather(1, _label(logits, target, options)).to(dtype), options.softcap)
-    names = ["lse", *["entropy"] * entropy, *["predicted"] * predicted]
+    names = [name for name, wanted in (("lse", True), ("entropy", entropy), ("predicted", predicted)) if wanted]
     numbers = visit_rows(names, logits, None, weight, options, ranked, dtype)
     numbers["label_logit"] = z_y.to(row_dtype(z_y.device)).flatten()
     return RowStatistics(**{**dict.fromkeys(RowStatistics._fields), **numbers})
@@ -71,9 +71,11 @@ def visit_rows(
     """
     outer, classes, inner = logits.shape
     rows, cap, device, wide = (outer, 1, inner), options.softcap, logits.device, row_dtype(logits.device)
-    names = [*names, *["weighted_sum"] * bool(options.label_smoothing), *["rank"] * (ranked is not None)]
-    whole = {"predicted": torch.int64, "rank": torch.int64}
-    numbers = {name: logits.new_empty(rows, dtype=whole.get(name, wide)) for name in names}
+    numbers = {name: logits.new_empty(rows, dtype=torch.int64 if name == "predicted" else wide) for name in names}
+    if options.label_smoothing:
+        numbers["weighted_sum"] = logits.new_empty(rows, dtype=wide)
+    if ranked is not None:
+        numbers["rank"] = logits.new_empty(rows, dtype=torch.int64)
     class_weight = None if weight is None else weight.to(dtype)
     total_weight: Tensor | int = classes if weight is None else weight.sum(dtype=wide)
 
