@@ -26,11 +26,11 @@ def check_loaded(loaded: dict[str, Any], groups: list[dict[str, Any]]) -> None:
             "loaded state dict has a different number of parameter groups: "
             f"it has {len(saved)}, the optimizer has {len(groups)}"
         )
-    for g, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
-        if len(theirs["params"]) != len(ours["params"]):
+    for g, (saved_group, group) in enumerate(zip(saved, groups, strict=True)):
+        if len(saved_group["params"]) != len(group["params"]):
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
-                f"group {g} has {len(theirs['params'])} parameters, the optimizer's has {len(ours['params'])}"
+                f"group {g} has {len(saved_group['params'])} parameters, the optimizer's has {len(group['params'])}"
             )
     for number, param, _ in _numbered(saved, groups):
         for key, buffer in _buffers(loaded, number):
@@ -65,9 +65,9 @@ def _numbered(
     saved: list[dict[str, Any]], groups: list[dict[str, Any]]
 ) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
     """Yield the numbers of the parameters in a state dict, the parameters, and their groups."""
-    for theirs, ours in zip(saved, groups, strict=True):
-        for number, param in zip(theirs["params"], ours["params"], strict=True):
-            yield number, param, ours
+    for saved_group, group in zip(saved, groups, strict=True):
+        for number, param in zip(saved_group["params"], group["params"], strict=True):
+            yield number, param, group
 
 
 def _buffers(loaded: dict[str, Any], number: Any) -> list[tuple[str, Any]]:

@@ -63,16 +63,16 @@ class SGD(Optimizer):
         max_norm: clip the gradients of all groups together to this Euclidean norm, as
             ``torch.nn.utils.clip_grad_norm_`` does, within the step: ``p.grad`` is left as it was, and the host does
             not wait. :attr:`grad_norm` has the norm.
-        momentum_dtype: of the momentum buffers; None is each parameter's own. float32 keeps what bfloat16 loses.
+        momentum_dtype: of the momentum buffers; None is each parameter's own. float32 is more exact than bfloat16.
         master_weights: for float16 and bfloat16 parameters, keep float32 weights in the state, step those, and round
             them to the parameter.
-        kahan_sum: for float16 and bfloat16 parameters, keep what rounding took away in a second number of that dtype,
-            and add it again in the next step (Kahan, "Further remarks on reducing truncation errors", 1965).
+        kahan_sum: for float16 and bfloat16 parameters, keep the rounding error in a second number of that dtype, and
+            add it again in the next step (Kahan, "Further remarks on reducing truncation errors", 1965).
         stochastic_rounding: round float16 and bfloat16 parameters up or down at random, right on average.
 
-    The last three exclude each other. Parameters of other dtypes are stepped as ever under them. The parameter stays
-    the truth, whoever writes to it between steps: a master weight that does not round to it is taken from it, and a
-    compensation that is more than its rounding can have been is dropped.
+    The last three exclude each other, and change nothing for parameters of other dtypes. A program may write to a
+    parameter between steps: a master weight that does not round to the parameter is replaced by it, and a
+    compensation that is more than the error of its rounding can be is dropped.
 
     With :class:`torch.amp.GradScaler` the step itself divides the gradients by the scale, and does nothing if one of
     them has overflowed, without the host waiting to know; ``p.grad`` holds the unscaled gradient then.
@@ -474,13 +474,13 @@ class SGD(Optimizer):
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
             check_loaded(loaded, self.param_groups)
-            for ours, theirs in zip(before, loaded["param_groups"], strict=True):
-                _check({**ours, **theirs})
+            for own_group, loaded_group in zip(before, loaded["param_groups"], strict=True):
+                _check({**own_group, **loaded_group})
             final.update(loaded)
 
         def restore(_: Optimizer) -> None:
-            for group, ours, theirs in zip(self.param_groups, before, final["param_groups"], strict=True):
-                group.update((name, ours[name]) for name in self.defaults if name not in theirs)
+            for group, own_group, loaded_group in zip(self.param_groups, before, final["param_groups"], strict=True):
+                group.update((name, own_group[name]) for name in self.defaults if name not in loaded_group)
             restore_dtypes(self, final)
 
         # The last hook before the load gets the state that is loaded. After it this one comes first: those that the

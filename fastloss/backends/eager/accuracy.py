@@ -16,7 +16,7 @@ from .workers import for_each
 
 __all__ = ["TargetRanks", "accuracy", "label_ranks", "rank_of", "reduce_accuracy", "run_maxima"]
 
-_PIECE = 1 << 20  # logits that are copied at once where single rows are looked at
+_PIECE = 1 << 20  # logits that are copied at once where single rows are compared
 _SAMPLE_ROWS = 16
 _FEW_RIGHT = 0.05  # argmax takes 5 (float32) to 20 (bfloat16) times as long as amax
 

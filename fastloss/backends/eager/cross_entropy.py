@@ -13,9 +13,9 @@ A chunk is read from memory once: its exponentials go straight into the gradient
 bfloat16, into one small float32 buffer that is rounded once into that slice), and everything else is done in place
 there. Besides the gradient no buffer grows with N·V.
 
-What is the same for all rows stays a Python number (:data:`.chunks.Value`): without class weights and ignored rows,
-which is most calls, no operation is spent on it. At a thousand classes a call's many small operations
-cost as much as its passes over the logits.
+A number that is the same for all rows stays a Python number (:data:`.chunks.Value`): without class weights and
+ignored rows, as in most calls, no operation is spent on it. At a thousand classes a call's many small operations cost
+as much as its passes over the logits.
 """
 
 from __future__ import annotations
@@ -164,20 +164,19 @@ def _sweep(
     coefficients = None
     if gradient is not None:  # 16-bit logits don't resolve what float64 would save
         coefficients = _Coefficients(rows, scale, rows.dtype if logits.dtype == dtype else dtype)
-    # The rows whose p_y underflows are looked at once, after the sweep, unless it needs their lse or overwrites their
-    # logits.
-    looks_early = gradient is logits or (gradient is not None and options.lse_square_scale != 0)
+    # Rows whose p_y underflows are computed anew after the sweep, unless it needs their lse or overwrites the logits.
+    mends_at_once = gradient is logits or (gradient is not None and options.lse_square_scale != 0)
 
     def work(chunk: Chunk, piece: Piece) -> None:
         (total,) = piece.exponentials(lambda: sums.visit_exponents(chunk, piece.p))
-        if looks_early:
-            sums.look_for_underflow(chunk)
+        if mends_at_once:
+            sums.mend_underflow(chunk)
         if coefficients is not None:
             coefficients.gradient_(chunk, piece.p, total, sums)
 
     sweep(logits, dtype, options.softcap, work, gradient, zero_rows=rows.ignored, ranks=ranks)
-    if not looks_early and sums.any_underflowed(sums.p_y):
-        for_each(chunks(logits.shape, dtype), sums.look_for_underflow, logits.device)
+    if not mends_at_once and sums.any_underflowed(sums.p_y):
+        for_each(chunks(logits.shape, dtype), sums.mend_underflow, logits.device)
     nll, lse = sums.nll_and_lse(Chunk((0, logits.shape[0]), (0, logits.shape[2])))
     return rows.loss(nll, lse, sums.uniform)
 
@@ -236,7 +235,7 @@ class _RowSums:
         least = p_y.amin().item()
         return least < self.least or least != least  # a NaN hides the others
 
-    def look_for_underflow(self, chunk: Chunk) -> None:
+    def mend_underflow(self, chunk: Chunk) -> None:
         """Compute lse from the logits again where p_y is too small for its logarithm to be right."""
         p_y = chunk.of(self.p_y)
         if not self.any_underflowed(p_y):

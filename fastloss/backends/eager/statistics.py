@@ -215,7 +215,7 @@ def _label(logits: Tensor, target: Tensor, options: LossOptions) -> Tensor:
 def _first_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's maximum, or NaN, and its first class; ``(outer, 1, inner)`` each.
 
-    torch's argmax looks at one logit at a time, its amax at a vector of them. So the maxima of short runs of classes
+    torch's argmax reads one logit at a time, its amax a vector of them. So the maxima of short runs of classes
     come first, and only the first run that holds the row's maximum is searched.
     """
     classes = x.shape[1]
