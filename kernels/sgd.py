@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fastloss.backends.contract import FLAG_ELEMENTS, Addresses, SGDBatch, SGDControls, SGDRule, check_gradients
+from fastloss.torch_private import materialized
 
 from .launch import FUSED, Launch, alike, arithmetic, at_most, on_device, power_of_2, scratch, spread
 from .tile_helpers import fp64, last_to_end
@@ -85,15 +86,13 @@ class Tables:
     streams: set[int] = field(default_factory=set)  # those on which the tables have been read
 
 
-def _resolved(batch: SGDBatch, grads: list[Tensor]) -> list[Tensor]:
-    """Without those that are not what lies in their memory: negated when they are read, as autograd makes them of
-    complex conjugates; or zeros that have no memory.
-    """
-    if not batch.unchanged:
-        batch.memory["to_resolve"] = any(map(Tensor.is_neg, grads)) or any(map(Tensor._is_zerotensor, grads))
-    if batch.memory.get("to_resolve", True):
-        return [grad.clone() if grad._is_zerotensor() else grad.resolve_neg() for grad in grads]
-    return grads
+def _materialized(batch: SGDBatch, grads: list[Tensor]) -> list[Tensor]:
+    """Return the gradients as they are in memory; those of an unchanged batch are checked only if some were not."""
+    if batch.unchanged and not batch.memory.get("materializes", True):
+        return grads
+    plain = materialized(grads)
+    batch.memory["materializes"] = plain is not grads
+    return plain
 
 
 def _tables_of(batch: SGDBatch, grads: list[Tensor]) -> dict[Any, Tables]:
@@ -329,7 +328,7 @@ def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
 def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], controls: SGDControls) -> None:
     """See :class:`fastloss.backends.contract.Backend`."""
     first, given = batch.params[0], grads
-    grads = _resolved(batch, grads)
+    grads = _materialized(batch, grads)
     with on_device(first):
         divided = _tables_of(batch, grads)
         if controls.grad_scale is not None and any(tables.overlap for tables in divided.values()):
@@ -437,7 +436,7 @@ def _begin_empty(batch: SGDBatch, controls: SGDControls) -> None:
 def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     """See :class:`fastloss.backends.contract.Backend`."""
     first = batch.params[0]
-    grads = _resolved(batch, grads)
+    grads = _materialized(batch, grads)
     with on_device(first):
         for (grad_dtype, _), tables in _tables_of(batch, grads).items():
             _start_squares(batch, tables, grad_dtype, squares)

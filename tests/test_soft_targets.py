@@ -106,6 +106,15 @@ def test_z_loss_and_softcap(place: Place, options: dict[str, float], weighted: b
     compare(place, input, target, weight, reduction=reduction, ulps=3.0, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_softcap_of_narrow_logits_is_not_rounded_to_their_dtype(place: Place, dtype: torch.dtype) -> None:
+    input, target = (10 * torch.randn(6, 300)).to(dtype), torch.rand(6, 300).softmax(1)
+    exact = plain(input.double(), target.double(), softcap=7.0, reduction="none")
+    loss = cross_entropy(input.to(place.device), target.to(place.device), softcap=7.0, reduction="none")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.cpu().double(), exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

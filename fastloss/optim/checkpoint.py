@@ -1,4 +1,4 @@
-"""What a loaded state must look like, and the dtypes of its buffers."""
+"""Checks of a loaded state, and the dtypes of its buffers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BUFFERS = ("momentum_buffer", "master_param", "kahan_comp")
 
 
 def check_loaded(loaded: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Do the groups and the buffers of a state dict fit an optimizer's groups?
+    """Check that the groups and buffers of a state dict fit an optimizer's groups.
 
     Raises:
         ValueError: they don't.
@@ -26,11 +26,11 @@ def check_loaded(loaded: dict[str, Any], groups: list[dict[str, Any]]) -> None:
             "loaded state dict has a different number of parameter groups: "
             f"it has {len(saved)}, the optimizer has {len(groups)}"
         )
-    for g, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
-        if len(theirs["params"]) != len(ours["params"]):
+    for g, (saved_group, group) in enumerate(zip(saved, groups, strict=True)):
+        if len(saved_group["params"]) != len(group["params"]):
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
-                f"group {g} has {len(theirs['params'])} parameters, the optimizer's has {len(ours['params'])}"
+                f"group {g} has {len(saved_group['params'])} parameters, the optimizer's has {len(group['params'])}"
             )
     for number, param, _ in _numbered(saved, groups):
         for key, buffer in _buffers(loaded, number):
@@ -46,7 +46,7 @@ def check_loaded(loaded: dict[str, Any], groups: list[dict[str, Any]]) -> None:
 
 
 def restore_dtypes(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
-    """Give every buffer the dtype that this optimizer keeps it in, from the loaded one.
+    """Give every buffer the dtype that this optimizer has for it, from the loaded one.
 
     ``Optimizer.load_state_dict`` has cast it to its parameter's dtype, which a float32 momentum does not survive.
     """
@@ -64,10 +64,10 @@ def restore_dtypes(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
 def _numbered(
     saved: list[dict[str, Any]], groups: list[dict[str, Any]]
 ) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
-    """The numbers by which a state dict knows the parameters, the parameters, and their groups."""
-    for theirs, ours in zip(saved, groups, strict=True):
-        for number, param in zip(theirs["params"], ours["params"], strict=True):
-            yield number, param, ours
+    """Yield the numbers of the parameters in a state dict, the parameters, and their groups."""
+    for saved_group, group in zip(saved, groups, strict=True):
+        for number, param in zip(saved_group["params"], group["params"], strict=True):
+            yield number, param, group
 
 
 def _buffers(loaded: dict[str, Any], number: Any) -> list[tuple[str, Any]]:

@@ -1,7 +1,7 @@
 """SGD in torch's own operators, one parameter after the other.
 
-For what the backends don't serve: sparse and complex gradients, tensor subclasses, parameters that overlap, other
-devices; and for programs that differentiate or compile the step.
+It serves where the backends don't: sparse and complex gradients, tensor subclasses, parameters that overlap, other
+devices; and programs that differentiate or compile the step.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from ..backends.eager.rounding import (
     without_infinities,
 )
 from ..backends.eager.sgd import multiply
+from ..torch_private import sparse_values
 
 __all__ = ["norm", "step", "unscale"]
 
 
 def norm(grad: Tensor) -> Tensor:
-    """|g|, ``()``, float64 where the device has it; over all shards of a DTensor."""
+    """Return |g|, ``()``, float64 where the device has it; over all shards of a DTensor."""
     values = grad.coalesce().values() if grad.is_sparse else grad
     wide = compute_dtype(values.dtype) if values.is_floating_point() else None  # complex numbers have 32 bits or more
     result = torch.linalg.vector_norm(values, dtype=wide)
@@ -38,7 +39,7 @@ def norm(grad: Tensor) -> Tensor:
 
 def unscale(grad: Tensor, grad_scale: Tensor) -> None:
     """g ← g / grad_scale, in float32 and rounded once."""
-    values = grad._values() if grad.is_sparse else grad
+    values = sparse_values(grad) if grad.is_sparse else grad
     values = torch.view_as_real(values) if values.is_complex() else values
     inverse = grad_scale.double().reciprocal().float().to(values.device)
     multiply([values], inverse)
@@ -55,7 +56,7 @@ def step(
     momentum_dtype: torch.dtype | None = None,
     out_of_place: bool = False,
 ) -> None:
-    """One step of one parameter; its buffers are in ``state``, and are made where they are missing.
+    """Step one parameter; its buffers are in ``state``, and are made where they are missing.
 
     Args:
         param: any tensor that torch's operators work on.
@@ -64,8 +65,8 @@ def step(
         rule: of its group.
         rounding: as in :class:`fastloss.backends.contract.SGDBatch`.
         clip: the gradient is multiplied by it.
-        momentum_dtype: of a momentum buffer that is made here; None is the parameter's own.
-        out_of_place: the buffers are to be new tensors, so that autograd can go back through many steps.
+        momentum_dtype: the dtype of a momentum buffer that is made here; None is the parameter's own.
+        out_of_place: buffers are replaced by new tensors, so that autograd can go back through many steps.
     """
     wide = _wide(param, state, rounding)
     grad = grad if grad.dtype == wide.dtype or grad.is_complex() else grad.to(wide.dtype)
@@ -109,7 +110,7 @@ def step(
 
 
 def _wide(param: Tensor, state: dict[str, Any], rounding: str) -> Tensor:
-    """The parameter as it is computed with: itself, or in float32 if it is of 16 bits."""
+    """Return the parameter in the dtype of the arithmetic: itself, or in float32 if it has 16 bits."""
     if not param.is_floating_point() or param.dtype.itemsize >= 4:
         return param
     if rounding == "master":
@@ -137,7 +138,7 @@ def _store(param: Tensor, wide: Tensor, state: dict[str, Any], rounding: str) ->
 
 
 def _on(value: float | Tensor, param: Tensor) -> Any:
-    """A hyper-parameter where the parameter is, so that the host never waits for it."""
+    """Return a hyper-parameter on the parameter's device, so that the host never waits for it."""
     if not isinstance(value, Tensor):
         return value
     if value.device == param.device or value.requires_grad:

@@ -1,4 +1,4 @@
-"""SGD as a ``torch.optim.Optimizer``: the state and the rules. The arithmetic is the backends'."""
+"""SGD as a ``torch.optim.Optimizer``: its state and its groups. The backends do the arithmetic."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
-from torch.optim import optimizer as of_torch
 from torch.optim.optimizer import Optimizer
 
 from ..backends import choice
 from ..backends.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
+from ..ranks.placements import is_dtensor, local
+from ..torch_private import step_is_observed
 from . import plain
 from .checkpoint import check_loaded, restore_dtypes
-from .plan import SERVED_DTYPES, Batch, Plan, gradients, kinds, overlapping, serves
-from .shards import Shards, ShardSums, is_dtensor, local, shards_of
+from .shards import Shards, ShardSums, local_as, shards_of
+from .step_plan import SERVED_DTYPES, Batch, StepPlan, gradients, layouts_of, overlapping, serves
 
 __all__ = ["SGD"]
 
-# What clip_grad_norm_ of torch adds to the norm that it divides by.
+# torch.nn.utils.clip_grad_norm_ adds it to the norm that it divides by.
 _NORM_EPSILON = 1e-6
 _COMPANION = {"master": "master_param", "kahan": "kahan_comp"}
-# What a plan depends on in a group, beside the momentum.
+# The options of a group that a plan depends on, beside the momentum.
 _STATE_OPTIONS = itemgetter("momentum_dtype", "master_weights", "kahan_sum", "stochastic_rounding")
 
 
@@ -63,16 +63,16 @@ class SGD(Optimizer):
         max_norm: clip the gradients of all groups together to this Euclidean norm, as
             ``torch.nn.utils.clip_grad_norm_`` does, within the step: ``p.grad`` is left as it was, and the host does
             not wait. :attr:`grad_norm` has the norm.
-        momentum_dtype: of the momentum buffers; None is each parameter's own. float32 keeps what bfloat16 loses.
+        momentum_dtype: of the momentum buffers; None is each parameter's own. float32 is more exact than bfloat16.
         master_weights: for float16 and bfloat16 parameters, keep float32 weights in the state, step those, and round
             them to the parameter.
-        kahan_sum: for float16 and bfloat16 parameters, keep what rounding took away in a second number of that dtype,
-            and add it again in the next step (Kahan, "Further remarks on reducing truncation errors", 1965).
+        kahan_sum: for float16 and bfloat16 parameters, keep the rounding error in a second number of that dtype, and
+            add it again in the next step (Kahan, "Further remarks on reducing truncation errors", 1965).
         stochastic_rounding: round float16 and bfloat16 parameters up or down at random, right on average.
 
-    The last three exclude each other. Parameters of other dtypes are stepped as ever under them. The parameter stays
-    the truth, whoever writes to it between steps: a master weight that does not round to it is taken from it, and a
-    compensation that is more than its rounding can have been is dropped.
+    The last three exclude each other, and change nothing for parameters of other dtypes. A program may write to a
+    parameter between steps: a master weight that does not round to the parameter is replaced by it, and a
+    compensation that is more than the error of its rounding can be is dropped.
 
     With :class:`torch.amp.GradScaler` the step itself divides the gradients by the scale, and does nothing if one of
     them has overflowed, without the host waiting to know; ``p.grad`` holds the unscaled gradient then.
@@ -91,13 +91,13 @@ class SGD(Optimizer):
         >>> optimizer.zero_grad()
     """
 
-    # torch.amp.GradScaler hands its scale and its finding to step(), as attributes.
+    # torch.amp.GradScaler hands its scale, and whether a gradient has overflowed, to step() as attributes.
     _step_supports_amp_scaling = True
 
-    _plan: Plan | None
-    _begun: dict[Tensor, tuple[Tensor, Tensor]]  # of parameters: the flags of SGDBatch.begun, and whose they are
-    # Squares and scale of the last step with max_norm. In a dict: what a compiled step sets as an attribute of an
-    # optimizer, torch.compile forgets.
+    _plan: StepPlan | None
+    _begun: dict[Tensor, tuple[Tensor, Tensor]]  # by parameter: flags of SGDBatch.begun, and the buffer that has them
+    # Squares and scale of the last step with max_norm. In a dict: torch.compile forgets the attributes that a
+    # compiled step sets on an optimizer.
     _clipped: dict[str, Tensor | None]
 
     def __init__(
@@ -170,24 +170,16 @@ class SGD(Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """What torch puts around the ``step`` of an optimizer's class, for hooks and for profilers.
+        """Wrap ``step`` for hooks and profilers, as torch does with the class of every optimizer.
 
         A label for profilers costs as much of the host's time as dozens of tensors do: without a profiler of
-        ``torch.profiler`` or ``torch.autograd.profiler``, and without hooks, there is nothing around the step.
+        ``torch.profiler`` or ``torch.autograd.profiler``, and without hooks, the step runs bare.
         """
         observed = Optimizer.profile_hook_step(func)
 
         @functools.wraps(func)
         def step(self: SGD, *args: Any, **kwargs: Any) -> Any:
-            if (
-                getattr(profiler, "_is_profiler_enabled", True)
-                or self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or of_torch._global_optimizer_pre_hooks
-                or of_torch._global_optimizer_post_hooks
-            ):
-                return observed(self, *args, **kwargs)
-            return func(self, *args, **kwargs)
+            return (observed if step_is_observed(self) else func)(self, *args, **kwargs)
 
         return step
 
@@ -207,7 +199,7 @@ class SGD(Optimizer):
         if not plan.batches and not plan.plain:
             return
         for i in plan.sharded:
-            grads[i] = local(grads[i], like=plan.params[i])
+            grads[i] = local_as(grads[i], plan.params[i])
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         squares = None if max_norm is None else self._sum_of_squares(plan, grads)
         if squares is not None:
@@ -218,9 +210,9 @@ class SGD(Optimizer):
                 return
             found_inf = None
         rules = [_rule(group) for group in self.param_groups]
-        controls = _Everywhere(SGDControls(scale, found_inf, squares, max_norm or 0.0))
+        controls = _ControlsByDevice(SGDControls(scale, found_inf, squares, max_norm or 0.0))
         for batch in plan.batches:
-            here = controls.where(batch.tensors.params[0])
+            here = controls.on(batch.tensors.params[0].device)
             choice.load(batch.backend).sgd_step(batch.tensors, batch.take(grads), rules, here)
         if plan.plain:
             # As in torch, each place in which a parameter is listed begins its momentum.
@@ -229,7 +221,7 @@ class SGD(Optimizer):
                 if i in begin:
                     self.state.get(plan.params[i], {}).pop("momentum_buffer", None)
                 self._step_plainly(plan, i, grads[i], rules, controls)
-        plan.stepped(self.state.values(), grads)
+        plan.finish_step(self.state.values(), grads)
         if self._begun and found_inf is None and not _capturing():
             for batch in plan.batches:
                 with_momentum = [
@@ -243,9 +235,11 @@ class SGD(Optimizer):
                     left = {i: flags for i, flags in batch.tensors.begun.items() if i not in with_momentum}
                     batch.tensors.begun = left
 
-    def _step_plainly(self, plan: Plan, i: int, grad: Tensor, rules: list[SGDRule], controls: _Everywhere) -> None:
+    def _step_plainly(
+        self, plan: StepPlan, i: int, grad: Tensor, rules: list[SGDRule], controls: _ControlsByDevice
+    ) -> None:
         param, group = plan.params[i], self.param_groups[plan.group_of[i]]
-        here = controls.where(grad)
+        here = controls.on(grad.device)
         if here.grad_scale is not None:
             plain.unscale(grad, here.grad_scale)
         clip = None if here.squares is None else _clip_factor(_norm(here.squares, here.grad_scale), here.max_norm)
@@ -255,38 +249,38 @@ class SGD(Optimizer):
         if state:
             self.state[param] = state
 
-    def _sum_of_squares(self, plan: Plan, grads: list[Any]) -> Tensor:
-        """Σ g² over all gradients as they come, ``()`` on the device of the first."""
-        found: dict[Shards | None, Tensor] = {}  # by the shards that they are of, on one device each
+    def _sum_of_squares(self, plan: StepPlan, grads: list[Any]) -> Tensor:
+        """Return Σ g² over all gradients as they come, ``()`` on the device of the first."""
+        totals: dict[Shards | None, Tensor] = {}  # one for each set of shards, on one device each
 
         def total(shards: Shards | None, device: torch.device) -> Tensor:
-            if shards not in found:
-                found[shards] = torch.zeros((), dtype=torch.float64, device=device)
-            return found[shards]
+            if shards not in totals:
+                totals[shards] = torch.zeros((), dtype=torch.float64, device=device)
+            return totals[shards]
 
         for batch in plan.batches:
             device = batch.tensors.params[0].device
             squares = total(batch.shards, device)
-            apart = squares if squares.device == device else torch.zeros((), dtype=torch.float64, device=device)
-            choice.load(batch.backend).sgd_squares(batch.tensors, batch.take(grads), apart)
-            if apart is not squares:
-                squares += apart.to(squares.device)
+            here = squares if squares.device == device else torch.zeros((), dtype=torch.float64, device=device)
+            choice.load(batch.backend).sgd_squares(batch.tensors, batch.take(grads), here)
+            if here is not squares:
+                squares += here.to(squares.device)
         for i in plan.plain:
             if i not in plan.repeated:
                 param, grad = plan.params[i], grads[i]
                 shards = shards_of(param) if is_dtensor(grad) else None
-                squares = plain.norm(grad if shards is None else local(grad, like=param)).square()
-                there = found.setdefault(shards, torch.zeros_like(squares))
-                there += squares.to(there.device)
+                squares = plain.norm(grad if shards is None else local_as(grad, param)).square()
+                sum_of_set = totals.setdefault(shards, torch.zeros_like(squares))
+                sum_of_set += squares.to(sum_of_set.device)
         if plan.sums is None:
-            plan.sums = ShardSums(p for p, layout in zip(plan.params, plan.kinds, strict=True) if layout is not None)
-        first, *others = plan.sums(found)  # a step without gradients has ended before
+            plan.sums = ShardSums(p for p, grad in zip(plan.params, grads, strict=True) if grad is not None)
+        first, *others = plan.sums(totals)  # a step without gradients has ended before
         for other in others:
             first = first + other.to(first.device)
         return first
 
     def _step_by_operators(self, differentiable: bool) -> None:
-        """The step in torch's operators alone, for autograd and for compilers to see."""
+        """Step by torch's operators alone, which autograd and compilers can follow."""
         if self._begun:  # buffers made by steps that may have been called off
             self._settle(list(self._begun))
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -324,8 +318,8 @@ class SGD(Optimizer):
 
     # ------------------------------------------------------------------------------------------------- the plan
 
-    def _planned(self) -> tuple[Plan, list[Any]]:
-        """A plan that holds now, and the gradients of all parameters."""
+    def _planned(self) -> tuple[StepPlan, list[Any]]:
+        """Return a plan that holds now, and the gradients of all parameters."""
         groups, plan = self.param_groups, self._plan
         settings: list[Any] = [
             (_has_momentum(group["momentum"]), len(group["params"]), *_STATE_OPTIONS(group)) for group in groups
@@ -337,12 +331,12 @@ class SGD(Optimizer):
                 return plan, grads
         params = [param for group in groups for param in group["params"]]
         grads = gradients(params)
-        self._plan = plan = self._new_plan(settings, params, kinds(grads))
+        self._plan = plan = self._new_plan(settings, params, layouts_of(grads))
         return plan, grads
 
-    def _new_plan(self, settings: list[Any], params: list[Tensor], layouts: list[Any]) -> Plan:
+    def _new_plan(self, settings: list[Any], params: list[Tensor], layouts: list[Any]) -> StepPlan:
         group_of = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
-        plan = Plan(settings, params, group_of, layouts)
+        plan = StepPlan(settings, params, group_of, layouts)
         memory: dict[int, Tensor] = {}
         seen: set[Tensor] = set()
         twice: set[Tensor] = set()
@@ -390,14 +384,14 @@ class SGD(Optimizer):
             flags, buffer = self._begun.get(param, (None, None))
             if flags is not None and buffer is self.state.get(param, {}).get("momentum_buffer"):
                 batch.tensors.begun[len(batch.tensors.params) - 1] = flags
-            else:  # somebody put another one in its place
+            else:  # the program has put another one in its place
                 self._begun.pop(param, None)
         plan.batches = list(together.values())
-        plan.remember(self.state.values())
+        plan.complete(self.state.values())
         return plan
 
-    def _buffer(self, plan: Plan, i: int, stored: Tensor, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A parameter's buffer, made where it is missing, as the backend is to see it."""
+    def _buffer(self, plan: StepPlan, i: int, stored: Tensor, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a parameter's buffer, made where it is missing, in the form that the backend takes."""
         param = plan.params[i]
         state = self.state[param]
         if state.get(key) is None:
@@ -412,8 +406,8 @@ class SGD(Optimizer):
                 state[key] = torch.zeros_like(param, dtype=dtype or param.dtype, requires_grad=False)
             dampening = self.param_groups[plan.group_of[i]]["dampening"]
             if key == "momentum_buffer" and (dampening != 0 or getattr(self, "found_inf", None) is not None):
-                # Nobody knows yet whether the buffer begins with this step. (Without dampening and overflows it does
-                # not matter: μ · 0 + g is g.)
+                # The host doesn't know yet whether the buffer begins with this step. (Without dampening and overflows
+                # that does not matter: μ · 0 + g is g.)
                 flags = -(-stored.numel() // FLAG_ELEMENTS)
                 begun = torch.zeros(max(1, flags), dtype=torch.uint8, device=stored.device)
                 self._begun[param] = begun, state[key]
@@ -425,10 +419,10 @@ class SGD(Optimizer):
                 f"fastloss.SGD: a parameter of shape {tuple(param.shape)} on {param.device} has "
                 f"{_described(buffer)} as its {key}; expected a tensor of its shape, on its device"
             )
-        dtype = _kept_in(key, buffer, param)
+        dtype = _buffer_dtype(key, buffer, param)
         if buffer.dtype != dtype:
             buffer = state[key] = buffer.detach().to(dtype)
-        plan.keep(state, key)
+        plan.add_buffer(state, key)
         return buffer if stored is param else local(buffer)
 
     def _max_norm(self) -> float | None:
@@ -442,7 +436,7 @@ class SGD(Optimizer):
         return value
 
     def _forget(self) -> None:
-        """What is not part of the optimizer's state, and is made anew."""
+        """Reset all that is not part of the optimizer's state, and can be made anew."""
         self._plan = None
         self._begun = {}
         self._clipped = {"squares": None, "scale": None}
@@ -450,14 +444,14 @@ class SGD(Optimizer):
     # ---------------------------------------------------------------------------------------- groups, checkpoints
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As for every optimizer of torch; a group that does not fit leaves the optimizer as it was."""
+        """Add a group, as for every optimizer of torch. One that does not fit leaves the optimizer as it was."""
         if isinstance(param_group, dict):
             _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._plan = None
 
     def state_dict(self) -> dict[str, Any]:
-        """As of ``torch.optim.SGD``, which can load it; ``master_param`` and ``kahan_comp`` come beside the momentum.
+        """Return a state that ``torch.optim.SGD`` can load; ``master_param`` and ``kahan_comp`` are extra.
 
         On a GPU, after steps under a GradScaler, it waits to know which of them overflowed.
         """
@@ -466,7 +460,7 @@ class SGD(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of another SGD, of this class or of torch's.
+        """Load the state of another SGD, of this class or of torch's.
 
         Buffers take the dtype that this optimizer keeps them in, without a detour through the parameter's. Options
         that the other does not know stay as they are.
@@ -480,16 +474,17 @@ class SGD(Optimizer):
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
             check_loaded(loaded, self.param_groups)
-            for ours, theirs in zip(before, loaded["param_groups"], strict=True):
-                _check({**ours, **theirs})
+            for own_group, loaded_group in zip(before, loaded["param_groups"], strict=True):
+                _check({**own_group, **loaded_group})
             final.update(loaded)
 
         def restore(_: Optimizer) -> None:
-            for group, ours, theirs in zip(self.param_groups, before, final["param_groups"], strict=True):
-                group.update((name, ours[name]) for name in self.defaults if name not in theirs)
+            for group, own_group, loaded_group in zip(self.param_groups, before, final["param_groups"], strict=True):
+                group.update((name, own_group[name]) for name in self.defaults if name not in loaded_group)
             restore_dtypes(self, final)
 
-        # The last hook before the load sees what will be loaded; the others after it see what was, and may change it.
+        # The last hook before the load gets the state that is loaded. After it this one comes first: those that the
+        # program has registered get the finished state, and may change it.
         hooks = self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(restore, True)
         try:
             super().load_state_dict(state_dict)
@@ -510,9 +505,9 @@ class SGD(Optimizer):
         self._forget()
 
     def _separate(self) -> None:
-        """Give every buffer on the CPU memory of its own: what several share, pickle writes once for each."""
+        """Give every buffer on the CPU memory of its own: pickle writes shared memory once for each buffer."""
         for state in self.state.values():
-            for buffer in state.values() if isinstance(state, dict) else ():  # a program may keep other things there
+            for buffer in state.values() if isinstance(state, dict) else ():  # a program may store other things there
                 on_cpu = type(buffer) is Tensor and buffer.device.type == "cpu"
                 if on_cpu and buffer.layout == torch.strided and buffer.untyped_storage().nbytes() > buffer.nbytes:
                     buffer.data = buffer.clone()
@@ -529,19 +524,18 @@ class SGD(Optimizer):
                         del self.state[param]
 
 
-class _Everywhere:
+class _ControlsByDevice:
     """A step's controls on every device that needs them."""
 
     def __init__(self, controls: SGDControls) -> None:
         self._controls = controls
         self._copies: dict[torch.device, SGDControls] = {}
 
-    def where(self, tensor: Tensor) -> SGDControls:
-        """Where the tensor is."""
+    def on(self, device: torch.device) -> SGDControls:
+        """Return the controls with their tensors on the device."""
         scale, found_inf, squares, max_norm = self._controls
         if scale is None and found_inf is None and squares is None:
             return self._controls
-        device = tensor.device
         if device not in self._copies:
             self._copies[device] = SGDControls(
                 _moved(scale, device), _moved(found_inf, device), _moved(squares, device), max_norm
@@ -583,7 +577,7 @@ def _number(value: Any) -> float | Tensor:
 
 
 def _has_momentum(momentum: float | Tensor) -> bool:
-    """As torch asks it; of a number on a GPU, which the host would have to wait for, the kernels ask it again."""
+    """Return whether the momentum is not 0; True for a number on a GPU, which the kernels check again."""
     return bool(momentum != 0) if _on_host(momentum) else True
 
 
@@ -592,13 +586,13 @@ def _on_host(value: float | Tensor) -> bool:
 
 
 def _read(rule: SGDRule) -> SGDRule:
-    """A rule whose tensors on the CPU are numbers."""
+    """Replace a rule's tensors on the CPU by numbers."""
     values: list[Any] = [v.item() if isinstance(v, Tensor) and _on_host(v) else v for v in rule]
     return SGDRule(*values)
 
 
-def _kept_in(key: str, buffer: Tensor, param: Tensor) -> torch.dtype:
-    """The dtype in which a buffer is stepped: of momentum any that the backends know."""
+def _buffer_dtype(key: str, buffer: Tensor, param: Tensor) -> torch.dtype:
+    """Return the dtype in which a buffer is stepped: for momentum any that the backends serve."""
     if key == "master_param":
         return torch.float32
     return buffer.dtype if key == "momentum_buffer" and buffer.dtype in SERVED_DTYPES else param.dtype
@@ -611,7 +605,7 @@ def _described(value: Any) -> str:
 
 
 def _rounding(group: dict[str, Any], param: Tensor) -> str:
-    """How what is stored in the parameter is rounded; see :class:`fastloss.backends.contract.SGDBatch`."""
+    """Return how a parameter's new value is rounded; see :class:`fastloss.backends.contract.SGDBatch`."""
     if param.dtype not in (torch.float16, torch.bfloat16):
         return "nearest"
     if group["master_weights"]:
@@ -622,7 +616,7 @@ def _rounding(group: dict[str, Any], param: Tensor) -> str:
 
 
 def _check(group: dict[str, Any]) -> None:
-    """What a parameter group may say."""
+    """Check the options of a parameter group."""
     named = {"lr": "learning rate", "momentum": "momentum value", "weight_decay": "weight_decay value"}
     for name, words in named.items():
         value = group[name]

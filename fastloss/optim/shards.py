@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["ShardSums", "Shards", "is_dtensor", "local", "shards_of"]
+from ..ranks.placements import is_dtensor, local
+from ..torch_private import flattened_meshes, root_mesh
+
+__all__ = ["ShardSums", "Shards", "local_as", "shards_of"]
 
 Shards = tuple[Any, tuple[int, ...]]  # a DeviceMesh, and the dimensions of it that cut a tensor up
 
 
-def is_dtensor(param: Tensor) -> bool:
-    """Is it a DTensor? (Asked without an import of torch.distributed.)"""
-    return type(param) is not Tensor and hasattr(param, "to_local") and hasattr(param, "device_mesh")
-
-
-def local(param: Tensor, like: Tensor | None = None) -> Tensor:
-    """A DTensor's local shard; with ``like``, that of the tensor brought into the placement of ``like``."""
-    sharded: Any = param
-    if like is not None and sharded.placements != like.placements:  # type: ignore[attr-defined]
-        sharded = sharded.redistribute(placements=like.placements)  # type: ignore[attr-defined]
-    shard: Tensor = sharded.to_local()
+def local_as(tensor: Any, param: Any) -> Tensor:
+    """Return the local shard of a DTensor, brought into the placement of ``param``."""
+    if tensor.placements != param.placements:
+        tensor = tensor.redistribute(placements=param.placements)
+    shard: Tensor = local(tensor)
     return shard
 
 
 def shards_of(param: Any) -> Shards | None:
-    """The mesh of a DTensor and those of its dimensions that cut the tensor up; None for other tensors."""
+    """Return the mesh of a DTensor and those of its dimensions that cut the tensor up; None for other tensors."""
     if not is_dtensor(param):
         return None
     return param.device_mesh, tuple(d for d, placement in enumerate(param.placements) if not placement.is_replicate())
@@ -55,116 +51,97 @@ class ShardSums:
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
-        self._parts: list[_Part] = []
-        self._place: dict[Shards, tuple[_Part, int]] = {}  # the part of a set, and its own copy's place there
-        every = [s for s in dict.fromkeys(map(shards_of, params)) if s is not None and self.are_cut(s)]
+        self._vectors: list[_Vector] = []
+        self._places: dict[Shards, tuple[_Vector, int]] = {}  # by the set: its own copy's place
+        sets = [s for s in dict.fromkeys(map(shards_of, params)) if s is not None and _is_cut(*s)]
         # In an order that is the same for every process: by size, then as the parameters come.
-        hosts = sorted(dict.fromkeys(mesh for mesh, _ in every), key=lambda mesh: (-mesh.size(), -mesh.ndim))
-        within: dict[Any, list[tuple[Shards, tuple[int, ...]]]] = {}
-        for shards in every:
-            for host in hosts:
-                dims = _seen_from(host, *shards)
-                if dims is not None:
-                    within.setdefault(host, []).append((shards, dims))
-                    break
-        for host, sets in within.items():
-            part = _Part.of(host, sorted({d for _, dims in sets for d in dims}))
-            self._parts.append(part)
-            for shards, dims in sets:
-                self._place[shards] = part, part.add(dims)
-
-    @staticmethod
-    def are_cut(shards: Shards) -> bool:
-        """Is there anybody to add up with?"""
-        mesh, dims = shards
-        return mesh.get_coordinate() is not None and any(mesh.size(d) > 1 for d in dims)
+        meshes = sorted(dict.fromkeys(mesh for mesh, _ in sets), key=lambda mesh: (-mesh.size(), -mesh.ndim))
+        within: dict[Any, dict[Shards, tuple[int, ...]]] = {}  # by the mesh of U: sets, dimensions
+        for shards in sets:
+            mesh, dims = next((mesh, dims) for mesh in meshes if (dims := _dims_in(mesh, *shards)) is not None)
+            within.setdefault(mesh, {})[shards] = dims
+        for mesh, dims_of in within.items():
+            vector = _Vector(mesh, sorted(set().union(*dims_of.values())))
+            self._vectors.append(vector)
+            for shards, dims in dims_of.items():
+                self._places[shards] = vector, vector.place(dims)
 
     def __call__(self, values: dict[Shards | None, Tensor]) -> list[Tensor]:
-        """The sums over the shards, and the values that need none as they are.
+        """Return the sums over the shards, and the values that need none as they are.
 
         Args:
-            values: ``()``, by the shards that they are of; None: of no DTensor. Every set that the object was made
-                for takes part, whether it has a value here or not.
+            values: ``()``, by the set of shards; None: of no DTensor. Every set that the object was made for takes
+                part, whether it has a value here or not.
         """
-        result = [value for shards, value in values.items() if shards not in self._place]
-        for part in self._parts:
-            mine = [(shards, place) for shards, (owner, place) in self._place.items() if owner is part]
-            dtype = next(iter(values.values())).dtype
-            vector = torch.zeros(part.length, dtype=dtype, device=part.device)
-            for shards, place in mine:
-                if shards in values:
-                    vector[place] += values[shards].to(part.device)
-            for group in part.groups:
-                torch.distributed.all_reduce(vector, group=group)
-            result += [vector[place] for place in part.places.values()]
-        return result
+        sums = [value for shards, value in values.items() if shards not in self._places]
+        dtype = next(iter(values.values())).dtype
+        for vector in self._vectors:
+            numbers = torch.zeros(vector.length, dtype=dtype, device=vector.device)
+            for shards, (other, place) in self._places.items():
+                if other is vector and shards in values:
+                    numbers[place] += values[shards].to(vector.device)
+            for group in vector.groups:
+                torch.distributed.all_reduce(numbers, group=group)
+            sums += [numbers[place] for place in vector.places.values()]
+        return sums
 
 
-@dataclass(eq=False)
-class _Part:
-    """Some dimensions of a mesh, through this process: U."""
+class _Vector:
+    """The vector that is added up over U: some dimensions of a mesh, through this process."""
 
-    mesh: Any
-    dims: Sequence[int]
-    groups: list[Any]  # all-reduces over these, in turn, are one over the part
-    device: torch.device
-    places: dict[tuple[int, ...], int] = field(default_factory=dict)  # of this process, by the dimensions of a set
-    length: int = 0
+    def __init__(self, mesh: Any, dims: list[int]) -> None:
+        self._mesh, self._dims = mesh, dims
+        self.device = torch.device(mesh.device_type)
+        if self.device.type != "cpu":
+            self.device = torch.device(mesh.device_type, torch.get_device_module(self.device).current_device())
+        self.groups = _groups(mesh, [d for d in dims if mesh.size(d) > 1])  # to all-reduce over, one after the other
+        self.places: dict[tuple[int, ...], int] = {}  # by the dimensions of a set: that of this process's copy
+        self.length = 0
 
-    @classmethod
-    def of(cls, mesh: Any, dims: Sequence[int]) -> _Part:
-        device = torch.device(mesh.device_type)
-        if device.type != "cpu":
-            device = torch.device(device.type, torch.get_device_module(device).current_device())
-        return cls(mesh, dims, _groups(mesh, [d for d in dims if mesh.size(d) > 1]), device)
-
-    def add(self, dims: tuple[int, ...]) -> int:
-        """The place of this process's copy of a set that is cut up along ``dims``."""
+    def place(self, dims: tuple[int, ...]) -> int:
+        """Return the place of this process's copy of a set that is cut up along ``dims``."""
         if dims not in self.places:
-            coordinate, place, copies = self.mesh.get_coordinate(), 0, 1
-            for d in self.dims:
+            coordinate, place, copies = self._mesh.get_coordinate(), 0, 1
+            for d in self._dims:
                 if d not in dims:
-                    place, copies = place * self.mesh.size(d) + coordinate[d], copies * self.mesh.size(d)
+                    place, copies = place * self._mesh.size(d) + coordinate[d], copies * self._mesh.size(d)
             self.places[dims] = self.length + place
             self.length += copies
         return self.places[dims]
 
 
+def _is_cut(mesh: Any, dims: tuple[int, ...]) -> bool:
+    """Return whether this process has a shard, and others have the rest."""
+    return mesh.get_coordinate() is not None and any(mesh.size(d) > 1 for d in dims)
+
+
 def _groups(mesh: Any, dims: Sequence[int]) -> list[Any]:
+    """Return groups over which all-reduces, one after the other, are one over all of the dimensions."""
     if len(dims) > 1:
-        ranks = _span(mesh, dims)
+        ranks = _ranks(mesh, dims)
         if len(ranks) == torch.distributed.get_world_size():
             return [torch.distributed.group.WORLD]
-        for flat in getattr(_root(mesh), "_flatten_mapping", {}).values():
-            if flat.device_type == mesh.device_type and _ranks(flat) == ranks:
+        for flat in flattened_meshes(mesh):
+            if flat.device_type == mesh.device_type and sorted(flat.mesh.flatten().tolist()) == ranks:
                 return [flat.get_group()]
     return [mesh.get_group(d) for d in dims]
 
 
-def _ranks(mesh: Any) -> list[int]:
-    return sorted(mesh.mesh.flatten().tolist())
-
-
-def _span(mesh: Any, dims: Sequence[int]) -> list[int]:
-    """The processes that differ from this one in those dimensions alone."""
+def _ranks(mesh: Any, dims: Sequence[int]) -> list[int]:
+    """Return the processes that differ from this one in those dimensions alone."""
     through = tuple(slice(None) if d in dims else c for d, c in enumerate(mesh.get_coordinate()))
     return sorted(mesh.mesh[through].flatten().tolist())
 
 
-def _root(mesh: Any) -> Any:
-    """The mesh that this one is a slice of: what lies so here lies so for every process of that mesh."""
-    return mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
-
-
-def _seen_from(host: Any, mesh: Any, dims: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The dimensions of ``host`` that are those dimensions of ``mesh``; None where there are none such."""
-    if mesh == host:
+def _dims_in(other: Any, mesh: Any, dims: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the dimensions of the other mesh along which those of ``mesh`` lie; None where there are none."""
+    if mesh == other:
         return dims
-    if host.get_coordinate() is None or _root(host) != _root(mesh):
+    if other.get_coordinate() is None or root_mesh(other) != root_mesh(mesh):
         return None
-    ranks = _span(mesh, dims)
-    positions = torch.isin(host.mesh, torch.tensor(ranks)).nonzero()
+    ranks = _ranks(mesh, dims)
+    positions = torch.isin(other.mesh, torch.tensor(ranks)).nonzero()
     if len(positions) != len(ranks):
         return None
-    varying = tuple(d for d in range(host.ndim) if len(positions[:, d].unique()) > 1)
-    return varying if math.prod(host.size(d) for d in varying) == len(ranks) else None
+    varying = tuple(d for d in range(other.ndim) if len(positions[:, d].unique()) > 1)
+    return varying if math.prod(other.size(d) for d in varying) == len(ranks) else None

@@ -1,4 +1,4 @@
-"""The fallback in plain torch ops: what ``fastloss.kernels`` offers, for tensors that Triton does not serve."""
+"""The fallback in plain torch ops: the functions of ``fastloss.kernels``, for tensors that Triton does not serve."""
 
 from .accuracy import accuracy, label_ranks
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward, rescale

@@ -14,9 +14,9 @@ from ..contract import ExternalLabel, compute_dtype
 from .chunks import Chunk, Scratch, chunks, row_dtype
 from .workers import for_each
 
-__all__ = ["TargetRanks", "accuracy", "label_ranks", "rank_of", "reduce_accuracy"]
+__all__ = ["TargetRanks", "accuracy", "label_ranks", "rank_of", "reduce_accuracy", "run_maxima"]
 
-_PIECE = 1 << 20  # logits that are copied at once where single rows are looked at
+_PIECE = 1 << 20  # logits that are copied at once where single rows are compared
 _SAMPLE_ROWS = 16
 _FEW_RIGHT = 0.05  # argmax takes 5 (float32) to 20 (bfloat16) times as long as amax
 
@@ -29,12 +29,12 @@ def accuracy(
     label = target.view(outer, 1, inner).long()
     counted = invalid = None
     ignored = label == ignore_index
-    if _share(ignored):
+    if _true_share(ignored):
         counted = ~ignored
         label, invalid = inside_label(label, counted, classes)
     if topk == (1,):
         return reduce_accuracy((_top_1(logits, label, counted),), counted, invalid, reduction)
-    ranks = TargetRanks(logits, label, topk)
+    ranks = TargetRanks(label, topk)
     for_each(chunks(logits.shape, logits.dtype), lambda chunk: ranks.visit(chunk, chunk.of(logits)), logits.device)
     return reduce_accuracy(ranks.right, counted, invalid, reduction)
 
@@ -42,22 +42,21 @@ def accuracy(
 def label_ranks(logits: Tensor, label: ExternalLabel) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`."""
     rows = (logits.shape[0], 1, logits.shape[2])
-    mine, position = label.logit.to(logits.dtype).view(rows), label.position.view(rows)
+    label_logit, position = label.logit.to(logits.dtype).view(rows), label.position.view(rows)
     rank = torch.empty_like(position)
 
     def visit(chunk: Chunk) -> None:
-        chunk.of(rank).copy_(rank_of(chunk.of(logits), chunk.of(mine), chunk.of(position), label.most_k))
+        chunk.of(rank).copy_(rank_of(chunk.of(logits), chunk.of(label_logit), chunk.of(position), label.most_k))
 
     for_each(chunks(logits.shape, logits.dtype), visit, logits.device)
     return rank.flatten()
 
 
 def _top_1(logits: Tensor, label: Tensor, counted: Tensor | None) -> Tensor:
-    """Top-1 alone: is no logit greater than the label's, and no equal one before it? ``(outer, 1, inner)``.
+    """Return whether no logit is greater than the label's, and no equal one before it; ``(outer, 1, inner)``.
 
-    Where few rows are right, the row's maximum settles all but those few. Where many are, the greatest of the *other*
-    classes settles all but ties. A few rows from all over tell which it will be; rows that don't count are no one's
-    business.
+    Where few rows are right, the row's maximum decides all but those few. Where many are, the greatest of the *other*
+    classes decides all but ties. A sample of rows tells which it will be; rows that are not counted may be anything.
     """
     outer, _, inner = logits.shape
     o_step = max(1, outer // _SAMPLE_ROWS)
@@ -66,12 +65,12 @@ def _top_1(logits: Tensor, label: Tensor, counted: Tensor | None) -> Tensor:
     hits = x.gather(1, y) >= x.amax(1, keepdim=True)
     if counted is not None:
         hits &= counted[::o_step, :, ::i_step]
-    if not hits.is_cpu or _share(hits) <= _FEW_RIGHT:
+    if not hits.is_cpu or _true_share(hits) <= _FEW_RIGHT:
         best = logits.amax(1, keepdim=True)
         right = ~(logits.gather(1, label) < best)  # or a NaN in the row
         if counted is not None:
             right &= counted
-        if not right.is_cpu or _share(right) <= 2 * _FEW_RIGHT:
+        if not right.is_cpu or _true_share(right) <= 2 * _FEW_RIGHT:
             _settle_(right, logits, label)
             return right
     if logits.dtype == compute_dtype(logits.dtype):
@@ -79,10 +78,10 @@ def _top_1(logits: Tensor, label: Tensor, counted: Tensor | None) -> Tensor:
     return _beats_others(logits, label, logits.gather(1, label))
 
 
-def _beats_others(logits: Tensor, label: Tensor, mine: Tensor) -> Tensor:
-    """Is the label's logit greater than all others, or equal to some that stand behind it?"""
+def _beats_others(logits: Tensor, label: Tensor, label_logit: Tensor) -> Tensor:
+    """Return whether the label's logit is greater than all others, or equal to some of greater index."""
     dtype = compute_dtype(logits.dtype)
-    best = torch.empty_like(mine, dtype=dtype)
+    best = torch.empty_like(label_logit, dtype=dtype)
 
     def visit(chunk: Chunk) -> None:
         x = chunk.of(logits)
@@ -90,13 +89,13 @@ def _beats_others(logits: Tensor, label: Tensor, mine: Tensor) -> Tensor:
         torch.amax(wide.scatter_(1, chunk.of(label), -torch.inf), 1, keepdim=True, out=chunk.of(best))
 
     for_each(chunks(logits.shape, logits.dtype), visit, logits.device)
-    right = mine > best
-    _settle_(right, logits, label, ~(mine < best) & ~right)
+    right = label_logit > best
+    _settle_(right, logits, label, ~(label_logit < best) & ~right)
     return right
 
 
 def _settle_(right: Tensor, logits: Tensor, label: Tensor, unsettled: Tensor | None = None) -> None:
-    """Judge the few rows of ``unsettled`` (if None, of ``right``) by where their first maximum, or NaN, stands."""
+    """Decide the few rows of ``unsettled`` (if None, of ``right``) by the class of their first maximum, or NaN."""
     o, _, i = (right if unsettled is None else unsettled).nonzero(as_tuple=True)
     step = max(1, _PIECE // logits.shape[1])
     for start in range(0, len(o), step):
@@ -106,9 +105,9 @@ def _settle_(right: Tensor, logits: Tensor, label: Tensor, unsettled: Tensor | N
 
 
 def inside_label(target: Tensor, counted: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
-    """A label that can be used as an index in every row, and the counted rows whose own could not.
+    """Return labels that can be used as an index in every row, and the counted rows whose label could not.
 
-    The layers above have refused such labels on a CPU; elsewhere a look at them would make the host wait, so those
+    The layers above have refused such labels on a CPU. Elsewhere reading them would make the host wait, and those
     rows become NaN instead.
     """
     if target.device.type == "cpu":
@@ -120,7 +119,7 @@ def inside_label(target: Tensor, counted: Tensor, classes: int) -> tuple[Tensor,
 def reduce_accuracy(
     right: tuple[Tensor, ...], counted: Tensor | None, invalid: Tensor | None, reduction: str
 ) -> tuple[Tensor, ...]:
-    """The rows' rightness as the caller asked for it: a share, a number, or a value a row; float32.
+    """Reduce which rows are right to a share, a number, or a value per row; float32.
 
     ``counted`` is None where every row counts.
     """
@@ -141,18 +140,18 @@ def reduce_accuracy(
 
 
 class TargetRanks:
-    """Visits chunks of logits in any order and keeps, for each k, which rows are right.
+    """Visits chunks of logits in any order and stores, for each k, which rows are right.
 
-    ``label`` is ``(outer, 1, inner)``, int64, in [0, classes). ``right`` holds one bool tensor of that shape a k.
+    ``label`` is ``(outer, 1, inner)``, int64, in [0, classes). ``right`` holds a bool tensor of that shape per k.
     """
 
-    def __init__(self, logits: Tensor, label: Tensor, topk: tuple[int, ...]) -> None:
+    def __init__(self, label: Tensor, topk: tuple[int, ...]) -> None:
         self.topk = topk
         self.label = label
         self.right = tuple(torch.empty_like(label, dtype=torch.bool) for _ in topk)
 
     def visit(self, chunk: Chunk, logits: Tensor) -> None:
-        """Judge one chunk, in the dtype of the arithmetic if only k = 1 is asked for."""
+        """Visit one chunk, in the dtype of the arithmetic if only k = 1 is asked for."""
         label = chunk.of(self.label)
         if self.topk == (1,):
             chunk.of(self.right[0]).copy_(is_right_at_1(logits, label))
@@ -162,52 +161,50 @@ class TargetRanks:
             chunk.of(right).copy_(rank < k)
 
 
-def rank_of(logits: Tensor, mine: Tensor, position: Tensor, most_k: int) -> Tensor:
-    """How many classes stand before a label: exact where that is below ``most_k``, else at least that.
+def rank_of(logits: Tensor, label_logit: Tensor, position: Tensor, most_k: int) -> Tensor:
+    """Return how many classes stand before a label: exact where that is below ``most_k``, else at least that.
 
-    ``mine`` is the label's logit, and ``position``, in [0, classes], how many of the classes have a lower index. The
-    label is among them unless that is 0 or ``classes``. All three are ``(outer, classes or 1, inner)``.
+    ``position``, in [0, classes], is the number of classes with a lower index than the label. The label is one of the
+    classes unless that is 0 or ``classes``. All three tensors are ``(outer, classes or 1, inner)``.
     """
     classes = logits.shape[1]
     # A count is a sum of ones: exact in float32 below 2²⁴ classes.
     ones = Scratch("ones", torch.float32 if classes < 1 << 24 else torch.float64, logits.device).like(logits)
     # "Not less or equal" is "greater or NaN".
-    before = classes - torch.le(logits, mine, out=ones).sum(1, keepdim=True)
-    mine_nan = mine.isnan()
-    before.masked_fill_(mine_nan, 0)
+    before = classes - torch.le(logits, label_logit, out=ones).sum(1, keepdim=True)
+    label_nan = label_logit.isnan()
+    before.masked_fill_(label_nan, 0)
     open_rows = (before < most_k) & (position > 0)
-    if not _share(open_rows):
+    if not _true_share(open_rows):
         return before
-    equal = torch.eq(logits, mine, out=ones).sum(1, keepdim=True)  # 0 for a NaN, which is looked at in any case
-    tied = open_rows & ((equal != (position < classes)) | mine_nan)
-    if _share(tied):
+    equal = torch.eq(logits, label_logit, out=ones).sum(
+        1, keepdim=True
+    )  # 0 for a NaN, which is counted below in any case
+    tied = open_rows & ((equal != (position < classes)) | label_nan)
+    if _true_share(tied):
         o, _, i = tied.nonzero(as_tuple=True)
-        before[o, :, i] = _before(logits, position, mine, o, i).to(before.dtype)
+        before[o, :, i] = _before(logits, position, label_logit, o, i).to(before.dtype)
     return before
 
 
 def is_right_at_1(logits: Tensor, label: Tensor) -> Tensor:
-    """Is no logit greater than the label's, and no equal one before it? ``(outer, 1, inner)``.
+    """Return whether no logit is greater than the label's, and no equal one before it; ``(outer, 1, inner)``.
 
-    The maxima of runs of classes cost what the row's maximum alone does. They tell which rows can be right, and for
+    The maxima of runs of classes cost as much as the row's maximum alone. They tell which rows can be right, and for
     those only the label's own run is read again, to see that nothing else in the row is as great.
     """
     classes = logits.shape[1]
     run = _run_length(classes)
-    whole = classes // run * run
-    maxima = logits.narrow(1, 0, whole).unflatten(1, (-1, run)).amax(2)
-    if whole < classes:
-        tail = logits.narrow(1, whole, classes - whole).amax(1, keepdim=True)
-        maxima = torch.cat([maxima, tail], dim=1)
-    mine = logits.gather(1, label)
-    right = ~(mine < maxima.amax(1, keepdim=True))  # or a NaN in the row
-    if not _share(right):
+    maxima = run_maxima(logits, run)
+    label_logit = logits.gather(1, label)
+    right = ~(label_logit < maxima.amax(1, keepdim=True))  # or a NaN in the row
+    if not _true_share(right):
         return right
     # From here on one row is one line: (candidates, …).
     o, _, i = right.nonzero(as_tuple=True)
-    row_label, row_mine = label[o, :, i], mine[o, :, i]
+    row_label, row_logit = label[o, :, i], label_logit[o, :, i]
     others = maxima[o, :, i].scatter_(1, row_label // run, -torch.inf).amax(1, keepdim=True)
-    if whole == classes and logits.is_contiguous() and logits.shape[2] == 1:
+    if classes % run == 0 and logits.is_contiguous() and logits.shape[2] == 1:
         start = row_label // run * run  # the runs are rows of a matrix, and whole rows are fast to copy
         near = logits.view(-1, run).index_select(0, o * (classes // run) + row_label.squeeze(1) // run)
     else:
@@ -215,29 +212,39 @@ def is_right_at_1(logits: Tensor, label: Tensor) -> Tensor:
         near = logits.unfold(1, run, 1)[o, start.squeeze(1), i]
     near.scatter_(1, row_label - start, -torch.inf)
     tied = torch.zeros_like(right)
-    tied[o, :, i] = ~(torch.maximum(others, near.amax(1, keepdim=True)) < row_mine)  # or NaN
+    tied[o, :, i] = ~(torch.maximum(others, near.amax(1, keepdim=True)) < row_logit)  # or NaN
     _settle_(right, logits, label, tied)
     return right
 
 
+def run_maxima(x: Tensor, run: int) -> Tensor:
+    """Return the maxima of runs of ``run`` classes; the last one may be shorter. ``(outer, runs, inner)``."""
+    classes = x.shape[1]
+    whole = classes // run * run
+    maxima = x.narrow(1, 0, whole).unflatten(1, (-1, run)).amax(2)
+    if whole == classes:
+        return maxima
+    return torch.cat([maxima, x.narrow(1, whole, classes - whole).amax(1, keepdim=True)], dim=1)
+
+
 def _run_length(classes: int) -> int:
-    """Classes in a run: 64 to 256, dividing all of them where possible, and a multiple of the vectors' length."""
+    """Return the length of a run: 64 to 256, a divisor of ``classes`` where possible, and a multiple of vectors."""
     if classes <= 64:
         return classes
     return next((run for run in range(64, 257, 4) if classes % run == 0), 64)
 
 
-def _before(logits: Tensor, label: Tensor, mine: Tensor, o: Tensor, i: Tensor) -> Tensor:
-    """In the rows (o, i): how many classes stand before the label. ``(len(o), 1)``."""
-    row, row_label, row_mine = logits[o, :, i], label[o, :, i], mine[o, :, i]
+def _before(logits: Tensor, label: Tensor, label_logit: Tensor, o: Tensor, i: Tensor) -> Tensor:
+    """Return how many classes stand before the label in the rows (o, i); ``(len(o), 1)``."""
+    row, row_label, row_logit = logits[o, :, i], label[o, :, i], label_logit[o, :, i]
     earlier = torch.arange(logits.shape[1], device=logits.device) < row_label
-    nan, mine_nan = row.isnan(), row_mine.isnan()
-    greater = ~mine_nan & (nan | (row > row_mine))
-    return (greater | (earlier & ((row == row_mine) | (nan & mine_nan)))).sum(1, keepdim=True)
+    nan, label_nan = row.isnan(), row_logit.isnan()
+    greater = ~label_nan & (nan | (row > row_logit))
+    return (greater | (earlier & ((row == row_logit) | (nan & label_nan)))).sum(1, keepdim=True)
 
 
-def _share(rows: Tensor) -> float:
-    """The share of true rows. Off the CPU, where a look would make the host wait: 1, "possibly all"."""
+def _true_share(rows: Tensor) -> float:
+    """Return the share of true rows; 1 ("possibly all") off the CPU, where the host would have to wait."""
     if rows.device.type != "cpu":
         return 1.0
     return int(rows.count_nonzero()) / max(rows.numel(), 1)

@@ -1,4 +1,4 @@
-"""Cutting ``(outer, classes, inner)`` logits into pieces that stay in a CPU's cache while they are worked on."""
+"""Chunks of ``(outer, classes, inner)`` logits that stay in a CPU's cache while they are worked on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Chunk(NamedTuple):
     inner: tuple[int, int]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This chunk of an ``(outer, classes or 1, inner)`` tensor: a view."""
+        """Return this chunk of an ``(outer, classes or 1, inner)`` tensor: a view."""
         if tensor.shape[0] != self.outer[1]:
             tensor = tensor.narrow(0, *self.outer)
         if tensor.shape[2] != self.inner[1]:
@@ -38,18 +38,17 @@ class Chunk(NamedTuple):
         return tensor
 
     def of_value(self, value: Value) -> Value:
-        """This chunk of a number for each row; one for all of them is itself."""
+        """Return this chunk of a number for each row; a number for all rows is returned as it is."""
         return self.of(value) if isinstance(value, Tensor) and value.dim() else value
 
 
-def chunks(shape: torch.Size, dtype: torch.dtype, nbytes: int | None = None) -> Iterator[Chunk]:
-    """Cover ``(outer, classes, inner)``: whole outer slices while they fit, else pieces of one of them."""
+def chunks(shape: torch.Size, dtype: torch.dtype) -> Iterator[Chunk]:
+    """Divide ``(outer, classes, inner)``: whole outer slices while they fit, else pieces of one of them."""
     outer, classes, inner = shape
-    if nbytes is None:
-        whole = shape.numel() * compute_dtype(dtype).itemsize
-        # Few chunks are worked on by torch's own threads together: fewer and larger, so that they meet less often.
-        nbytes = CHUNK_BYTES if whole >= FEW * CHUNK_BYTES else 2 * CHUNK_BYTES
-    rows = max(1, nbytes // (compute_dtype(dtype).itemsize * max(classes, 1)))
+    itemsize = compute_dtype(dtype).itemsize
+    # Few chunks are worked on by torch's own threads together: fewer and larger, so that they meet less often.
+    nbytes = CHUNK_BYTES if shape.numel() * itemsize >= FEW * CHUNK_BYTES else 2 * CHUNK_BYTES
+    rows = max(1, nbytes // (itemsize * max(classes, 1)))
     if rows >= inner:
         outer_step, inner_step = max(1, rows // max(inner, 1)), max(inner, 1)
     else:
@@ -60,37 +59,37 @@ def chunks(shape: torch.Size, dtype: torch.dtype, nbytes: int | None = None) -> 
 
 
 def row_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of a row's own numbers, which are few: float64 where the device has it."""
+    """Return the dtype of numbers per row, which are few: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-class _Kept(threading.local):
+class _Buffers(threading.local):
     """Each thread's own buffers, by their use and dtype."""
 
     def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.by_use: dict[tuple[str, torch.dtype], Tensor] = {}
 
 
 class Scratch:
     """One buffer, used again for every chunk, and on a CPU by the next call of the same thread.
 
     New memory costs a CPU as much as a pass over it: the system hands it over page by page, and zeroed. So the few
-    megabytes of a chunk are kept (:data:`KEPT_BYTES` at most, for each use, dtype and thread).
+    megabytes of a chunk are reused (:data:`REUSED_BYTES` at most, for each use, dtype and thread).
     """
 
-    KEPT_BYTES = 1 << 25
-    _kept = _Kept()
+    REUSED_BYTES = 1 << 25
+    _buffers = _Buffers()
 
     def __init__(self, use: str, dtype: torch.dtype, device: torch.device) -> None:
         self._use, self._dtype, self._device = (use, dtype), dtype, device
-        self._flat: Tensor | None = self._kept.buffers.get(self._use) if device.type == "cpu" else None
+        self._flat: Tensor | None = self._buffers.by_use.get(self._use) if device.type == "cpu" else None
 
     def like(self, tensor: Tensor) -> Tensor:
-        """A contiguous view of the buffer, of ``tensor``'s shape; not initialised."""
+        """Return a contiguous view of the buffer, of ``tensor``'s shape; not initialised."""
         n = tensor.numel()
         if self._flat is None or self._flat.numel() < n:
             with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
                 self._flat = torch.empty(n, dtype=self._dtype, device=self._device)
-            if self._device.type == "cpu" and self._flat.nbytes <= self.KEPT_BYTES:
-                self._kept.buffers[self._use] = self._flat
+            if self._device.type == "cpu" and self._flat.nbytes <= self.REUSED_BYTES:
+                self._buffers.by_use[self._use] = self._flat
         return self._flat[:n].view(tensor.shape)

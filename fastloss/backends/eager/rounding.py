@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...torch_private import transforms_are_active
+
 __all__ = ["compensated", "round_stochastically", "round_to_nearest", "true_master", "without_infinities"]
 
-# A compensation a little smaller is surely less than half a unit in the last place: no tie of even and odd.
+# A compensation times this is surely less than half a unit in the last place: no tie of even and odd.
 _WITHIN = 1 - 2.0**-6
 
 
 def round_stochastically(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 numbers to one of their two neighbours in ``dtype``, the nearer the likelier: right on average.
 
-    The bits that are to go get a random number of as many bits added to them; a carry is a step up. Numbers so small
-    that float16 is a grid of steps of 2⁻²⁴ are rounded on that grid.
+    A random number is added to the bits that ``dtype`` lacks; a carry is a step up. Where float16 is a grid of steps
+    of 2⁻²⁴, numbers are rounded on that grid.
     """
     dropped = _dropped(dtype)
     noise = _random_bits(dropped, wide)
@@ -26,10 +28,10 @@ def round_stochastically(wide: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_to_nearest(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float32 numbers rounded to ``dtype``, as float32.
+    """Return float32 numbers rounded to ``dtype``, as float32.
 
-    What ``wide.to(dtype).float()`` is to give, and does not in a compiled program: that leaves the way there and back
-    out, and computes with more digits than were stored.
+    ``wide.to(dtype).float()`` does not round in a compiled program: both conversions are left out there, and the
+    program computes with more digits than were stored.
     """
     dropped = _dropped(dtype)
     last = (wide.view(torch.int32) >> dropped) & 1  # ties go to even
@@ -40,33 +42,34 @@ def round_to_nearest(wide: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def without_infinities(lost: Tensor) -> Tensor:
-    """What rounding took away, in place; nothing, where the result is no finite number."""
+    """Set to 0, in place, the rounding errors of results that are no finite numbers."""
     return lost.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def true_master(master: Tensor, param: Tensor) -> Tensor:
-    """The master weights that round to the parameter; where somebody else wrote to it, the parameter itself."""
-    if _alike(master, param):
+    """Return the master weights that round to the parameter; elsewhere the program has written it, and it counts."""
+    if _rounds_to(master, param):
         return master
     wide = param.to(master.dtype)
     return torch.where(round_to_nearest(master, param.dtype) == wide, master, wide)
 
 
 def compensated(param: Tensor, compensation: Tensor) -> Tensor:
-    """The parameter, widened, and what its rounding took away.
+    """Return the parameter in float32 plus the error of its rounding.
 
-    After somebody else wrote to it, a compensation that is more than half a unit of its last place is left out.
+    A compensation of more than half a unit of the parameter's last place is left out: the program has written to the
+    parameter since.
     """
     wide = param.float()
     compensation = compensation.float()
     within = torch.add(wide, compensation, alpha=_WITHIN)
-    if _alike(within, param):
+    if _rounds_to(within, param):
         return wide + compensation
     return wide + torch.where(round_to_nearest(within, param.dtype) == wide, compensation, 0.0)
 
 
 def _random_bits(count: int, like: Tensor) -> Tensor:
-    """Up to 16 random bits for each element, as int32."""
+    """Return up to 16 random bits for each element, as int32."""
     if not like.is_cpu:
         return torch.randint(0, 1 << count, like.shape, dtype=torch.int32, device=like.device)
     # One random number for four elements: a CPU makes one after the other.
@@ -76,26 +79,26 @@ def _random_bits(count: int, like: Tensor) -> Tensor:
 
 
 def _dropped(dtype: torch.dtype) -> int:
-    """How many of float32's bits ``dtype`` has no room for."""
+    """Return how many bits of float32's mantissa ``dtype`` lacks."""
     return 16 if dtype == torch.bfloat16 else 13
 
 
 def _rounded(wide: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
-    """With that much added to the bits, and without those that are to go."""
+    """Add ``added`` to the float32 bit patterns and clear the mantissa bits that ``dtype`` lacks."""
     rounded = ((wide.view(torch.int32) + added) & -(1 << _dropped(dtype))).view(torch.float32)
-    if _may_look(wide) and wide.sum().isfinite():
+    if _may_read(wide) and wide.sum().isfinite():
         return rounded
     return torch.where(wide.isfinite(), rounded, wide)
 
 
 def _on_grid(wide: Tensor, steps: Tensor, rounded: Tensor) -> Tensor:
-    """So many steps of 2⁻²⁴ where float16 has no finer ones."""
+    """Return ``steps`` · 2⁻²⁴ where float16 has no finer steps, else ``rounded``."""
     return torch.where(wide.abs() < 2.0**-14, steps * 2.0**-24, rounded)
 
 
-def _alike(wide: Tensor, param: Tensor) -> bool:
-    """Is it known that the numbers round to the parameter? A CPU finds out in a tenth of the time that masks take."""
-    if not _may_look(param):
+def _rounds_to(wide: Tensor, param: Tensor) -> bool:
+    """Return whether all numbers are known to round to ``param``, in a tenth of the time that masks take on a CPU."""
+    if not _may_read(param):
         return False
     if not param.numel():
         return True
@@ -106,11 +109,11 @@ def _alike(wide: Tensor, param: Tensor) -> bool:
     return torch.equal(rounded.view(torch.int16), param.view(torch.int16))
 
 
-def _may_look(tensor: Tensor) -> bool:
-    """May the program depend on the numbers? A GPU would have to be waited for, a compiled program would break."""
+def _may_read(tensor: Tensor) -> bool:
+    """Return whether Python may read the numbers: not on a GPU, where it would wait, nor in a compiled program."""
     return (
         tensor.is_cpu
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not transforms_are_active()
     )

@@ -3,11 +3,11 @@
 The operator is right for tensors of float32 and float64 that are laid out alike. It takes one after the other, splits
 each over torch's threads, and spends more on that than on the arithmetic where a tensor is small. So
 
-- many small tensors are shared out to threads of their own, that split nothing: a quarter of the time;
+- many small tensors are divided among threads of their own, each of which steps its share: a quarter of the time;
 - large ones go to the operator as they are;
-- what has another dtype is stepped in float32, a piece at a time that stays in a cache; small tensors of that sort
+- tensors of another dtype are stepped in float32, a piece at a time that stays in a cache; small ones of that sort
   are gathered into one, side by side, where their momentum buffers lie for good;
-- what is to be clipped is multiplied first, piece by piece too: gradients are not written to.
+- gradients that are clipped are multiplied first, piece by piece too, and are not written to.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ...torch_private import (
+    foreach_copy_,
+    foreach_mul,
+    foreach_mul_,
+    foreach_norm,
+    fused_sgd_,
+    materialized,
+    unscale_,
+)
 from ..contract import Addresses, SGDBatch, SGDControls, SGDRule, check_gradients, compute_dtype
 from .rounding import compensated, round_stochastically, true_master, without_infinities
 from .workers import for_each
@@ -47,12 +56,12 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     """See :class:`fastloss.backends.contract.Backend`."""
     wide = compute_dtype(batch.params[0].dtype)
     for part in _parts(batch):
-        if part.gathered is not None:
-            squares += _squares(part.gathered.gather(_chosen(grads, part.gathered.indices), wide), wide)
+        if part.flat is not None:
+            squares += _squares(part.flat.gather(_chosen(grads, part.flat.indices), wide), wide)
         if part.small is not None:
             chosen = _chosen(grads, part.small.indices)
             widest = torch.float64 if any(grad.dtype == torch.float64 for grad in chosen) else wide
-            norms = torch._foreach_norm(chosen, 2, dtype=widest)
+            norms = foreach_norm(chosen, 2, dtype=widest)
             squares += torch.stack(norms).double().square().sum()
         for i in part.pieced + (part.large.indices if part.large is not None else []):
             grad = grads[i]
@@ -61,7 +70,7 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
 
 
 def _squares(flat: Tensor, wide: torch.dtype) -> Tensor:
-    """Σ g², float64, from norms of short pieces: over 10⁷ numbers torch's norm loses 3 of float32's 7 digits."""
+    """Return Σ g², float64, by norms of short pieces: over 10⁷ numbers torch's norm loses 3 of float32's 7 digits."""
     if flat.dtype != wide:
         pieces = [_squares(flat[start : start + _PIECE].to(wide), wide) for start in range(0, flat.numel(), _PIECE)]
         return torch.stack(pieces).sum()
@@ -80,8 +89,8 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
     clip = _clip_factor(controls)
     for part in _parts(batch):
         rule = _Numbers.of(rules[part.rule])
-        if part.gathered is not None:
-            _step_gathered(batch, part.gathered, grads, rule, clip, first=part.first)
+        if part.flat is not None:
+            _step_flat(batch, part.flat, grads, rule, clip, first=part.first)
         if part.small is not None:
             _step_small(batch, part.small, grads, rule, clip, first=part.first)
         if part.large is not None:
@@ -96,7 +105,7 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
 
 
 class _Numbers(NamedTuple):
-    """A rule whose tensors have been read: they are on the CPU, or the CPU has to wait for them."""
+    """A rule with numbers in the place of tensors; for those on a GPU the host waits."""
 
     lr: float
     momentum: float
@@ -115,8 +124,8 @@ class _Numbers(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Gathered:
-    """Small tensors of one rule, and their places side by side in flat tensors."""
+class _Flat:
+    """Small tensors of one rule, stepped as one: their momentum buffers lie side by side for good."""
 
     indices: list[int]
     params: list[Tensor]
@@ -124,16 +133,22 @@ class _Gathered:
     companions: Tensor | None
     buffers: list[Tensor]  # the single ones of both
     addresses: Addresses  # of those
-    vectors: bool  # all of them have one dimension
+    vectors: bool  # all of the parameters have one dimension
     numels: list[int]  # of the parameters
-    flat: dict[tuple[str, torch.dtype], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+    rooms: dict[tuple[str, torch.dtype], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
-    def has_moved(self) -> bool:
-        """Did somebody give the buffers other memory, as those do who bring them to another device and back?"""
-        return not self.addresses.are_of(self.buffers)
+    @staticmethod
+    def of(batch: SGDBatch, indices: list[int]) -> _Flat:
+        params = [batch.params[i] for i in indices]
+        momentum = [m for i in indices if (m := batch.momentum[i]) is not None]
+        companions = [c for i in indices if (c := batch.companions[i]) is not None]
+        flat = _side_by_side(momentum), _side_by_side(companions)
+        buffers = momentum + companions
+        vectors, numels = all(param.dim() == 1 for param in params), list(map(Tensor.numel, params))
+        return _Flat(indices, params, *flat, buffers, Addresses(buffers), vectors, numels)
 
     def gather(self, tensors: list[Tensor], dtype: torch.dtype, name: str = "grads") -> Tensor:
-        """The tensors side by side, in ``dtype``."""
+        """Return the tensors side by side, in ``dtype``."""
         if list(map(Tensor.numel, tensors)) != self.numels:
             check_gradients(self.params, tensors)
         flat, views = self.room(name, dtype)
@@ -141,56 +156,50 @@ class _Gathered:
             if self.vectors:
                 torch.cat(tensors, out=flat)  # half of the time of the other
             else:
-                torch._foreach_copy_(views, tensors)
+                foreach_copy_(views, tensors)
         return flat
 
     def scatter(self, views: list[Tensor]) -> None:
         """Write to the parameters."""
         with torch.inference_mode():
-            torch._foreach_copy_(self.params, views)
+            foreach_copy_(self.params, views)
         torch.autograd.graph.increment_version(self.params)  # which that mode does not
 
     def room(self, name: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        if (name, dtype) not in self.flat:
+        """Return a flat buffer for all parameters, and its parts in their shapes; the same in every step."""
+        if (name, dtype) not in self.rooms:
             flat = torch.empty(sum(self.numels), dtype=dtype, device=self.params[0].device)
-            self.flat[name, dtype] = flat, _views(flat, self.params)
-        return self.flat[name, dtype]
+            self.rooms[name, dtype] = flat, _views(flat, self.params)
+        return self.rooms[name, dtype]
 
 
 @dataclass(eq=False)
-class _Listed:
+class _Direct:
     """Tensors of one rule that torch's operator takes as they are, with their buffers."""
 
     indices: list[int]
     params: list[Tensor]
     momentum: list[Tensor]
-    several: list[Tensor]  # those of both that have more than one dimension
-    strides: list[tuple[int, ...]]  # of those
     contiguous: bool  # all of the parameters are
     nbytes: list[int]  # of the parameters
-    fit: bool = False  # the gradients that were last looked at were taken as they came
+    fit: bool = False  # the gradients of the step before were taken as they came
 
     @staticmethod
-    def of(batch: SGDBatch, indices: list[int]) -> _Listed:
+    def of(batch: SGDBatch, indices: list[int]) -> _Direct:
         params = [batch.params[i] for i in indices]
         momentum = [m for i in indices if (m := batch.momentum[i]) is not None]
-        several = [tensor for tensor in params + momentum if tensor.dim() > 1]
-        strides = list(map(Tensor.stride, several))
-        contiguous, nbytes = all(map(Tensor.is_contiguous, params)), list(map(_bytes_of, params))
-        return _Listed(indices, params, momentum, several, strides, contiguous, nbytes)
+        return _Direct(
+            indices, params, momentum, all(map(Tensor.is_contiguous, params)), list(map(_bytes_of, params))
+        )
 
-    def holds(self) -> bool:
-        """Are the tensors laid out as they were?"""
-        return list(map(Tensor.stride, self.several)) == self.strides
-
-    def known(self, *, unchanged: bool) -> bool:
-        """Can the gradients be taken as they come, as far as is known? Else :meth:`fitting` finds out."""
+    def known_to_fit(self, *, unchanged: bool) -> bool:
+        """Return whether it is known that gradients can be taken as they come; else :meth:`fitting` finds out."""
         known = unchanged and self.fit
         self.fit = True
         return known
 
     def fitting(self, grads: list[Tensor], share: slice = _ALL, *, known: bool) -> list[Tensor]:
-        """The gradients of a share of them, as the operator needs them."""
+        """Return the gradients of a share of the tensors, in the form that the operator needs."""
         given = grads[share] if len(self.indices) == len(grads) else [grads[i] for i in self.indices[share]]
         if known:
             return given
@@ -211,85 +220,71 @@ class _Part:
 
     rule: int
     first: bool
-    small: _Listed | None
-    large: _Listed | None
-    gathered: _Gathered | None
+    small: _Direct | None
+    large: _Direct | None
+    flat: _Flat | None
     pieced: list[int]  # large ones, of other dtypes than are computed in
-    pieces: list[Tensor]  # those, and their buffers
-    strides: list[tuple[int, ...]]  # of the pieces
+    strided: list[Tensor]  # all whose strides must stay
+    strides: list[tuple[int, ...]]  # of those
+
+    @staticmethod
+    def of(batch: SGDBatch, rule: int, first: bool, indices: list[int]) -> _Part:
+        wide = compute_dtype(batch.params[0].dtype)
+        small: list[int] = []
+        large: list[int] = []
+        flat: list[int] = []
+        pieced: list[int] = []
+        strided: list[Tensor] = []
+        for i in indices:
+            param, momentum, companion = batch.params[i], batch.momentum[i], batch.companions[i]
+            is_small = param.numel() <= _SMALL and param.device.type == "cpu"
+            direct = (
+                batch.rounding == "nearest" and param.dtype == wide and (momentum is None or momentum.dtype == wide)
+            )
+            if not _is_dense(param) or (is_small and not direct):
+                flat.append(i)
+                continue
+            for buffer in (momentum, companion):
+                if buffer is not None and buffer.stride() != param.stride():
+                    buffer.data = _laid_out_as(param, buffer)
+            (pieced if not direct else small if is_small else large).append(i)
+            if not direct or param.dim() > 1:
+                strided += [tensor for tensor in (param, momentum, companion) if tensor is not None]
+        return _Part(
+            rule,
+            first,
+            _Direct.of(batch, small) if small else None,
+            _Direct.of(batch, large) if large else None,
+            _Flat.of(batch, flat) if flat else None,
+            pieced,
+            strided,
+            list(map(Tensor.stride, strided)),
+        )
 
     def holds(self, *, unchanged: bool) -> bool:
-        """Is everything where it was?"""
-        return (self.gathered is None or not self.gathered.has_moved()) and (
-            unchanged
-            or (
-                all(listed is None or listed.holds() for listed in (self.small, self.large))
-                and list(map(Tensor.stride, self.pieces)) == self.strides
-            )
+        """Return whether everything is where it was; a program may have moved buffers to another device and back."""
+        return (self.flat is None or self.flat.addresses.are_of(self.flat.buffers)) and (
+            unchanged or list(map(Tensor.stride, self.strided)) == self.strides
         )
 
 
 def _parts(batch: SGDBatch) -> list[_Part]:
-    """How the tensors are stepped: as in the step before, if nothing has changed."""
+    """Return the parts in which the tensors are stepped: those of the step before, if nothing has changed."""
     first = {i for i, flags in batch.begun.items() if not flags.any()} if batch.begun else set()
     parts: list[_Part] = batch.memory.get("parts", [])
     holds = parts and batch.memory["first"] == first and all(part.holds(unchanged=batch.unchanged) for part in parts)
     if not holds:
-        of_kind: dict[tuple[int, bool], list[int]] = defaultdict(list)
+        together: dict[tuple[int, bool], list[int]] = defaultdict(list)
         for i, (param, number) in enumerate(zip(batch.params, batch.rules, strict=True)):
             if param.numel():
-                of_kind[number, i in first].append(i)
-        parts = [_new_part(batch, *kind, indices) for kind, indices in of_kind.items()]
+                together[number, i in first].append(i)
+        parts = [_Part.of(batch, *key, indices) for key, indices in together.items()]
         batch.memory.update(parts=parts, first=first)
     return parts
 
 
-def _new_part(batch: SGDBatch, rule: int, first: bool, indices: list[int]) -> _Part:
-    wide = compute_dtype(batch.params[0].dtype)
-    small: list[int] = []
-    large: list[int] = []
-    gathered: list[int] = []
-    pieced: list[int] = []
-    for i in indices:
-        param, momentum = batch.params[i], batch.momentum[i]
-        is_small = param.numel() <= _SMALL and param.device.type == "cpu"
-        as_it_is = (
-            batch.rounding == "nearest" and param.dtype == wide and (momentum is None or momentum.dtype == wide)
-        )
-        if not _is_dense(param) or (is_small and not as_it_is):
-            gathered.append(i)
-            continue
-        for buffer in (momentum, batch.companions[i]):
-            if buffer is not None and buffer.stride() != param.stride():
-                buffer.data = _laid_out_as(param, buffer)
-        (pieced if not as_it_is else small if is_small else large).append(i)
-    buffers = (tensors[i] for i in pieced for tensors in (batch.params, batch.momentum, batch.companions))
-    pieces = [buffer for buffer in buffers if buffer is not None]
-    return _Part(
-        rule,
-        first,
-        _Listed.of(batch, small) if small else None,
-        _Listed.of(batch, large) if large else None,
-        _gathered(batch, gathered) if gathered else None,
-        pieced,
-        pieces,
-        list(map(Tensor.stride, pieces)),
-    )
-
-
-def _gathered(batch: SGDBatch, indices: list[int]) -> _Gathered:
-    params = [batch.params[i] for i in indices]
-    momentum = [m for i in indices if (m := batch.momentum[i]) is not None]
-    companions = [c for i in indices if (c := batch.companions[i]) is not None]
-    flat = _side_by_side(momentum), _side_by_side(companions)
-    buffers = momentum + companions
-    addresses = Addresses(buffers)
-    vectors, numels = all(param.dim() == 1 for param in params), list(map(Tensor.numel, params))
-    return _Gathered(indices, params, *flat, buffers, addresses, vectors, numels)
-
-
 def _side_by_side(buffers: list[Tensor]) -> Tensor | None:
-    """Move buffers into one flat tensor. They stay the tensors that they are."""
+    """Move the memory of buffers into one flat tensor, and return it."""
     if not buffers:
         return None
     flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
@@ -303,39 +298,39 @@ def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
 
 
-def _step_gathered(
-    batch: SGDBatch, gathered: _Gathered, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
+def _step_flat(
+    batch: SGDBatch, flat: _Flat, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
 ) -> None:
     wide = compute_dtype(batch.params[0].dtype)
-    grad = gathered.gather(_chosen(grads, gathered.indices), wide)
-    momentum = _listed(gathered.momentum)
+    grad = flat.gather(_chosen(grads, flat.indices), wide)
+    momentum = _listed(flat.momentum)
     if batch.rounding == "master":
-        assert gathered.companions is not None
-        result, views = gathered.companions, _views(gathered.companions, gathered.params)
-        result.copy_(true_master(result, gathered.gather(gathered.params, batch.params[0].dtype, "params")))
+        assert flat.companions is not None
+        result, views = flat.companions, _views(flat.companions, flat.params)
+        result.copy_(true_master(result, flat.gather(flat.params, batch.params[0].dtype, "params")))
         _advance([result], [grad], momentum, rule, clip, first=first, scratch=True)
     elif batch.rounding == "nearest":
-        result, views = gathered.room("params", wide)
-        gathered.gather(gathered.params, wide, "params")
+        result, views = flat.room("params", wide)
+        flat.gather(flat.params, wide, "params")
         _advance([result], [grad], momentum, rule, clip, first=first, scratch=True)
     else:
-        result, views = gathered.room("params", batch.params[0].dtype)
-        gathered.gather(gathered.params, result.dtype, "params")
-        compensation = gathered.companions
-        _advance_rounded(result, grad, gathered.momentum, compensation, batch.rounding, rule, clip, first=first)
-    gathered.scatter(views)
+        result, views = flat.room("params", batch.params[0].dtype)
+        flat.gather(flat.params, result.dtype, "params")
+        compensation = flat.companions
+        _advance_rounded(result, grad, flat.momentum, compensation, batch.rounding, rule, clip, first=first)
+    flat.scatter(views)
 
 
 def _step_small(
-    batch: SGDBatch, small: _Listed, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
+    batch: SGDBatch, small: _Direct, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
 ) -> None:
-    known = small.known(unchanged=batch.unchanged)
+    known = small.known_to_fit(unchanged=batch.unchanged)
 
     def step(share: slice) -> None:
-        # All of it here: while one thread is in the operator, another one looks at its share's gradients.
+        # All of it in the threads: while one is in the operator, another one checks the gradients of its share.
         params, chosen = small.params[share], small.fitting(grads, share, known=known)
         if clip != 1.0:
-            chosen = list(torch._foreach_mul(chosen, clip))
+            chosen = list(foreach_mul(chosen, clip))
         _advance(params, chosen, small.momentum[share], rule, first=first)
         torch.autograd.graph.increment_version(params)  # which torch's operator does not
 
@@ -343,15 +338,15 @@ def _step_small(
     if count < _MANY:
         step(_ALL)
     else:
-        threads = torch.get_num_threads()  # one share each: between the operators' calls they wait for each other
+        threads = torch.get_num_threads()  # one share each: between calls of operators threads wait for each other
         shares = [slice(count * i // threads, count * (i + 1) // threads) for i in range(threads)]
         for_each(shares, step, small.params[0].device, few=2)
 
 
 def _step_large(
-    batch: SGDBatch, large: _Listed, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
+    batch: SGDBatch, large: _Direct, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
 ) -> None:
-    chosen = large.fitting(grads, known=large.known(unchanged=batch.unchanged))
+    chosen = large.fitting(grads, known=large.known_to_fit(unchanged=batch.unchanged))
     if clip == 1.0:
         _advance(large.params, chosen, large.momentum, rule, first=first)
         torch.autograd.graph.increment_version(large.params)
@@ -362,9 +357,9 @@ def _step_large(
 
 def _step_by_pieces(batch: SGDBatch, i: int, grad: Tensor, rule: _Numbers, clip: float, *, first: bool) -> None:
     tensors = (batch.params[i], grad, batch.momentum[i], batch.companions[i])
-    flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
+    lines = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
     for start in range(0, grad.numel(), _PIECE):
-        param, piece, momentum, companion = (t if t is None else t[start : start + _PIECE] for t in flat)
+        param, piece, momentum, companion = (t if t is None else t[start : start + _PIECE] for t in lines)
         assert param is not None
         assert piece is not None
         wide = compute_dtype(param.dtype)
@@ -391,7 +386,7 @@ def _advance_rounded(
     *,
     first: bool = False,
 ) -> None:
-    """One flat tensor of 16 bits: stepped in float32 and rounded."""
+    """Step one flat tensor of 16 bits in float32, and round it."""
     wide = param.float() if compensation is None else compensated(param, compensation)
     _advance([wide], [grad], _listed(momentum), rule, clip, first=first)
     if rounding == "stochastic":
@@ -412,19 +407,19 @@ def _advance(
     first: bool = False,
     scratch: bool = False,
 ) -> None:
-    """The step itself, of float32 or float64 parameters; ``scratch``: the gradients may be written to.
+    """Step float32 or float64 parameters; with ``scratch`` the gradients may be written to.
 
     Momentum buffers are of one dtype: that of the parameters, or there is one.
     """
     if clip != 1.0:
         grads = [grad.mul_(clip) for grad in grads] if scratch else [grad * clip for grad in grads]
     if rule.decoupled and rule.weight_decay != 0:
-        torch._foreach_mul_(params, 1.0 - rule.lr * rule.weight_decay)
+        foreach_mul_(params, 1.0 - rule.lr * rule.weight_decay)
     wide, buffers = params[0].dtype, momentum
     if momentum and momentum[0].dtype != wide:
         buffers = [m.to(wide) for m in momentum]
     step = partial(
-        torch._fused_sgd_,
+        fused_sgd_,
         params,
         momentum_buffer_list=buffers,
         weight_decay=0.0 if rule.decoupled else rule.weight_decay,
@@ -438,23 +433,16 @@ def _advance(
     try:
         step(grads=grads)
     except RuntimeError:  # before it does anything, about a gradient that is negated when it is read
-        resolved = _resolved(grads)
-        if resolved is grads:
+        plain = materialized(grads)
+        if plain is grads:
             raise
-        step(grads=resolved)
+        step(grads=plain)
     if buffers is not momentum:
-        torch._foreach_copy_(momentum, buffers)
-
-
-def _resolved(grads: list[Tensor]) -> list[Tensor]:
-    """Without what torch's fused operators don't take: negated when it is read, or zeros without memory."""
-    if not any(map(Tensor.is_neg, grads)) and not any(map(Tensor._is_zerotensor, grads)):
-        return grads
-    return [grad.clone() if grad._is_zerotensor() else grad.resolve_neg() for grad in grads]
+        foreach_copy_(momentum, buffers)
 
 
 def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor with the parameter's strides."""
+    """Return the tensor with the parameter's strides."""
     if tensor.stride() == param.stride():
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
@@ -470,24 +458,26 @@ def _listed(tensor: Tensor | None) -> list[Tensor]:
 
 def _unscale(grads: list[Tensor], grad_scale: Tensor) -> None:
     of_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    plain = _resolved(grads)
+    plain = materialized(grads)
     for grad in plain:
         of_dtype[grad.dtype].append(grad)
     inverse = grad_scale.double().reciprocal().float()
     for some in of_dtype.values():
         multiply(some, inverse)
     if plain is not grads:
-        torch._foreach_copy_(grads, plain)
+        for grad, value in zip(grads, plain, strict=True):
+            if grad is not value:
+                grad.copy_(value)  # torch's operator for lists takes no negated ones
 
 
 def multiply(grads: list[Tensor], factor: Tensor) -> None:
-    """g ← g · factor, of one dtype and device, in float32 (float64 in its own) and rounded once."""
+    """g ← g · factor for gradients of one dtype and device, in float32 (float64 in its own), rounded once."""
     if grads[0].dtype == torch.bfloat16 and not grads[0].is_cpu:  # torch's operator for it takes none on a GPU
         for grad in grads:
             grad.copy_(grad.float().mul_(factor))
         return
     unused = torch.zeros((), dtype=torch.float32, device=factor.device)
-    torch._amp_foreach_non_finite_check_and_unscale_(grads, unused, factor)
+    unscale_(grads, unused, factor)
 
 
 def _clip_factor(controls: SGDControls) -> float:
@@ -501,7 +491,7 @@ def _clip_factor(controls: SGDControls) -> float:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Do its elements fill a stretch of memory, in some order?"""
+    """Return whether the elements fill a stretch of memory, in some order."""
     expected = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
         if size != 1:

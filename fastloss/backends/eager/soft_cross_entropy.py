@@ -7,7 +7,7 @@ loss is, of logits z,
     ∂L/∂z_c  =  p_c (S + 2 λ T lse) − w_c u_c
     ∂L/∂t_c  =  (1−ε) w_c (lse − z_c) + λ w_c lse²
 
-and of probabilities y, where what has u_c = 0 adds nothing,
+and of probabilities y, where a class with u_c = 0 adds nothing,
 
     L   =  −Σ_c w_c u_c log y_c,      ∂L/∂y_c = −w_c u_c / y_c,      ∂L/∂t_c = −(1−ε) w_c log y_c
 
@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from ..contract import LossOptions, SoftForward, compute_dtype
-from .chunks import Chunk, Scratch, Value, chunks, row_dtype
-from .softmax import LN_2, exponents, is_resolved, sure_exponents, tanh_slope_
-from .workers import for_each
+from .chunks import Chunk, Scratch, Value, row_dtype
+from .sweep import LN_2, Piece, chunk_buffer, sweep
 
 __all__ = ["soft_cross_entropy_backward", "soft_cross_entropy_forward"]
 
@@ -47,9 +46,9 @@ def soft_cross_entropy_forward(
     """See :class:`fastloss.backends.contract.Backend`."""
     scale = _mean_scale(input) if options.reduction == "mean" else 1.0
     results = _results(input, target, gradient, target_gradient, inplace)
-    losses = _sweep(input, target, weight, options, scale / divisor, *results)
+    losses = _SoftLoss(input, target, weight, options, scale / divisor, *results).compute()
     loss = losses.flatten() if options.reduction == "none" else losses.sum() * scale
-    # A copy in any case: what an autograd.Function returns must not be a view.
+    # A copy in any case: an autograd.Function must not return a view.
     return SoftForward(loss.to(loss_dtype, copy=True), *results, saved=())
 
 
@@ -72,12 +71,12 @@ def soft_cross_entropy_backward(
     elif options.reduction == "mean":
         scale = scale * _mean_scale(input)
     results = _results(input, target, gradient, target_gradient, inplace)
-    _sweep(input, target, weight, options, scale, *results)
+    _SoftLoss(input, target, weight, options, scale, *results).compute()
     return results
 
 
 def _mean_scale(input: Tensor) -> float:
-    """1 / rows; torch's mean over soft targets is one over rows, whatever they weigh."""
+    """Return 1 / rows: torch's mean over soft targets is one over rows, whatever they weigh."""
     rows = input.shape[0] * input.shape[2]
     return 1.0 / rows if rows else float("nan")
 
@@ -89,157 +88,104 @@ def _results(
     return of_input, torch.empty_like(target) if target_gradient else None
 
 
-def _sweep(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    scale: Value,
-    gradient: Tensor | None,
-    target_gradient: Tensor | None,
-) -> Tensor:
-    """The one visit to both tensors: every row's loss, and the gradients times ``scale``."""
-    outer, classes, inner = input.shape
-    device, dtype = input.device, torch.promote_types(compute_dtype(input.dtype), compute_dtype(target.dtype))
-    losses = input.new_empty((outer, 1, inner), dtype=row_dtype(device))
-    mixed = _Mixed(weight, options, classes, dtype)
-    of_rows = _of_logits if options.from_logits else _of_probabilities
+class _SoftLoss:
+    """Computes every row's loss, and the gradients times ``scale``; both tensors are read once."""
 
-    def visit(chunk: Chunk) -> None:
-        x = chunk.of(input)
-        # What has the dtype of the arithmetic is worked on in its own place.
-        in_place = gradient is not None and gradient is not input and gradient.dtype == dtype
-        p = chunk.of(gradient) if in_place and gradient is not None else Scratch("softmax", dtype, device).like(x)
-        d = None
-        if target_gradient is not None:
-            t_in_place = target_gradient.dtype == dtype
-            d = chunk.of(target_gradient) if t_in_place else Scratch("target gradient", dtype, device).like(x)
-        loss = of_rows(
-            x, chunk.of(target), mixed, p, d, chunk.of_value(scale), options=options, wanted=gradient is not None
-        )
-        chunk.of(losses).copy_(loss)
-        if gradient is not None and not in_place:
-            chunk.of(gradient).copy_(p)
-        if target_gradient is not None and d is not None and not t_in_place:
-            chunk.of(target_gradient).copy_(d)
+    def __init__(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        scale: Value,
+        gradient: Tensor | None,
+        target_gradient: Tensor | None,
+    ) -> None:
+        self.input, self.target, self.options, self.scale = input, target, options, scale
+        self.gradient, self.target_gradient = gradient, target_gradient
+        self.dtype = torch.promote_types(compute_dtype(input.dtype), compute_dtype(target.dtype))
+        self.row_dtype = row_dtype(input.device)
+        self.weight = None if weight is None else weight.to(self.dtype).view(1, -1, 1)
+        self.target_share = 1.0 - options.label_smoothing  # 1−ε
+        self.smoothing = options.label_smoothing / max(input.shape[1], 1)  # ε/C
 
-    for_each(chunks(input.shape, dtype), visit, device)
-    return losses
+    def compute(self) -> Tensor:
+        """Return the losses ``(outer, 1, inner)``, and write the gradients."""
+        outer, _, inner = self.input.shape
+        losses = self.input.new_empty((outer, 1, inner), dtype=self.row_dtype)
+        visit = self._visit_logits if self.options.from_logits else self._visit_probabilities
 
+        def work(chunk: Chunk, piece: Piece) -> None:
+            result, d = self.target_gradient, None
+            if result is not None:
+                d = chunk_buffer("target gradient", self.dtype, chunk, piece.x, result)
+            t, scale = chunk.of(self.target), chunk.of_value(self.scale)
+            chunk.of(losses).copy_(visit(piece, t, self._mixed(t), d, scale))
+            if d is None or result is None:
+                return
+            if self.weight is not None:
+                d.mul_(self.weight)
+            d.mul_(scale)
+            if d.dtype != result.dtype:
+                chunk.of(result).copy_(d)
 
-class _Mixed:
-    """The targets mixed with the uniform distribution, and weighted: w_c u_c, of one chunk after the other."""
+        sweep(self.input, self.dtype, self.options.softcap, work, self.gradient)
+        return losses
 
-    def __init__(self, weight: Tensor | None, options: LossOptions, classes: int, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.weight = None if weight is None else weight.to(dtype).view(1, -1, 1)
-        self.kept = 1.0 - options.label_smoothing  # 1−ε
-        self.spread = options.label_smoothing / max(classes, 1)  # ε/C
-
-    def of(self, t: Tensor) -> Tensor:
-        """w_c u_c in the dtype of the arithmetic: ``t`` itself, if that is what it is."""
-        if t.dtype == self.dtype and self.weight is None and not self.spread:
+    def _mixed(self, t: Tensor) -> Tensor:
+        """Return w_c u_c in the dtype of the arithmetic: ``t`` itself where nothing changes."""
+        if t.dtype == self.dtype and self.weight is None and not self.smoothing:
             return t
-        u = Scratch("target", self.dtype, t.device).like(t).copy_(t)
-        if self.spread:
-            u.mul_(self.kept).add_(self.spread)
+        u = self._scratch("target", t).copy_(t)
+        if self.smoothing:
+            u.mul_(self.target_share).add_(self.smoothing)
         return u if self.weight is None else u.mul_(self.weight)
 
-    def finish_(self, d: Tensor, scale: Value) -> None:
-        """The target's gradient from (1−ε) times what it says of each class."""
-        if self.weight is not None:
-            d.mul_(self.weight)
-        d.mul_(scale)
+    def _visit_logits(self, piece: Piece, t: Tensor, u: Tensor, d: Tensor | None, scale: Value) -> Tensor:
+        """Return the losses of a chunk whose w_c u_c are ``u``; write ∂L/∂t_c / w_c to ``d``, and ∂L/∂z to ``p``."""
+        p, z_scale, dtype = piece.p, self.options.lse_square_scale, self.dtype
+        product = self._scratch("product", p) if d is None else d
 
+        def sums() -> tuple[Tensor, Tensor]:
+            """Return Σ exp(z − m), and Σ w u (z − m) in units of ln 2, from the exponents."""
+            dot = torch.mul(p, u, out=product).sum(1, keepdim=True)
+            if d is not None:
+                torch.mul(p, -LN_2, out=d)
+            return p.exp2_().sum(1, keepdim=True), dot
 
-def _of_logits(
-    x: Tensor,
-    t: Tensor,
-    mixed: _Mixed,
-    p: Tensor,
-    d: Tensor | None,
-    scale: Value,
-    *,
-    options: LossOptions,
-    wanted: bool,
-) -> Tensor:
-    """The rows' losses; in ``p``, if ``wanted``, the gradient of the input, and in ``d`` that of the target."""
-    cap, z_scale, dtype = options.softcap, options.lse_square_scale, mixed.dtype
-    u = mixed.of(t)
-    product = Scratch("product", dtype, x.device).like(x) if d is None else d
-    tanh = None
-    if cap is not None:
-        tanh = torch.div(x, cap, out=Scratch("tanh", dtype, x.device).like(x)).tanh_()
-
-    def logits() -> Tensor:
-        if tanh is not None and cap is not None:
-            return torch.mul(tanh, cap, out=p)
-        return x if x.dtype == dtype else p.copy_(x)
-
-    def sums() -> tuple[Tensor, Tensor]:
-        """Σ w u (z − m), in units of ln 2, and Σ exp(z − m), where ``p`` holds the exponents."""
-        dot = torch.mul(p, u, out=product).sum(1, keepdim=True)
-        if d is not None:
-            torch.mul(p, -LN_2, out=d)
-        return dot, p.exp2_().sum(1, keepdim=True)
-
-    settled = False
-    if x.is_cpu:  # elsewhere a look at the sums would make the host wait
-        m = exponents(logits(), p)
-        dot, total = sums()
-        settled = is_resolved(total)
-    if not settled:
-        m = logits().logsumexp(1, keepdim=True)
-        sure_exponents(logits(), p)
-        dot, total = sums()
-
-    of_rows = row_dtype(x.device)
-    level, log_total = u.sum(1, keepdim=True).to(of_rows), total.to(of_rows).log()  # S, lse − m
-    loss = level * log_total - dot.to(of_rows) * LN_2
-    slope = level
-    if z_scale:
-        lse = log_total + m
-        mass = t if mixed.weight is None else torch.mul(t, mixed.weight, out=Scratch("mass", dtype, x.device).like(x))
-        mass = mass.sum(1, keepdim=True, dtype=of_rows)  # T
-        loss = loss + z_scale * mass * lse.square()
-        slope = slope + 2 * z_scale * mass * lse
-    if d is not None:
-        d.add_(log_total.to(dtype))  # as it is, float64, it would widen a copy of d
-        if mixed.spread:
-            d.mul_(mixed.kept)
+        total, dot, *level = piece.exponentials(sums, level=bool(z_scale))
+        u_sum, log_total = u.sum(1, keepdim=True).to(self.row_dtype), total.to(self.row_dtype).log()  # S, lse − m
+        loss = u_sum * log_total - dot.to(self.row_dtype) * LN_2
+        a = u_sum  # the coefficient of p
         if z_scale:
-            d.add_((z_scale * lse.square()).to(dtype))
-        mixed.finish_(d, scale)
-    if wanted:
-        p.mul_((slope * scale / total).to(dtype))
-        if isinstance(scale, Tensor):
-            p.addcmul_(scale.to(dtype), u, value=-1)
-        else:
-            p.sub_(u, alpha=scale)
-        if tanh is not None:
-            tanh_slope_(p, tanh)  # ∂z/∂x
-    return loss
+            lse = log_total + level[0]
+            mass = t if self.weight is None else torch.mul(t, self.weight, out=self._scratch("mass", p))
+            mass = mass.sum(1, keepdim=True, dtype=self.row_dtype)  # T
+            loss = loss + z_scale * mass * lse.square()
+            a = a + 2 * z_scale * mass * lse
+        if d is not None:
+            d.add_(log_total.to(dtype))  # as it is, float64, it would widen a copy of d
+            if self.smoothing:
+                d.mul_(self.target_share)
+            if z_scale:
+                d.add_((z_scale * lse.square()).to(dtype))
+        if self.gradient is not None:
+            p.mul_((a * scale / total).to(dtype))
+            if isinstance(scale, Tensor):
+                p.addcmul_(scale.to(dtype), u, value=-1)
+            else:
+                p.sub_(u, alpha=scale)
+        return loss
 
+    def _visit_probabilities(self, piece: Piece, t: Tensor, u: Tensor, d: Tensor | None, scale: Value) -> Tensor:
+        """Do the same as :meth:`_visit_logits` for probabilities."""
+        y = piece.z
+        loss = torch.xlogy(u, y, out=self._scratch("product", y)).sum(1, keepdim=True).neg_()
+        if d is not None:
+            torch.log(y, out=d).mul_(-self.target_share)
+        if self.gradient is not None:
+            torch.div(u, y, out=piece.p).mul_(-scale).masked_fill_(u == 0, 0)
+        return loss
 
-def _of_probabilities(
-    x: Tensor,
-    t: Tensor,
-    mixed: _Mixed,
-    p: Tensor,
-    d: Tensor | None,
-    scale: Value,
-    *,
-    options: LossOptions,
-    wanted: bool,
-) -> Tensor:
-    """As :func:`_of_logits`, for probabilities."""
-    u = mixed.of(t)
-    y = x if x.dtype == mixed.dtype else p.copy_(x)
-    product = Scratch("product", mixed.dtype, x.device).like(x)
-    loss = torch.xlogy(u, y, out=product).sum(1, keepdim=True).neg_()
-    if d is not None:
-        torch.log(y, out=d).mul_(-mixed.kept)
-        mixed.finish_(d, scale)
-    if wanted:
-        torch.div(u, y, out=p).mul_(-scale).masked_fill_(u == 0, 0)
-    return loss
+    def _scratch(self, use: str, like: Tensor) -> Tensor:
+        return Scratch(use, self.dtype, like.device).like(like)

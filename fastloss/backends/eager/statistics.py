@@ -1,4 +1,4 @@
-r"""What the logits say of each row, in plain torch ops, chunk by chunk.
+r"""The numbers of each row from which losses are put together, in plain torch ops, chunk by chunk.
 
 With z the logits (after the softcap), m a row's maximum, p the row's softmax, y its label and w the class weights:
 
@@ -11,23 +11,25 @@ and the gradient of upstream gradients g of lse, z_y, H and Σ_c w_c z_c is
 Both terms of H are at least 0, so that nothing cancels. Where a masked logit of −inf makes p_c = 0, the logarithm is
 replaced by a number: 0 times it is 0.
 
-A chunk is read from memory once and stays in a cache; besides the gradient no buffer grows with N·V.
+A chunk is read from memory once and stays in a cache; besides the gradient no buffer grows with N·V. The sweeps here
+serve soft targets too (``soft_statistics.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..contract import ExternalLabel, LossOptions, RowStatistics, compute_dtype
-from .accuracy import inside_label, rank_of
+from .accuracy import inside_label, rank_of, run_maxima
 from .chunks import Chunk, Scratch, chunks, row_dtype
-from .softmax import LOG2_E, capped, tanh_slope_
+from .sweep import LOG2_E, Piece, capped, sweep
 from .workers import for_each
 
-__all__ = ["row_statistics_backward", "row_statistics_forward"]
+__all__ = ["row_statistics_backward", "row_statistics_forward", "sweep_softmax", "visit_rows"]
 
 # exp() of it is 0 even in float64; so is its product with that 0, as −inf's is not.
 _LOG_OF_0 = -1e3
@@ -45,29 +47,49 @@ def row_statistics_forward(
     ranked: ExternalLabel | None = None,
 ) -> RowStatistics:
     """See :class:`fastloss.backends.contract.Backend`; every row is visited."""
+    dtype = compute_dtype(logits.dtype)
+    z_y = capped(logits.gather(1, _label(logits, target, options)).to(dtype), options.softcap)
+    names = [name for name, wanted in (("lse", True), ("entropy", entropy), ("predicted", predicted)) if wanted]
+    numbers = visit_rows(names, logits, None, weight, options, ranked, dtype)
+    numbers["label_logit"] = z_y.to(row_dtype(z_y.device)).flatten()
+    return RowStatistics(**{**dict.fromkeys(RowStatistics._fields), **numbers})
+
+
+def visit_rows(
+    names: Iterable[str],
+    logits: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    options: LossOptions,
+    ranked: ExternalLabel | None,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Compute numbers of each row in one sweep over the logits and the soft targets, if there are any.
+
+    Returns those named, which are fields of the contract's row statistics, ``(rows,)`` each; and ``weighted_sum`` and
+    ``rank`` where the options and ``ranked`` ask for them.
+    """
     outer, classes, inner = logits.shape
-    rows, cap, device = (outer, 1, inner), options.softcap, logits.device
-    dtype, wide = compute_dtype(logits.dtype), row_dtype(device)
-    lse = logits.new_empty(rows, dtype=wide)
-    label_logit = capped(logits.gather(1, _label(logits, target, options)).to(dtype), cap).to(wide)
-    row_entropy = torch.empty_like(lse) if entropy else None
-    weighted_sum = torch.empty_like(lse) if options.label_smoothing else None
-    row_predicted = logits.new_empty(rows, dtype=torch.int64) if predicted else None
-    rank = None if ranked is None else ranked.position.new_empty(rows)
+    rows, cap, device, wide = (outer, 1, inner), options.softcap, logits.device, row_dtype(logits.device)
+    numbers = {name: logits.new_empty(rows, dtype=torch.int64 if name == "predicted" else wide) for name in names}
+    if options.label_smoothing:
+        numbers["weighted_sum"] = logits.new_empty(rows, dtype=wide)
+    if ranked is not None:
+        numbers["rank"] = logits.new_empty(rows, dtype=torch.int64)
     class_weight = None if weight is None else weight.to(dtype)
     total_weight: Tensor | int = classes if weight is None else weight.sum(dtype=wide)
 
     def visit(chunk: Chunk) -> None:
-        x = chunk.of(logits)
-        buffer = Scratch("logits", dtype, device).like(x)
-        if row_predicted is None:
-            maximum = x.amax(1, keepdim=True)
-        else:
+        x, results = chunk.of(logits), {name: chunk.of(number) for name, number in numbers.items()}
+        buffer = Scratch("softmax", dtype, device).like(x)
+        if "predicted" in results:
             maximum, first = _first_maximum(x)
-            chunk.of(row_predicted).copy_(first)
-        if ranked is not None and rank is not None:
-            mine, position = (chunk.of(number.view(rows)) for number in ranked[:2])
-            chunk.of(rank).copy_(rank_of(x, mine.to(x.dtype), position, ranked.most_k))
+            results["predicted"].copy_(first)
+        else:
+            maximum = x.amax(1, keepdim=True)
+        if ranked is not None:
+            label_logit, position = (chunk.of(number.view(rows)) for number in ranked[:2])
+            results["rank"].copy_(rank_of(x, label_logit.to(x.dtype), position, ranked.most_k))
         maximum = capped(maximum.to(dtype), cap)
         z = x if x.dtype == dtype else buffer.copy_(x)
         if cap is not None:
@@ -75,28 +97,42 @@ def row_statistics_forward(
         # Subtracted before anything else, where it is exact: lse − z_y is to be as exact as torch's own log-softmax.
         maximum.masked_fill_(maximum == -torch.inf, 0)
         below = torch.sub(z, maximum, out=buffer)
-        if weighted_sum is not None:
-            chunk.of(weighted_sum).copy_(
-                _weighted_sum(below, class_weight).to(wide) + total_weight * maximum.to(wide)
-            )
-        e = below if row_entropy is None else Scratch("softmax", dtype, device).like(x).copy_(below)
-        e.mul_(LOG2_E).exp2_()
-        total = e.sum(1, keepdim=True).to(wide)
+        if "weighted_sum" in results:
+            below_sum = _weighted_sum(below, class_weight, exact=target is not None).to(wide)
+            results["weighted_sum"].copy_(below_sum + total_weight * maximum.to(wide))
+        if target is not None:
+            u = Scratch("target", dtype, device).like(x).copy_(chunk.of(target))
+            if class_weight is not None:
+                u.mul_(class_weight.view(1, -1, 1))
+            mass = u.sum(1, keepdim=True).to(wide)
+            dot = u.mul_(below).sum(1, keepdim=True).to(wide)
+        e = Scratch("logits", dtype, device).like(x).copy_(below) if "entropy" in results else below
+        total = e.mul_(LOG2_E).exp2_().sum(1, keepdim=True).to(wide)
         log_total = total.log()
-        chunk.of(lse).copy_(log_total + maximum)
-        if row_entropy is not None:
+        results["lse"].copy_(log_total + maximum)
+        if "entropy" in results:
             mean = e.mul_(below.clamp_(min=_LOG_OF_0)).sum(1, keepdim=True) / total
-            chunk.of(row_entropy).copy_(log_total - mean)
+            results["entropy"].copy_(log_total - mean)
+        if target is not None:
+            results["mass"].copy_(mass)
+            results["nll"].copy_(mass * log_total - dot)
 
-    for_each(chunks(logits.shape, logits.dtype), visit, device)
-    return RowStatistics(
-        lse.flatten(),
-        label_logit.flatten(),
-        None if row_entropy is None else row_entropy.flatten(),
-        None if weighted_sum is None else weighted_sum.flatten(),
-        None if row_predicted is None else row_predicted.flatten(),
-        None if rank is None else rank.flatten(),
-    )
+    for_each(chunks(logits.shape, dtype), visit, device)
+    return {name: number.flatten() for name, number in numbers.items()}
+
+
+def _weighted_sum(z: Tensor, class_weight: Tensor | None, *, exact: bool) -> Tensor:
+    """Return Σ_c w_c z_c, of z near 0 for the greatest: elsewhere float32 would lose their differences.
+
+    ``exact``: not by a matrix product, which adds up in no good order and would show it at thousands of classes.
+    """
+    if class_weight is None:
+        return z.sum(1, keepdim=True)
+    if exact:
+        product = Scratch("target", z.dtype, z.device).like(z)
+        return torch.mul(z, class_weight.view(1, -1, 1), out=product).sum(1, keepdim=True)
+    with torch.autocast(z.device.type, enabled=False):
+        return torch.matmul(class_weight, z).unsqueeze(1)
 
 
 def row_statistics_backward(
@@ -111,14 +147,13 @@ def row_statistics_backward(
     inplace: bool = False,
 ) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`; the softmax is computed again."""
-    rows, cap, device = (logits.shape[0], 1, logits.shape[2]), options.softcap, logits.device
-    dtype = compute_dtype(logits.dtype)
+    rows, dtype = (logits.shape[0], 1, logits.shape[2]), compute_dtype(logits.dtype)
     of_lse, of_label, of_entropy, of_sum = (None if u is None else u.reshape(rows) for u in upstreams)
-    idle = torch.ones(rows, dtype=torch.bool, device=device)  # rows without a gradient, whatever they hold
+    idle = torch.ones(rows, dtype=torch.bool, device=logits.device)  # rows without a gradient, whatever they hold
     for upstream in (of_lse, of_label, of_entropy, of_sum):
         if upstream is not None:
             idle &= upstream == 0
-    some_idle = device.type != "cpu" or bool(idle.any())  # elsewhere a look would make the host wait
+    some_idle = not idle.is_cpu or bool(idle.any())  # elsewhere reading them would make the host wait
     level = lse.new_zeros(rows) if of_lse is None else of_lse
     if of_entropy is not None and entropy is not None:
         level = level - of_entropy * entropy.view(rows)  # p (g_lse − g_H H − g_H log p)
@@ -128,74 +163,66 @@ def row_statistics_backward(
     of_label = None if of_label is None else of_label.to(dtype)
     class_weight = None if weight is None else weight.to(dtype).view(1, -1, 1)
     of_sum = None if of_sum is None else of_sum.to(dtype)
-    # lse in two parts, since the logits are near it and what is left of them must be exact.
-    high = lse.view(rows).to(dtype)
-    low = None if dtype == lse.dtype else (lse.view(rows) - high).to(dtype)
     gradient = logits if inplace else torch.empty_like(logits)
 
-    def visit(chunk: Chunk) -> None:
-        x = chunk.of(logits)
-        p = chunk.of(gradient) if logits.dtype == dtype else Scratch("softmax", dtype, device).like(x)
-        z = x if x.dtype == dtype else p.copy_(x)
-        tanh = None
-        if cap is not None:
-            tanh = torch.div(z, cap, out=Scratch("tanh", dtype, device).like(x)).tanh_()
-            z = torch.mul(tanh, cap, out=p)
-        log_p = torch.sub(z, chunk.of(high), out=p)
-        if low is not None:
-            log_p.sub_(chunk.of(low))
-        of_p: Tensor = chunk.of(level)
+    def work(chunk: Chunk, log_p: Tensor) -> None:
+        of_p = chunk.of(level)
         if of_entropy is not None:
-            of_log_p = Scratch("logits", dtype, device).like(x).copy_(log_p).clamp_(min=_LOG_OF_0)
-            of_p = of_log_p.mul_(chunk.of(of_entropy)).neg_().add_(chunk.of(level))
+            of_log_p = Scratch("logits", dtype, log_p.device).like(log_p).copy_(log_p).clamp_(min=_LOG_OF_0)
+            of_p = of_log_p.mul_(chunk.of(of_entropy)).neg_().add_(of_p)
         p = log_p.mul_(LOG2_E).exp2_().mul_(of_p)
         if of_sum is not None:
-            if class_weight is None:
-                p.add_(chunk.of(of_sum))
-            else:
-                p.addcmul_(chunk.of(of_sum), class_weight)
+            p.add_(chunk.of(of_sum)) if class_weight is None else p.addcmul_(chunk.of(of_sum), class_weight)
         if label is not None and of_label is not None:
             p.scatter_add_(1, chunk.of(label), chunk.of(of_label))
-        if tanh is not None:
-            tanh_slope_(p, tanh)  # ∂z/∂x
-        if some_idle:
-            p.masked_fill_(chunk.of(idle), 0)
-        if logits.dtype != dtype:
-            chunk.of(gradient).copy_(p)
 
-    for_each(chunks(logits.shape, logits.dtype), visit, device)
+    sweep_softmax(logits, dtype, options.softcap, lse, work, gradient, zero_rows=idle if some_idle else None)
     return gradient
 
 
+def sweep_softmax(
+    logits: Tensor,
+    dtype: torch.dtype,
+    softcap: float | None,
+    lse: Tensor,
+    work: Callable[[Chunk, Tensor], object],
+    gradient: Tensor | None,
+    zero_rows: Tensor | None = None,
+) -> None:
+    """Call ``work`` with every chunk and its log p; where there is a ``gradient``, it writes that of z over log p.
+
+    ``lse`` is ``(rows,)``; the other arguments are those of :func:`.sweep.sweep`.
+    """
+    lse = lse.view(logits.shape[0], 1, logits.shape[2])
+    # lse in two parts, since the logits are near it and the difference must be exact.
+    high = lse.to(dtype)
+    low = None if dtype == lse.dtype else (lse - high).to(dtype)
+
+    def with_log_p(chunk: Chunk, piece: Piece) -> None:
+        log_p = torch.sub(piece.z, chunk.of(high), out=piece.p)
+        work(chunk, log_p if low is None else log_p.sub_(chunk.of(low)))
+
+    sweep(logits, dtype, softcap, with_log_p, gradient, zero_rows=zero_rows, reads_once=True)
+
+
 def _label(logits: Tensor, target: Tensor, options: LossOptions) -> Tensor:
-    """A label that can be used as an index, ``(outer, 1, inner)``; 0 where a row has none."""
+    """Return labels that can be used as an index, ``(outer, 1, inner)``; 0 for a row without one."""
     outer, classes, inner = logits.shape
     target = target.view(outer, 1, inner).long()
     return inside_label(target, target != options.ignore_index, classes)[0]
 
 
-def _weighted_sum(z: Tensor, class_weight: Tensor | None) -> Tensor:
-    """Σ_c w_c z_c, of z that is near 0 for the greatest: elsewhere float32 would lose their differences."""
-    if class_weight is None:
-        return z.sum(1, keepdim=True)
-    with torch.autocast(z.device.type, enabled=False):
-        return torch.matmul(class_weight, z).unsqueeze(1)
-
-
 def _first_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's maximum and its class, the first of equal ones, with NaN the greatest; ``(outer, 1, inner)`` each.
+    """Return each row's maximum, or NaN, and its first class; ``(outer, 1, inner)`` each.
 
-    torch's argmax looks at one logit at a time, its amax at a vector of them. So the maxima of short runs of classes
+    torch's argmax reads one logit at a time, its amax a vector of them. So the maxima of short runs of classes
     come first, and only the first run that holds the row's maximum is searched.
     """
     classes = x.shape[1]
     run = min(classes, 128)
-    whole = classes // run * run
-    maxima = x.narrow(1, 0, whole).unflatten(1, (-1, run)).amax(2)
-    if whole < classes:
-        maxima = torch.cat([maxima, x.narrow(1, whole, classes - whole).amax(1, keepdim=True)], dim=1)
+    maxima = run_maxima(x, run)
     best = maxima.argmax(1, keepdim=True)
-    # The last run may be short, and begins earlier then: what it gains stands in a run without the maximum.
+    # The last run may be short, and begins earlier then: the classes that it gains are in a run without the maximum.
     start = (best * run).clamp_(max=classes - run)
     index = start + torch.arange(run, device=x.device).view(1, -1, 1)
     return maxima.gather(1, best), start + x.gather(1, index).argmax(1, keepdim=True)

@@ -28,10 +28,10 @@ T = TypeVar("T")
 
 
 def for_each(pieces: Iterable[T], work: Callable[[T], object], device: torch.device, few: int = FEW) -> None:
-    """``work(piece)`` for every piece, in no fixed order, on as many cores as ``torch.get_num_threads`` allows.
+    """Call ``work(piece)`` for every piece, in no fixed order, on as many cores as ``torch.get_num_threads`` allows.
 
-    ``work`` runs without autograd. On devices other than the CPU, or with one thread, it runs here; for less than
-    ``few`` pieces too, where waking the workers would cost more than the joins of torch's own threads.
+    ``work`` runs without autograd. It runs in the calling thread on devices other than the CPU, with one thread, and
+    for fewer than ``few`` pieces, where waking the workers would cost more than the joins of torch's own threads.
     """
     waiting = deque(pieces)
     workers = min(torch.get_num_threads(), MOST_WORKERS, len(waiting))
@@ -60,11 +60,11 @@ def for_each(pieces: Iterable[T], work: Callable[[T], object], device: torch.dev
         pool = _pool(torch.get_num_threads())
         for _ in range(workers):
             running.append(pool.submit(run))
-    except RuntimeError:  # no more threads: the interpreter is ending, the system refuses, another thread wants them
+    except RuntimeError:  # no threads: the interpreter is ending, the system refuses, or another thread changed pools
         run()
     try:
         wait(running)
-    except BaseException:  # Ctrl-C: leave no one behind who writes to memory of ours
+    except BaseException:  # Ctrl-C: no worker may go on writing to the caller's memory
         waiting.clear()
         wait(running)
         raise
@@ -73,11 +73,11 @@ def for_each(pieces: Iterable[T], work: Callable[[T], object], device: torch.dev
 
 
 _lock = threading.Lock()
-_pools: dict[int, ThreadPoolExecutor] = {}  # at most one: that of the present number of threads
+_pools: dict[int, ThreadPoolExecutor] = {}  # at most one, for the present number of threads
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that each do their own torch operations alone."""
+    """Return a pool of threads, none of which splits its torch operations."""
     with _lock:
         if threads not in _pools:
             for old in _pools.values():
@@ -90,27 +90,27 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 def _new_pool(threads: int) -> ThreadPoolExecutor:
     size = min(threads, MOST_WORKERS)
     pool = ThreadPoolExecutor(size, thread_name_prefix="fastloss", initializer=_work_alone)
-    everyone_is_here = threading.Barrier(size)
+    all_started = threading.Barrier(size)
     try:
-        for future in [pool.submit(everyone_is_here.wait) for _ in range(size)]:
+        for future in [pool.submit(all_started.wait) for _ in range(size)]:
             future.result()
     except BaseException:
-        everyone_is_here.abort()
+        all_started.abort()
         raise
     finally:
-        # The number of threads is each thread's own, but what new ones start with, and what MKL uses, is one for all.
+        # Each thread has its own number of threads; but the number that new ones start with, and MKL's, is global.
         torch.set_num_threads(threads)
     return pool
 
 
 def _work_alone() -> None:
-    """This thread's torch operations use no other thread."""
-    torch.get_num_threads()  # a thread takes over the process's number when it first asks; that must not come later
+    """Let this thread's torch operations use no other thread."""
+    torch.get_num_threads()  # the first call takes over the process's number; it must not come later
     torch.set_num_threads(1)
 
 
 def _forget() -> None:
-    """In a forked child, which has none of its parent's threads."""
+    """Drop the pools in a forked child, which has none of its parent's threads."""
     global _lock
     _lock = threading.Lock()
     _pools.clear()

@@ -1,0 +1,106 @@
+"""The names of torch that it does not promise to keep, in one place.
+
+===================================== ================================ =============================================
+name of torch                         used for                         without it
+===================================== ================================ =============================================
+``_fused_sgd_``, ``_foreach_copy_``,  SGD on a CPU, in few calls       an error at the first step
+``_foreach_mul``, ``_foreach_mul_``,
+``_foreach_norm``
+``_amp_foreach_non_finite_check_...`` division by a GradScaler's scale an error at that step
+``Tensor._is_zerotensor``             gradients without memory         an error at the first step
+``Tensor._values``                    sparse gradients                 an error at that step
+``_C._dynamo.guards.TensorGuards``    "nothing has changed" in C       every step compares attribute by attribute
+``_C._are_functorch_transforms_...``  not to read numbers under vmap   an error at import
+``profiler._is_profiler_enabled``     no label for profilers that are  every step has its label
+                                      not there
+``optimizer._global_optimizer_...``,  no calls of hooks that are not   every step looks for hooks
+``Optimizer._optimizer_step_...``     there
+``DeviceMesh._get_root_mesh``,        one all-reduce for several       an all-reduce for each mesh and dimension
+``DeviceMesh._flatten_mapping``       meshes
+===================================== ================================ =============================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+from torch.optim import optimizer as optimizers
+
+try:
+    from torch._C._dynamo import guards as _guards
+except ImportError:
+    _guards = None  # type: ignore[assignment]
+
+__all__ = [
+    "flattened_meshes",
+    "foreach_copy_",
+    "foreach_mul",
+    "foreach_mul_",
+    "foreach_norm",
+    "fused_sgd_",
+    "materialized",
+    "root_mesh",
+    "sparse_values",
+    "step_is_observed",
+    "tensor_guard",
+    "transforms_are_active",
+    "unscale_",
+]
+
+fused_sgd_ = torch._fused_sgd_
+foreach_copy_ = torch._foreach_copy_
+foreach_mul = torch._foreach_mul
+foreach_mul_ = torch._foreach_mul_
+foreach_norm = torch._foreach_norm
+unscale_ = torch._amp_foreach_non_finite_check_and_unscale_
+sparse_values = Tensor._values
+transforms_are_active = torch._C._are_functorch_transforms_active
+
+
+def materialized(grads: list[Tensor]) -> list[Tensor]:
+    """Return the gradients as they are in memory; the same list where all of them are.
+
+    The others are negated when they are read, as autograd makes them of complex conjugates, or zeros without memory.
+    """
+    if not any(map(Tensor.is_neg, grads)) and not any(map(Tensor._is_zerotensor, grads)):
+        return grads
+    return [grad.clone() if grad._is_zerotensor() else grad.resolve_neg() for grad in grads]
+
+
+def tensor_guard(tensors: Sequence[Any]) -> Callable[..., bool]:
+    """Return a function that compares as many tensors with these, one by one.
+
+    It returns whether they have the same types, dtypes, devices, sizes, strides and flags. The tensors must all be
+    different ones, and are not held on to.
+
+    Raises:
+        TypeError: this torch has no guards, or others.
+    """
+    if _guards is None:
+        raise TypeError("this torch has no guards")
+    return _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+def step_is_observed(optimizer: Any) -> bool:
+    """Return whether a profiler or a hook wants to see this optimizer's steps."""
+    return bool(
+        getattr(profiler, "_is_profiler_enabled", True)
+        or getattr(optimizer, "_optimizer_step_pre_hooks", True)
+        or getattr(optimizer, "_optimizer_step_post_hooks", True)
+        or getattr(optimizers, "_global_optimizer_pre_hooks", True)
+        or getattr(optimizers, "_global_optimizer_post_hooks", True)
+    )
+
+
+def root_mesh(mesh: Any) -> Any:
+    """Return the mesh that this one is a slice of: what holds there holds for every process of that mesh."""
+    return mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
+
+
+def flattened_meshes(mesh: Any) -> list[Any]:
+    """Return the meshes of one dimension that a program has made of several of this one's."""
+    return list(getattr(root_mesh(mesh), "_flatten_mapping", {}).values())
