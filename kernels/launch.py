@@ -19,6 +19,8 @@ from triton.runtime import driver
 
 from fastloss.backends.contract import may_keep_memory
 
+from .arguments import Strided, Tile, compiled_in
+
 __all__ = [
     "ALL_REGISTERS",
     "FUSED",
@@ -74,22 +76,26 @@ class Tiles(NamedTuple):
         """How many programs' sums the last of them adds up at a time: 4 or fewer a thread, a power of 2."""
         return min(power_of_2(self.grid), 128 * self.warps)
 
+    def tile(self, dtype: torch.dtype, **more: object) -> Tile:
+        """Return the constants of a kernel that computes with logits of the dtype."""
+        if self.looped:
+            more = {"LOOPED": True, "GROUP": self.group, "ENDS": self.ends, **more}
+        shape = (self.rows, self.cols, self.by_inner, self.vec)
+        return compiled_in(Tile(*shape, arithmetic(dtype), STAGES=self.stages, **more))
+
     def constants(self) -> dict[str, object]:
-        """The compile-time arguments of a kernel that follow from it.
+        """Return what :meth:`options` does, and the tile's constants one by one."""
+        tile = {"VEC": self.vec, "ROWS": self.rows, "COLS": self.cols, "BY_INNER": self.by_inner}
+        return {**tile, **self.options()}
+
+    def options(self) -> dict[str, object]:
+        """Return the compiler's options for a kernel.
 
         ptxas aims at more programs on a processor than one, and spills a few bytes for that: at 64 registers for 512
         threads. With :data:`ALL_REGISTERS` it may take as many as there are; AMD's compiler has no such option.
         """
         most = min(self.registers, 65536 // (32 * self.warps))
-        return {
-            "VEC": self.vec,
-            "ROWS": self.rows,
-            "COLS": self.cols,
-            "BY_INNER": self.by_inner,
-            "num_warps": self.warps,
-            **(at_most(most) if most else {}),
-            **FUSED,
-        }
+        return {"num_warps": self.warps, **(at_most(most) if most else {}), **FUSED}
 
 
 class Launch:
@@ -151,6 +157,15 @@ def alike(tensor: Tensor | None) -> Hashable:
     return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16)
 
 
+def _specialized(argument: object) -> Hashable:
+    """Return what Triton may compile in of an argument."""
+    if isinstance(argument, Tensor):
+        return alike(argument)
+    if isinstance(argument, tuple):
+        return tuple(map(_specialized, argument))
+    return argument if argument is None or type(argument) is int else (type(argument), argument)
+
+
 _launches: Memory[Launch] = Memory()
 
 
@@ -159,11 +174,9 @@ def begin(kernel: Any, grid: tuple[int, ...], arguments: tuple[object, ...], con
 
     For callers that work out everything else at each call.
     """
-    kinds = tuple(
-        alike(a) if isinstance(a, Tensor) else a if a is None or type(a) is int else (type(a), a) for a in arguments
-    )
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
-    key = (kernel, grid, device, kinds, tuple(constants.items()))
+    tensors = (a.ptr if isinstance(a, Strided) else a for a in arguments)
+    device = next(a.device for a in tensors if isinstance(a, Tensor))
+    key = (kernel, grid, device, tuple(map(_specialized, arguments)), tuple(constants.items()))
     _launches.get(key, lambda: Launch(kernel, grid, constants))(*arguments)
 
 
