@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arguments import Strided
+
 fp64 = tl.float64  # annotates scalar arguments that stay doubles; Triton makes floats of the others
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -163,15 +165,13 @@ def rank_held(
     label,
     counted,
     most_k,
-    logits_ptr,
+    logits: Strided,
     base,
-    x_class,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    T: tl.constexpr,
 ):
-    """The same of logits that fill the registers, so that there is no room for the numbers of their columns.
+    """Return what :func:`rank_in_tile` does, of logits that leave no registers for the numbers of their columns.
 
-    A logit equal to the label's, and a label that is NaN, are rare: then the classes before it are read again.
+    A logit equal to the label's, and a label whose logit is NaN, are rare: then the classes before it are read again.
     """
     mine = x_label[:, None]
     rank = tl.sum((~(x <= mine)).to(tl.int32), axis=1)  # greater, or NaN
@@ -181,13 +181,13 @@ def rank_held(
         alike = tl.sum((x == mine).to(tl.int32), axis=1)
         tied = open_rows & ((alike > 1) | is_nan)
         if tl.max(tied.to(tl.int32), axis=0) > 0:
-            BLOCK: tl.constexpr = min(COLS, max(16, 1024 // ROWS))
+            BLOCK: tl.constexpr = min(T.COLS, max(16, 1024 // T.ROWS))
             last = tl.where(tied, label, 0)
             again = tl.zeros(rank.shape, tl.int32)
             for start in tl.range(0, tl.max(last, axis=0).to(tl.int32), BLOCK):
                 cols = start + tl.arange(0, BLOCK)
-                pointers = logits_ptr + base[:, None] + cols.to(tl.int64)[None, :] * x_class
-                z = tl.load(pointers, mask=cols[None, :] < last[:, None], other=0.0).to(x.dtype)
+                places = logits.ptr + base[:, None] + cols.to(tl.int64)[None, :] * logits.stride_class
+                z = tl.load(places, mask=cols[None, :] < last[:, None], other=0.0).to(x.dtype)
                 before = ((z == mine) | ((z != z) & is_nan[:, None])) & (cols[None, :] < last[:, None])
                 again += tl.sum(before.to(tl.int32), axis=1)
             rank = tl.where(tied, tl.where(is_nan, again, rank + again), rank)
