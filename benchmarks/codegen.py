@@ -3,7 +3,7 @@
 Every launch that the package would make for a list of shapes, dtypes and options is recorded on meta tensors and
 compiled for each target. The shapes are those that are measured, and, unless ``--quick`` is given, as many of a sweep
 over all sizes as bring a tile of a kernel (classes, warps, registers, stages) that none before them brought: so there
-is every one that the selection in ``kernels/launch.py`` can choose. For NVIDIA targets ptxas reports registers and
+is every one that the selection in ``kernels/tiles.py`` can choose. For NVIDIA targets ptxas reports registers and
 spilled bytes, and the disassembly shows how wide the accesses to device memory are, and what a round of each hot loop
 (see ``sass.py``) costs: instructions and special-function operations an element, and the share of an H100's issue
 slots that they take if its accesses go at the full bandwidth of its memory. No GPU is needed, and none is asked.
@@ -63,6 +63,16 @@ class Launch:
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     label: str
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The options, with the members of the constants that are given together."""
+        constants = dict(self.options)
+        for group in self.options.values():
+            if isinstance(group, tuple):
+                names = group._fields  # type: ignore[attr-defined]
+                constants |= {name: value.value for name, value in zip(names, group, strict=True)}
+        return constants
 
 
 @dataclass
@@ -201,7 +211,7 @@ def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
         result.by_block, result.elements = _goes_block_by_block(launch), _elements(launch)
         result.loops = hot_loops(sass) if result.by_block else tile_loops(sass)
         shard = "soft_statistics" in launch.kernel.__name__
-        by_line = bool((launch.options.get("BY_INNER") or shard) and launch.options.get("HAS_WEIGHT"))
+        by_line = bool((launch.constants.get("BY_INNER") or shard) and launch.constants.get("HAS_WEIGHT"))
         result.may_be_narrow = by_line or "@" in launch.label.split()[0]
         if _is_aligned(launch):
             result.missing = max(0, result.elements * _itemsize(launch) - 16 * wide_loads(sass))
@@ -268,17 +278,17 @@ def _arithmetic(ptx: str) -> Iterator[tuple[str, ...]]:
 
 
 def _goes_block_by_block(launch: Launch) -> bool:
-    """Has the kernel a loop over the blocks of a row or chunk? In the others the hot loop goes from row to row."""
-    options = launch.options
-    return bool(options["LOOPED"]) if "LOOPED" in options else "COLS" not in options or "GROUP" in options
+    """Return whether the hot loop goes over the blocks of a row or chunk; else it goes from row to row."""
+    constants = launch.constants
+    return "COLS" not in constants or bool(constants.get("LOOPED")) or constants.get("GROUP", 1) > 1
 
 
 def _elements(launch: Launch) -> int:
-    """How many elements a thread takes of a tile or a block."""
-    options = launch.options
-    block = options.get("BLOCK") or _sgd_block()
-    tile = options.get("ROWS", 1) * options["COLS"] if "COLS" in options else block
-    return int(tile) // (32 * options["num_warps"])
+    """Return how many elements a thread takes of a tile or a block."""
+    constants = launch.constants
+    block = constants.get("BLOCK") or _sgd_block()
+    tile = constants.get("ROWS", 1) * constants["COLS"] if "COLS" in constants else block
+    return int(tile) // (32 * constants["num_warps"])
 
 
 def _itemsize(launch: Launch) -> int:
@@ -291,11 +301,11 @@ def _is_aligned(launch: Launch) -> bool:
     shape, widest = launch.label.split()[0], 16 // _itemsize(launch)
     if launch.kernel.__name__ == "_weigh_kernel" or _elements(launch) < widest or "@" in shape:
         return False
-    if launch.options.get("BY_INNER"):
+    if launch.constants.get("BY_INNER"):
         return int(shape.split("x")[2]) % widest == 0
     if launch.kernel.__name__ == "_rescale_kernel":  # which has rows one after the other
         return math.prod(map(int, shape.split("x"))) % 16 == 0
-    return bool(launch.options.get("VEC", widest) == widest)
+    return bool(launch.constants.get("VEC", widest) == widest)
 
 
 def _sgd_block() -> int:
@@ -583,7 +593,8 @@ def form_and_tile(launch: Launch) -> tuple[object, ...]:
     """The kernel, the dtype, what was asked of it, and what the selection chose for the shape."""
     _, dtype, form = launch.label.split(maxsplit=2)
     names = ("VEC", "COLS", "BLOCK", "BY_INNER", "LOOPED", "STAGES", "SPLIT", "num_warps", "maxnreg")
-    tile = tuple(str(launch.options.get(name)) for name in names)
+    constants = launch.constants
+    tile = tuple(str(constants.get(name)) for name in names)
     return launch.kernel.__name__, dtype, form, *tile
 
 
@@ -592,7 +603,7 @@ def distinct(launches: Iterable[Launch], targets: Sequence[str]) -> list[tuple[L
     found, seen = [], set()
     for launch, target in itertools.product(launches, targets):
         constants = tuple(sorted((name, str(value)) for name, value in launch.options.items()))
-        key = launch.kernel.__name__, target, constants, launch.label.split()[1], *map(str, _specialized(launch))
+        key = launch.kernel.__name__, target, constants, launch.label.split()[1], str(_specialized(launch.arguments))
         if key not in seen or launch.label in BUDGETS:
             found.append((launch, target))
         seen.add(key)
@@ -681,10 +692,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def pretend_to_be_an_h100() -> None:
     """Grids are planned for it from now on."""
-    import fastloss.kernels.launch as launch_module
+    from fastloss.kernels import tiles
 
-    launch_module._processors = lambda device: PROCESSORS  # type: ignore[assignment]
-    launch_module._l2_bytes = lambda device: L2_BYTES  # type: ignore[assignment]
+    tiles._processors = lambda device: PROCESSORS  # type: ignore[assignment]
+    tiles._l2_bytes = lambda device: L2_BYTES  # type: ignore[assignment]
 
 
 def _line(r: Compiled) -> str:
@@ -701,17 +712,15 @@ def _line(r: Compiled) -> str:
     return f"{r.kernel:19} {r.target:7} {' '.join(cells)}  {widths};{faults} {r.label}"
 
 
-def _specialized(launch: Launch) -> Iterator[Any]:
-    """Which pointers are absent, or multiples of 16, and which integers are 1 or that: what Triton specializes on."""
-    for argument in launch.arguments:
-        if isinstance(argument, tuple):
-            yield tuple(part.data_ptr() % 16 == 0 if isinstance(part, torch.Tensor) else None for part in argument)
-        elif isinstance(argument, int):
-            yield (argument == 1, argument % 16 == 0, argument >= 1 << 31)
-        elif isinstance(argument, torch.Tensor):
-            yield (str(argument.dtype), argument.data_ptr() % 16 == 0)
-        else:
-            yield (argument is None,)
+def _specialized(argument: Any) -> Any:
+    """Return what Triton specializes on: pointers that are None or multiples of 16, integers that are 1 or that."""
+    if isinstance(argument, tuple):
+        return tuple(map(_specialized, argument))
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument >= 1 << 31
+    if isinstance(argument, torch.Tensor):
+        return str(argument.dtype), argument.data_ptr() % 16 == 0
+    return argument is None
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ registers, or block by block.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,7 @@ from torch import Tensor
 from fastloss.backends.contract import ExternalLabel
 
 from .arguments import Form, Strided, compiled_in, inside, pointers, row_offsets, strided, tile_count, tile_rows
-from .launch import ALL_REGISTERS, Launch, Memory, Tiles, alike, begin, on_device, plan, power_of_2, scratch
+from .launch import Launch, Memory, Prepared, alike, launch, on_device, scratch
 from .tile_helpers import (
     add_up_counts,
     before_label,
@@ -30,6 +28,7 @@ from .tile_helpers import (
     rows_to_read,
     store_ranks,
 )
+from .tiles import ALL_REGISTERS, Tiles, plan, power_of_2
 
 __all__ = ["accuracy", "label_ranks"]
 
@@ -40,27 +39,20 @@ def accuracy(
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
     rows, none = logits.shape[0] * logits.shape[2], reduction == "none"
     key = (logits.shape, logits.stride(), logits.device, topk, ignore_index, reduction, alike(logits), alike(target))
-    form = _forms.get(key, lambda: _form(logits, topk, ignore_index, reduction))
+    prepared = _prepared.get(key, lambda: _prepare(logits, topk, ignore_index, reduction))
     right = torch.empty((len(topk), rows) if none else (len(topk),), dtype=torch.float32, device=logits.device)
     with on_device(logits):
-        _, counts, arrived = (None, None, None) if none else scratch(logits.device, form.programs, form.counts)
-        form.launch(strided(logits), target, right, counts, arrived, *form.numbers)
+        _, counts, arrived = (
+            (None, None, None) if none else scratch(logits.device, prepared.programs, prepared.counts)
+        )
+        prepared(strided(logits), target, right, counts, arrived)
     return right.unbind(0)
 
 
-class _Form(NamedTuple):
-    """What the accuracies of such logits need, but for the tensors."""
-
-    launch: Launch
-    numbers: tuple[object, ...]  # its arguments past the tensors
-    programs: int
-    counts: int  # that each of them leaves
+_prepared: Memory[Prepared] = Memory()
 
 
-_forms: Memory[_Form] = Memory()
-
-
-def _form(logits: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str) -> _Form:
+def _prepare(logits: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str) -> Prepared:
     outer, classes, inner = logits.shape
     tiles, k_pad = _plan(logits), power_of_2(len(topk))
     constants = {
@@ -69,7 +61,7 @@ def _form(logits: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: s
         **tiles.options(),
     }
     numbers = (outer * inner, classes, inner, ignore_index, topk)
-    return _Form(Launch(_rank_kernel, (tiles.grid,), constants), numbers, tiles.grid, 1 + k_pad)
+    return Prepared(Launch(_rank_kernel, (tiles.grid,), constants), numbers, tiles.grid, 1 + k_pad)
 
 
 def _plan(logits: Tensor) -> Tiles:
@@ -83,7 +75,7 @@ def label_ranks(logits: Tensor, label: ExternalLabel) -> Tensor:
     rank = torch.empty(outer * inner, dtype=torch.int64, device=logits.device)
     tiles = _plan(logits)
     with on_device(logits):
-        begin(
+        launch(
             _label_rank_kernel,
             (tiles.number,),
             (strided(logits), *label[:2], rank, outer * inner, classes, inner, label.most_k),

@@ -38,20 +38,7 @@ from .arguments import (
     tile_count,
     tile_rows,
 )
-from .launch import (
-    ALL_REGISTERS,
-    FUSED,
-    Launch,
-    Memory,
-    Tiles,
-    alike,
-    arithmetic,
-    in_blocks,
-    on_device,
-    plan,
-    power_of_2,
-    scratch,
-)
+from .launch import Launch, Memory, Prepared, alike, on_device, scratch
 from .row_loss import (
     Partial,
     Results,
@@ -78,6 +65,7 @@ from .tile_helpers import (
     store_ranks,
     tanh,
 )
+from .tiles import ALL_REGISTERS, FUSED, Tiles, arithmetic, in_blocks, plan, power_of_2, without_spills
 
 __all__ = ["cross_entropy_backward", "cross_entropy_forward"]
 
@@ -107,7 +95,7 @@ def cross_entropy_forward(
         *(logits.shape, logits.stride(), device, options, loss_dtype, None if result is None else result.stride()),
         *map(alike, (logits, target, weight, result, weighed)),
     )
-    form = _forms.get(key, lambda: _form(logits, weight, result, weighed, options))
+    prepared, weigh = _forward.get(key, lambda: _prepare(logits, weight, result, weighed, options))
 
     def rowwise(wanted: bool, dtype: torch.dtype) -> Tensor | None:
         return torch.empty(rows, dtype=dtype, device=device) if wanted else None
@@ -116,15 +104,14 @@ def cross_entropy_forward(
     right = torch.empty((k, rows) if none else (k,), dtype=torch.float32, device=device)
     scale = torch.empty((), dtype=torch.float64, device=device) if mean else None
     # The backward pass is wanted later only where the gradient is not written now; then m and the sum are kept.
-    row_max, row_sum = rowwise(not gradient, form.acc), rowwise(not gradient, form.acc)
+    row_max, row_sum = (rowwise(not gradient, compute_dtype(logits.dtype)) for _ in range(2))
     with on_device(logits):
-        partial = Partial(*((None, None, None) if none else scratch(device, form.programs, form.counts)))
-        if form.weigh is not None:
+        partial = Partial(*((None, None, None) if none else scratch(device, prepared.programs, prepared.counts)))
+        if weigh is not None:
             weighed = torch.empty(_WEIGH_PARTS, dtype=torch.float64, device=device)
-            form.weigh(target, weight, weighed, *form.weigh_numbers)
+            weigh(target, weight, weighed)
         out = Results(loss, right, scale, row_max, row_sum)
-        tensors = (strided(logits), target, weight, strided(result, like=logits), out, partial, weighed)
-        form.launch(*tensors, *form.numbers)
+        prepared(strided(logits), target, weight, strided(result, like=logits), out, partial, weighed)
     return Forward(
         loss,
         right.unbind(0) if k else (),
@@ -134,44 +121,29 @@ def cross_entropy_forward(
     )
 
 
-class _Form(NamedTuple):
-    """What a forward pass over such logits with such options needs, but for the tensors."""
-
-    launch: Launch
-    numbers: tuple[object, ...]  # its arguments past the tensors
-    acc: torch.dtype
-    programs: int
-    counts: int  # that each of them leaves
-    weigh: Launch | None
-    weigh_numbers: tuple[int, ...]
+_forward: Memory[tuple[Prepared, Prepared | None]] = Memory()
 
 
-_forms: Memory[_Form] = Memory()
-
-
-def _form(
+def _prepare(
     logits: Tensor, weight: Tensor | None, result: Tensor | None, weighed: Tensor | None, options: LossOptions
-) -> _Form:
+) -> tuple[Prepared, Prepared | None]:
+    """Return the forward launch, and the launch before it that adds up the weights of many rows."""
     outer, classes, inner = logits.shape
     rows, k = outer * inner, len(options.topk)
-    plain, smoothed = weight is None and options.softcap is None, options.label_smoothing != 0
-    tiles = plan(logits, result, plain=plain, ranked=k > 0, smoothed=smoothed)
-    ranked = k and (tiles.by_inner or (result is None and tiles.cols <= 16) or (smoothed and not tiles.looped))
-    capped = options.softcap is not None and (result is not None or tiles.by_inner)
-    if not tiles.registers and (
-        (tiles.by_inner and (tiles.looped or capped))
-        or (tiles.looped and capped)
-        or ranked
-        or (weighed is not None and not tiles.looped)
-    ):
-        tiles = tiles._replace(registers=ALL_REGISTERS)  # compiled for sm_80 or sm_100 they would spill 8 bytes
-    if options.softcap is not None and smoothed:
+    capped, smoothed = options.softcap is not None, options.label_smoothing != 0
+    tiles = plan(logits, result, plain=weight is None and not capped, ranked=k > 0, smoothed=smoothed)
+    tiles = without_spills(
+        tiles, capped=capped, ranked=k > 0, smoothed=smoothed, written=result is not None, divided=weighed is not None
+    )
+    if capped and smoothed:
         # The most that is kept beside the logits: 16 of those a thread.
         tiles = _of_fewer_logits(tiles, logits)
     k_pad = power_of_2(max(k, 1))
     many = weighed is None and options.reduction == "mean" and result is not None and rows > _WEIGHED_BY_EACH
-    shape = (rows, classes, inner)
-    numbers = (options.ignore_index, options.label_smoothing, options.lse_square_scale)
+    numbers = (
+        *(options.ignore_index, options.label_smoothing, options.lse_square_scale),
+        *(options.softcap or 1.0, options.topk),
+    )
     constants = {
         "N_WEIGHED": _WEIGH_PARTS if many else 0 if weighed is None else weighed.numel(),
         **({} if tiles.looped else {"PAIRS": tiles.stages > 1 and logits.data_ptr() % 4 == 0}),
@@ -179,20 +151,14 @@ def _form(
         "F": _compiled_form(weight, options, REDUCTION=options.reduction, K=k, K_PAD=k_pad),
         **tiles.options(),
     }
-    share = triton.cdiv(rows, _WEIGH_PARTS)
-    return _Form(
-        Launch(_forward_loop if tiles.looped else _forward_tile, (tiles.grid,), constants),
-        (*shape, *numbers, options.softcap or 1.0, options.topk),
-        compute_dtype(logits.dtype),
-        tiles.grid,
-        1 + k_pad,
-        _weigh(weight) if many else None,
-        (rows, share, classes, options.ignore_index),
-    )
+    kernel = _forward_loop if tiles.looped else _forward_tile
+    shape = (rows, classes, inner)
+    prepared = Prepared(Launch(kernel, (tiles.grid,), constants), (*shape, *numbers), tiles.grid, 1 + k_pad)
+    return prepared, _prepare_weighing(weight, rows, classes, options.ignore_index) if many else None
 
 
 def _of_fewer_logits(tiles: Tiles, logits: Tensor) -> Tiles:
-    """16 a thread, where smoothing and a softcap keep the most beside them."""
+    """Return tiles of 16 logits a thread: smoothing and a softcap keep the most beside them."""
     tiles = tiles._replace(registers=ALL_REGISTERS)
     if tiles.looped and tiles.by_inner:  # it has 8
         return tiles
@@ -205,11 +171,12 @@ def _of_fewer_logits(tiles: Tiles, logits: Tensor) -> Tiles:
     return tiles._replace(rows=rows, cols=cols, warps=warps, number=number, grid=grid)
 
 
-def _weigh(weight: Tensor | None) -> Launch:
-    """The sum of the counted rows' weights, in a few parts: a gradient of a mean needs it before it is written."""
+def _prepare_weighing(weight: Tensor | None, rows: int, classes: int, ignore_index: int) -> Prepared:
+    """Return the launch that adds up the weights of the counted rows: a mean's gradient needs the sum beforehand."""
     acc = arithmetic(torch.float32 if weight is None else weight.dtype)
     constants = {"HAS_WEIGHT": weight is not None, "ACC": acc, "num_warps": 4, **FUSED}
-    return Launch(_weigh_kernel, (_WEIGH_PARTS,), constants)
+    numbers = (rows, triton.cdiv(rows, _WEIGH_PARTS), classes, ignore_index)
+    return Prepared(Launch(_weigh_kernel, (_WEIGH_PARTS,), constants), numbers)
 
 
 def cross_entropy_backward(
@@ -229,20 +196,19 @@ def cross_entropy_backward(
         *(logits.shape, logits.stride(), logits.device, options, result.stride(), upstream.stride()),
         *map(alike, (logits, target, weight, result, upstream, *saved)),
     )
-    launch, numbers = _backward_forms.get(key, lambda: _backward_form(logits, weight, result, upstream, options))
+    prepared = _backwards.get(key, lambda: _prepare_backward(logits, weight, result, upstream, options))
     with on_device(logits):
         saved_rows = (scale[0] if scale else None, row_max, row_sum)
-        launch(strided(logits), target, weight, strided(result), upstream, *saved_rows, *numbers)
+        prepared(strided(logits), target, weight, strided(result), upstream, *saved_rows)
     return result
 
 
-_backward_forms: Memory[tuple[Launch, tuple[object, ...]]] = Memory()
+_backwards: Memory[Prepared] = Memory()
 
 
-def _backward_form(
+def _prepare_backward(
     logits: Tensor, weight: Tensor | None, result: Tensor, upstream: Tensor, options: LossOptions
-) -> tuple[Launch, tuple[object, ...]]:
-    """The backward launch, and its arguments past the tensors."""
+) -> Prepared:
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
     many = weight is not None or options.softcap is not None or options.reduction == "none"
@@ -260,7 +226,7 @@ def _backward_form(
         options.softcap or 1.0,
     )
     constants = {"T": tiles.tile(logits.dtype), "F": _compiled_form(weight, options), **tiles.options()}
-    return Launch(_backward, (tiles.number, blocks), constants), numbers
+    return Prepared(Launch(_backward, (tiles.number, blocks), constants), numbers)
 
 
 def _compiled_form(weight: Tensor | None, options: LossOptions, **more: object) -> Form:

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, Launch, Memory, alike, on_device, spread
+from .launch import Launch, Memory, alike, on_device
+from .tiles import FUSED, grid_for
 
 __all__ = ["rescale"]
 
@@ -25,7 +26,7 @@ def rescale(gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
             return gradient.mul_(factor)
 
     def make() -> Launch:
-        programs = spread(triton.cdiv(span, _BLOCK), gradient.device)
+        programs = grid_for(triton.cdiv(span, _BLOCK), gradient.device)
         return Launch(_rescale_kernel, (programs,), {"BLOCK": _BLOCK, "num_warps": 4, **FUSED})
 
     launch = _launches.get((span, gradient.device, alike(gradient), alike(factor)), make)

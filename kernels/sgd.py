@@ -23,8 +23,9 @@ from triton.runtime import driver
 
 from fastloss.backends.contract import FLAG_ELEMENTS, Addresses, SGDBatch, SGDControls, SGDRule, check_gradients
 
-from .launch import FUSED, Launch, alike, arithmetic, at_most, on_device, power_of_2, scratch, spread
+from .launch import Launch, alike, on_device, scratch
 from .tile_helpers import fp64, last_to_end
+from .tiles import FUSED, arithmetic, at_most, grid_for, power_of_2
 
 __all__ = ["sgd_squares", "sgd_step"]
 
@@ -407,13 +408,13 @@ def _start_step(
 def _start_squares(batch: SGDBatch, tables: Tables, grad_dtype: torch.dtype, squares: Tensor) -> None:
     assert tables.items is not None
     first, items = batch.params[0], len(tables.items)
-    grid = spread(items, first.device)
+    grid = grid_for(items, first.device)
     key = "squares", tables.geometry is None, alike(squares)
     if key not in tables.launches:
         constants = {
             "GRAD_TYPE": _TRITON[grad_dtype],
             "ACC": arithmetic(torch.promote_types(first.dtype, grad_dtype)),
-            "G_PAD": power_of_2(spread(1 << 30, first.device)),  # alike for any number of items
+            "G_PAD": power_of_2(grid_for(1 << 30, first.device)),  # alike for any number of items
             "num_warps": _WARPS,
             **at_most(255),  # compiled for sm_100 strided gradients would spill 8 bytes
             **FUSED,

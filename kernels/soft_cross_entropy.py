@@ -40,9 +40,9 @@ from torch import Tensor
 
 from fastloss.backends.contract import LossOptions, SoftForward
 
-from . import launch
-from .launch import ALL_REGISTERS, Tiles, arithmetic, begin, counter, on_device, plan, power_of_2, vector_width
+from .launch import counter, launch, on_device
 from .tile_helpers import LOG2_E, class_offsets, fp64, inside, last_to_end, row_offsets, tanh, tile_count, tile_rows
+from .tiles import ALL_REGISTERS, Tiles, arithmetic, in_blocks, in_cache, plan, power_of_2, vector_width
 
 __all__ = ["soft_cross_entropy_backward", "soft_cross_entropy_forward"]
 
@@ -86,11 +86,11 @@ def soft_cross_entropy_forward(
         tensors = (input, target, weight, result, target_result)
         if not options.from_logits:
             arguments = (*tensors, None, *ends, *shape, 0, *_scalars(input, options, divisor))
-            begin(_probabilities, (tiles.grid,), arguments, {"LOOPED": tiles.looped, **constants})
+            launch(_probabilities, (tiles.grid,), arguments, {"LOOPED": tiles.looped, **constants})
         else:
             scalars = (*_scalars(input, options, divisor), options.lse_square_scale, options.softcap or 1.0)
             constants |= {**_logit_constants(options), **({"GROUP": tiles.group} if tiles.looped else {})}
-            begin(
+            launch(
                 _forward_loop if tiles.looped else _forward_tile,
                 (tiles.grid,),
                 (*tensors, *(saved or (None, None, None)), *ends, *shape, *scalars),
@@ -125,7 +125,7 @@ def soft_cross_entropy_backward(
     )
     with on_device(input):
         if not options.from_logits:
-            begin(
+            launch(
                 _probabilities,
                 (tiles.grid,),
                 (*tensors, None, None, None, *shape),
@@ -139,8 +139,8 @@ def soft_cross_entropy_backward(
         else:
             # No row is held whole here: each program takes one tile of some rows and some classes.
             cols = min(tiles.cols, max(16, _BACKWARD_TILE // tiles.rows))
-            tiles, blocks = launch.in_blocks(tiles._replace(cols=cols, warps=4), input.shape[1])
-            begin(
+            tiles, blocks = in_blocks(tiles._replace(cols=cols, warps=4), input.shape[1])
+            launch(
                 _backward,
                 (tiles.number, blocks),
                 (*tensors, *saved, *shape, options.lse_square_scale, options.softcap or 1.0),
@@ -172,10 +172,7 @@ def _plan(
             # Else there would be too many pointers, or too much of the softcap's arithmetic, for the registers.
             tiles = tiles._replace(cols=min(tiles.cols, 4096))
         if written:  # both tensors' rows are to be found in the L2 cache when they are visited again
-            processors = launch._processors(input.device)
-            row_bytes = classes * (input.element_size() + target.element_size())
-            resident = max(1, launch._l2_bytes(input.device) // (2 * row_bytes * processors))
-            tiles = tiles._replace(grid=min(tiles.grid, processors * resident))
+            tiles = in_cache(tiles, input.device, classes * (input.element_size() + target.element_size()))
     return tiles
 
 

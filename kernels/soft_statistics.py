@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastloss.backends.contract import ExternalLabel, LossOptions, SoftRowStatistics
 
-from .launch import ALL_REGISTERS, Tiles, arithmetic, begin, in_blocks, on_device, plan, vector_width
+from .launch import launch, on_device
 from .tile_helpers import (
     LOG2_E,
     before_label,
@@ -37,6 +37,7 @@ from .tile_helpers import (
     tanh,
     tile_rows,
 )
+from .tiles import ALL_REGISTERS, Tiles, arithmetic, in_blocks, plan, vector_width
 
 __all__ = ["soft_statistics_backward", "soft_statistics_forward"]
 
@@ -64,7 +65,7 @@ def soft_statistics_forward(
     weighted_sum, near = (rowwise(), rowwise()) if smoothing else (None, None)
     rank = None if ranked is None else rowwise(torch.int64)
     with on_device(logits):
-        begin(
+        launch(
             _soft_statistics,
             (tiles.number,),
             (
@@ -104,7 +105,7 @@ def soft_statistics_backward(
     tiles = _plan(logits, target, *results)
     tiles, blocks = in_blocks(tiles._replace(cols=max(16, min(tiles.cols, 2048 // tiles.rows)), warps=4), classes)
     with on_device(logits):
-        begin(
+        launch(
             _soft_statistics_gradient,
             (tiles.number, blocks),
             (

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastloss.backends.contract import ExternalLabel, LossOptions, RowStatistics
 
 from .arguments import Form, Strided, compiled_in, inside, pointers, row_offsets, strided, tile_rows
-from .launch import ALL_REGISTERS, begin, in_blocks, on_device, plan
+from .launch import launch, on_device
 from .tile_helpers import (
     LOG2_E,
     before_label,
@@ -37,6 +37,7 @@ from .tile_helpers import (
     rows_to_read,
     tanh,
 )
+from .tiles import ALL_REGISTERS, in_blocks, plan
 
 __all__ = ["row_statistics_backward", "row_statistics_forward"]
 
@@ -75,7 +76,7 @@ def row_statistics_forward(
     label = _Ranked(None, None) if ranked is None else _Ranked(*ranked[:2])
     most_k = () if tiles.looped else (0 if ranked is None else ranked.most_k,)
     with on_device(logits):
-        begin(
+        launch(
             _statistics_loop if tiles.looped else _statistics_tile,
             (tiles.number,),
             (
@@ -113,7 +114,7 @@ def row_statistics_backward(
     # No row is held whole here: each program takes one tile of some rows and some classes.
     tiles, blocks = in_blocks(tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4), classes)
     with on_device(logits):
-        begin(
+        launch(
             _statistics_gradient,
             (tiles.number, blocks),
             (
