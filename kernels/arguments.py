@@ -63,7 +63,13 @@ class Form(NamedTuple):
 
 
 def compiled_in(members: Members) -> Members:
-    """Mark each member as a constant. (Triton 3.6 takes an unmarked member as a bare int, which no list may hold.)"""
+    """Mark each member as a constant.
+
+    Triton 3.6 takes an unmarked member as a bare int, which no list may hold. The interpreter wants bare values: in
+    it, a marked one compared with a tensor is a constant, which ``tl.where`` refuses.
+    """
+    if triton.knobs.runtime.interpret:
+        return members
     return type(members)(*map(tl.constexpr, members))  # type: ignore[arg-type]
 
 

@@ -115,7 +115,7 @@ def tanh(u, ACC: tl.constexpr):
 
 @triton.jit
 def finite(x):
-    """Return whether x is finite. (x − x = 0 won't do: where x is t·c, that becomes fma(t, c, −t·c), an error of t·c.)"""
+    """Return whether x is finite. (Not by x − x = 0: where x is t·c, that is fma(t, c, −t·c), a rounding error.)"""
     return tl.abs(x) < float("inf")
 
 
