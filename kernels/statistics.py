@@ -28,6 +28,7 @@ from .arguments import Form, Strided, compiled_in, inside, pointers, row_offsets
 from .launch import launch, on_device
 from .tile_helpers import (
     LOG2_E,
+    LOG_OF_0,
     before_label,
     finite,
     fp64,
@@ -41,8 +42,6 @@ from .tiles import ALL_REGISTERS, in_blocks, plan
 
 __all__ = ["row_statistics_backward", "row_statistics_forward"]
 
-# exp2() of it is 0 even in float64; so is its product with that 0, as −inf's is not.
-_LOG_OF_0 = tl.constexpr(-2e3)
 _NO_CLASS = tl.constexpr(0x7FFFFFFF)
 
 
@@ -269,7 +268,7 @@ def _statistics_tile(
     s = tl.sum(e, axis=1)
     u, wz, first = s, s, row
     if out.entropy is not None:
-        u = tl.sum(e * tl.maximum(below, _LOG_OF_0), axis=1)
+        u = tl.sum(e * tl.maximum(below, LOG_OF_0), axis=1)
     if out.weighted_sum is not None:
         weighted = z - near[:, None]
         if F.HAS_WEIGHT:
@@ -347,12 +346,12 @@ def _visit(
     z = tl.reshape(z, SPLIT)
     m_new = tl.maximum(m_group, tl.max(z, axis=2))
     m = tl.where(m_new == -float("inf"), 0.0, m_new)
-    fall = tl.maximum(m_group - m, _LOG_OF_0)
+    fall = tl.maximum(m_group - m, LOG_OF_0)
     factor = tl.exp2(fall * LOG2_E)
     below = z - m[:, :, None]
     e = tl.exp2(below * LOG2_E)
     if out.entropy is not None:
-        u_group = (u_group + s_group * fall) * factor + tl.sum(e * tl.maximum(below, _LOG_OF_0), axis=2)
+        u_group = (u_group + s_group * fall) * factor + tl.sum(e * tl.maximum(below, LOG_OF_0), axis=2)
     s_group = s_group * factor + tl.sum(e, axis=2)
     return _Online(m_new, s_group, u_group, wz_group, first_group, best_group, rank_group)
 
@@ -405,7 +404,7 @@ def _statistics_loop(
 
     m = tl.max(state.m, axis=1)
     m = tl.where(m == -float("inf"), 0.0, m)
-    fall = tl.maximum(state.m - m[:, None], _LOG_OF_0)
+    fall = tl.maximum(state.m - m[:, None], LOG_OF_0)
     factor = tl.exp2(fall * LOG2_E)
     s = tl.sum(state.s * factor, axis=1)
     u, wz, first = s, s, row
@@ -490,7 +489,7 @@ def _statistics_gradient(
         log_p -= (lse - high.to(tl.float64)).to(T.ACC)[:, None]
     p = tl.exp2(log_p * LOG2_E)
     if upstream.entropy is not None:
-        g = p * (level.to(T.ACC)[:, None] - of_entropy.to(T.ACC)[:, None] * tl.maximum(log_p, _LOG_OF_0))
+        g = p * (level.to(T.ACC)[:, None] - of_entropy.to(T.ACC)[:, None] * tl.maximum(log_p, LOG_OF_0))
     else:
         g = p * level.to(T.ACC)[:, None]
     if upstream.label is not None:

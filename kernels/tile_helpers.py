@@ -12,6 +12,8 @@ from .arguments import Strided
 
 fp64 = tl.float64  # annotates scalar arguments that stay doubles; Triton makes floats of the others
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Its exp2() is 0 even in float64, and so is its product with that 0; with −inf the product would be NaN.
+LOG_OF_0 = tl.constexpr(-2e3)
 
 
 @triton.jit
