@@ -362,161 +362,116 @@ def sweep() -> Iterator[tuple[int, int]]:
             yield from ((rows, classes) for rows in (1, 64, (1 << 28) // classes))
 
 
+Case = tuple[str, Callable[[], Any]]  # a label, and a call
+
+
 def cases(
     shapes: Sequence[tuple[int, ...]], dtypes: Iterable[str] = tuple(DTYPES), offset: int = 0
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The calls whose launches are compiled: every kernel of the loss and the accuracy in every form.
+) -> Iterator[Case]:
+    """Yield the calls whose launches are compiled: every kernel of the loss and the accuracy in every form.
 
     Args:
         shapes: of the logits, ``(N, C)`` or ``(N, C, d1)``.
-        dtypes: theirs.
+        dtypes: of the logits.
         offset: elements by which they begin after a multiple of 128 bits.
     """
-    from fastloss import kernels
 
     def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(math.prod(shape) + offset, dtype=dtype, device="meta")[offset:].view(shape)
 
     places = f"@{offset}" if offset else ""
-    views = [("x".join(map(str, shape)) + places, (*shape, 1)[:3]) for shape in shapes]
-    for (shape_name, shape), (dtype_name, dtype) in itertools.product(
-        views, [(name, DTYPES[name]) for name in dtypes]
-    ):
-        logits, target = meta(*shape, dtype=dtype), meta(shape[0] * shape[2], dtype=torch.int64)
-        for options_name, options in OPTIONS.items():
-            weight = meta(shape[1], dtype=dtype) if "weight" in options_name else None
-            label = f"{shape_name} {dtype_name} {options_name}"
+    for shape, dtype in itertools.product(shapes, dtypes):
+        outer, classes, inner = (*shape, 1)[:3]
+        logits = meta(outer, classes, inner, dtype=DTYPES[dtype])
+        target = meta(outer * inner, dtype=torch.int64)
+        for family in (_hard_cases, _soft_cases, _statistics_cases, _shard_cases):
+            for form, call in family(logits, target, meta):
+                yield f"{'x'.join(map(str, shape))}{places} {dtype} {form}", call
 
-            def forward(
-                gradient: bool,
-                logits: torch.Tensor = logits,
-                target: torch.Tensor = target,
-                weight: torch.Tensor | None = weight,
-                options: LossOptions = options,
-            ) -> Any:
-                return kernels.cross_entropy_forward(
-                    logits, target, weight, options, loss_dtype=logits.dtype, gradient=gradient, inplace=False
-                )
 
-            def backward(
-                forward: Any = forward,
-                logits: torch.Tensor = logits,
-                target: torch.Tensor = target,
-                weight: torch.Tensor | None = weight,
-                options: LossOptions = options,
-            ) -> Any:
-                saved = forward(False).saved
-                one = meta(*target.shape if options.reduction == "none" else (), dtype=logits.dtype)
-                return kernels.cross_entropy_backward(one, logits, target, weight, options, saved, inplace=False)
+def _hard_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
+    from fastloss import kernels
 
-            yield f"{label} forward", partial(forward, False)
-            if options.reduction != "none":  # whose gradient waits for the upstream one
-                yield f"{label} forward+gradient", partial(forward, True)
-            yield f"{label} backward", backward
-        yield (
-            f"{shape_name} {dtype_name} chunk of a larger batch",
-            partial(
-                kernels.cross_entropy_forward,
-                *(logits, target, None, LossOptions(reduction="sum", topk=(1,))),
-                loss_dtype=torch.float32,
-                gradient=True,
-                inplace=True,
-                divisor=meta(dtype=torch.float64),
-            ),
-        )
-        yield f"{shape_name} {dtype_name} rescale", partial(kernels.rescale, logits, meta(dtype=dtype), inplace=True)
-        yield (
-            f"{shape_name} {dtype_name} accuracy alone",
-            partial(kernels.accuracy, logits, target, (1, 5), -100, "mean"),
-        )
-        for form, options in SOFT.items():
-            weight = meta(shape[1], dtype=dtype) if "weight" in form else None
+    def backward(forward: Any, weight: torch.Tensor | None, options: LossOptions) -> Any:
+        saved = forward(gradient=False).saved
+        one = meta(*target.shape if options.reduction == "none" else (), dtype=logits.dtype)
+        return kernels.cross_entropy_backward(one, logits, target, weight, options, saved, inplace=False)
 
-            def soft_forward(
-                gradient: bool,
-                target_gradient: bool,
-                logits: torch.Tensor = logits,
-                weight: torch.Tensor | None = weight,
-                options: LossOptions = options,
-            ) -> Any:
-                return kernels.soft_cross_entropy_forward(
-                    *(logits, logits, weight, options),
-                    loss_dtype=logits.dtype,
-                    gradient=gradient,
-                    target_gradient=target_gradient,
-                    inplace=False,
-                )
+    for form, options in OPTIONS.items():
+        weight = _weight_of(form, logits, meta)
+        arguments = (logits, target, weight, options)
+        forward = partial(kernels.cross_entropy_forward, *arguments, loss_dtype=logits.dtype, inplace=False)
+        yield f"{form} forward", partial(forward, gradient=False)
+        if options.reduction != "none":  # whose gradient waits for the upstream one
+            yield f"{form} forward+gradient", partial(forward, gradient=True)
+        yield f"{form} backward", partial(backward, forward, weight, options)
+    yield (
+        "chunk of a larger batch",
+        partial(
+            kernels.cross_entropy_forward,
+            *(logits, target, None, LossOptions(reduction="sum", topk=(1,))),
+            loss_dtype=torch.float32,
+            gradient=True,
+            inplace=True,
+            divisor=meta(dtype=torch.float64),
+        ),
+    )
+    yield "rescale", partial(kernels.rescale, logits, meta(dtype=logits.dtype), inplace=True)
+    yield "accuracy alone", partial(kernels.accuracy, logits, target, (1, 5), -100, "mean")
 
-            def soft_backward(
-                forward: Any = soft_forward,
-                logits: torch.Tensor = logits,
-                weight: torch.Tensor | None = weight,
-                options: LossOptions = options,
-            ) -> Any:
-                saved = forward(False, False).saved
-                one = meta(dtype=logits.dtype)
-                return kernels.soft_cross_entropy_backward(
-                    *(one, logits, logits, weight, options, saved),
-                    gradient=True,
-                    target_gradient=False,
-                    inplace=False,
-                )
 
-            label = f"{shape_name} {dtype_name} {form}"
-            yield f"{label} forward", partial(soft_forward, False, False)
-            yield f"{label} forward+gradient", partial(soft_forward, True, False)
-            yield f"{label} forward+gradients", partial(soft_forward, True, True)
-            yield f"{label} backward", soft_backward
-        for form, options in STATISTICS.items():
-            weight = meta(shape[1], dtype=dtype) if "weight" in form else None
-            every, row = "every" in form, meta(target.numel(), dtype=torch.float64)
-            yield (
-                f"{shape_name} {dtype_name} {form} forward",
-                partial(
-                    kernels.row_statistics_forward,
-                    *(logits, target, weight, options),
-                    entropy=every,
-                    predicted=every,
-                    every_row=every,
-                ),
-            )
-            upstreams = (row, row, row if every else None, row if options.label_smoothing else None)
-            yield (
-                f"{shape_name} {dtype_name} {form} backward",
-                partial(kernels.row_statistics_backward, upstreams, logits, target, weight, options, row, row),
-            )
+def _soft_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
+    from fastloss import kernels
 
-        # What a shard of the classes is visited for.
-        row = meta(target.numel(), dtype=torch.float64)
-        elsewhere = ExternalLabel(row, target, 5)
-        yield f"{shape_name} {dtype_name} shard ranks", partial(kernels.label_ranks, logits, elsewhere)
-        for form, options in SHARDS.items():
-            weight = meta(shape[1], dtype=dtype) if "weight" in form else None
-            yield (
-                f"{shape_name} {dtype_name} {form} forward",
-                partial(
-                    kernels.row_statistics_forward,
-                    *(logits, target, weight, options),
-                    entropy=False,
-                    predicted=False,
-                    every_row=False,
-                    ranked=elsewhere,
-                ),
-            )
-            yield (
-                f"{shape_name} {dtype_name} {form} soft forward",
-                partial(kernels.soft_statistics_forward, logits, logits, weight, options, ranked=elsewhere),
-            )
-            upstreams = (row, row, None, row if options.label_smoothing else None)
-            yield (
-                f"{shape_name} {dtype_name} {form} soft backward",
-                partial(
-                    kernels.soft_statistics_backward,
-                    *(upstreams, logits, logits, weight, options, row, row),
-                    gradient=True,
-                    target_gradient=False,
-                ),
-            )
+    def backward(forward: Any, weight: torch.Tensor | None, options: LossOptions) -> Any:
+        saved = forward(gradient=False, target_gradient=False).saved
+        arguments = (meta(dtype=logits.dtype), logits, logits, weight, options, saved)
+        return kernels.soft_cross_entropy_backward(*arguments, gradient=True, target_gradient=False, inplace=False)
+
+    for form, options in SOFT.items():
+        weight = _weight_of(form, logits, meta)
+        arguments = (logits, logits, weight, options)
+        forward = partial(kernels.soft_cross_entropy_forward, *arguments, loss_dtype=logits.dtype, inplace=False)
+        yield f"{form} forward", partial(forward, gradient=False, target_gradient=False)
+        yield f"{form} forward+gradient", partial(forward, gradient=True, target_gradient=False)
+        yield f"{form} forward+gradients", partial(forward, gradient=True, target_gradient=True)
+        yield f"{form} backward", partial(backward, forward, weight, options)
+
+
+def _statistics_cases(
+    logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]
+) -> Iterator[Case]:
+    from fastloss import kernels
+
+    row = meta(target.numel(), dtype=torch.float64)
+    for form, options in STATISTICS.items():
+        every, arguments = "every" in form, (logits, target, _weight_of(form, logits, meta), options)
+        wanted = {"entropy": every, "predicted": every, "every_row": every}
+        yield f"{form} forward", partial(kernels.row_statistics_forward, *arguments, **wanted)
+        upstreams = (row, row, row if every else None, row if options.label_smoothing else None)
+        yield f"{form} backward", partial(kernels.row_statistics_backward, upstreams, *arguments, row, row)
+
+
+def _shard_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
+    """Yield the calls that visit a shard of the classes."""
+    from fastloss import kernels
+
+    row = meta(target.numel(), dtype=torch.float64)
+    elsewhere = ExternalLabel(row, target, 5)
+    yield "shard ranks", partial(kernels.label_ranks, logits, elsewhere)
+    for form, options in SHARDS.items():
+        weight = _weight_of(form, logits, meta)
+        wanted = {"entropy": False, "predicted": False, "every_row": False}
+        hard, soft = (logits, target, weight, options), (logits, logits, weight, options)
+        yield f"{form} forward", partial(kernels.row_statistics_forward, *hard, **wanted, ranked=elsewhere)
+        yield f"{form} soft forward", partial(kernels.soft_statistics_forward, *soft, ranked=elsewhere)
+        upstreams = (row, row, None, row if options.label_smoothing else None)
+        which = {"gradient": True, "target_gradient": False}
+        yield f"{form} soft backward", partial(kernels.soft_statistics_backward, upstreams, *soft, row, row, **which)
+
+
+def _weight_of(form: str, logits: torch.Tensor, meta: Callable[..., torch.Tensor]) -> torch.Tensor | None:
+    return meta(logits.shape[1], dtype=logits.dtype) if "weight" in form else None
 
 
 # An SGD step's forms: dtype of the parameters and of the momentum, rounding, and what else.
@@ -542,7 +497,7 @@ SGD = {
 }
 
 
-def sgd_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+def sgd_cases() -> Iterator[Case]:
     """An optimizer's launches. They are recorded from tensors that exist: their addresses are in a table."""
     from fastloss import kernels
 
@@ -569,7 +524,7 @@ def chosen(quick: bool, only: str = "") -> list[Launch]:
     """The launches that are compiled; with ``only``, those whose labels contain it."""
     launches: list[Launch] = []
 
-    def record(calls: Iterable[tuple[str, Callable[[], Any]]]) -> Iterator[Launch]:
+    def record(calls: Iterable[Case]) -> Iterator[Launch]:
         for label, call in calls:
             if only in label:
                 found: list[Launch] = []
