@@ -36,6 +36,7 @@ __all__ = [
     "SoftRowStatistics",
     "check_gradients",
     "compute_dtype",
+    "materialized",
     "may_keep_memory",
 ]
 
@@ -380,3 +381,14 @@ def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
                 f"fastloss.SGD: a parameter of shape {tuple(param.shape)} has a gradient of shape "
                 f"{tuple(grad.shape)}; expected its own shape"
             )
+
+
+def materialized(grads: list[Tensor]) -> list[Tensor]:
+    """Return the gradients with lazy ones replaced by tensors that hold their values; if there are none, ``grads``.
+
+    Lazy are tensors that are negated when they are read, as autograd makes them of complex conjugates, and zeros that
+    have no memory. Kernels, and torch's fused operators, read memory as it is.
+    """
+    if not any(map(Tensor.is_neg, grads)) and not any(map(Tensor._is_zerotensor, grads)):
+        return grads
+    return [grad.clone() if grad._is_zerotensor() else grad.resolve_neg() for grad in grads]

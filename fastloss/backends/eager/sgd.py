@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..contract import Addresses, SGDBatch, SGDControls, SGDRule, check_gradients, compute_dtype
+from ..contract import Addresses, SGDBatch, SGDControls, SGDRule, check_gradients, compute_dtype, materialized
 from .rounding import compensated, round_stochastically, true_master, without_infinities
 from .workers import for_each
 
@@ -438,19 +438,12 @@ def _advance(
     try:
         step(grads=grads)
     except RuntimeError:  # before it does anything, about a gradient that is negated when it is read
-        resolved = _resolved(grads)
+        resolved = materialized(grads)
         if resolved is grads:
             raise
         step(grads=resolved)
     if buffers is not momentum:
         torch._foreach_copy_(momentum, buffers)
-
-
-def _resolved(grads: list[Tensor]) -> list[Tensor]:
-    """Without what torch's fused operators don't take: negated when it is read, or zeros without memory."""
-    if not any(map(Tensor.is_neg, grads)) and not any(map(Tensor._is_zerotensor, grads)):
-        return grads
-    return [grad.clone() if grad._is_zerotensor() else grad.resolve_neg() for grad in grads]
 
 
 def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
@@ -470,7 +463,7 @@ def _listed(tensor: Tensor | None) -> list[Tensor]:
 
 def _unscale(grads: list[Tensor], grad_scale: Tensor) -> None:
     of_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    plain = _resolved(grads)
+    plain = materialized(grads)
     for grad in plain:
         of_dtype[grad.dtype].append(grad)
     inverse = grad_scale.double().reciprocal().float()
