@@ -40,7 +40,7 @@ from .tile_helpers import (
 )
 from .tiles import ALL_REGISTERS, in_blocks, plan
 
-__all__ = ["row_statistics_backward", "row_statistics_forward"]
+__all__ = ["Ranked", "load_label", "row_statistics_backward", "row_statistics_forward"]
 
 _NO_CLASS = tl.constexpr(0x7FFFFFFF)
 
@@ -72,7 +72,7 @@ def row_statistics_forward(
     row_entropy, weighted_sum = rowwise(entropy), rowwise(options.label_smoothing != 0)
     row_predicted, rank = rowwise(predicted, torch.int64), rowwise(ranked is not None, torch.int64)
     out = _Statistics(lse, label_logit, row_entropy, weighted_sum, row_predicted, rank)
-    label = _Ranked(None, None) if ranked is None else _Ranked(*ranked[:2])
+    label = Ranked(None, None) if ranked is None else Ranked(*ranked[:2])
     most_k = () if tiles.looped else (0 if ranked is None else ranked.most_k,)
     with on_device(logits):
         launch(
@@ -142,7 +142,7 @@ class _Statistics(NamedTuple):
     rank: Any  # int64; or None
 
 
-class _Ranked(NamedTuple):
+class Ranked(NamedTuple):
     """The pointers to the label whose rank is wanted, or None: (rows,) each."""
 
     logit: Any  # float64
@@ -217,7 +217,7 @@ def _store_row(
 
 
 @triton.jit
-def _load_label(ranked: _Ranked, row, in_range, T: tl.constexpr):
+def load_label(ranked: Ranked, row, in_range, T: tl.constexpr):
     """Return the logit and the position of the label whose rank is wanted."""
     x_label = tl.load(ranked.logit + row, mask=in_range, other=0.0).to(T.ACC)
     return x_label, tl.load(ranked.position + row, mask=in_range, other=0)
@@ -229,7 +229,7 @@ def _statistics_tile(
     target_ptr,  # (rows,)
     weight_ptr,  # (classes,) or None
     out: _Statistics,
-    ranked: _Ranked,
+    ranked: Ranked,
     most_k,
     rows,
     classes,
@@ -252,7 +252,7 @@ def _statistics_tile(
     x = tl.load(places, mask=read[:, None] & col_mask[None, :], other=-float("inf")).to(T.ACC)
     near = _store_label_logit(out, logits, base, label, row, counted, in_range, cap, T, F)
     if out.rank is not None:
-        x_label, position = _load_label(ranked, row, in_range, T)
+        x_label, position = load_label(ranked, row, in_range, T)
         rank = rank_in_tile(x, x_label, cols, position, read & in_range, most_k)
         tl.store(out.rank + row, rank.to(tl.int64), mask=in_range)
 
@@ -362,7 +362,7 @@ def _statistics_loop(
     target_ptr,  # (rows,)
     weight_ptr,  # (classes,) or None
     out: _Statistics,
-    ranked: _Ranked,
+    ranked: Ranked,
     rows,
     classes,
     inner,
@@ -389,7 +389,7 @@ def _statistics_loop(
     rank_group, x_label, position = first_group, near, label
     if out.rank is not None:
         rank_group = tl.zeros([T.ROWS, T.COLS // T.GROUP], tl.int32)
-        x_label, position = _load_label(ranked, row, in_range, T)
+        x_label, position = load_label(ranked, row, in_range, T)
     state = _Online(m_group, s_group, s_group, s_group, first_group, m_group, rank_group)
     full = classes // T.COLS * T.COLS
     if tl.max(read.to(tl.int32), axis=0) > 0:
