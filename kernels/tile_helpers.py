@@ -17,38 +17,6 @@ LOG_OF_0 = tl.constexpr(-2e3)
 
 
 @triton.jit
-def tile_count(rows, inner, ROWS: tl.constexpr, BY_INNER: tl.constexpr):
-    """How many tiles of rows there are."""
-    return rows // inner * tl.cdiv(inner, ROWS) if BY_INNER else tl.cdiv(rows, ROWS)
-
-
-@triton.jit
-def tile_rows(tile, rows, inner, ROWS: tl.constexpr, BY_INNER: tl.constexpr):
-    """The rows of a tile, which of them exist, and where they are: outer and inner index.
-
-    ``BY_INNER``: neighbouring rows are neighbours in memory, and a tile stays within one outer index, so that the
-    compiler sees it.
-    """
-    if BY_INNER:
-        tiles = tl.cdiv(inner, ROWS)
-        outer = tile // tiles
-        within = tile % tiles * ROWS + tl.arange(0, ROWS)
-        row, in_range = outer * inner + within, within < inner
-    else:
-        row = tile * ROWS + tl.arange(0, ROWS)
-        outer, within, in_range = row // inner, row % inner, row < rows
-    return row, in_range, outer, within
-
-
-@triton.jit
-def row_offsets(outer, within, stride_outer, stride_inner, VEC: tl.constexpr):
-    """Where each row begins, int64: N·V passes 2³¹ in ordinary training."""
-    offset = outer.to(tl.int64) * stride_outer + within.to(tl.int64) * stride_inner
-    # Written as a product, so that the compiler knows its alignment wherever it is used.
-    return offset // VEC * VEC if VEC > 1 else offset
-
-
-@triton.jit
 def rows_to_read(counted, in_range, BY_INNER: tl.constexpr):
     """Return a mask of the rows to read: ignored rows are not read, unless their neighbours share their accesses."""
     return in_range if BY_INNER else counted
@@ -60,14 +28,6 @@ def class_offsets(cols, stride_class, VEC: tl.constexpr):
     if VEC > 1:  # then the stride is 1
         return cols.to(tl.int64)
     return cols.to(tl.int64) * stride_class
-
-
-@triton.jit
-def inside(cols, classes, VEC: tl.constexpr):
-    """Which columns are classes; alike for each aligned group of ``VEC``, so that masked accesses stay wide."""
-    if VEC > 1:
-        return (cols // VEC) < (classes // VEC)
-    return cols < classes
 
 
 @triton.jit

@@ -67,11 +67,6 @@ class Tiles(NamedTuple):
         shape = (self.rows, self.cols, self.by_inner, self.vec)
         return compiled_in(Tile(*shape, arithmetic(dtype), STAGES=self.stages, **more))
 
-    def constants(self) -> dict[str, object]:
-        """Return what :meth:`options` does, and the tile's constants one by one."""
-        tile = {"VEC": self.vec, "ROWS": self.rows, "COLS": self.cols, "BY_INNER": self.by_inner}
-        return {**tile, **self.options()}
-
     def options(self) -> dict[str, object]:
         """Return the compiler's options for a kernel.
 
