@@ -97,14 +97,13 @@ def cross_entropy_forward(
     )
     prepared, weigh = _forward.get(key, lambda: _prepare(logits, weight, result, weighed, options))
 
-    def rowwise(wanted: bool, dtype: torch.dtype) -> Tensor | None:
-        return torch.empty(rows, dtype=dtype, device=device) if wanted else None
-
     loss = torch.empty(rows if none else (), dtype=loss_dtype, device=device)
     right = torch.empty((k, rows) if none else (k,), dtype=torch.float32, device=device)
     scale = torch.empty((), dtype=torch.float64, device=device) if mean else None
-    # The backward pass is wanted later only where the gradient is not written now; then m and the sum are kept.
-    row_max, row_sum = (rowwise(not gradient, compute_dtype(logits.dtype)) for _ in range(2))
+    row_max = row_sum = None
+    if not gradient:  # the backward pass will need m and the sum
+        row_max = torch.empty(rows, dtype=compute_dtype(logits.dtype), device=device)
+        row_sum = torch.empty_like(row_max)
     with on_device(logits):
         partial = Partial(*((None, None, None) if none else scratch(device, prepared.programs, prepared.counts)))
         if weigh is not None:

@@ -289,8 +289,8 @@ class _Online(NamedTuple):
     s: Any  # Σ exp(z − m)
     u: Any  # Σ exp(z − m) (z − m)
     wz: Any  # Σ_c w_c (z_c − near)
-    first: Any  # the first class of the group's greatest logit
-    best: Any  # that logit
+    best: Any  # the group's greatest logit
+    first: Any  # its first class
     rank: Any  # how many classes stand before the label that is ranked
 
 
@@ -313,7 +313,7 @@ def _visit(
     F: tl.constexpr,
 ):
     """Return the state with one more block of a looped row."""
-    m_group, s_group, u_group, wz_group, first_group, best_group, rank_group = state
+    m_group, s_group, u_group, wz_group, best_group, first_group, rank_group = state
     cols = start + tl.arange(0, T.COLS)
     mask = read[:, None]
     if MASKED:
@@ -353,7 +353,7 @@ def _visit(
     if out.entropy is not None:
         u_group = (u_group + s_group * fall) * factor + tl.sum(e * tl.maximum(below, LOG_OF_0), axis=2)
     s_group = s_group * factor + tl.sum(e, axis=2)
-    return _Online(m_new, s_group, u_group, wz_group, first_group, best_group, rank_group)
+    return _Online(m_new, s_group, u_group, wz_group, best_group, first_group, rank_group)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
@@ -390,7 +390,7 @@ def _statistics_loop(
     if out.rank is not None:
         rank_group = tl.zeros([T.ROWS, T.COLS // T.GROUP], tl.int32)
         x_label, position = load_label(ranked, row, in_range, T)
-    state = _Online(m_group, s_group, s_group, s_group, first_group, m_group, rank_group)
+    state = _Online(m_group, s_group, s_group, s_group, m_group, first_group, rank_group)
     full = classes // T.COLS * T.COLS
     if tl.max(read.to(tl.int32), axis=0) > 0:
         for start in tl.range(0, full, T.COLS):
