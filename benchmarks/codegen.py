@@ -3,7 +3,7 @@
 Every launch that the package would make for a list of shapes, dtypes and options is recorded on meta tensors and
 compiled for each target. The shapes are those that are measured, and, unless ``--quick`` is given, as many of a sweep
 over all sizes as bring a tile of a kernel (classes, warps, registers, stages) that none before them brought: so there
-is every one that the selection in ``kernels/launch.py`` can choose. For NVIDIA targets ptxas reports registers and
+is every one that the selection in ``kernels/tiles.py`` can choose. For NVIDIA targets ptxas reports registers and
 spilled bytes, and the disassembly shows how wide the accesses to device memory are, and what a round of each hot loop
 (see ``sass.py``) costs: instructions and special-function operations an element, and the share of an H100's issue
 slots that they take if its accesses go at the full bandwidth of its memory. No GPU is needed, and none is asked.
@@ -63,6 +63,16 @@ class Launch:
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     label: str
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The options, with the members of the constants that are given together."""
+        constants = dict(self.options)
+        for group in self.options.values():
+            if isinstance(group, tuple):
+                names = group._fields  # type: ignore[attr-defined]
+                constants |= {name: value.value for name, value in zip(names, group, strict=True)}
+        return constants
 
 
 @dataclass
@@ -201,7 +211,7 @@ def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
         result.by_block, result.elements = _goes_block_by_block(launch), _elements(launch)
         result.loops = hot_loops(sass) if result.by_block else tile_loops(sass)
         shard = "soft_statistics" in launch.kernel.__name__
-        by_line = bool((launch.options.get("BY_INNER") or shard) and launch.options.get("HAS_WEIGHT"))
+        by_line = bool((launch.constants.get("BY_INNER") or shard) and launch.constants.get("HAS_WEIGHT"))
         result.may_be_narrow = by_line or "@" in launch.label.split()[0]
         if _is_aligned(launch):
             result.missing = max(0, result.elements * _itemsize(launch) - 16 * wide_loads(sass))
@@ -268,17 +278,17 @@ def _arithmetic(ptx: str) -> Iterator[tuple[str, ...]]:
 
 
 def _goes_block_by_block(launch: Launch) -> bool:
-    """Has the kernel a loop over the blocks of a row or chunk? In the others the hot loop goes from row to row."""
-    options = launch.options
-    return bool(options["LOOPED"]) if "LOOPED" in options else "COLS" not in options or "GROUP" in options
+    """Return whether the hot loop goes over the blocks of a row or chunk; else it goes from row to row."""
+    constants = launch.constants
+    return "COLS" not in constants or bool(constants.get("LOOPED")) or constants.get("GROUP", 1) > 1
 
 
 def _elements(launch: Launch) -> int:
-    """How many elements a thread takes of a tile or a block."""
-    options = launch.options
-    block = options.get("BLOCK") or _sgd_block()
-    tile = options.get("ROWS", 1) * options["COLS"] if "COLS" in options else block
-    return int(tile) // (32 * options["num_warps"])
+    """Return how many elements a thread takes of a tile or a block."""
+    constants = launch.constants
+    block = constants.get("BLOCK") or _sgd_block()
+    tile = constants.get("ROWS", 1) * constants["COLS"] if "COLS" in constants else block
+    return int(tile) // (32 * constants["num_warps"])
 
 
 def _itemsize(launch: Launch) -> int:
@@ -291,11 +301,11 @@ def _is_aligned(launch: Launch) -> bool:
     shape, widest = launch.label.split()[0], 16 // _itemsize(launch)
     if launch.kernel.__name__ == "_weigh_kernel" or _elements(launch) < widest or "@" in shape:
         return False
-    if launch.options.get("BY_INNER"):
+    if launch.constants.get("BY_INNER"):
         return int(shape.split("x")[2]) % widest == 0
     if launch.kernel.__name__ == "_rescale_kernel":  # which has rows one after the other
         return math.prod(map(int, shape.split("x"))) % 16 == 0
-    return bool(launch.options.get("VEC", widest) == widest)
+    return bool(launch.constants.get("VEC", widest) == widest)
 
 
 def _sgd_block() -> int:
@@ -352,161 +362,116 @@ def sweep() -> Iterator[tuple[int, int]]:
             yield from ((rows, classes) for rows in (1, 64, (1 << 28) // classes))
 
 
+Case = tuple[str, Callable[[], Any]]  # a label, and a call
+
+
 def cases(
     shapes: Sequence[tuple[int, ...]], dtypes: Iterable[str] = tuple(DTYPES), offset: int = 0
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The calls whose launches are compiled: every kernel of the loss and the accuracy in every form.
+) -> Iterator[Case]:
+    """Yield the calls whose launches are compiled: every kernel of the loss and the accuracy in every form.
 
     Args:
         shapes: of the logits, ``(N, C)`` or ``(N, C, d1)``.
-        dtypes: theirs.
+        dtypes: of the logits.
         offset: elements by which they begin after a multiple of 128 bits.
     """
-    from fastloss import kernels
 
     def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(math.prod(shape) + offset, dtype=dtype, device="meta")[offset:].view(shape)
 
     places = f"@{offset}" if offset else ""
-    views = [("x".join(map(str, shape)) + places, (*shape, 1)[:3]) for shape in shapes]
-    for (shape_name, shape), (dtype_name, dtype) in itertools.product(
-        views, [(name, DTYPES[name]) for name in dtypes]
-    ):
-        logits, target = meta(*shape, dtype=dtype), meta(shape[0] * shape[2], dtype=torch.int64)
-        for options_name, options in OPTIONS.items():
-            weight = meta(shape[1], dtype=dtype) if "weight" in options_name else None
-            label = f"{shape_name} {dtype_name} {options_name}"
+    for shape, dtype in itertools.product(shapes, dtypes):
+        outer, classes, inner = (*shape, 1)[:3]
+        logits = meta(outer, classes, inner, dtype=DTYPES[dtype])
+        target = meta(outer * inner, dtype=torch.int64)
+        for family in (_hard_cases, _soft_cases, _statistics_cases, _shard_cases):
+            for form, call in family(logits, target, meta):
+                yield f"{'x'.join(map(str, shape))}{places} {dtype} {form}", call
 
-            def forward(
-                gradient: bool,
-                logits: torch.Tensor = logits,
-                target: torch.Tensor = target,
-                weight: torch.Tensor | None = weight,
-                options: LossOptions = options,
-            ) -> Any:
-                return kernels.cross_entropy_forward(
-                    logits, target, weight, options, loss_dtype=logits.dtype, gradient=gradient, inplace=False
-                )
 
-            def backward(
-                forward: Any = forward,
-                logits: torch.Tensor = logits,
-                target: torch.Tensor = target,
-                weight: torch.Tensor | None = weight,
-                options: LossOptions = options,
-            ) -> Any:
-                saved = forward(False).saved
-                one = meta(*target.shape if options.reduction == "none" else (), dtype=logits.dtype)
-                return kernels.cross_entropy_backward(one, logits, target, weight, options, saved, inplace=False)
+def _hard_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
+    from fastloss import kernels
 
-            yield f"{label} forward", partial(forward, False)
-            if options.reduction != "none":  # whose gradient waits for the upstream one
-                yield f"{label} forward+gradient", partial(forward, True)
-            yield f"{label} backward", backward
-        yield (
-            f"{shape_name} {dtype_name} chunk of a larger batch",
-            partial(
-                kernels.cross_entropy_forward,
-                *(logits, target, None, LossOptions(reduction="sum", topk=(1,))),
-                loss_dtype=torch.float32,
-                gradient=True,
-                inplace=True,
-                divisor=meta(dtype=torch.float64),
-            ),
-        )
-        yield f"{shape_name} {dtype_name} rescale", partial(kernels.rescale, logits, meta(dtype=dtype), inplace=True)
-        yield (
-            f"{shape_name} {dtype_name} accuracy alone",
-            partial(kernels.accuracy, logits, target, (1, 5), -100, "mean"),
-        )
-        for form, options in SOFT.items():
-            weight = meta(shape[1], dtype=dtype) if "weight" in form else None
+    def backward(forward: Any, weight: torch.Tensor | None, options: LossOptions) -> Any:
+        saved = forward(gradient=False).saved
+        one = meta(*target.shape if options.reduction == "none" else (), dtype=logits.dtype)
+        return kernels.cross_entropy_backward(one, logits, target, weight, options, saved, inplace=False)
 
-            def soft_forward(
-                gradient: bool,
-                target_gradient: bool,
-                logits: torch.Tensor = logits,
-                weight: torch.Tensor | None = weight,
-                options: LossOptions = options,
-            ) -> Any:
-                return kernels.soft_cross_entropy_forward(
-                    *(logits, logits, weight, options),
-                    loss_dtype=logits.dtype,
-                    gradient=gradient,
-                    target_gradient=target_gradient,
-                    inplace=False,
-                )
+    for form, options in OPTIONS.items():
+        weight = _weight_of(form, logits, meta)
+        arguments = (logits, target, weight, options)
+        forward = partial(kernels.cross_entropy_forward, *arguments, loss_dtype=logits.dtype, inplace=False)
+        yield f"{form} forward", partial(forward, gradient=False)
+        if options.reduction != "none":  # whose gradient waits for the upstream one
+            yield f"{form} forward+gradient", partial(forward, gradient=True)
+        yield f"{form} backward", partial(backward, forward, weight, options)
+    yield (
+        "chunk of a larger batch",
+        partial(
+            kernels.cross_entropy_forward,
+            *(logits, target, None, LossOptions(reduction="sum", topk=(1,))),
+            loss_dtype=torch.float32,
+            gradient=True,
+            inplace=True,
+            divisor=meta(dtype=torch.float64),
+        ),
+    )
+    yield "rescale", partial(kernels.rescale, logits, meta(dtype=logits.dtype), inplace=True)
+    yield "accuracy alone", partial(kernels.accuracy, logits, target, (1, 5), -100, "mean")
 
-            def soft_backward(
-                forward: Any = soft_forward,
-                logits: torch.Tensor = logits,
-                weight: torch.Tensor | None = weight,
-                options: LossOptions = options,
-            ) -> Any:
-                saved = forward(False, False).saved
-                one = meta(dtype=logits.dtype)
-                return kernels.soft_cross_entropy_backward(
-                    *(one, logits, logits, weight, options, saved),
-                    gradient=True,
-                    target_gradient=False,
-                    inplace=False,
-                )
 
-            label = f"{shape_name} {dtype_name} {form}"
-            yield f"{label} forward", partial(soft_forward, False, False)
-            yield f"{label} forward+gradient", partial(soft_forward, True, False)
-            yield f"{label} forward+gradients", partial(soft_forward, True, True)
-            yield f"{label} backward", soft_backward
-        for form, options in STATISTICS.items():
-            weight = meta(shape[1], dtype=dtype) if "weight" in form else None
-            every, row = "every" in form, meta(target.numel(), dtype=torch.float64)
-            yield (
-                f"{shape_name} {dtype_name} {form} forward",
-                partial(
-                    kernels.row_statistics_forward,
-                    *(logits, target, weight, options),
-                    entropy=every,
-                    predicted=every,
-                    every_row=every,
-                ),
-            )
-            upstreams = (row, row, row if every else None, row if options.label_smoothing else None)
-            yield (
-                f"{shape_name} {dtype_name} {form} backward",
-                partial(kernels.row_statistics_backward, upstreams, logits, target, weight, options, row, row),
-            )
+def _soft_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
+    from fastloss import kernels
 
-        # What a shard of the classes is visited for.
-        row = meta(target.numel(), dtype=torch.float64)
-        elsewhere = ExternalLabel(row, target, 5)
-        yield f"{shape_name} {dtype_name} shard ranks", partial(kernels.label_ranks, logits, elsewhere)
-        for form, options in SHARDS.items():
-            weight = meta(shape[1], dtype=dtype) if "weight" in form else None
-            yield (
-                f"{shape_name} {dtype_name} {form} forward",
-                partial(
-                    kernels.row_statistics_forward,
-                    *(logits, target, weight, options),
-                    entropy=False,
-                    predicted=False,
-                    every_row=False,
-                    ranked=elsewhere,
-                ),
-            )
-            yield (
-                f"{shape_name} {dtype_name} {form} soft forward",
-                partial(kernels.soft_statistics_forward, logits, logits, weight, options, ranked=elsewhere),
-            )
-            upstreams = (row, row, None, row if options.label_smoothing else None)
-            yield (
-                f"{shape_name} {dtype_name} {form} soft backward",
-                partial(
-                    kernels.soft_statistics_backward,
-                    *(upstreams, logits, logits, weight, options, row, row),
-                    gradient=True,
-                    target_gradient=False,
-                ),
-            )
+    def backward(forward: Any, weight: torch.Tensor | None, options: LossOptions) -> Any:
+        saved = forward(gradient=False, target_gradient=False).saved
+        arguments = (meta(dtype=logits.dtype), logits, logits, weight, options, saved)
+        return kernels.soft_cross_entropy_backward(*arguments, gradient=True, target_gradient=False, inplace=False)
+
+    for form, options in SOFT.items():
+        weight = _weight_of(form, logits, meta)
+        arguments = (logits, logits, weight, options)
+        forward = partial(kernels.soft_cross_entropy_forward, *arguments, loss_dtype=logits.dtype, inplace=False)
+        yield f"{form} forward", partial(forward, gradient=False, target_gradient=False)
+        yield f"{form} forward+gradient", partial(forward, gradient=True, target_gradient=False)
+        yield f"{form} forward+gradients", partial(forward, gradient=True, target_gradient=True)
+        yield f"{form} backward", partial(backward, forward, weight, options)
+
+
+def _statistics_cases(
+    logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]
+) -> Iterator[Case]:
+    from fastloss import kernels
+
+    row = meta(target.numel(), dtype=torch.float64)
+    for form, options in STATISTICS.items():
+        every, arguments = "every" in form, (logits, target, _weight_of(form, logits, meta), options)
+        wanted = {"entropy": every, "predicted": every, "every_row": every}
+        yield f"{form} forward", partial(kernels.row_statistics_forward, *arguments, **wanted)
+        upstreams = (row, row, row if every else None, row if options.label_smoothing else None)
+        yield f"{form} backward", partial(kernels.row_statistics_backward, upstreams, *arguments, row, row)
+
+
+def _shard_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
+    """Yield the calls that visit a shard of the classes."""
+    from fastloss import kernels
+
+    row = meta(target.numel(), dtype=torch.float64)
+    elsewhere = ExternalLabel(row, target, 5)
+    yield "shard ranks", partial(kernels.label_ranks, logits, elsewhere)
+    for form, options in SHARDS.items():
+        weight = _weight_of(form, logits, meta)
+        wanted = {"entropy": False, "predicted": False, "every_row": False}
+        hard, soft = (logits, target, weight, options), (logits, logits, weight, options)
+        yield f"{form} forward", partial(kernels.row_statistics_forward, *hard, **wanted, ranked=elsewhere)
+        yield f"{form} soft forward", partial(kernels.soft_statistics_forward, *soft, ranked=elsewhere)
+        upstreams = (row, row, None, row if options.label_smoothing else None)
+        which = {"gradient": True, "target_gradient": False}
+        yield f"{form} soft backward", partial(kernels.soft_statistics_backward, upstreams, *soft, row, row, **which)
+
+
+def _weight_of(form: str, logits: torch.Tensor, meta: Callable[..., torch.Tensor]) -> torch.Tensor | None:
+    return meta(logits.shape[1], dtype=logits.dtype) if "weight" in form else None
 
 
 # An SGD step's forms: dtype of the parameters and of the momentum, rounding, and what else.
@@ -532,7 +497,7 @@ SGD = {
 }
 
 
-def sgd_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+def sgd_cases() -> Iterator[Case]:
     """An optimizer's launches. They are recorded from tensors that exist: their addresses are in a table."""
     from fastloss import kernels
 
@@ -559,7 +524,7 @@ def chosen(quick: bool, only: str = "") -> list[Launch]:
     """The launches that are compiled; with ``only``, those whose labels contain it."""
     launches: list[Launch] = []
 
-    def record(calls: Iterable[tuple[str, Callable[[], Any]]]) -> Iterator[Launch]:
+    def record(calls: Iterable[Case]) -> Iterator[Launch]:
         for label, call in calls:
             if only in label:
                 found: list[Launch] = []
@@ -583,7 +548,8 @@ def form_and_tile(launch: Launch) -> tuple[object, ...]:
     """The kernel, the dtype, what was asked of it, and what the selection chose for the shape."""
     _, dtype, form = launch.label.split(maxsplit=2)
     names = ("VEC", "COLS", "BLOCK", "BY_INNER", "LOOPED", "STAGES", "SPLIT", "num_warps", "maxnreg")
-    tile = tuple(str(launch.options.get(name)) for name in names)
+    constants = launch.constants
+    tile = tuple(str(constants.get(name)) for name in names)
     return launch.kernel.__name__, dtype, form, *tile
 
 
@@ -592,7 +558,7 @@ def distinct(launches: Iterable[Launch], targets: Sequence[str]) -> list[tuple[L
     found, seen = [], set()
     for launch, target in itertools.product(launches, targets):
         constants = tuple(sorted((name, str(value)) for name, value in launch.options.items()))
-        key = launch.kernel.__name__, target, constants, launch.label.split()[1], *map(str, _specialized(launch))
+        key = launch.kernel.__name__, target, constants, launch.label.split()[1], str(_specialized(launch.arguments))
         if key not in seen or launch.label in BUDGETS:
             found.append((launch, target))
         seen.add(key)
@@ -681,10 +647,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def pretend_to_be_an_h100() -> None:
     """Grids are planned for it from now on."""
-    import fastloss.kernels.launch as launch_module
+    from fastloss.kernels import tiles
 
-    launch_module._processors = lambda device: PROCESSORS  # type: ignore[assignment]
-    launch_module._l2_bytes = lambda device: L2_BYTES  # type: ignore[assignment]
+    tiles._processors = lambda device: PROCESSORS  # type: ignore[assignment]
+    tiles._l2_bytes = lambda device: L2_BYTES  # type: ignore[assignment]
 
 
 def _line(r: Compiled) -> str:
@@ -701,17 +667,15 @@ def _line(r: Compiled) -> str:
     return f"{r.kernel:19} {r.target:7} {' '.join(cells)}  {widths};{faults} {r.label}"
 
 
-def _specialized(launch: Launch) -> Iterator[Any]:
-    """Which pointers are absent, or multiples of 16, and which integers are 1 or that: what Triton specializes on."""
-    for argument in launch.arguments:
-        if isinstance(argument, tuple):
-            yield tuple(part.data_ptr() % 16 == 0 if isinstance(part, torch.Tensor) else None for part in argument)
-        elif isinstance(argument, int):
-            yield (argument == 1, argument % 16 == 0, argument >= 1 << 31)
-        elif isinstance(argument, torch.Tensor):
-            yield (str(argument.dtype), argument.data_ptr() % 16 == 0)
-        else:
-            yield (argument is None,)
+def _specialized(argument: Any) -> Any:
+    """Return what Triton specializes on: pointers that are None or multiples of 16, integers that are 1 or that."""
+    if isinstance(argument, tuple):
+        return tuple(map(_specialized, argument))
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument >= 1 << 31
+    if isinstance(argument, torch.Tensor):
+        return str(argument.dtype), argument.data_ptr() % 16 == 0
+    return argument is None
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def pretend(started: Started = lambda *_: None) -> None:
     os.environ["FASTLOSS_BACKEND"] = "triton"
     choice.load("triton")
     launch: Any = sys.modules["fastloss.kernels.launch"]
-    launch._processors, launch._l2_bytes = lambda device: _PROCESSORS, lambda device: _L2_BYTES
+    tiles: Any = sys.modules["fastloss.kernels.tiles"]
+    tiles._processors, tiles._l2_bytes = lambda device: _PROCESSORS, lambda device: _L2_BYTES
     launch._lasting_stream = lambda device: 0
     choice._obstacle_to_triton = lambda device: None
     driver.set_active(_Driver(started))  # type: ignore[arg-type]

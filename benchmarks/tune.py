@@ -1,6 +1,6 @@
 """Which tiles are fastest on this GPU: ``python -m benchmarks.tune``.
 
-``kernels/launch.py`` chooses tiles by arithmetic, never by trial. This is where its numbers are looked for: each form
+``kernels/tiles.py`` chooses tiles by arithmetic, never by trial. This is where its numbers are looked for: each form
 of the loss kernels is run with many tile shapes, warps, stages and programs a processor, and the table gives each
 one's bandwidth beside the one that is chosen today and beside a copy. Compilation, most of the work, is shared out to
 processes of their own, which fill Triton's cache.
@@ -95,10 +95,10 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
     """A call with tiles as chosen; None: as the package chooses."""
     module = _loss_kernels()
     gradient, options = FORMS[form]
-    launch = sys.modules["fastloss.kernels.launch"]
+    launch, tables = sys.modules["fastloss.kernels.launch"], sys.modules["fastloss.kernels.tiles"]
 
     def chosen(x: Tensor, result: Tensor | None = None, **how: bool) -> Any:
-        tiles = launch.plan(x, result, **how)
+        tiles = tables.plan(x, result, **how)
         if choice is None:
             return tiles
         kind, *sizes = choice
@@ -113,15 +113,15 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
 
     def call() -> Any:
         launch.forget()
-        module.plan, added_at_once = chosen, launch.Tiles.added_at_once
+        module.plan, added_at_once = chosen, tables.Tiles.added_at_once
         # Alike for any grid: else each would be compiled anew.
-        launch.Tiles.added_at_once = property(lambda tiles: 128 * tiles.warps)
+        tables.Tiles.added_at_once = property(lambda tiles: 128 * tiles.warps)
         try:
             return module.cross_entropy_forward(
                 logits[:, :, None], target, None, options, loss_dtype=logits.dtype, gradient=gradient, inplace=False
             )
         finally:
-            module.plan, launch.Tiles.added_at_once = launch.plan, added_at_once
+            module.plan, tables.Tiles.added_at_once = tables.plan, added_at_once
             launch.forget()
 
     return call

@@ -1,6 +1,7 @@
 """The Triton kernels and the functions that launch them: what ``fastloss.backends.eager`` offers, for GPU tensors.
 
-One file an op; ``rows`` holds what all of them say of a row, ``launch`` what all of them need to be started.
+One file an op. ``arguments`` has the tuples that kernels take, ``tile_helpers`` the parts that they share, ``tiles``
+the choice of tiles and grids, ``launch`` the start of a kernel.
 """
 
 from .accuracy import accuracy, label_ranks

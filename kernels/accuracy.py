@@ -8,8 +8,6 @@ registers, or block by block.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -17,23 +15,20 @@ from torch import Tensor
 
 from fastloss.backends.contract import ExternalLabel
 
-from .launch import ALL_REGISTERS, Launch, Memory, alike, arithmetic, begin, on_device, plan, power_of_2, scratch
+from .arguments import Form, Strided, compiled_in, inside, pointers, row_offsets, strided, tile_count, tile_rows
+from .launch import Launch, Memory, Prepared, alike, launch, on_device, scratch
 from .tile_helpers import (
     add_up_counts,
     before_label,
-    class_offsets,
-    inside,
     ks_of,
     labels,
     last_to_end,
     nans_before,
     rank_in_tile,
-    row_offsets,
     rows_to_read,
     store_ranks,
-    tile_count,
-    tile_rows,
 )
+from .tiles import ALL_REGISTERS, Tiles, plan, power_of_2
 
 __all__ = ["accuracy", "label_ranks"]
 
@@ -44,148 +39,117 @@ def accuracy(
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
     rows, none = logits.shape[0] * logits.shape[2], reduction == "none"
     key = (logits.shape, logits.stride(), logits.device, topk, ignore_index, reduction, alike(logits), alike(target))
-    form = _forms.get(key, lambda: _form(logits, topk, ignore_index, reduction))
+    prepared = _prepared.get(key, lambda: _prepare(logits, topk, ignore_index, reduction))
     right = torch.empty((len(topk), rows) if none else (len(topk),), dtype=torch.float32, device=logits.device)
     with on_device(logits):
-        _, counts, arrived = (None, None, None) if none else scratch(logits.device, form.programs, form.counts)
-        form.launch(logits, target, right, counts, arrived, *form.numbers)
+        _, counts, arrived = (
+            (None, None, None) if none else scratch(logits.device, prepared.programs, prepared.counts)
+        )
+        prepared(strided(logits), target, right, counts, arrived)
     return right.unbind(0)
 
 
-class _Form(NamedTuple):
-    """What the accuracies of such logits need, but for the tensors."""
-
-    launch: Launch
-    numbers: tuple[object, ...]  # its arguments past the tensors
-    programs: int
-    counts: int  # that each of them leaves
+_prepared: Memory[Prepared] = Memory()
 
 
-_forms: Memory[_Form] = Memory()
-
-
-def _form(logits: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str) -> _Form:
+def _prepare(logits: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str) -> Prepared:
     outer, classes, inner = logits.shape
-    tiles, k_pad = plan(logits), power_of_2(len(topk))
-    tiles = tiles._replace(registers=ALL_REGISTERS if tiles.by_inner else tiles.registers)
+    tiles, k_pad = _plan(logits), power_of_2(len(topk))
     constants = {
-        "REDUCTION": reduction,
-        "K": len(topk),
-        "K_PAD": k_pad,
-        "G_PAD": tiles.added_at_once,
-        "LOOPED": tiles.looped,
-        "GROUP": tiles.group,
-        "ACC": arithmetic(logits.dtype),
-        **tiles.constants(),
+        "T": tiles.tile(logits.dtype, G_PAD=tiles.added_at_once),
+        "F": compiled_in(Form(REDUCTION=reduction, K=len(topk), K_PAD=k_pad)),
+        **tiles.options(),
     }
-    numbers = (outer * inner, classes, inner, *logits.stride(), ignore_index, topk)
-    return _Form(Launch(_rank_kernel, (tiles.grid,), constants), numbers, tiles.grid, 1 + k_pad)
+    numbers = (outer * inner, classes, inner, ignore_index, topk)
+    return Prepared(Launch(_rank_kernel, (tiles.grid,), constants), numbers, tiles.grid, 1 + k_pad)
+
+
+def _plan(logits: Tensor) -> Tiles:
+    tiles = plan(logits)
+    return tiles._replace(registers=ALL_REGISTERS) if tiles.by_inner else tiles
 
 
 def label_ranks(logits: Tensor, label: ExternalLabel) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
     outer, classes, inner = logits.shape
     rank = torch.empty(outer * inner, dtype=torch.int64, device=logits.device)
-    tiles = plan(logits)
-    tiles = tiles._replace(registers=ALL_REGISTERS if tiles.by_inner else tiles.registers)
+    tiles = _plan(logits)
     with on_device(logits):
-        begin(
+        launch(
             _label_rank_kernel,
             (tiles.number,),
-            (*(logits, *label[:2], rank, outer * inner, classes, inner), *logits.stride(), label.most_k),
-            {
-                "LOOPED": tiles.looped,
-                "GROUP": tiles.group,
-                "ACC": arithmetic(logits.dtype),
-                **tiles.constants(),
-            },
+            (strided(logits), *label[:2], rank, outer * inner, classes, inner, label.most_k),
+            {"T": tiles.tile(logits.dtype), **tiles.options()},
         )
     return rank
 
 
 @triton.jit
 def _ranks_of_tile(
-    logits_ptr,
+    logits: Strided,
     base,  # where the tile's rows begin
     x_label,  # (ROWS,): the label's logit
     label,  # (ROWS,): the label, in [0, classes]
     counted,  # the rows whose rank is wanted
     read,  # the rows that are read
     classes,
-    x_class,
     most_k,
-    LOOPED: tl.constexpr,
-    ACC: tl.constexpr,
-    VEC: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    GROUP: tl.constexpr,
+    T: tl.constexpr,
 ):
-    """How many classes stand before each row's label, whole rows at once or block by block."""
-    if LOOPED:
-        group_rank = tl.zeros([ROWS, COLS // GROUP], tl.int32)
+    """Return how many classes stand before each row's label, of whole rows at once or block by block."""
+    if T.LOOPED:
+        group_rank = tl.zeros([T.ROWS, T.COLS // T.GROUP], tl.int32)
         if tl.max(counted.to(tl.int32), axis=0) > 0:
-            full = classes // COLS * COLS
-            for start in tl.range(0, full, COLS):
-                cols = start + tl.arange(0, COLS)
-                pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
-                x = tl.load(pointers, mask=read[:, None], other=-float("inf")).to(ACC)
-                group_rank += before_label(x, x_label, cols, start, label, GROUP, ROWS, COLS)
+            full = classes // T.COLS * T.COLS
+            for start in tl.range(0, full, T.COLS):
+                cols = start + tl.arange(0, T.COLS)
+                places = pointers(logits, base, cols, T)
+                x = tl.load(places, mask=read[:, None], other=-float("inf")).to(T.ACC)
+                group_rank += before_label(x, x_label, cols, start, label, T.GROUP, T.ROWS, T.COLS)
             if full < classes:
-                cols = full + tl.arange(0, COLS)
-                pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
-                mask = read[:, None] & inside(cols, classes, VEC)[None, :]
-                x = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
-                group_rank += before_label(x, x_label, cols, full, label, GROUP, ROWS, COLS)
+                cols = full + tl.arange(0, T.COLS)
+                places = pointers(logits, base, cols, T)
+                mask = read[:, None] & inside(cols, classes, T)[None, :]
+                x = tl.load(places, mask=mask, other=-float("inf")).to(T.ACC)
+                group_rank += before_label(x, x_label, cols, full, label, T.GROUP, T.ROWS, T.COLS)
         rank = tl.sum(group_rank, axis=1)
         is_nan = counted & (x_label != x_label)
         if tl.max(is_nan.to(tl.int32), axis=0) > 0:
-            rank = tl.where(is_nan, nans_before(logits_ptr, base, label, is_nan, x_class, VEC, COLS), rank)
+            nans = nans_before(logits.ptr, base, label, is_nan, logits.stride_class, T.VEC, T.COLS)
+            rank = tl.where(is_nan, nans, rank)
     else:
-        cols = tl.arange(0, COLS)
-        pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
-        mask = read[:, None] & inside(cols, classes, VEC)[None, :]
-        x = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
+        cols = tl.arange(0, T.COLS)
+        places = pointers(logits, base, cols, T)
+        mask = read[:, None] & inside(cols, classes, T)[None, :]
+        x = tl.load(places, mask=mask, other=-float("inf")).to(T.ACC)
         rank = rank_in_tile(x, x_label, cols, label, counted, most_k)
     return rank
 
 
 @triton.jit(do_not_specialize=["rows", "most_k"])
 def _label_rank_kernel(
-    logits_ptr,  # (outer, classes, inner), any strides
+    logits: Strided,
     label_logit_ptr,  # (rows,), float64
     position_ptr,  # (rows,), int64: in [0, classes]
     rank_ptr,  # (rows,), int64
     rows,
     classes,
     inner,
-    x_outer,
-    x_class,
-    x_inner,
     most_k,
-    LOOPED: tl.constexpr,
-    ACC: tl.constexpr,
-    VEC: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BY_INNER: tl.constexpr,
-    GROUP: tl.constexpr,
+    T: tl.constexpr,
 ):
-    """Reads each logit once."""
-    row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, ROWS, BY_INNER)
-    base = row_offsets(outer, within, x_outer, x_inner, VEC)
-    x_label = tl.load(label_logit_ptr + row, mask=in_range, other=0.0).to(ACC)
+    """Store the rank of each row's label, whose logit is given. Reads each logit once."""
+    row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
+    base = row_offsets(logits, outer, within, T)
+    x_label = tl.load(label_logit_ptr + row, mask=in_range, other=0.0).to(T.ACC)
     position = tl.load(position_ptr + row, mask=in_range, other=0)
-    rank = _ranks_of_tile(
-        logits_ptr, base, x_label, position, in_range, in_range, classes, x_class, most_k,
-        LOOPED, ACC, VEC, ROWS, COLS, GROUP,
-    )  # fmt: skip
+    rank = _ranks_of_tile(logits, base, x_label, position, in_range, in_range, classes, most_k, T)
     tl.store(rank_ptr + row, rank.to(tl.int64), mask=in_range)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _rank_kernel(
-    logits_ptr,  # (outer, classes, inner), any strides
+    logits: Strided,
     target_ptr,  # (rows,)
     right_ptr,  # (K,) or (K, rows)
     counts_ptr,  # (programs, 1 + K_PAD): counted and right rows
@@ -193,50 +157,35 @@ def _rank_kernel(
     rows,
     classes,
     inner,
-    x_outer,
-    x_class,
-    x_inner,
     ignore_index,
     ks,  # K ints
-    REDUCTION: tl.constexpr,
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    G_PAD: tl.constexpr,
-    LOOPED: tl.constexpr,
-    ACC: tl.constexpr,
-    VEC: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BY_INNER: tl.constexpr,
-    GROUP: tl.constexpr,
+    T: tl.constexpr,
+    F: tl.constexpr,
 ):
-    """Reads each logit of a counted row once."""
-    k_vector, most_k = ks_of(ks, K, K_PAD)
-    counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
-    invalid_sum = tl.zeros([ROWS], tl.int32)
-    for tile in tl.range(tl.program_id(0), tile_count(rows, inner, ROWS, BY_INNER), tl.num_programs(0)):
-        row, in_range, outer, within = tile_rows(tile, rows, inner, ROWS, BY_INNER)
-        label, counted, weight = labels(target_ptr, row, in_range, target_ptr, classes, ignore_index, False, ACC)
-        base = row_offsets(outer, within, x_outer, x_inner, VEC)
-        x_label = tl.load(logits_ptr + base + label * x_class, mask=counted, other=0.0).to(ACC)
-        read = rows_to_read(counted, in_range, BY_INNER)
-        rank = _ranks_of_tile(
-            logits_ptr, base, x_label, label, counted, read, classes, x_class, most_k,
-            LOOPED, ACC, VEC, ROWS, COLS, GROUP,
-        )  # fmt: skip
-        if REDUCTION == "none":
-            store_ranks(right_ptr, rank, row, rows, in_range, counted, weight == weight, ks, K)
+    """Store the accuracies of all rows, or each row's. Reads each logit of a counted row once."""
+    k_vector, most_k = ks_of(ks, F.K, F.K_PAD)
+    counted_sum, right_sum = tl.zeros([T.ROWS], tl.int32), tl.zeros([T.ROWS, F.K_PAD], tl.int32)
+    invalid_sum = tl.zeros([T.ROWS], tl.int32)
+    for tile in tl.range(tl.program_id(0), tile_count(rows, inner, T), tl.num_programs(0)):
+        row, in_range, outer, within = tile_rows(tile, rows, inner, T)
+        label, counted, weight = labels(target_ptr, row, in_range, target_ptr, classes, ignore_index, False, T.ACC)
+        base = row_offsets(logits, outer, within, T)
+        x_label = tl.load(logits.ptr + base + label * logits.stride_class, mask=counted, other=0.0).to(T.ACC)
+        read = rows_to_read(counted, in_range, T.BY_INNER)
+        rank = _ranks_of_tile(logits, base, x_label, label, counted, read, classes, most_k, T)
+        if F.REDUCTION == "none":
+            store_ranks(right_ptr, rank, row, rows, in_range, counted, weight == weight, ks, F.K)
         else:
             right_sum += ((rank[:, None] < k_vector[None, :]) & counted[:, None]).to(tl.int32)
             counted_sum += counted.to(tl.int32)
             invalid_sum += (weight != weight).to(tl.int32)
 
-    if REDUCTION != "none":
+    if F.REDUCTION != "none":
         program = tl.program_id(0)
         invalid = tl.sum(invalid_sum, axis=0) > 0
         right_total = tl.where(invalid, -1, tl.sum(right_sum, axis=0))
-        tl.store(counts_ptr + program * (1 + K_PAD), tl.sum(counted_sum, axis=0))
-        tl.store(counts_ptr + program * (1 + K_PAD) + 1 + tl.arange(0, K_PAD), right_total)
+        tl.store(counts_ptr + program * (1 + F.K_PAD), tl.sum(counted_sum, axis=0))
+        tl.store(counts_ptr + program * (1 + F.K_PAD) + 1 + tl.arange(0, F.K_PAD), right_total)
         if last_to_end(counter_ptr):
             tl.store(counter_ptr, 0)
-            add_up_counts(counts_ptr, right_ptr, K, K_PAD, G_PAD, REDUCTION == "mean")
+            add_up_counts(counts_ptr, right_ptr, F.K, F.K_PAD, T.G_PAD, F.REDUCTION == "mean")

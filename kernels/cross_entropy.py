@@ -17,7 +17,7 @@ in the same order, so that results are equal from run to run. Nothing waits for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,47 +26,52 @@ from torch import Tensor
 
 from fastloss.backends.contract import Forward, LossOptions, compute_dtype
 
-from .launch import (
-    ALL_REGISTERS,
-    FUSED,
-    Launch,
-    Memory,
-    Tiles,
-    alike,
-    arithmetic,
-    in_blocks,
-    on_device,
-    plan,
-    power_of_2,
-    scratch,
+from .arguments import (
+    Form,
+    Strided,
+    class_offsets,
+    compiled_in,
+    inside,
+    pointers,
+    row_offsets,
+    strided,
+    tile_count,
+    tile_rows,
 )
-from .row_loss import end_launch, row_results, scale_of_mean, slope, subtract_at_label, sum_of_weights, weigh_rows
+from .launch import Launch, Memory, Prepared, alike, on_device, scratch
+from .row_loss import (
+    Partial,
+    Results,
+    Rows,
+    end_launch,
+    gradient_scale,
+    row_results,
+    slope,
+    subtract_at_label,
+    sum_of_weights,
+    weigh_rows,
+)
 from .tile_helpers import (
     LOG2_E,
     before_label,
-    class_offsets,
     finite,
     fp64,
-    inside,
     ks_of,
     label_logit,
     labels,
     nans_before,
     rank_held,
-    row_offsets,
     rows_to_read,
     store_ranks,
     tanh,
-    tile_count,
-    tile_rows,
 )
+from .tiles import ALL_REGISTERS, FUSED, Tiles, arithmetic, in_blocks, plan, power_of_2, without_spills
 
 __all__ = ["cross_entropy_backward", "cross_entropy_forward"]
 
 # Up to this many rows each program adds up all weights itself; past it, a launch of its own does it once.
 _WEIGHED_BY_EACH = 2048
-_WEIGH_BLOCK = 2048
-_WEIGH_PARTS = 64  # one number whatever the rows, so that a batch of another size compiles nothing anew
+_WEIGH_PARTS = 64  # the same for any number of rows, so that a batch of another size compiles nothing anew
 
 
 def cross_entropy_forward(
@@ -90,24 +95,22 @@ def cross_entropy_forward(
         *(logits.shape, logits.stride(), device, options, loss_dtype, None if result is None else result.stride()),
         *map(alike, (logits, target, weight, result, weighed)),
     )
-    form = _forms.get(key, lambda: _form(logits, target, weight, result, weighed, options))
-
-    def rowwise(wanted: bool, dtype: torch.dtype) -> Tensor | None:
-        return torch.empty(rows, dtype=dtype, device=device) if wanted else None
+    prepared, weigh = _forward.get(key, lambda: _prepare(logits, weight, result, weighed, options))
 
     loss = torch.empty(rows if none else (), dtype=loss_dtype, device=device)
     right = torch.empty((k, rows) if none else (k,), dtype=torch.float32, device=device)
     scale = torch.empty((), dtype=torch.float64, device=device) if mean else None
-    # The backward pass is wanted later only where the gradient is not written now; then m and the sum are kept.
-    row_max, row_sum = rowwise(not gradient, form.acc), rowwise(not gradient, form.acc)
+    row_max = row_sum = None
+    if not gradient:  # the backward pass will need m and the sum
+        row_max = torch.empty(rows, dtype=compute_dtype(logits.dtype), device=device)
+        row_sum = torch.empty_like(row_max)
     with on_device(logits):
-        ends = (None, None, None) if none else scratch(device, form.programs, form.counts)
-        if form.weigh is not None:
+        partial = Partial(*((None, None, None) if none else scratch(device, prepared.programs, prepared.counts)))
+        if weigh is not None:
             weighed = torch.empty(_WEIGH_PARTS, dtype=torch.float64, device=device)
-            form.weigh(target, weight, weighed, *form.weigh_numbers)
-        sums, counts, arrived = ends
-        results = (loss, right, scale, row_max, row_sum, sums, counts, weighed, arrived)
-        form.launch(logits, target, weight, result, *results, *form.numbers)
+            weigh(target, weight, weighed)
+        out = Results(loss, right, scale, row_max, row_sum)
+        prepared(strided(logits), target, weight, strided(result, like=logits), out, partial, weighed)
     return Forward(
         loss,
         right.unbind(0) if k else (),
@@ -117,75 +120,44 @@ def cross_entropy_forward(
     )
 
 
-class _Form(NamedTuple):
-    """What a forward pass over such logits with such options needs, but for the tensors."""
-
-    launch: Launch
-    numbers: tuple[object, ...]  # its arguments past the tensors
-    acc: torch.dtype
-    programs: int
-    counts: int  # that each of them leaves
-    weigh: Launch | None
-    weigh_numbers: tuple[int, ...]
+_forward: Memory[tuple[Prepared, Prepared | None]] = Memory()
 
 
-_forms: Memory[_Form] = Memory()
-
-
-def _form(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    result: Tensor | None,
-    weighed: Tensor | None,
-    options: LossOptions,
-) -> _Form:
+def _prepare(
+    logits: Tensor, weight: Tensor | None, result: Tensor | None, weighed: Tensor | None, options: LossOptions
+) -> tuple[Prepared, Prepared | None]:
+    """Return the forward launch, and the launch before it that adds up the weights of many rows."""
     outer, classes, inner = logits.shape
     rows, k = outer * inner, len(options.topk)
-    plain, smoothed = weight is None and options.softcap is None, options.label_smoothing != 0
-    tiles = plan(logits, result, plain=plain, ranked=k > 0, smoothed=smoothed)
-    ranked = k and (tiles.by_inner or (result is None and tiles.cols <= 16) or (smoothed and not tiles.looped))
-    capped = options.softcap is not None and (result is not None or tiles.by_inner)
-    if not tiles.registers and (
-        (tiles.by_inner and (tiles.looped or capped))
-        or (tiles.looped and capped)
-        or ranked
-        or (weighed is not None and not tiles.looped)
-    ):
-        tiles = tiles._replace(registers=ALL_REGISTERS)  # compiled for sm_80 or sm_100 they would spill 8 bytes
-    if options.softcap is not None and smoothed:
+    capped, smoothed = options.softcap is not None, options.label_smoothing != 0
+    tiles = plan(logits, result, plain=weight is None and not capped, ranked=k > 0, smoothed=smoothed)
+    tiles = without_spills(
+        tiles, capped=capped, ranked=k > 0, smoothed=smoothed, written=result is not None, divided=weighed is not None
+    )
+    if capped and smoothed:
         # The most that is kept beside the logits: 16 of those a thread.
         tiles = _of_fewer_logits(tiles, logits)
     k_pad = power_of_2(max(k, 1))
     many = weighed is None and options.reduction == "mean" and result is not None and rows > _WEIGHED_BY_EACH
-    strides = _shape_arguments(logits, logits if result is None else result)
-    numbers = (options.ignore_index, options.label_smoothing, options.lse_square_scale)
+    numbers = (
+        *(options.ignore_index, options.label_smoothing, options.lse_square_scale),
+        *(options.softcap or 1.0, options.topk),
+    )
     constants = {
         "N_WEIGHED": _WEIGH_PARTS if many else 0 if weighed is None else weighed.numel(),
-        "REDUCTION": options.reduction,
-        "K": k,
-        "K_PAD": k_pad,
-        "G_PAD": tiles.added_at_once,
-        "WEIGH_BLOCK": _WEIGH_BLOCK,
-        "STAGES": tiles.stages,
-        **_constants(logits, weight, options, tiles),
+        **({} if tiles.looped else {"PAIRS": tiles.stages > 1 and logits.data_ptr() % 4 == 0}),
+        "T": tiles.tile(logits.dtype, G_PAD=tiles.added_at_once),
+        "F": _compiled_form(weight, options, REDUCTION=options.reduction, K=k, K_PAD=k_pad),
+        **tiles.options(),
     }
-    pairs = tiles.stages > 1 and logits.data_ptr() % 4 == 0
-    constants |= {"GROUP": tiles.group, "ENDS": tiles.ends} if tiles.looped else {"PAIRS": pairs}
-    share = triton.cdiv(rows, _WEIGH_PARTS)
-    return _Form(
-        Launch(_forward_loop if tiles.looped else _forward_tile, (tiles.grid,), constants),
-        (*strides, *numbers, options.softcap or 1.0, options.topk),
-        compute_dtype(logits.dtype),
-        tiles.grid,
-        1 + k_pad,
-        _weigh(weight) if many else None,
-        (rows, share, classes, options.ignore_index),
-    )
+    kernel = _forward_loop if tiles.looped else _forward_tile
+    shape = (rows, classes, inner)
+    prepared = Prepared(Launch(kernel, (tiles.grid,), constants), (*shape, *numbers), tiles.grid, 1 + k_pad)
+    return prepared, _prepare_weighing(weight, rows, classes, options.ignore_index) if many else None
 
 
 def _of_fewer_logits(tiles: Tiles, logits: Tensor) -> Tiles:
-    """16 a thread, where smoothing and a softcap keep the most beside them."""
+    """Return tiles of 16 logits a thread: smoothing and a softcap keep the most beside them."""
     tiles = tiles._replace(registers=ALL_REGISTERS)
     if tiles.looped and tiles.by_inner:  # it has 8
         return tiles
@@ -198,11 +170,12 @@ def _of_fewer_logits(tiles: Tiles, logits: Tensor) -> Tiles:
     return tiles._replace(rows=rows, cols=cols, warps=warps, number=number, grid=grid)
 
 
-def _weigh(weight: Tensor | None) -> Launch:
-    """The sum of the counted rows' weights, in a few parts: a gradient of a mean needs it before it is written."""
+def _prepare_weighing(weight: Tensor | None, rows: int, classes: int, ignore_index: int) -> Prepared:
+    """Return the launch that adds up the weights of the counted rows: a mean's gradient needs the sum beforehand."""
     acc = arithmetic(torch.float32 if weight is None else weight.dtype)
-    constants = {"HAS_WEIGHT": weight is not None, "ACC": acc, "BLOCK": _WEIGH_BLOCK, "num_warps": 4, **FUSED}
-    return Launch(_weigh_kernel, (_WEIGH_PARTS,), constants)
+    constants = {"HAS_WEIGHT": weight is not None, "ACC": acc, "num_warps": 4, **FUSED}
+    numbers = (rows, triton.cdiv(rows, _WEIGH_PARTS), classes, ignore_index)
+    return Prepared(Launch(_weigh_kernel, (_WEIGH_PARTS,), constants), numbers)
 
 
 def cross_entropy_backward(
@@ -222,268 +195,222 @@ def cross_entropy_backward(
         *(logits.shape, logits.stride(), logits.device, options, result.stride(), upstream.stride()),
         *map(alike, (logits, target, weight, result, upstream, *saved)),
     )
-    launch, numbers = _backward_forms.get(key, lambda: _backward_form(logits, weight, result, upstream, options))
+    prepared = _backwards.get(key, lambda: _prepare_backward(logits, weight, result, upstream, options))
     with on_device(logits):
-        tensors = (logits, target, weight, result, upstream, scale[0] if scale else None, row_max, row_sum)
-        launch(*tensors, *numbers)
+        saved_rows = (scale[0] if scale else None, row_max, row_sum)
+        prepared(strided(logits), target, weight, strided(result), upstream, *saved_rows)
     return result
 
 
-_backward_forms: Memory[tuple[Launch, tuple[object, ...]]] = Memory()
+_backwards: Memory[Prepared] = Memory()
 
 
-def _backward_form(
+def _prepare_backward(
     logits: Tensor, weight: Tensor | None, result: Tensor, upstream: Tensor, options: LossOptions
-) -> tuple[Launch, tuple[object, ...]]:
-    """The backward launch, and its arguments past the tensors."""
+) -> Prepared:
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
     many = weight is not None or options.softcap is not None or options.reduction == "none"
     many = many or options.label_smoothing != 0
     registers = ALL_REGISTERS if many else 0
     tiles = tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4, registers=registers)
-    tiles, blocks = in_blocks(tiles, logits.shape[1])
+    outer, classes, inner = logits.shape
+    tiles, blocks = in_blocks(tiles, classes)
     numbers = (
-        *_shape_arguments(logits, result),
+        *(outer * inner, classes, inner),
         upstream.stride(0) if upstream.dim() else 0,
         options.ignore_index,
         options.label_smoothing,
         options.lse_square_scale,
         options.softcap or 1.0,
     )
-    return Launch(_backward, (tiles.number, blocks), _constants(logits, weight, options, tiles)), numbers
+    constants = {"T": tiles.tile(logits.dtype), "F": _compiled_form(weight, options), **tiles.options()}
+    return Prepared(Launch(_backward, (tiles.number, blocks), constants), numbers)
 
 
-def _shape_arguments(logits: Tensor, gradient: Tensor) -> tuple[int, ...]:
-    outer, classes, inner = logits.shape
-    return (outer * inner, classes, inner, *logits.stride(), *gradient.stride())
-
-
-def _constants(logits: Tensor, weight: Tensor | None, options: LossOptions, tiles: Tiles) -> dict[str, object]:
-    """What a kernel is compiled for. Options that are off cost nothing; values that vary are not among them."""
-    return {
-        "HAS_WEIGHT": weight is not None,
-        "SMOOTHING": options.label_smoothing != 0,
-        "SOFTCAP": options.softcap is not None,
-        "ACC": arithmetic(logits.dtype),
-        **tiles.constants(),
-    }
+def _compiled_form(weight: Tensor | None, options: LossOptions, **more: object) -> Form:
+    """Return the options that a kernel is compiled for; values that vary are not among them."""
+    has_weight, smoothing = weight is not None, options.label_smoothing != 0
+    return compiled_in(Form(has_weight, smoothing, options.softcap is not None, **more))
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _weigh_kernel(
     target_ptr,  # (rows,)
     weight_ptr,  # (classes,) or None
-    weighed_ptr,  # (programs,): what each program's share of the rows weighs
+    weighed_ptr,  # (programs,): the weight of each program's share of the rows
     rows,
     share,  # rows a program
     classes,
     ignore_index,
     HAS_WEIGHT: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """Σ w_y over the counted rows. Reads the labels once."""
+    """Store Σ w_y over the counted rows, in parts. Reads the labels once."""
     first = tl.program_id(0) * share
     end = tl.minimum(first + share, rows)
-    total = weigh_rows(target_ptr, weight_ptr, first, end, classes, ignore_index, HAS_WEIGHT, ACC, BLOCK)
+    total = weigh_rows(target_ptr, weight_ptr, first, end, classes, ignore_index, HAS_WEIGHT, ACC)
     tl.store(weighed_ptr + tl.program_id(0), total)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _forward_tile(
-    logits_ptr,  # (outer, classes, inner), any strides
+    logits: Strided,
     target_ptr,  # (rows,)
     weight_ptr,  # (classes,) or None
-    gradient_ptr,  # as logits; None: not written
-    loss_ptr,  # () or, for "none", (rows,)
-    right_ptr,  # (K,) or (K, rows): accuracies
-    scale_ptr,  # (): 1 / Σ w_y, for "mean"
-    row_max_ptr,  # (rows,): m, kept for a backward pass; or None
-    row_sum_ptr,  # (rows,): Σ exp(z − m), likewise
-    sums_ptr,  # (programs, 2): loss and weight of each program's rows
-    counts_ptr,  # (programs, 1 + K_PAD): counted and right rows
-    weighed_ptr,  # parts of what a gradient is divided by: of Σ w_y for "mean"; or None
-    counter_ptr,  # (): programs that have ended
+    gradient: Strided,
+    out: Results,
+    partial: Partial,
+    weighed_ptr,  # parts of the gradient's divisor: of Σ w_y for "mean"; or None
     rows,
     classes,
     inner,
-    x_outer,  # strides of the logits
-    x_class,
-    x_inner,
-    g_outer,  # and of the gradient
-    g_class,
-    g_inner,
     ignore_index,
     eps: fp64,
     z_scale: fp64,
     cap: fp64,
     ks,  # K ints
     N_WEIGHED: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    G_PAD: tl.constexpr,
-    WEIGH_BLOCK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ACC: tl.constexpr,
-    VEC: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BY_INNER: tl.constexpr,
-    STAGES: tl.constexpr,
     PAIRS: tl.constexpr,
+    T: tl.constexpr,
+    F: tl.constexpr,
 ):
     """Forward with whole rows in registers: reads the logits once, writes the gradient once."""
-    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, ACC)
-    scale = tl.full([1], 1.0, tl.float64)
-    if gradient_ptr is not None and (REDUCTION == "mean" or N_WEIGHED > 0):
-        scale *= scale_of_mean(
-            target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, HAS_WEIGHT, ACC, WEIGH_BLOCK
-        )
-    cols = tl.arange(0, COLS)
-    col_mask = inside(cols, classes, VEC)
-    x_cols, g_cols = class_offsets(cols, x_class, VEC), class_offsets(cols, g_class, VEC)
-    loss_sum, weight_sum = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
-    counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
+    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, T.ACC)
+    scale = gradient_scale(
+        gradient, target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, T, F
+    )
+    cols = tl.arange(0, T.COLS)
+    col_mask = inside(cols, classes, T)
+    x_cols, g_cols = class_offsets(logits, cols, T), class_offsets(gradient, cols, T)
+    loss_sum, weight_sum = tl.zeros([T.ROWS], tl.float64), tl.zeros([T.ROWS], tl.float64)
+    counted_sum, right_sum = tl.zeros([T.ROWS], tl.int32), tl.zeros([T.ROWS, F.K_PAD], tl.int32)
 
-    for tile in tl.range(
-        tl.program_id(0), tile_count(rows, inner, ROWS, BY_INNER), tl.num_programs(0), num_stages=STAGES
-    ):
-        row, in_range, outer, within = tile_rows(tile, rows, inner, ROWS, BY_INNER)
-        label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
-        base = row_offsets(outer, within, x_outer, x_inner, VEC)
+    for tile in tl.range(tl.program_id(0), tile_count(rows, inner, T), tl.num_programs(0), num_stages=T.STAGES):
+        row, in_range, outer, within = tile_rows(tile, rows, inner, T)
+        label, counted, weight = labels(
+            target_ptr, row, in_range, weight_ptr, classes, ignore_index, F.HAS_WEIGHT, T.ACC
+        )
+        base = row_offsets(logits, outer, within, T)
         # A bound for each row: a mask that is the same for all of them would be kept in registers.
-        bound = tl.where(rows_to_read(counted, in_range, BY_INNER), classes, 0)
-        mask = inside(cols[None, :], bound[:, None], VEC)
-        x = tl.load(logits_ptr + base[:, None] + x_cols[None, :], mask=mask, other=-float("inf")).to(ACC)
-        x_label = label_logit(logits_ptr, base + label * x_class, counted, PAIRS, ACC)
-        if K > 0:
-            k_vector, most_k = ks_of(ks, K, K_PAD)
-            rank = rank_held(x, x_label, label, counted, most_k, logits_ptr, base, x_class, ROWS, COLS)
-            if REDUCTION == "none":
-                store_ranks(right_ptr, rank, row, rows, in_range, counted, weight == weight, ks, K)
+        bound = tl.where(rows_to_read(counted, in_range, T.BY_INNER), classes, 0)
+        mask = inside(cols[None, :], bound[:, None], T)
+        x = tl.load(logits.ptr + base[:, None] + x_cols[None, :], mask=mask, other=-float("inf")).to(T.ACC)
+        x_label = label_logit(logits.ptr, base + label * logits.stride_class, counted, PAIRS, T.ACC)
+        if F.K > 0:
+            k_vector, most_k = ks_of(ks, F.K, F.K_PAD)
+            rank = rank_held(x, x_label, label, counted, most_k, logits, base, T)
+            if F.REDUCTION == "none":
+                store_ranks(out.right, rank, row, rows, in_range, counted, weight == weight, ks, F.K)
             else:
                 right_sum += ((rank[:, None] < k_vector[None, :]) & counted[:, None]).to(tl.int32)
                 counted_sum += counted.to(tl.int32)
 
-        z, z_label, dz = x, x_label, x
-        if SOFTCAP:
-            t, dz = tanh(x / cap[:, None], ACC)
-            z = tl.where(col_mask[None, :], t * cap[:, None], -float("inf"))
-            t_label, _ = tanh(x_label / cap, ACC)
-            z_label = t_label * cap
-        m = tl.max(z, axis=1)
-        m = tl.where(m == -float("inf"), 0.0, m)
-        wz, w_total = tl.zeros([ROWS], ACC), tl.zeros([ROWS], ACC) + classes
-        if SMOOTHING:
-            weighted = z - m[:, None]
-            if HAS_WEIGHT:
-                w = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(ACC)
-                weighted *= w[None, :]
-                w_total = tl.zeros([ROWS], ACC) + tl.sum(w, axis=0)
-            wz = tl.sum(tl.where(col_mask[None, :], weighted, 0.0), axis=1)
-            if not HAS_WEIGHT:
-                # Nothing below begins before this sum is done, whose terms take registers. It is NaN where the sum of
-                # exponentials is; with class weights it also is where a weight of 0 meets a logit of −inf.
-                m = tl.where(wz == wz, m, wz)
-        e = tl.exp2((z - m[:, None]) * LOG2_E)
-        s = tl.sum(e, axis=1)
-        loss, level, hit, spread = row_results(
-            s, m, z_label, wz, m, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
+        e, dz, s, m, z_label, wz, w_total = _softmax_of_tile(
+            x, x_label, cols, col_mask, weight_ptr, cap, classes, T, F
         )
-        if REDUCTION == "none":
-            tl.store(loss_ptr + row, loss.to(ACC), mask=in_range)
+        loss, level, hit, spread = row_results(
+            s, m, z_label, wz, m, w_total, weight, counted, eps, z_scale, classes, F.SMOOTHING
+        )
+        if F.REDUCTION == "none":
+            tl.store(out.loss + row, loss.to(T.ACC), mask=in_range)
         else:
             loss_sum += loss
             weight_sum += weight.to(tl.float64)
-        if row_max_ptr is not None:
-            tl.store(row_max_ptr + row, m, mask=in_range)
-            tl.store(row_sum_ptr + row, s, mask=in_range)
-        if gradient_ptr is not None:
-            level, hit, spread = (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC)
-            g = slope(e, cols, level, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING)
-            g = subtract_at_label(g, label, hit, 0, ROWS, COLS)
-            if SOFTCAP:
+        if out.row_max is not None:
+            tl.store(out.row_max + row, m, mask=in_range)
+            tl.store(out.row_sum + row, s, mask=in_range)
+        if gradient.ptr is not None:
+            level, hit, spread = (level * scale / s).to(T.ACC), (hit * scale).to(T.ACC), (spread * scale).to(T.ACC)
+            g = slope(e, cols, level, spread, weight_ptr, col_mask, F)
+            g = subtract_at_label(g, label, hit, 0, T.ROWS, T.COLS)
+            if F.SOFTCAP:
                 g *= dz
             g = tl.where(counted[:, None], g, 0.0)
-            g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
-            out_mask = inside(cols[None, :], tl.where(in_range, classes, 0)[:, None], VEC)
-            tl.store(gradient_ptr + g_base[:, None] + g_cols[None, :], g, mask=out_mask)
+            g_base = row_offsets(gradient, outer, within, T)
+            out_mask = inside(cols[None, :], tl.where(in_range, classes, 0)[:, None], T)
+            tl.store(gradient.ptr + g_base[:, None] + g_cols[None, :], g, mask=out_mask)
 
-    if REDUCTION != "none":
-        weights = tl.sum(weight_sum, axis=0)  # NaN where a label is out of bounds
-        end_launch(
-            loss_ptr,
-            right_ptr,
-            scale_ptr,
-            sums_ptr,
-            counts_ptr,
-            counter_ptr,
-            tl.sum(loss_sum, axis=0),
-            weights,
-            tl.sum(counted_sum, axis=0),
-            tl.where(weights == weights, tl.sum(right_sum, axis=0), -1),
-            K,
-            K_PAD,
-            G_PAD,
-            REDUCTION == "mean",
-            ACC,
-        )
+    if F.REDUCTION != "none":
+        end_launch(out, partial, loss_sum, weight_sum, counted_sum, right_sum, T, F)
+
+
+@triton.jit
+def _softmax_of_tile(x, x_label, cols, col_mask, weight_ptr, cap, classes, T: tl.constexpr, F: tl.constexpr):
+    """Return exp(z − m), dz/dx, and of each row s, m, z_y, Σ_c w_c (z_c − m) and W; the last two for smoothing."""
+    z, z_label, dz = x, x_label, x
+    if F.SOFTCAP:
+        t, dz = tanh(x / cap[:, None], T.ACC)
+        z = tl.where(col_mask[None, :], t * cap[:, None], -float("inf"))
+        t_label, _ = tanh(x_label / cap, T.ACC)
+        z_label = t_label * cap
+    m = tl.max(z, axis=1)
+    m = tl.where(m == -float("inf"), 0.0, m)
+    wz, w_total = tl.zeros([T.ROWS], T.ACC), tl.zeros([T.ROWS], T.ACC) + classes
+    if F.SMOOTHING:
+        weighted = z - m[:, None]
+        if F.HAS_WEIGHT:
+            w = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(T.ACC)
+            weighted *= w[None, :]
+            w_total = tl.zeros([T.ROWS], T.ACC) + tl.sum(w, axis=0)
+        wz = tl.sum(tl.where(col_mask[None, :], weighted, 0.0), axis=1)
+        if not F.HAS_WEIGHT:
+            # Nothing below begins before this sum is done, whose terms take registers. It is NaN where the sum of
+            # exponentials is; with class weights it also is where a weight of 0 meets a logit of −inf.
+            m = tl.where(wz == wz, m, wz)
+    e = tl.exp2((z - m[:, None]) * LOG2_E)
+    return e, dz, tl.sum(e, axis=1), m, z_label, wz, w_total
+
+
+class _Online(NamedTuple):
+    """An online softmax, of each group of classes: (ROWS, groups)."""
+
+    m: Any  # the running maximum
+    s: Any  # Σ exp(z − m)
+    wz: Any  # Σ_c w_c (z_c − r)
+    rank: Any  # classes before the label
 
 
 @triton.jit
 def _visit(
-    m_group,  # (ROWS, groups): the running maximum of each group of classes
-    s_group,  # (ROWS, groups): Σ exp(z − m_group)
-    wz_group,  # (ROWS, groups): Σ_c w_c (z_c − r)
-    rank_group,  # (ROWS, groups): classes before the label
-    logits_ptr,
+    state: _Online,
+    logits: Strided,
     weight_ptr,
     base,
     start,
     classes,
-    x_class,
     read,  # (ROWS,): whether the row's logits are read
     label,
     x_label,
     r,
     cap,
     MASKED: tl.constexpr,
-    RANK: tl.constexpr,
     TWICE: tl.constexpr,  # these logits will be read again
-    HAS_WEIGHT: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ACC: tl.constexpr,
-    VEC: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    GROUP: tl.constexpr,
+    T: tl.constexpr,
+    F: tl.constexpr,
 ):
-    """One block of a looped row, joined to what the blocks before it gave."""
-    cols = start + tl.arange(0, COLS)
+    """Return the state with one more block of a looped row."""
+    m_group, s_group, wz_group, rank_group = state
+    cols = start + tl.arange(0, T.COLS)
     mask = read[:, None]
     if MASKED:
-        mask = mask & inside(cols, classes, VEC)[None, :]
-    pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
+        mask = mask & inside(cols, classes, T)[None, :]
+    places = pointers(logits, base, cols, T)
     policy: tl.constexpr = "evict_last" if TWICE else "evict_first"
-    x = tl.load(pointers, mask=mask, other=-float("inf"), eviction_policy=policy).to(ACC)
-    SPLIT: tl.constexpr = [ROWS, COLS // GROUP, GROUP]
-    if RANK:
-        rank_group += before_label(x, x_label, cols, start, label, GROUP, ROWS, COLS)
+    x = tl.load(places, mask=mask, other=-float("inf"), eviction_policy=policy).to(T.ACC)
+    SPLIT: tl.constexpr = [T.ROWS, T.COLS // T.GROUP, T.GROUP]
+    if F.K > 0:
+        rank_group += before_label(x, x_label, cols, start, label, T.GROUP, T.ROWS, T.COLS)
     z = x
-    if SOFTCAP:
-        t, _ = tanh(x / cap[:, None], ACC)
+    if F.SOFTCAP:
+        t, _ = tanh(x / cap[:, None], T.ACC)
         z = t * cap[:, None]
         if MASKED:
             z = tl.where(mask, z, -float("inf"))
-    if SMOOTHING:
+    if F.SMOOTHING:
         weighted = z - r[:, None]
-        if HAS_WEIGHT:
-            weighted *= tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(ACC)[None, :]
+        if F.HAS_WEIGHT:
+            weighted *= tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(T.ACC)[None, :]
         if MASKED:
             weighted = tl.where(mask, weighted, 0.0)
         wz_group += tl.sum(tl.reshape(weighted, SPLIT), axis=2)
@@ -492,73 +419,59 @@ def _visit(
     m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
     s_group *= tl.exp2((m_group - m_safe) * LOG2_E)
     s_group += tl.sum(tl.exp2((z - m_safe[:, :, None]) * LOG2_E), axis=2)
-    return m_new, s_group, wz_group, rank_group
+    return _Online(m_new, s_group, wz_group, rank_group)
 
 
 @triton.jit
 def _write_gradient(
-    logits_ptr,
-    gradient_ptr,
+    logits: Strided,
+    gradient: Strided,
     weight_ptr,
     base,
     g_base,
     start,
     classes,
-    x_class,
-    g_class,
-    in_range,
-    read,
-    counted,
-    label,
-    m,
-    level,  # over the sum of exponentials
-    hit,
-    spread,
+    of: Rows,
     cap,
     MASKED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ACC: tl.constexpr,
-    VEC: tl.constexpr,
-    COLS: tl.constexpr,
-    BY_INNER: tl.constexpr,
+    T: tl.constexpr,
+    F: tl.constexpr,
 ):
-    """The gradient of one block of rows whose softmax is known. Reads the block once, writes it once."""
-    cols = start + tl.arange(0, COLS)
-    mask, out_mask = read[:, None], in_range[:, None]
+    """Write the gradient of one block of rows whose softmax is known. Reads the block once, writes it once."""
+    cols = start + tl.arange(0, T.COLS)
+    mask, out_mask = of.read[:, None], of.in_range[:, None]
     col_mask = cols < classes
     if MASKED:
-        aligned = inside(cols, classes, VEC)[None, :]
+        aligned = inside(cols, classes, T)[None, :]
         mask, out_mask = mask & aligned, out_mask & aligned
-    pointers = logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :]
-    x = tl.load(pointers, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(ACC)
+    places = pointers(logits, base, cols, T)
+    x = tl.load(places, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(T.ACC)
     z, dz = x, x
-    if SOFTCAP:
-        t, dz = tanh(x / cap[:, None], ACC)
+    if F.SOFTCAP:
+        t, dz = tanh(x / cap[:, None], T.ACC)
         z = t * cap[:, None]
-    e = tl.exp2((z - m[:, None]) * LOG2_E)
+    e = tl.exp2((z - of.m[:, None]) * LOG2_E)
     # A row that does not count gets 0: nothing of it is read, so that e is finite, and its factors are 0. Where its
     # neighbours share its accesses it is read, and may hold anything.
-    level, hit, spread = tl.where(counted, level, 0.0), tl.where(counted, hit, 0.0), tl.where(counted, spread, 0.0)
-    label = label.to(tl.int32)  # as the columns are: 64 bits for each of them would take two registers
+    level = tl.where(of.counted, of.level, 0.0)
+    hit, spread = tl.where(of.counted, of.hit, 0.0), tl.where(of.counted, of.spread, 0.0)
+    label = of.label.to(tl.int32)  # as the columns are: 64 bits for each of them would take two registers
     at = tl.max(label, axis=0)
-    g = slope(e, cols, level, spread, weight_ptr, col_mask, HAS_WEIGHT, SMOOTHING)
+    g = slope(e, cols, level, spread, weight_ptr, col_mask, F)
     if e.shape[0] > 1:
         g -= tl.where(cols[None, :] == label[:, None], hit[:, None], 0.0)
-    elif (at >= start) & (at < start + COLS):  # of a single row's blocks one holds the label
-        g = subtract_at_label(g, label, hit, start, 1, COLS)
-    if SOFTCAP:
+    elif (at >= start) & (at < start + T.COLS):  # of a single row's blocks one holds the label
+        g = subtract_at_label(g, label, hit, start, 1, T.COLS)
+    if F.SOFTCAP:
         g *= dz
-    if BY_INNER:
-        g = tl.where(counted[:, None], g, 0.0)
-    out = gradient_ptr + g_base[:, None] + class_offsets(cols, g_class, VEC)[None, :]
-    tl.store(out, g, mask=out_mask, eviction_policy="evict_first")
+    if T.BY_INNER:
+        g = tl.where(of.counted[:, None], g, 0.0)
+    tl.store(pointers(gradient, g_base, cols, T), g, mask=out_mask, eviction_policy="evict_first")
 
 
 @triton.jit
 def _ends(lead, width, classes, VEC: tl.constexpr):
-    """A row's first ``lead`` classes and those behind the next ``width``: (2 VEC,), and which of them exist."""
+    """Return a row's first ``lead`` classes and those behind the next ``width``, (2 VEC,), and a mask of them."""
     lane = tl.arange(0, 2 * VEC)
     cols = tl.where(lane < VEC, lane, lead + width + lane - VEC)
     return cols, tl.where(lane < VEC, cols < lead, cols < classes)
@@ -566,50 +479,24 @@ def _ends(lead, width, classes, VEC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _forward_loop(
-    logits_ptr,  # (outer, classes, inner), any strides
+    logits: Strided,
     target_ptr,  # (rows,)
     weight_ptr,  # (classes,) or None
-    gradient_ptr,  # as logits; None: not written
-    loss_ptr,  # () or, for "none", (rows,)
-    right_ptr,  # (K,) or (K, rows): accuracies
-    scale_ptr,  # (): 1 / Σ w_y, for "mean"
-    row_max_ptr,  # (rows,): m, kept for a backward pass; or None
-    row_sum_ptr,  # (rows,): Σ exp(z − m), likewise
-    sums_ptr,  # (programs, 2): loss and weight of each program's rows
-    counts_ptr,  # (programs, 1 + K_PAD): counted and right rows
-    weighed_ptr,  # parts of what a gradient is divided by: of Σ w_y for "mean"; or None
-    counter_ptr,  # (): programs that have ended
+    gradient: Strided,
+    out: Results,
+    partial: Partial,
+    weighed_ptr,  # parts of the gradient's divisor: of Σ w_y for "mean"; or None
     rows,
     classes,
     inner,
-    x_outer,  # strides of the logits
-    x_class,
-    x_inner,
-    g_outer,  # and of the gradient
-    g_class,
-    g_inner,
     ignore_index,
     eps: fp64,
     z_scale: fp64,
     cap: fp64,
     ks,  # K ints
     N_WEIGHED: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    G_PAD: tl.constexpr,
-    WEIGH_BLOCK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ACC: tl.constexpr,
-    VEC: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BY_INNER: tl.constexpr,
-    GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
-    ENDS: tl.constexpr,
+    T: tl.constexpr,
+    F: tl.constexpr,
 ):
     """Forward with rows longer than a tile: an online softmax over their blocks, then the gradient, last block first.
 
@@ -618,149 +505,125 @@ def _forward_loop(
     exponentials a logit (Milakov and Gimelshein 2018, arXiv:1805.02867, rescale at each).
 
     ``ENDS``: a row begins anywhere in an access, as those of an odd number of classes do. Its blocks are of the whole
-    aligned groups of ``VEC`` logits in it, and what is before the first and behind the last, less than ``VEC`` logits
-    each, is visited apart. Such rows have no class weights and no softcap, and a tile has one of them.
+    aligned groups of ``VEC`` logits in it. The logits before the first group and behind the last, fewer than ``VEC``
+    each, are visited apart. Such rows have no class weights and no softcap, and a tile has one of them.
     """
-    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, ACC)
-    scale = tl.full([1], 1.0, tl.float64)
-    if gradient_ptr is not None and (REDUCTION == "mean" or N_WEIGHED > 0):
-        scale *= scale_of_mean(
-            target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, HAS_WEIGHT, ACC, WEIGH_BLOCK
-        )
-    w_total = tl.zeros([ROWS], ACC) + classes
-    if SMOOTHING and HAS_WEIGHT:
-        w_total = tl.zeros([ROWS], ACC) + sum_of_weights(weight_ptr, classes, ACC, COLS)
-    loss_sum, weight_sum = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
-    counted_sum, right_sum = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, K_PAD], tl.int32)
+    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, T.ACC)
+    scale = gradient_scale(
+        gradient, target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, T, F
+    )
+    w_total = tl.zeros([T.ROWS], T.ACC) + classes
+    if F.SMOOTHING and F.HAS_WEIGHT:
+        w_total = tl.zeros([T.ROWS], T.ACC) + sum_of_weights(weight_ptr, classes, T.ACC, T.COLS)
+    loss_sum, weight_sum = tl.zeros([T.ROWS], tl.float64), tl.zeros([T.ROWS], tl.float64)
+    counted_sum, right_sum = tl.zeros([T.ROWS], tl.int32), tl.zeros([T.ROWS, F.K_PAD], tl.int32)
 
-    for tile in tl.range(tl.program_id(0), tile_count(rows, inner, ROWS, BY_INNER), tl.num_programs(0)):
-        row, in_range, outer, within = tile_rows(tile, rows, inner, ROWS, BY_INNER)
-        label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
+    for tile in tl.range(tl.program_id(0), tile_count(rows, inner, T), tl.num_programs(0)):
+        row, in_range, outer, within = tile_rows(tile, rows, inner, T)
+        label, counted, weight = labels(
+            target_ptr, row, in_range, weight_ptr, classes, ignore_index, F.HAS_WEIGHT, T.ACC
+        )
         # Where a row begins, where its blocks do, the classes before those and in them, and the label's place there.
-        begin = row_offsets(outer, within, x_outer, x_inner, 1 if ENDS else VEC)
+        begin = row_offsets(logits, outer, within, T)
         base, lead, width, place = begin, 0, classes, label
-        if ENDS:
-            base = tl.cdiv(begin, VEC) * VEC
+        if T.ENDS:
+            base = tl.cdiv(begin, T.VEC) * T.VEC
             lead = tl.max(base - begin, axis=0).to(tl.int32)
-            width = (classes - lead) // VEC * VEC
+            width = (classes - lead) // T.VEC * T.VEC
             place = tl.minimum(label - lead, width)
-            end_cols, at_ends = _ends(lead, width, classes, VEC)
-            ends = logits_ptr + begin[:, None] + end_cols[None, :]
-            x_ends = tl.load(ends, mask=counted[:, None] & at_ends[None, :], other=-float("inf")).to(ACC)
-        full = width // COLS * COLS
-        x_label = tl.load(logits_ptr + begin + label * x_class, mask=counted, other=0.0).to(ACC)
+            end_cols, at_ends = _ends(lead, width, classes, T.VEC)
+            ends = logits.ptr + begin[:, None] + end_cols[None, :]
+            x_ends = tl.load(ends, mask=counted[:, None] & at_ends[None, :], other=-float("inf")).to(T.ACC)
+        full = width // T.COLS * T.COLS
+        x_label = tl.load(logits.ptr + begin + label * logits.stride_class, mask=counted, other=0.0).to(T.ACC)
         label, place = label.to(tl.int32), place.to(tl.int32)  # as the columns are
         z_label = x_label
-        if SOFTCAP:
-            t_label, _ = tanh(x_label / cap, ACC)
+        if F.SOFTCAP:
+            t_label, _ = tanh(x_label / cap, T.ACC)
             z_label = t_label * cap
         r = tl.where(finite(z_label), z_label, 0.0)
-        m_group = tl.full([ROWS, COLS // GROUP], -float("inf"), ACC)
-        s_group = tl.zeros([ROWS, COLS // GROUP], ACC)
-        wz_group = tl.zeros([ROWS, COLS // GROUP], ACC)
-        rank_group = tl.zeros([ROWS, COLS // GROUP], tl.int32)
-        read = rows_to_read(counted, in_range, BY_INNER)
+        m_group = tl.full([T.ROWS, T.COLS // T.GROUP], -float("inf"), T.ACC)
+        s_group = tl.zeros([T.ROWS, T.COLS // T.GROUP], T.ACC)
+        wz_group = tl.zeros([T.ROWS, T.COLS // T.GROUP], T.ACC)
+        rank_group = tl.zeros([T.ROWS, T.COLS // T.GROUP], tl.int32)
+        state = _Online(m_group, s_group, wz_group, rank_group)
+        read = rows_to_read(counted, in_range, T.BY_INNER)
+        TWICE: tl.constexpr = gradient.ptr is not None
         if tl.max(counted.to(tl.int32), axis=0) > 0:
-            for start in tl.range(0, full, COLS, num_stages=STAGES):
-                m_group, s_group, wz_group, rank_group = _visit(
-                    m_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, start, width, x_class,
-                    read, place, x_label, r, cap, False, K > 0, gradient_ptr is not None,
-                    HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
-                )  # fmt: skip
+            for start in tl.range(0, full, T.COLS, num_stages=T.STAGES):
+                state = _visit(
+                    state, logits, weight_ptr, base, start, width, read, place, x_label, r, cap, False, TWICE, T, F
+                )
             if full < width:
-                m_group, s_group, wz_group, rank_group = _visit(
-                    m_group, s_group, wz_group, rank_group, logits_ptr, weight_ptr, base, full, width, x_class,
-                    read, place, x_label, r, cap, True, K > 0, gradient_ptr is not None,
-                    HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, ROWS, COLS, GROUP,
-                )  # fmt: skip
-        if K > 0:
-            k_vector, _ = ks_of(ks, K, K_PAD)
-            rank = tl.sum(rank_group, axis=1)
-            if ENDS:
+                state = _visit(
+                    state, logits, weight_ptr, base, full, width, read, place, x_label, r, cap, True, TWICE, T, F
+                )
+        if F.K > 0:
+            k_vector, _ = ks_of(ks, F.K, F.K_PAD)
+            rank = tl.sum(state.rank, axis=1)
+            if T.ENDS:
                 tied = (x_ends == x_label[:, None]) & (end_cols[None, :] < label[:, None])
                 before = at_ends[None, :] & (~(x_ends <= x_label[:, None]) | tied)
                 rank += tl.sum(before.to(tl.int32), axis=1)
             is_nan = counted & (x_label != x_label)
             if tl.max(is_nan.to(tl.int32), axis=0) > 0:
-                rank = tl.where(is_nan, nans_before(logits_ptr, begin, label, is_nan, x_class, VEC, COLS), rank)
-            if REDUCTION == "none":
-                store_ranks(right_ptr, rank, row, rows, in_range, counted, weight == weight, ks, K)
+                nans = nans_before(logits.ptr, begin, label, is_nan, logits.stride_class, T.VEC, T.COLS)
+                rank = tl.where(is_nan, nans, rank)
+            if F.REDUCTION == "none":
+                store_ranks(out.right, rank, row, rows, in_range, counted, weight == weight, ks, F.K)
             else:
                 right_sum += ((rank[:, None] < k_vector[None, :]) & counted[:, None]).to(tl.int32)
                 counted_sum += counted.to(tl.int32)
 
-        m, wz = tl.max(m_group, axis=1), tl.sum(wz_group, axis=1)
-        if ENDS:
+        m, wz = tl.max(state.m, axis=1), tl.sum(state.wz, axis=1)
+        if T.ENDS:
             m = tl.maximum(m, tl.max(x_ends, axis=1))
         m = tl.where(m == -float("inf"), 0.0, m)
-        s = tl.sum(s_group * tl.exp2((m_group - m[:, None]) * LOG2_E), axis=1)
-        if ENDS:
+        s = tl.sum(state.s * tl.exp2((state.m - m[:, None]) * LOG2_E), axis=1)
+        if T.ENDS:
             e_ends = tl.exp2((x_ends - m[:, None]) * LOG2_E)
             s += tl.sum(e_ends, axis=1)
-            if SMOOTHING:
+            if F.SMOOTHING:
                 wz += tl.sum(tl.where(at_ends[None, :], x_ends - r[:, None], 0.0), axis=1)
         loss, level, hit, spread = row_results(
-            s, m, z_label, wz, r, w_total, weight, counted, eps, z_scale, classes, SMOOTHING
+            s, m, z_label, wz, r, w_total, weight, counted, eps, z_scale, classes, F.SMOOTHING
         )
-        if REDUCTION == "none":
-            tl.store(loss_ptr + row, loss.to(ACC), mask=in_range)
+        if F.REDUCTION == "none":
+            tl.store(out.loss + row, loss.to(T.ACC), mask=in_range)
         else:
             loss_sum += loss
             weight_sum += weight.to(tl.float64)
-        if row_max_ptr is not None:
-            tl.store(row_max_ptr + row, m, mask=in_range)
-            tl.store(row_sum_ptr + row, s, mask=in_range)
-        if gradient_ptr is not None:
-            g_begin = row_offsets(outer, within, g_outer, g_inner, 1 if ENDS else VEC)
+        if out.row_max is not None:
+            tl.store(out.row_max + row, m, mask=in_range)
+            tl.store(out.row_sum + row, s, mask=in_range)
+        if gradient.ptr is not None:
+            g_begin = row_offsets(gradient, outer, within, T)
             g_base = g_begin
-            level, hit, spread = (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC)
-            if ENDS:
-                g_base = tl.cdiv(g_begin, VEC) * VEC
-                g_ends = slope(e_ends, end_cols, level, spread, None, None, False, SMOOTHING)
+            level, hit, spread = (level * scale / s).to(T.ACC), (hit * scale).to(T.ACC), (spread * scale).to(T.ACC)
+            if T.ENDS:
+                g_base = tl.cdiv(g_begin, T.VEC) * T.VEC
+                g_ends = slope(e_ends, end_cols, level, spread, None, None, F)
                 g_ends -= tl.where(end_cols[None, :] == label[:, None], hit[:, None], 0.0)
                 g_ends = tl.where(counted[:, None], g_ends, 0.0)
-                ends = gradient_ptr + g_begin[:, None] + end_cols[None, :]
+                ends = gradient.ptr + g_begin[:, None] + end_cols[None, :]
                 tl.store(ends, g_ends, mask=in_range[:, None] & at_ends[None, :])
+            of = Rows(in_range, read, counted, place, m, level, hit, spread)
             if full < width:
-                _write_gradient(
-                    logits_ptr, gradient_ptr, weight_ptr, base, g_base, full, width, x_class, g_class,
-                    in_range, read, counted, place, m, level, hit, spread, cap,
-                    True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS, BY_INNER,
-                )  # fmt: skip
-            for done in tl.range(0, full, COLS):  # from the end: what was read last is in the cache for sure
-                _write_gradient(
-                    logits_ptr, gradient_ptr, weight_ptr, base, g_base, full - COLS - done, width, x_class, g_class,
-                    in_range, read, counted, place, m, level, hit, spread, cap,
-                    False, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS, BY_INNER,
-                )  # fmt: skip
+                _write_gradient(logits, gradient, weight_ptr, base, g_base, full, width, of, cap, True, T, F)
+            for done in tl.range(0, full, T.COLS):  # from the end: what was read last is in the cache for sure
+                start = full - T.COLS - done
+                _write_gradient(logits, gradient, weight_ptr, base, g_base, start, width, of, cap, False, T, F)
 
-    if REDUCTION != "none":
-        weights = tl.sum(weight_sum, axis=0)  # NaN where a label is out of bounds
-        end_launch(
-            loss_ptr,
-            right_ptr,
-            scale_ptr,
-            sums_ptr,
-            counts_ptr,
-            counter_ptr,
-            tl.sum(loss_sum, axis=0),
-            weights,
-            tl.sum(counted_sum, axis=0),
-            tl.where(weights == weights, tl.sum(right_sum, axis=0), -1),
-            K,
-            K_PAD,
-            G_PAD,
-            REDUCTION == "mean",
-            ACC,
-        )
+    if F.REDUCTION != "none":
+        end_launch(out, partial, loss_sum, weight_sum, counted_sum, right_sum, T, F)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _backward(
-    logits_ptr,  # (outer, classes, inner), any strides
+    logits: Strided,
     target_ptr,  # (rows,)
     weight_ptr,  # (classes,) or None
-    gradient_ptr,  # as logits; may be the logits
+    gradient: Strided,  # may be the logits
     upstream_ptr,  # (rows,) or ()
     scale_ptr,  # (): 1 / Σ w_y, for "mean"; or None
     row_max_ptr,  # (rows,): m
@@ -768,44 +631,30 @@ def _backward(
     rows,
     classes,
     inner,
-    x_outer,  # strides of the logits
-    x_class,
-    x_inner,
-    g_outer,  # and of the gradient
-    g_class,
-    g_inner,
     upstream_stride,  # 0 for ()
     ignore_index,
     eps: fp64,
     z_scale: fp64,
     cap: fp64,
-    HAS_WEIGHT: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ACC: tl.constexpr,
-    VEC: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BY_INNER: tl.constexpr,
+    T: tl.constexpr,
+    F: tl.constexpr,
 ):
     """Gradient from the logits and what the forward kept of each row. Reads the logits once, writes once."""
-    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, ACC)
-    row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, ROWS, BY_INNER)
-    label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT, ACC)
+    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, T.ACC)
+    row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
+    label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, F.HAS_WEIGHT, T.ACC)
     m = tl.load(row_max_ptr + row, mask=in_range, other=0.0)
     s = tl.load(row_sum_ptr + row, mask=in_range, other=1.0)
     scale = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride, mask=in_range, other=0.0).to(tl.float64)
     if scale_ptr is not None:
         scale *= tl.load(scale_ptr)
-    w_total = tl.zeros([ROWS], ACC) + classes
-    if SMOOTHING and HAS_WEIGHT:
-        w_total = tl.zeros([ROWS], ACC) + sum_of_weights(weight_ptr, classes, ACC, COLS)
-    _, level, hit, spread = row_results(s, m, m, m, m, w_total, weight, counted, eps, z_scale, classes, SMOOTHING)
-    base = row_offsets(outer, within, x_outer, x_inner, VEC)
-    g_base = row_offsets(outer, within, g_outer, g_inner, VEC)
-    _write_gradient(
-        logits_ptr, gradient_ptr, weight_ptr, base, g_base, tl.program_id(1) * COLS, classes, x_class, g_class,
-        in_range, rows_to_read(counted, in_range, BY_INNER), counted, label, m,
-        (level * scale / s).to(ACC), (hit * scale).to(ACC), (spread * scale).to(ACC), cap,
-        True, HAS_WEIGHT, SMOOTHING, SOFTCAP, ACC, VEC, COLS, BY_INNER,
-    )  # fmt: skip
+    w_total = tl.zeros([T.ROWS], T.ACC) + classes
+    if F.SMOOTHING and F.HAS_WEIGHT:
+        w_total = tl.zeros([T.ROWS], T.ACC) + sum_of_weights(weight_ptr, classes, T.ACC, T.COLS)
+    _, level, hit, spread = row_results(s, m, m, m, m, w_total, weight, counted, eps, z_scale, classes, F.SMOOTHING)
+    base, g_base = row_offsets(logits, outer, within, T), row_offsets(gradient, outer, within, T)
+    start = tl.program_id(1) * T.COLS
+    read = rows_to_read(counted, in_range, T.BY_INNER)
+    level, hit, spread = (level * scale / s).to(T.ACC), (hit * scale).to(T.ACC), (spread * scale).to(T.ACC)
+    of = Rows(in_range, read, counted, label, m, level, hit, spread)
+    _write_gradient(logits, gradient, weight_ptr, base, g_base, start, classes, of, cap, True, T, F)

@@ -1,4 +1,4 @@
-"""Gradient times upstream gradient, where that is not 1."""
+"""Multiply a gradient by the upstream gradient, in place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, Launch, Memory, alike, on_device, spread
+from .launch import Launch, Memory, alike, on_device
+from .tiles import FUSED, grid_for
 
 __all__ = ["rescale"]
 
@@ -21,11 +22,11 @@ def rescale(gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
     span = gradient.numel()
     if not gradient.is_contiguous():
         reach = 1 + sum((n - 1) * step for n, step in zip(gradient.shape, gradient.stride(), strict=True))
-        if span != reach:  # there are gaps between its elements
+        if span != reach:  # there are gaps between the elements
             return gradient.mul_(factor)
 
     def make() -> Launch:
-        programs = spread(triton.cdiv(span, _BLOCK), gradient.device)
+        programs = grid_for(triton.cdiv(span, _BLOCK), gradient.device)
         return Launch(_rescale_kernel, (programs,), {"BLOCK": _BLOCK, "num_warps": 4, **FUSED})
 
     launch = _launches.get((span, gradient.device, alike(gradient), alike(factor)), make)
@@ -36,7 +37,7 @@ def rescale(gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
 
 @triton.jit
 def _rescale_kernel(gradient_ptr, factor_ptr, n, BLOCK: tl.constexpr):
-    """g ← g · factor. Reads 4 bytes and ends where the factor is 1; else reads and writes g once."""
+    """g ← g · factor. Reads the factor alone if it is 1; else reads and writes g once."""
     factor = tl.load(factor_ptr)
     if factor != 1.0:
         for start in tl.range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):

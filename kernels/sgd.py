@@ -1,9 +1,9 @@
-"""SGD: every tensor of a kind in one launch, and the norm of all gradients in another.
+"""SGD: one launch steps all tensors of the same dtypes, and another adds up the squares of their gradients.
 
-The tensors lie anywhere. A table on the device holds a line of addresses for each of them, and a list of *items* says
-which chunk of which tensor a program serves. Both are uploaded when something has moved, and not before.
+The tensors may lie anywhere. A table on the device has a line for each tensor: its addresses, its size, its rule. A
+list of *items* says which chunk of which tensor each program takes. The host uploads them when a tensor has moved.
 
-Bytes for each float32 parameter with momentum: read θ, g and m, write θ and m, 20.
+Bytes per float32 parameter with momentum: 20 (reads θ, g and m, writes θ and m).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,26 +24,28 @@ from triton.runtime import driver
 from fastloss.backends.contract import FLAG_ELEMENTS, Addresses, SGDBatch, SGDControls, SGDRule, check_gradients
 from fastloss.torch_private import materialized
 
-from .launch import FUSED, Launch, alike, arithmetic, at_most, on_device, power_of_2, scratch, spread
+from .arguments import compiled_in
+from .launch import Launch, alike, on_device, scratch
 from .tile_helpers import fp64, last_to_end
+from .tiles import FUSED, arithmetic, at_most, grid_for, power_of_2
 
 __all__ = ["sgd_squares", "sgd_step"]
 
-# Elements of a chunk, which one program serves: the unit of SGDBatch.begun's flags.
+# Elements per chunk. One program steps one chunk, and SGDBatch.begun has one flag per chunk.
 CHUNK = tl.constexpr(FLAG_ELEMENTS)
-# Elements of a chunk that a program holds at a time: 8 a thread.
+# Elements of a chunk that a program holds at a time: 8 per thread.
 BLOCK = tl.constexpr(1024)
 _WARPS = 4
 # Columns of the table.
 THETA, GRAD, MOMENTUM, COMPANION, BEGUN, NUMEL, RULE, LAYOUT = (tl.constexpr(i) for i in range(8))
 _COLUMNS = tl.constexpr(8)
-# What the column LAYOUT says: all addresses are multiples of 16, and all strides agree; or the strides are in the
-# table of strides; or neither.
+# Values of the column LAYOUT, beside 0. ALIGNED: all strides agree, and all addresses are multiples of 16. STRIDED:
+# the strides are in the table of strides.
 ALIGNED, STRIDED = tl.constexpr(1), tl.constexpr(2)
-# The table of strides: sizes, strides of θ and strides of g, from the buffers' fastest dimension to their slowest.
-# Neighbouring dimensions that all tensors walk through alike are one, so that hardly any tensor has this many.
+# Dimensions in the table of strides. Neighbouring dimensions that θ and g both run through without a jump are stored
+# as one, so that hardly any tensor needs this many.
 DIMS = tl.constexpr(6)
-# Numbers of a rule, and of how many rules they are passed to the kernel one by one.
+# Numbers per rule, and the number of rules up to which they are kernel arguments.
 _NUMBERS = tl.constexpr(len(SGDRule._fields))
 _MOST_PASSED = 4
 _NORM_EPSILON = tl.constexpr(1e-6)
@@ -55,7 +57,46 @@ _TRITON = {
     torch.float64: tl.float64,
 }
 _dtype_of = operator.attrgetter("dtype")
-_PLAIN = {float, int, bool}
+_NUMBER_TYPES = {float, int, bool}
+
+
+class DeviceTables(NamedTuple):
+    """The tables that both kernels read."""
+
+    lines: Any = None  # int64 (tensors, _COLUMNS)
+    items: Any = None  # int32 (items, 2): the tensor's line, the chunk's number
+    strides: Any = (
+        None  # int64 (tensors, 3, DIMS): sizes, strides of θ, strides of g, from the buffers' fastest dimension
+    )
+    # to their slowest; None if no tensor is STRIDED
+
+
+class StepForm(NamedTuple):
+    """The constants that a step is compiled for."""
+
+    THETA: tl.dtype
+    GRAD: tl.dtype
+    MOMENTUM: tl.dtype
+    ACC: tl.dtype
+    RULES: int  # whose numbers are arguments; 0: the kernel reads them from a table
+    TENSORS: int  # bit i: the i-th of those arguments is a pointer to its number
+    HAS_MOMENTUM: bool
+    HAS_BEGUN: bool
+    ROUNDING: str
+
+
+class StepNumbers(NamedTuple):
+    """The numbers of one chunk's step, in the dtype of the arithmetic."""
+
+    lr: Any
+    momentum: Any
+    keep: Any  # 1 − dampening
+    decay: Any  # weight decay that is added to the gradient
+    shrink: Any  # the parameter's factor by decoupled weight decay
+    nesterov: Any
+    first: Any  # the momentum buffer begins with this step
+    inverse: Any  # 1 / loss scale
+    clip: Any  # the gradient's factor: its sign, and max_norm / norm
 
 
 # ------------------------------------------------------------------------------------------------------- the tables
@@ -63,67 +104,65 @@ _PLAIN = {float, int, bool}
 
 @dataclass(eq=False)
 class Tables:
-    """Tensors of a batch whose gradients and buffers have the same dtypes, and their tables."""
+    """The tensors of a batch whose gradients and momentum have the same dtypes, and their tables."""
 
     indices: list[int]
     momentum: list[Tensor]
     companions: list[Tensor]
-    sizes: list[torch.Size] = field(default_factory=list)  # of parameters
-    grads: Addresses | None = None  # of gradients, at the last upload
+    sizes: list[torch.Size] = field(default_factory=list)  # of the parameters
+    grads: Addresses | None = None  # of the gradients, at the last upload
     buffers: Addresses | None = None  # of momentum and companions, when the tables were laid out
-    strides: list[tuple[int, ...]] = field(default_factory=list)  # of gradients and buffers, then
-    lines: Tensor | None = None  # the table on the host
-    by_16: Tensor | None = None  # a line each, of bools: may its blocks be read by 128 bits, but for the gradient?
-    table: Tensor | None = None
-    items: Tensor | None = None
-    geometry: Tensor | None = None  # the table of strides, where there is one
+    strides: list[tuple[int, ...]] = field(default_factory=list)  # of gradients and buffers, at that time
+    lines: Tensor | None = None  # the table of lines, on the host
+    by_16: Tensor | None = None  # bool per line: all addresses but the gradient's allow 128-bit accesses
+    device: DeviceTables = field(default_factory=DeviceTables)
     begun: dict[int, Tensor] | None = None
-    rules: tuple[Any, ...] = ()
+    rules: tuple[Any, ...] = ()  # the numbers in rules_table
     rules_table: Tensor | None = None
-    launches: dict[Any, Launch] = field(default_factory=dict)  # made ready, of both kernels
-    reserve: Tensor | None = None  # pinned memory, ready for an upload inside a CUDA graph
-    overlap: bool = False  # do elements of a gradient lie in one place?
-    streams: set[int] = field(default_factory=set)  # those on which the tables have been read
+    launches: dict[Any, Launch] = field(default_factory=dict)  # of both kernels
+    reserve: Tensor | None = None  # pinned memory for an upload inside a CUDA graph
+    overlap: bool = False  # a gradient has elements that share memory
+    streams: set[int] = field(default_factory=set)  # on which the tables have been read
 
 
 def _materialized(batch: SGDBatch, grads: list[Tensor]) -> list[Tensor]:
-    """Return the gradients as they are in memory; those of an unchanged batch are checked only if some were not."""
-    if batch.unchanged and not batch.memory.get("materializes", True):
+    """Return the gradients without lazy ones, as :func:`materialized` does; look for these after changes only."""
+    if batch.unchanged and not batch.memory.get("lazy_gradients", True):
         return grads
-    plain = materialized(grads)
-    batch.memory["materializes"] = plain is not grads
-    return plain
+    result = materialized(grads)
+    batch.memory["lazy_gradients"] = result is not grads
+    return result
 
 
 def _tables_of(batch: SGDBatch, grads: list[Tensor]) -> dict[Any, Tables]:
-    """The tables of each of the batch's launches as they must be now, by dtype of gradient and momentum."""
+    """Return the batch's up-to-date tables by the dtypes of gradient and momentum: one launch for each."""
     memory = batch.memory
     if not (batch.unchanged and "tables" in memory):
         momentum = [buffer for buffer in batch.momentum if buffer is not None]
         dtypes = list(map(_dtype_of, grads)), list(map(_dtype_of, momentum))  # .data = may change the latter
         if memory.get("dtypes") != dtypes:
-            memory.update(tables=_divided(batch, dtypes[0]), dtypes=dtypes)
-    divided: dict[Any, Tables] = memory["tables"]
-    for tables in divided.values():
-        mine = grads if len(tables.indices) == len(grads) else [grads[i] for i in tables.indices]
-        _bring_up_to_date(tables, batch, mine)
-    return divided
+            memory.update(tables=_by_dtypes(batch, dtypes[0]), dtypes=dtypes)
+    by_dtypes: dict[Any, Tables] = memory["tables"]
+    for tables in by_dtypes.values():
+        chosen = grads if len(tables.indices) == len(grads) else [grads[i] for i in tables.indices]
+        _bring_up_to_date(tables, batch, chosen)
+    return by_dtypes
 
 
-def _divided(batch: SGDBatch, dtypes: list[torch.dtype]) -> dict[Any, Tables]:
-    divided: dict[Any, Tables] = {}
-    without = [m.dtype for m in batch.momentum if m is not None][:1] or [batch.params[0].dtype]
-    for i, (dtype, momentum, companion) in enumerate(zip(dtypes, batch.momentum, batch.companions, strict=True)):
+def _by_dtypes(batch: SGDBatch, grad_dtypes: list[torch.dtype]) -> dict[Any, Tables]:
+    by_dtypes: dict[Any, Tables] = {}
+    # Parameters without momentum join those whose momentum has the dtype of the batch's first momentum buffer.
+    default = next((m.dtype for m in batch.momentum if m is not None), batch.params[0].dtype)
+    for i, (dtype, momentum, companion) in enumerate(zip(grad_dtypes, batch.momentum, batch.companions, strict=True)):
         if not batch.params[i].numel():
             continue
-        # Parameters without momentum go with any of those that have one.
-        kind = dtype, without[0] if momentum is None else momentum.dtype
-        tables = divided.setdefault(kind, Tables([], [], []))
+        dtypes = dtype, default if momentum is None else momentum.dtype
+        tables = by_dtypes.setdefault(dtypes, Tables([], [], []))
         tables.indices.append(i)
         tables.sizes.append(batch.params[i].size())
         tables.momentum += [] if momentum is None else [momentum]
         tables.companions += [] if companion is None else [companion]
-    return divided
+    return by_dtypes
 
 
 def _bring_up_to_date(tables: Tables, batch: SGDBatch, grads: list[Tensor]) -> None:
@@ -144,120 +183,124 @@ def _bring_up_to_date(tables: Tables, batch: SGDBatch, grads: list[Tensor]) -> N
     assert tables.lines is not None
     assert tables.by_16 is not None
     addresses = Addresses(grads)
-    column = _numbers(addresses.values)
+    column = _int64(addresses.values)
     tables.lines[:, GRAD.value] = column
     layout = tables.lines[:, LAYOUT.value]
     layout[layout != STRIDED.value] = 0
     layout[tables.by_16 & (column % 16 == 0)] = ALIGNED.value
-    tables.table = _uploaded(tables.lines, batch.params[0].device, tables)
+    tables.device = tables.device._replace(lines=_uploaded(tables.lines, batch.params[0].device, tables))
     tables.grads = addresses
 
 
 def _lay_out(tables: Tables, batch: SGDBatch, grads: list[Tensor]) -> None:
-    """The parts of the tables that don't change when gradients move.
+    """Fill in the tables but for the gradients' addresses.
 
-    Buffers that lie otherwise than their parameters are moved to memory where they don't.
+    A buffer whose strides differ from its parameter's order moves to new memory.
     """
     device = batch.params[0].device
     params = [batch.params[i] for i in tables.indices]
-    sizes = _numbers(param.numel() for param in params)
+    sizes = _int64(param.numel() for param in params)
     lines = torch.zeros(len(params), _COLUMNS.value, dtype=torch.int64, device="cpu")
-    lines[:, THETA.value] = _numbers(param.data_ptr() for param in params)
+    lines[:, THETA.value] = _int64(param.data_ptr() for param in params)
     lines[:, NUMEL.value] = sizes
-    lines[:, RULE.value] = _numbers(batch.rules[i] for i in tables.indices)
+    lines[:, RULE.value] = _int64(batch.rules[i] for i in tables.indices)
     for line, i in enumerate(tables.indices):
         if i in batch.begun:
             lines[line, BEGUN.value] = batch.begun[i].data_ptr()
-    geometry = torch.ones(len(params), 3, DIMS.value, dtype=torch.int64, device="cpu")
+    strides = torch.ones(len(params), 3, DIMS.value, dtype=torch.int64, device="cpu")
     tables.overlap = False
     for line, (i, param, grad) in enumerate(zip(tables.indices, params, grads, strict=True)):
-        walk = _walk(param)
+        order = _by_stride(param)
         for buffer in (batch.momentum[i], batch.companions[i]):
-            if buffer is not None and not _follows(buffer, walk):
-                buffer.data = _laid_out(buffer, walk)
-        if not (_follows(param, walk) and _follows(grad, walk)):
+            if buffer is not None and not _is_dense(buffer, order):
+                buffer.data = _laid_out(buffer, order)
+        if not (_is_dense(param, order) and _is_dense(grad, order)):
             lines[line, LAYOUT.value] = STRIDED.value
-            _write_geometry(geometry[line], walk, param, grad)
-            tables.overlap |= any(grad.stride(d) == 0 for d in walk)
+            _write_strides(strides[line], order, param, grad)
+            tables.overlap |= any(grad.stride(d) == 0 for d in order)
     for column, buffers in ((MOMENTUM, batch.momentum), (COMPANION, batch.companions)):
         chosen = (buffers[i] for i in tables.indices)
-        lines[:, column.value] = _numbers(0 if buffer is None else buffer.data_ptr() for buffer in chosen)
+        lines[:, column.value] = _int64(0 if buffer is None else buffer.data_ptr() for buffer in chosen)
     others = lines[:, [THETA.value, MOMENTUM.value, COMPANION.value]]
-    tables.by_16 = (others % 16 == 0).all(dim=1) & (lines[:, LAYOUT.value] != STRIDED.value)
+    strided = lines[:, LAYOUT.value] == STRIDED.value
+    tables.lines, tables.by_16 = lines, (others % 16 == 0).all(dim=1) & ~strided
+    items = _uploaded(_items(sizes), device, tables)
+    tables.device = DeviceTables(None, items, _uploaded(strides, device, tables) if bool(strided.any()) else None)
+
+
+def _items(sizes: Tensor) -> Tensor:
+    """Return each tensor's chunks, int32 ``(items, 2)``: the tensor's line and the chunk's number."""
     chunks = (sizes + FLAG_ELEMENTS - 1) // FLAG_ELEMENTS
-    tensor = torch.repeat_interleave(torch.arange(len(params), device="cpu"), chunks)
-    chunk = torch.arange(len(tensor), device="cpu") - torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
-    tables.lines = lines
-    tables.items = _uploaded(torch.stack([tensor, chunk], dim=1).to(torch.int32), device, tables)
-    strided = bool((lines[:, LAYOUT.value] == STRIDED.value).any())
-    tables.geometry = _uploaded(geometry, device, tables) if strided else None
+    line = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), chunks)
+    chunk = torch.arange(len(line), device="cpu") - torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
+    return torch.stack([line, chunk], dim=1).to(torch.int32)
 
 
-def _numbers(values: Iterable[int]) -> Tensor:
-    """On the CPU, whatever torch's default device is."""
+def _int64(values: Iterable[int]) -> Tensor:
+    """Return the values on the CPU, also where torch's default device is another."""
     return torch.frombuffer(array("q", values), dtype=torch.int64)  # torch.tensor() takes twice as long
 
 
-def _walk(param: Tensor) -> list[int]:
-    """A parameter's dimensions longer than 1, from the one with the least stride to the one with the greatest."""
+def _by_stride(param: Tensor) -> list[int]:
+    """Return the dimensions longer than 1, sorted by the parameter's strides, the least first."""
     return sorted((d for d, size in enumerate(param.shape) if size > 1), key=param.stride)
 
 
-def _follows(tensor: Tensor, walk: Sequence[int]) -> bool:
-    """Does the walk meet the tensor's elements one after the other, without gaps?"""
+def _is_dense(tensor: Tensor, order: Sequence[int]) -> bool:
+    """Return True if the tensor's elements lie without gaps when its dimensions are taken in this order."""
     expected = 1
-    for d in walk:
+    for d in order:
         if tensor.stride(d) != expected:
             return False
         expected *= tensor.shape[d]
     return True
 
 
-def _laid_out(tensor: Tensor, walk: Sequence[int]) -> Tensor:
-    """A copy whose elements lie in the order of the walk."""
+def _laid_out(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """Return a dense copy with the dimensions in this order."""
     strides, step = [1] * tensor.dim(), 1
-    for d in walk:
+    for d in order:
         strides[d], step = step, step * tensor.shape[d]
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _write_geometry(line: Tensor, walk: Sequence[int], param: Tensor, grad: Tensor) -> None:
+def _write_strides(line: Tensor, order: Sequence[int], param: Tensor, grad: Tensor) -> None:
     runs: list[list[int]] = []  # [size, stride of θ, stride of g]
-    for d in walk:
+    for d in order:
         size, steps = param.shape[d], (param.stride(d), grad.stride(d))
         if runs and steps == (runs[-1][0] * runs[-1][1], runs[-1][0] * runs[-1][2]):
             runs[-1][0] *= size
         else:
             runs.append([size, *steps])
     for d, run in enumerate(runs):
-        line[:, d] = _numbers(run)
+        line[:, d] = _int64(run)
 
 
 def _uploaded(host: Tensor, device: torch.device, tables: Tables) -> Tensor:
-    """On the device, without waiting for it."""
+    """Return a copy on the device, without waiting for it."""
     if device.type != "cuda":
         return host.clone()
     if not torch.cuda.is_current_stream_capturing():
         if host is tables.lines and (tables.reserve is None or tables.reserve.shape != host.shape):
             tables.reserve = torch.empty_like(host, pin_memory=True)
         return host.pin_memory().to(device, non_blocking=True)
-    # Every replay of the graph will read the host's copy again: it is never written again, and lives on. Pinned: from
-    # other memory torch copies nothing inside a capture. It may be allocated there, in the graph's own pool (torch
-    # 2.11), but not by whoever captures without torch's classes; hence the reserve.
+    # Every replay of the graph reads the host's copy again, so that copy must live on unchanged. It must be pinned:
+    # inside a capture torch copies nothing from other memory. torch.cuda.graph can allocate pinned memory in the
+    # graph's own pool (torch 2.11), other ways to capture can't; they use the reserve.
     if tables.reserve is not None and tables.reserve.shape == host.shape:
         source, tables.reserve = tables.reserve.copy_(host), None
     else:
         source = torch.empty_like(host, pin_memory=True).copy_(host)
     copy = source.to(device, non_blocking=True)
-    _of_graphs.append((source, copy))
+    _read_by_graphs.append((source, copy))
     return copy
 
 
 def _keep_until_read(tables: Tables, batch: SGDBatch) -> None:
-    """After a launch: what it reads lives until it has been read.
+    """Keep the memory that the last launch reads until it has been read.
 
-    That is so on the stream on which it was made. On another one the allocator has to be told: when the tables are
-    replaced, or with them the plan, it would hand their memory to the first stream while the other still reads it.
+    torch's allocator sees to that on the stream on which the memory was allocated. It must be told of every other
+    stream: else, when the tables or the plan are replaced, the first stream reuses memory that another still reads.
     """
     device = batch.params[0].device
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # see _leave_to_graph
@@ -267,37 +310,37 @@ def _keep_until_read(tables: Tables, batch: SGDBatch) -> None:
     stream = torch.cuda.current_stream(device)
     flags = [] if stream.cuda_stream in tables.streams else list(batch.begun.values())
     tables.streams.add(stream.cuda_stream)
-    read = (tables.table, tables.items, tables.geometry, tables.rules_table) if len(tables.streams) > 1 else ()
+    read = (*tables.device, tables.rules_table) if len(tables.streams) > 1 else ()
     for tensor in (*read, *flags):
         if tensor is not None:
             tensor.record_stream(stream)
 
 
-_of_graphs: list[Any] = []
+_read_by_graphs: list[Any] = []
 
 
 def _leave_to_graph(batch: SGDBatch) -> None:
-    """After a step inside a capture: what it reads lives as long as the process, and nothing of it is used again.
+    """Keep the memory that a captured step reads as long as the process, and forget the batch's tables.
 
-    A graph knows addresses alone, and what was uploaded inside it is not there before its first replay.
+    A graph holds addresses only. Tables that are uploaded inside it are not there before its first replay, so no
+    later step may use them.
     """
     for tables in batch.memory["tables"].values():
-        _of_graphs.append((tables.table, tables.items, tables.geometry, tables.rules_table))
-    _of_graphs.append(list(batch.begun.values()))
+        _read_by_graphs.append((*tables.device, tables.rules_table))
+    _read_by_graphs.append(list(batch.begun.values()))
     batch.memory.clear()
 
 
-def _passed(
+def _rule_arguments(
     tables: Tables, rules: Sequence[SGDRule], device: torch.device, acc: tl.dtype
 ) -> tuple[tuple[Any, ...], Tensor | None, int]:
-    """The rules as the kernel's arguments: some numbers (or tensors of one), or a table on the device; and, a bit for
-    each number, which of them are tensors.
+    """Return the kernel's arguments for the rules: their numbers, the table of rules, and StepForm.TENSORS.
 
-    Arguments are float32; float64 parameters, and optimizers of many groups, read a table.
+    Scalar arguments are float32. A table holds the rules of float64 parameters, and of optimizers with many groups.
     """
     if len(rules) <= _MOST_PASSED and acc == tl.float32:
         values = tuple(chain(*rules, *[rules[0]] * (power_of_2(len(rules)) - len(rules))))
-        if _PLAIN.issuperset(map(type, values)):
+        if _NUMBER_TYPES.issuperset(map(type, values)):
             return tuple(map(float, values)), None, 0
         numbers = tuple([_number(value, device) for value in values])
         return numbers, None, sum(isinstance(number, Tensor) << bit for bit, number in enumerate(numbers))
@@ -330,14 +373,14 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
     first, given = batch.params[0], grads
     grads = _materialized(batch, grads)
     with on_device(first):
-        divided = _tables_of(batch, grads)
-        if controls.grad_scale is not None and any(tables.overlap for tables in divided.values()):
+        by_dtypes = _tables_of(batch, grads)
+        if controls.grad_scale is not None and any(tables.overlap for tables in by_dtypes.values()):
             raise RuntimeError(
                 "fastloss.SGD: a gradient that is to be divided by a loss scale has elements that share memory; "
                 "expected one that was not expanded, or its clone()"
             )
-        for (grad_dtype, momentum_dtype), tables in divided.items():
-            _start_step(batch, tables, grad_dtype, momentum_dtype, rules, controls)
+        for (grad_dtype, momentum_dtype), tables in by_dtypes.items():
+            _launch_step(batch, tables, grad_dtype, momentum_dtype, rules, controls)
             _keep_until_read(tables, batch)
     _begin_empty(batch, controls)
     if first.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -346,12 +389,12 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
     if controls.grad_scale is not None:
         torch.autograd.graph.increment_version(grads)
         if grads is not given:
-            for mine, resolved in zip(given, grads, strict=True):
-                if mine is not resolved:
-                    mine.copy_(resolved)
+            for lazy, unscaled in zip(given, grads, strict=True):
+                if lazy is not unscaled:
+                    lazy.copy_(unscaled)
 
 
-def _start_step(
+def _launch_step(
     batch: SGDBatch,
     tables: Tables,
     grad_dtype: torch.dtype,
@@ -359,71 +402,49 @@ def _start_step(
     rules: Sequence[SGDRule],
     controls: SGDControls,
 ) -> None:
-    """The launch for one set of tables."""
     first = batch.params[0]
     acc = arithmetic(first.dtype)
-    numbers, rules_table, tensors = _passed(tables, rules, first.device, acc)
+    numbers, rules_table, tensors = _rule_arguments(tables, rules, first.device, acc)
     scale, found_inf, squares, max_norm = controls
     seed = None
     if batch.rounding == "stochastic":
         seed = torch.randint(2**31 - 1, (1,), device=first.device)
     has_begun = bool(batch.begun)
-    # What may differ between two launches of one set of tables, as far as it is compiled in. (The tables themselves,
-    # whatever uploads them, begin at multiples of 16, and so does the seed.)
-    kinds = (alike(value) for value in numbers if isinstance(value, Tensor)) if tensors else ()
-    switches = has_begun, tables.geometry is None, len(numbers), tensors
-    key = *switches, alike(scale), alike(found_inf), alike(squares), *kinds
+    # All that Triton compiles in and that may differ between two launches of one set of tables. (The tables and the
+    # seed always begin at multiples of 16.)
+    alignments = (alike(value) for value in numbers if isinstance(value, Tensor)) if tensors else ()
+    switches = has_begun, tables.device.strides is None, len(numbers), tensors
+    key = *switches, alike(scale), alike(found_inf), alike(squares), *alignments
     if key not in tables.launches:
-        assert tables.items is not None
-        constants = {
-            "THETA_TYPE": _TRITON[first.dtype],
-            "GRAD_TYPE": _TRITON[grad_dtype],
-            "MOMENTUM_TYPE": _TRITON[momentum_dtype],
-            "ACC": acc,
-            "RULES": len(numbers) // _NUMBERS.value,
-            "TENSORS": tensors,
-            "HAS_MOMENTUM": bool(tables.momentum),
-            "HAS_BEGUN": has_begun,
-            "ROUNDING": batch.rounding,
-            "num_warps": _WARPS,
-            **FUSED,
-        }
-        tables.launches[key] = Launch(_step_kernel, (len(tables.items),), constants)
-    tables.launches[key](
-        tables.table,
-        tables.items,
-        tables.geometry,
-        numbers,
-        rules_table,
-        scale,
-        found_inf,
-        squares,
-        float(max_norm),
-        seed,
-    )
+        types = (_TRITON[dtype] for dtype in (first.dtype, grad_dtype, momentum_dtype))
+        passed = len(numbers) // _NUMBERS.value
+        form = *types, acc, passed, tensors, bool(tables.momentum), has_begun, batch.rounding
+        constants = {"FORM": compiled_in(StepForm(*form)), "num_warps": _WARPS, **FUSED}
+        tables.launches[key] = Launch(_step_kernel, (len(tables.device.items),), constants)
+    pointers = (scale, found_inf, squares)
+    tables.launches[key](tables.device, numbers, rules_table, *pointers, float(max_norm), seed)
 
 
-def _start_squares(batch: SGDBatch, tables: Tables, grad_dtype: torch.dtype, squares: Tensor) -> None:
-    assert tables.items is not None
-    first, items = batch.params[0], len(tables.items)
-    grid = spread(items, first.device)
-    key = "squares", tables.geometry is None, alike(squares)
+def _launch_squares(batch: SGDBatch, tables: Tables, grad_dtype: torch.dtype, squares: Tensor) -> None:
+    first, items = batch.params[0], len(tables.device.items)
+    grid = grid_for(items, first.device)
+    key = "squares", tables.device.strides is None, alike(squares)
     if key not in tables.launches:
         constants = {
             "GRAD_TYPE": _TRITON[grad_dtype],
             "ACC": arithmetic(torch.promote_types(first.dtype, grad_dtype)),
-            "G_PAD": power_of_2(spread(1 << 30, first.device)),  # alike for any number of items
+            "G_PAD": power_of_2(grid_for(1 << 30, first.device)),  # the same for any number of items
             "num_warps": _WARPS,
             **at_most(255),  # compiled for sm_100 strided gradients would spill 8 bytes
             **FUSED,
         }
         tables.launches[key] = Launch(_squares_kernel, (grid,), constants)
     partial, _, arrived = scratch(first.device, grid, 0)
-    tables.launches[key](tables.table, tables.items, tables.geometry, partial, squares, arrived, items)
+    tables.launches[key](tables.device, partial, squares, arrived, items)
 
 
 def _begin_empty(batch: SGDBatch, controls: SGDControls) -> None:
-    """Tensors without elements, which no program serves, begin their momentum with the others."""
+    """Set the flags of tensors without elements, which no program steps."""
     if "empty" not in batch.memory:
         batch.memory["empty"] = [flags for i, flags in batch.begun.items() if not batch.params[i].numel()]
     for flags in batch.memory["empty"]:
@@ -439,7 +460,7 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     grads = _materialized(batch, grads)
     with on_device(first):
         for (grad_dtype, _), tables in _tables_of(batch, grads).items():
-            _start_squares(batch, tables, grad_dtype, squares)
+            _launch_squares(batch, tables, grad_dtype, squares)
             _keep_until_read(tables, batch)
 
 
@@ -448,9 +469,7 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
 
 @triton.jit(do_not_specialize=["items"])
 def _squares_kernel(
-    table_ptr,  # int64 (tensors, columns)
-    items_ptr,  # int32 (items, 2): tensor, chunk
-    geometry_ptr,  # int64 (tensors, 3, DIMS), or None
+    tables,  # DeviceTables
     partial_ptr,  # float64 (programs,)
     squares_ptr,  # float64 ()
     counter_ptr,
@@ -463,15 +482,15 @@ def _squares_kernel(
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], ACC)
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
-        line_ptr, _chunk, start, end, layout = _item(table_ptr, items_ptr, item)
+        line_ptr, _chunk, start, end, layout = _item(tables, item)
         address = tl.load(line_ptr + GRAD)
         for offset in tl.range(start, end, BLOCK):
             if (layout == ALIGNED) & (offset + BLOCK <= end):
                 g = tl.load(_pointer(address, GRAD_TYPE, True) + offset + lane).to(ACC)
             else:
-                at = tl.full([], offset, tl.int64) + lane  # the interpreter's offset is Python's
-                if geometry_ptr is not None:
-                    _theta_at, at = _places(geometry_ptr, items_ptr, item, at, layout)
+                at = tl.full([], offset, tl.int64) + lane  # in the interpreter offset is a Python int
+                if tables.strides is not None:
+                    _theta_at, at = _places(tables, item, at, layout)
                 g = tl.load(_pointer(address, GRAD_TYPE, False) + at, mask=lane < end - offset, other=0.0).to(ACC)
             total += g * g
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total.to(tl.float64), axis=0))
@@ -484,25 +503,15 @@ def _squares_kernel(
 
 @triton.jit
 def _step_kernel(
-    table_ptr,  # int64 (tensors, columns)
-    items_ptr,  # int32 (items, 2): tensor, chunk
-    geometry_ptr,  # int64 (tensors, 3, DIMS), or None
-    rules,  # the numbers of RULES rules, each a scalar or a pointer to one
-    rules_ptr,  # float64 (rules, numbers), where RULES is 0
+    tables,  # DeviceTables
+    rules,  # the numbers of FORM.RULES rules, each a scalar or a pointer to one
+    rules_ptr,  # float64 (rules, numbers), where FORM.RULES is 0
     scale_ptr,  # or None
     found_inf_ptr,  # or None
     squares_ptr,  # float64 (), or None: no clipping
     max_norm: fp64,
     seed_ptr,  # int64 (1,), for stochastic rounding
-    THETA_TYPE: tl.constexpr,
-    GRAD_TYPE: tl.constexpr,
-    MOMENTUM_TYPE: tl.constexpr,
-    ACC: tl.constexpr,
-    RULES: tl.constexpr,
-    TENSORS: tl.constexpr,  # a bit for each number of the rules: is it a pointer?
-    HAS_MOMENTUM: tl.constexpr,
-    HAS_BEGUN: tl.constexpr,
-    ROUNDING: tl.constexpr,
+    FORM: tl.constexpr,  # StepForm
 ):
     """One step of one chunk:  g ← ± clip · g / scale + λ θ,  m ← μ m + (1 − τ) g,  θ ← θ − γ (m or g + μ m).
 
@@ -512,114 +521,113 @@ def _step_kernel(
     if found_inf_ptr is not None:
         active = tl.load(found_inf_ptr) == 0.0
     if active:
-        line_ptr, chunk, start, end, layout = _item(table_ptr, items_ptr, tl.program_id(0))
-        number = tl.load(line_ptr + RULE)
-        lr = _rule(rules, rules_ptr, number, 0, RULES, TENSORS)
-        momentum = _rule(rules, rules_ptr, number, 1, RULES, TENSORS)
-        keep = 1.0 - _rule(rules, rules_ptr, number, 2, RULES, TENSORS)
-        decay = _rule(rules, rules_ptr, number, 3, RULES, TENSORS)
-        nesterov = _rule(rules, rules_ptr, number, 4, RULES, TENSORS) != 0.0
-        sign = 1.0 - 2.0 * _rule(rules, rules_ptr, number, 5, RULES, TENSORS)
-        decoupled = _rule(rules, rules_ptr, number, 6, RULES, TENSORS)
-        shrink = tl.where(decoupled != 0.0, 1.0 - lr * decay, 1.0).to(ACC)  # lr may be infinite
-        decay = (decay * (1.0 - decoupled)).to(ACC)
-
-        inverse = tl.full([], 1.0, tl.float64)
-        if scale_ptr is not None:
-            inverse = 1.0 / tl.load(scale_ptr).to(tl.float64)
-        clip = sign.to(tl.float64)
-        if squares_ptr is not None:
-            factor = max_norm / (tl.sqrt(tl.load(squares_ptr)) * inverse + _NORM_EPSILON)
-            clip = clip * tl.where(factor > 1.0, 1.0, factor)  # NaN stays
-
-        first = False
-        if HAS_BEGUN:
-            begun = tl.load(line_ptr + BEGUN)
-            flag_ptr = begun.to(tl.pointer_type(tl.uint8)) + chunk
-            first = tl.load(flag_ptr, mask=begun != 0, other=1) == 0
-            tl.debug_barrier()  # all threads have read it
-            tl.store(flag_ptr, tl.full([], 1, tl.uint8), mask=(begun != 0) & (momentum != 0.0))
-
+        line_ptr, chunk, start, end, layout = _item(tables, tl.program_id(0))
+        numbers = _step_numbers(line_ptr, chunk, rules, rules_ptr, scale_ptr, squares_ptr, max_norm, FORM)
         seed = 0
-        if ROUNDING == "stochastic":
+        if FORM.ROUNDING == "stochastic":
             seed = tl.load(seed_ptr)
-        numbers = (
-            lr.to(ACC), momentum.to(ACC), keep.to(ACC), decay, shrink, nesterov, first, inverse.to(ACC), clip.to(ACC)
-        )  # fmt: skip
         addresses = (
             tl.load(line_ptr + THETA), tl.load(line_ptr + GRAD),
             tl.load(line_ptr + MOMENTUM), tl.load(line_ptr + COMPANION),
         )  # fmt: skip
         for offset in tl.range(start, end, BLOCK):
             if (layout == ALIGNED) & (offset + BLOCK <= end):
-                _block(
-                    addresses, geometry_ptr, items_ptr, offset, end, layout, numbers, scale_ptr, seed, True,
-                    THETA_TYPE, GRAD_TYPE, MOMENTUM_TYPE, ACC, HAS_MOMENTUM, ROUNDING,
-                )  # fmt: skip
+                _step_block(addresses, tables, offset, end, layout, numbers, scale_ptr, seed, True, FORM)
             else:
-                _block(
-                    addresses, geometry_ptr, items_ptr, offset, end, layout, numbers, scale_ptr, seed, False,
-                    THETA_TYPE, GRAD_TYPE, MOMENTUM_TYPE, ACC, HAS_MOMENTUM, ROUNDING,
-                )  # fmt: skip
+                _step_block(addresses, tables, offset, end, layout, numbers, scale_ptr, seed, False, FORM)
 
 
 @triton.jit
-def _block(
-    addresses, geometry_ptr, items_ptr, offset, end, layout, numbers, scale_ptr, seed, WHOLE: tl.constexpr,
-    THETA_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, MOMENTUM_TYPE: tl.constexpr, ACC: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr, ROUNDING: tl.constexpr,
+def _step_numbers(line_ptr, chunk, rules, rules_ptr, scale_ptr, squares_ptr, max_norm, FORM: tl.constexpr):
+    """The numbers of one chunk's step. Sets the chunk's flag if its momentum buffer begins."""
+    ACC: tl.constexpr = FORM.ACC
+    rule = tl.load(line_ptr + RULE)
+    lr = _rule_number(rules, rules_ptr, rule, 0, FORM)
+    momentum = _rule_number(rules, rules_ptr, rule, 1, FORM)
+    keep = 1.0 - _rule_number(rules, rules_ptr, rule, 2, FORM)
+    decay = _rule_number(rules, rules_ptr, rule, 3, FORM)
+    nesterov = _rule_number(rules, rules_ptr, rule, 4, FORM) != 0.0
+    sign = 1.0 - 2.0 * _rule_number(rules, rules_ptr, rule, 5, FORM)
+    decoupled = _rule_number(rules, rules_ptr, rule, 6, FORM)
+    shrink = tl.where(decoupled != 0.0, 1.0 - lr * decay, 1.0).to(ACC)  # lr may be infinite
+    decay = (decay * (1.0 - decoupled)).to(ACC)
+
+    inverse = tl.full([], 1.0, tl.float64)
+    if scale_ptr is not None:
+        inverse = 1.0 / tl.load(scale_ptr).to(tl.float64)
+    clip = sign.to(tl.float64)
+    if squares_ptr is not None:
+        factor = max_norm / (tl.sqrt(tl.load(squares_ptr)) * inverse + _NORM_EPSILON)
+        clip = clip * tl.where(factor > 1.0, 1.0, factor)  # NaN stays
+
+    first = False
+    if FORM.HAS_BEGUN:
+        begun = tl.load(line_ptr + BEGUN)
+        flag_ptr = begun.to(tl.pointer_type(tl.uint8)) + chunk
+        first = tl.load(flag_ptr, mask=begun != 0, other=1) == 0
+        tl.debug_barrier()  # all threads have read it
+        tl.store(flag_ptr, tl.full([], 1, tl.uint8), mask=(begun != 0) & (momentum != 0.0))
+    return StepNumbers(
+        lr.to(ACC), momentum.to(ACC), keep.to(ACC), decay, shrink, nesterov, first, inverse.to(ACC), clip.to(ACC)
+    )
+
+
+@triton.jit
+def _step_block(
+    addresses, tables, offset, end, layout, numbers, scale_ptr, seed, WHOLE: tl.constexpr, FORM: tl.constexpr
 ):  # fmt: skip
-    """A block of a chunk. ``WHOLE``: all of its elements exist, one after the other, and are aligned."""
+    """Step a block of a chunk. ``WHOLE``: it has BLOCK elements, which are contiguous and aligned."""
     theta_address, grad_address, momentum_address, companion_address = addresses
-    lr, momentum, keep, decay, shrink, nesterov, first, inverse, clip = numbers
-    COMPANION_TYPE: tl.constexpr = tl.float32 if ROUNDING == "master" else THETA_TYPE
+    ACC: tl.constexpr = FORM.ACC
+    ROUNDING: tl.constexpr = FORM.ROUNDING
+    COMPANION_TYPE: tl.constexpr = tl.float32 if ROUNDING == "master" else FORM.THETA
     lane = tl.arange(0, BLOCK)
-    offset = tl.full([], offset, tl.int64)  # the interpreter's is Python's
+    offset = tl.full([], offset, tl.int64)  # in the interpreter it is a Python int
     mask = None if WHOLE else lane < end - offset
-    theta_ptr = _pointer(theta_address, THETA_TYPE, WHOLE)
-    grad_ptr = _pointer(grad_address, GRAD_TYPE, WHOLE)
-    if WHOLE or geometry_ptr is None:
+    theta_ptr = _pointer(theta_address, FORM.THETA, WHOLE)
+    grad_ptr = _pointer(grad_address, FORM.GRAD, WHOLE)
+    if WHOLE or tables.strides is None:
         theta_ptr += offset + lane
         grad_ptr += offset + lane
     else:
-        theta_at, grad_at = _places(geometry_ptr, items_ptr, tl.program_id(0), offset + lane, layout)
+        theta_at, grad_at = _places(tables, tl.program_id(0), offset + lane, layout)
         theta_ptr += theta_at
         grad_ptr += grad_at
 
     g = tl.load(grad_ptr, mask=mask).to(ACC)
     if scale_ptr is not None:
-        g = g * inverse
-        tl.store(grad_ptr, g.to(GRAD_TYPE), mask=mask)
-    g = g * clip
+        g = g * numbers.inverse
+        tl.store(grad_ptr, g.to(FORM.GRAD), mask=mask)
+    g = g * numbers.clip
     if ROUNDING == "master" or ROUNDING == "kahan":
         companion_ptr = _pointer(companion_address, COMPANION_TYPE, WHOLE) + offset + lane
     theta = tl.load(theta_ptr, mask=mask).to(ACC)
-    # The parameter is the truth, whoever wrote to it since the last step; see eager/rounding.py.
+    # Where the parameter was written to since the last step, its companion is out of date; see eager/rounding.py.
     if ROUNDING == "master":
         master = tl.load(companion_ptr, mask=mask)
-        theta = tl.where(master.to(THETA_TYPE).to(ACC) == theta, master, theta)
+        theta = tl.where(master.to(FORM.THETA).to(ACC) == theta, master, theta)
     if ROUNDING == "kahan":
         compensation = tl.load(companion_ptr, mask=mask).to(ACC)
-        belongs = (theta + compensation * 0.984375).to(THETA_TYPE).to(ACC) == theta
+        belongs = (theta + compensation * 0.984375).to(FORM.THETA).to(ACC) == theta
         theta += tl.where(belongs, compensation, 0.0)
 
-    g = tl.where(decay != 0.0, g + decay * theta, g)
-    theta = theta * shrink
-    if HAS_MOMENTUM:
-        if (momentum_address != 0) & (momentum != 0.0):  # a tensor's value: the host has not read it
-            momentum_ptr = _pointer(momentum_address, MOMENTUM_TYPE, WHOLE) + offset + lane
+    g = tl.where(numbers.decay != 0.0, g + numbers.decay * theta, g)
+    theta = theta * numbers.shrink
+    if FORM.HAS_MOMENTUM:
+        if (momentum_address != 0) & (numbers.momentum != 0.0):  # a number that the host may not have read
+            momentum_ptr = _pointer(momentum_address, FORM.MOMENTUM, WHOLE) + offset + lane
             m = tl.load(momentum_ptr, mask=mask).to(ACC)
-            m = tl.where(first, g, momentum * m + keep * g)
-            tl.store(momentum_ptr, m.to(MOMENTUM_TYPE), mask=mask)
-            g = tl.where(nesterov, g + momentum * m, m)
-    theta -= lr * g
+            m = tl.where(numbers.first, g, numbers.momentum * m + numbers.keep * g)
+            tl.store(momentum_ptr, m.to(FORM.MOMENTUM), mask=mask)
+            g = tl.where(numbers.nesterov, g + numbers.momentum * m, m)
+    theta -= numbers.lr * g
 
     if ROUNDING == "stochastic":
         within = (offset % CHUNK).to(tl.int32)
         noise = tl.randint(seed, tl.program_id(0) * CHUNK + within + lane)
-        stored = _stochastically(theta, noise, THETA_TYPE)
+        stored = _stochastically(theta, noise, FORM.THETA)
     else:
-        stored = theta.to(THETA_TYPE)
+        stored = theta.to(FORM.THETA)
     tl.store(theta_ptr, stored, mask=mask)
     if ROUNDING == "master":
         tl.store(companion_ptr, theta, mask=mask)
@@ -630,52 +638,51 @@ def _block(
 
 
 @triton.jit
-def _item(table_ptr, items_ptr, item):
-    """The line of an item's tensor, the item's chunk, the first and the last element of it, and the layout."""
-    line_ptr = table_ptr + tl.load(items_ptr + 2 * item).to(tl.int64) * _COLUMNS
-    chunk = tl.load(items_ptr + 2 * item + 1).to(tl.int64)
+def _item(tables, item):
+    """The line of an item's tensor, the chunk's number, its first element and the one after its last, the layout."""
+    line_ptr = tables.lines + tl.load(tables.items + 2 * item).to(tl.int64) * _COLUMNS
+    chunk = tl.load(tables.items + 2 * item + 1).to(tl.int64)
     start = chunk * CHUNK
     end = tl.minimum(start + CHUNK, tl.load(line_ptr + NUMEL))
     return line_ptr, chunk, start, end, tl.load(line_ptr + LAYOUT)
 
 
 @triton.jit
-def _rule(rules, rules_ptr, number, NUMBER: tl.constexpr, RULES: tl.constexpr, TENSORS: tl.constexpr):
-    """One number of rule ``number``."""
-    if RULES == 0:
-        value = tl.load(rules_ptr + number * _NUMBERS + NUMBER)
+def _rule_number(rules, rules_ptr, rule, NUMBER: tl.constexpr, FORM: tl.constexpr):
+    """One number of the rule with number ``rule``."""
+    if FORM.RULES == 0:
+        value = tl.load(rules_ptr + rule * _NUMBERS + NUMBER)
     else:
-        value = _scalar(rules[NUMBER], TENSORS >> NUMBER & 1)
-        for other in tl.static_range(1, RULES):
-            another = _scalar(
-                rules[other * _NUMBERS + NUMBER], tl.constexpr(TENSORS) >> (other * _NUMBERS + NUMBER) & 1
-            )
-            value = tl.where(number == other, another, value)
+        value = _rule_argument(rules, NUMBER, FORM.TENSORS)
+        for other in tl.static_range(1, FORM.RULES):
+            another = _rule_argument(rules, other * _NUMBERS + NUMBER, FORM.TENSORS)
+            value = tl.where(rule == other, another, value)
     return value
 
 
 @triton.jit
-def _scalar(value, IS_TENSOR: tl.constexpr):
-    if IS_TENSOR:
+def _rule_argument(rules, PLACE: tl.constexpr, TENSORS: tl.constexpr):
+    value = rules[PLACE]
+    if tl.constexpr(TENSORS) >> PLACE & 1:
         value = tl.load(value)
     return tl.full([], value, tl.float32)
 
 
 @triton.jit
 def _pointer(address, TYPE: tl.constexpr, ALIGNED_TO_16: tl.constexpr):
-    """A pointer from the table; the compiler is told where it is a multiple of 16."""
+    """The address as a pointer that the compiler knows to be a multiple of 16, if it is."""
     if ALIGNED_TO_16:
         return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(TYPE)), 16)
     return address.to(tl.pointer_type(TYPE))
 
 
 @triton.jit
-def _places(geometry_ptr, items_ptr, item, index, layout):
-    """Where those elements of θ and of g lie that stand at these places of the buffers."""
+def _places(tables, item, index, layout):
+    """The offsets in θ and in g of the elements at these offsets in the buffers."""
     theta_at = index
     grad_at = index
     if layout == STRIDED:
-        line_ptr = geometry_ptr + tl.load(items_ptr + 2 * item).to(tl.int64) * (3 * DIMS)
+        line_ptr = tables.strides + tl.load(tables.items + 2 * item).to(tl.int64) * (3 * DIMS)
         theta_at = tl.zeros_like(index)
         grad_at = tl.zeros_like(index)
         for d in tl.static_range(DIMS):
@@ -689,7 +696,7 @@ def _places(geometry_ptr, items_ptr, item, index, layout):
 
 @triton.jit
 def _stochastically(x, noise, TYPE: tl.constexpr):
-    """Round to one of the two neighbours in 16 bits, the nearer the likelier; see eager/rounding.py."""
+    """Round at random to one of the two neighbours in 16 bits, to the nearer more often; see eager/rounding.py."""
     DROPPED: tl.constexpr = 16 if TYPE == tl.bfloat16 else 13
     noise = noise.to(tl.uint32) >> (32 - DROPPED)
     bits = x.to(tl.uint32, bitcast=True) + noise

@@ -1,13 +1,6 @@
-"""What every kernel says of a row: where it lies, what its label is, how it ranks, how its results are added up.
+"""The parts that several kernels share: labels, ranks, the softcap, and how counts add up.
 
-Names used in all kernels:
-
-- ``ROWS`` × ``COLS``: the tile of logits that a program holds at once, as (rows, classes).
-- ``ACC``: the dtype of the arithmetic, float32, or float64 for float64 logits.
-- ``VEC``: how many neighbouring classes are known to be aligned together, so that one access takes them all.
-- m: a row's maximum, or one so far. Exponentials are ``exp2((z - m) * log2(e))``. With ``z * log2(e) - m * log2(e)``,
-  one fused multiply-add, they would cost an instruction less, and fail where the second product overflows or rounds
-  by more than a few units: rows of -1e30, of the least float32.
+``arguments.py`` has the names that all kernels use, and where a tile's elements lie.
 """
 
 from __future__ import annotations
@@ -15,46 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arguments import Strided
+
 fp64 = tl.float64  # annotates scalar arguments that stay doubles; Triton makes floats of the others
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def tile_count(rows, inner, ROWS: tl.constexpr, BY_INNER: tl.constexpr):
-    """How many tiles of rows there are."""
-    return rows // inner * tl.cdiv(inner, ROWS) if BY_INNER else tl.cdiv(rows, ROWS)
-
-
-@triton.jit
-def tile_rows(tile, rows, inner, ROWS: tl.constexpr, BY_INNER: tl.constexpr):
-    """The rows of a tile, which of them exist, and where they are: outer and inner index.
-
-    ``BY_INNER``: neighbouring rows are neighbours in memory, and a tile stays within one outer index, so that the
-    compiler sees it.
-    """
-    if BY_INNER:
-        tiles = tl.cdiv(inner, ROWS)
-        outer = tile // tiles
-        within = tile % tiles * ROWS + tl.arange(0, ROWS)
-        row, in_range = outer * inner + within, within < inner
-    else:
-        row = tile * ROWS + tl.arange(0, ROWS)
-        outer, within, in_range = row // inner, row % inner, row < rows
-    return row, in_range, outer, within
-
-
-@triton.jit
-def row_offsets(outer, within, stride_outer, stride_inner, VEC: tl.constexpr):
-    """Where each row begins, int64: N·V passes 2³¹ in ordinary training."""
-    offset = outer.to(tl.int64) * stride_outer + within.to(tl.int64) * stride_inner
-    # Written as a product, so that the compiler knows its alignment wherever it is used.
-    return offset // VEC * VEC if VEC > 1 else offset
+# Its exp2() is 0 even in float64, and so is its product with that 0; with −inf the product would be NaN.
+LOG_OF_0 = tl.constexpr(-2e3)
 
 
 @triton.jit
 def rows_to_read(counted, in_range, BY_INNER: tl.constexpr):
-    """Which rows' logits are read: an ignored row's are left out, unless its neighbours share its accesses."""
+    """Return a mask of the rows to read: ignored rows are not read, unless their neighbours share their accesses."""
     return in_range if BY_INNER else counted
 
 
@@ -67,16 +31,11 @@ def class_offsets(cols, stride_class, VEC: tl.constexpr):
 
 
 @triton.jit
-def inside(cols, classes, VEC: tl.constexpr):
-    """Which columns are classes; alike for each aligned group of ``VEC``, so that masked accesses stay wide."""
-    if VEC > 1:
-        return (cols // VEC) < (classes // VEC)
-    return cols < classes
-
-
-@triton.jit
 def labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr):
-    """Each row's label (0 where it has none), whether it counts, and its weight: 0 if not, NaN if out of bounds."""
+    """Return each row's label (0 for none), whether the row counts, and its weight.
+
+    The weight of a row that does not count is 0; that of a label out of bounds is NaN.
+    """
     target = tl.load(target_ptr + row, mask=in_range, other=0).to(tl.int64)
     counted = in_range & (target != ignore_index)
     valid = (target >= 0) & (target < classes)
@@ -90,10 +49,10 @@ def labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, HAS_WEI
 
 @triton.jit
 def label_logit(logits_ptr, offset, counted, PAIRS: tl.constexpr, ACC: tl.constexpr):
-    """The logit at ``offset``, 0 in a row that does not count.
+    """Return the logit at ``offset``, 0 in a row that does not count.
 
-    ``PAIRS``: one of 16 bits is taken with its neighbour, since less than 32 bits can't be fetched ahead, and what is
-    not fetched ahead is waited for in each row. The logits then begin at a multiple of 4 bytes.
+    ``PAIRS``: a logit of 16 bits is loaded with its neighbour: fewer than 32 bits can't be prefetched, and each row
+    would wait for a load that is not. The logits then begin at a multiple of 4 bytes.
     """
     if PAIRS and logits_ptr.dtype.element_ty.primitive_bitwidth == 16:
         pair = tl.load(logits_ptr.to(tl.pointer_type(tl.int32)) + offset // 2, mask=counted, other=0)
@@ -104,7 +63,7 @@ def label_logit(logits_ptr, offset, counted, PAIRS: tl.constexpr, ACC: tl.conste
 
 @triton.jit
 def tanh(u, ACC: tl.constexpr):
-    """tanh and its derivative, both without cancellation (near 0 in float32; in float64 it is below notice)."""
+    """Return tanh and its derivative, without cancellation (near 0 in float32; in float64 it is negligible)."""
     e = tl.exp2(tl.abs(u) * (-2.0 * LOG2_E))
     t = (1.0 - e) / (1.0 + e)
     t = tl.where(u < 0.0, -t, t)
@@ -118,13 +77,13 @@ def tanh(u, ACC: tl.constexpr):
 
 @triton.jit
 def finite(x):
-    """Is x a number? Not by x − x = 0: of a product t·c the compiler makes fma(t, c, −t·c), what rounding took."""
+    """Return whether x is finite. (Not by x − x = 0: where x is t·c, that is fma(t, c, −t·c), a rounding error.)"""
     return tl.abs(x) < float("inf")
 
 
 @triton.jit
 def next_below(x):
-    """The greatest number below ``x``: then "≥ x" is "> next_below(x)". NaN, above which all is, for −inf."""
+    """Return the greatest number below ``x``: then "≥ x" is "> next_below(x)". For −inf it is NaN: not (y ≤ NaN)."""
     x = x + 0.0  # −0 becomes +0
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True)
@@ -138,18 +97,18 @@ def next_below(x):
 
 @triton.jit
 def rank_in_tile(x, x_label, cols, label, counted, most_k):
-    """How many classes stand before the label: those with a greater logit, or an equal one at a lower index.
+    """Return how many classes stand before the label: those with a greater logit, or an equal one at a lower index.
 
-    NaN is the greatest value. Exact for every row whose rank is below ``most_k``; the tie test is left out where no
-    row of the tile can be right without it.
+    NaN is the greatest value. The rank is exact where it is below ``most_k``. Ties are not counted if no row of the
+    tile has so few greater logits.
     """
-    mine, label = x_label[:, None], label.to(tl.int32)  # as the columns are
-    rank = tl.sum((~(x <= mine)).to(tl.int32), axis=1)  # greater, or NaN
+    threshold, label = x_label[:, None], label.to(tl.int32)  # as the columns are
+    rank = tl.sum((~(x <= threshold)).to(tl.int32), axis=1)  # greater, or NaN
     is_nan = x_label != x_label
     open_rows = (counted & ((rank < most_k) | is_nan)).to(tl.int32)
     if tl.max(open_rows, axis=0) > 0:
         lower = cols[None, :] < label[:, None]
-        rank += tl.sum(((x == mine) & lower).to(tl.int32), axis=1)
+        rank += tl.sum(((x == threshold) & lower).to(tl.int32), axis=1)
         if tl.max((counted & is_nan).to(tl.int32), axis=0) > 0:
             nans = tl.sum(((x != x) & lower).to(tl.int32), axis=1)
             rank = tl.where(is_nan, nans, rank)
@@ -163,32 +122,30 @@ def rank_held(
     label,
     counted,
     most_k,
-    logits_ptr,
+    logits: Strided,
     base,
-    x_class,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    T: tl.constexpr,
 ):
-    """The same of logits that fill the registers, so that there is no room for the numbers of their columns.
+    """Return what :func:`rank_in_tile` does, of logits that leave no registers for the numbers of their columns.
 
-    A logit equal to the label's, and a label that is NaN, are rare: then the classes before it are read again.
+    A logit equal to the label's, and a label whose logit is NaN, are rare: then the classes before it are read again.
     """
-    mine = x_label[:, None]
-    rank = tl.sum((~(x <= mine)).to(tl.int32), axis=1)  # greater, or NaN
+    threshold = x_label[:, None]
+    rank = tl.sum((~(x <= threshold)).to(tl.int32), axis=1)  # greater, or NaN
     is_nan = x_label != x_label
     open_rows = counted & ((rank < most_k) | is_nan)
     if tl.max(open_rows.to(tl.int32), axis=0) > 0:
-        alike = tl.sum((x == mine).to(tl.int32), axis=1)
-        tied = open_rows & ((alike > 1) | is_nan)
+        equal = tl.sum((x == threshold).to(tl.int32), axis=1)
+        tied = open_rows & ((equal > 1) | is_nan)
         if tl.max(tied.to(tl.int32), axis=0) > 0:
-            BLOCK: tl.constexpr = min(COLS, max(16, 1024 // ROWS))
+            BLOCK: tl.constexpr = min(T.COLS, max(16, 1024 // T.ROWS))
             last = tl.where(tied, label, 0)
             again = tl.zeros(rank.shape, tl.int32)
             for start in tl.range(0, tl.max(last, axis=0).to(tl.int32), BLOCK):
                 cols = start + tl.arange(0, BLOCK)
-                pointers = logits_ptr + base[:, None] + cols.to(tl.int64)[None, :] * x_class
-                z = tl.load(pointers, mask=cols[None, :] < last[:, None], other=0.0).to(x.dtype)
-                before = ((z == mine) | ((z != z) & is_nan[:, None])) & (cols[None, :] < last[:, None])
+                places = logits.ptr + base[:, None] + cols.to(tl.int64)[None, :] * logits.stride_class
+                z = tl.load(places, mask=cols[None, :] < last[:, None], other=0.0).to(x.dtype)
+                before = ((z == threshold) | ((z != z) & is_nan[:, None])) & (cols[None, :] < last[:, None])
                 again += tl.sum(before.to(tl.int32), axis=1)
             rank = tl.where(tied, tl.where(is_nan, again, rank + again), rank)
     return rank
@@ -196,18 +153,18 @@ def rank_held(
 
 @triton.jit
 def before_label(x, x_label, cols, start, label, GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """How many classes of a block stand before the label, for each group of ``GROUP`` classes.
+    """Return how many classes of a block stand before the label, for each group of ``GROUP`` classes.
 
-    For a label whose logit is NaN the count is wrong, and ``nans_before`` has the right one.
+    For a label whose logit is NaN the count is wrong: :func:`nans_before` returns the right one.
     """
     SPLIT: tl.constexpr = [ROWS, COLS // GROUP, GROUP]
     label = label.to(tl.int32)  # as the columns are
     if ROWS > 1:
-        mine = x_label[:, None]
-        before = ~(x <= mine) | ((x == mine) & (cols[None, :] < label[:, None]))
+        threshold = x_label[:, None]
+        before = ~(x <= threshold) | ((x == threshold) & (cols[None, :] < label[:, None]))
         return tl.sum(tl.reshape(before.to(tl.int32), SPLIT), axis=2)
-    # One comparison a logit: "≥" in blocks before the label's, ">" from it on. Only in the label's own block the
-    # equal ones before it are counted apart.
+    # One comparison a logit: "≥" in the blocks before the label's, ">" from it on. Only in the label's own block are
+    # equal logits before the label counted apart.
     threshold = tl.where(start + COLS <= label, next_below(x_label), x_label)
     count = tl.sum(tl.reshape((~(x <= threshold[:, None])).to(tl.int32), SPLIT), axis=2)
     at = tl.max(label, axis=0)
@@ -223,7 +180,7 @@ def before_label(x, x_label, cols, start, label, GROUP: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def nans_before(logits_ptr, base, label, of_rows, x_class, VEC: tl.constexpr, COLS: tl.constexpr):
-    """How many NaNs stand before a label whose own logit is NaN: rare, so a pass of its own."""
+    """Return how many NaNs stand before a label whose own logit is NaN. They are rare: a pass of its own."""
     nans = tl.zeros(label.shape, tl.int32)
     for start in tl.range(0, tl.max(label, axis=0), COLS):
         cols = start + tl.arange(0, COLS)
@@ -236,7 +193,7 @@ def nans_before(logits_ptr, base, label, of_rows, x_class, VEC: tl.constexpr, CO
 
 @triton.jit
 def ks_of(ks, K: tl.constexpr, K_PAD: tl.constexpr):
-    """The ks as a vector, padded with 0 (at which no row is right), and the greatest of them."""
+    """Return the ks as a vector, padded with 0 (at which no row is right), and the greatest of them."""
     index = tl.arange(0, K_PAD)
     vector = tl.zeros([K_PAD], tl.int32)
     for j in tl.static_range(K):
@@ -246,10 +203,10 @@ def ks_of(ks, K: tl.constexpr, K_PAD: tl.constexpr):
 
 @triton.jit
 def last_to_end(counter_ptr):
-    """Is this the last of the grid's programs to come here? Then all that the others stored before is visible.
+    """Return whether this is the last of the grid's programs to arrive: all that the others stored is visible to it.
 
-    On AMD the barrier orders the first wave's stores alone: what is added up must be stored by it, that is as scalars
-    or in vectors of at most 64 elements (32 on RDNA).
+    On AMD the barrier orders only the stores of the first wave: sums must be stored as scalars, or in vectors of at
+    most 64 elements (32 on RDNA).
     """
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
@@ -260,7 +217,7 @@ def last_to_end(counter_ptr):
 def add_up_counts(
     counts_ptr, right_ptr, K: tl.constexpr, K_PAD: tl.constexpr, G_PAD: tl.constexpr, MEAN: tl.constexpr
 ):
-    """Accuracies from the programs' partial counts ``(programs, 1 + K_PAD)``: counted rows, right rows at each k."""
+    """Store the accuracies from the programs' counts ``(programs, 1 + K_PAD)``: counted rows, and right ones by k."""
     counted = tl.zeros([G_PAD], tl.int64)
     for start in tl.range(0, tl.num_programs(0), G_PAD):
         program = start + tl.arange(0, G_PAD)
@@ -272,9 +229,9 @@ def add_up_counts(
         for start in tl.range(0, tl.num_programs(0), G_PAD):
             program = start + tl.arange(0, G_PAD)
             there = program < tl.num_programs(0)
-            found = tl.load(counts_ptr + program * (1 + K_PAD) + 1 + j, mask=there, other=0, cache_modifier=".cg")
-            right += found
-            least = tl.minimum(least, found)
+            count = tl.load(counts_ptr + program * (1 + K_PAD) + 1 + j, mask=there, other=0, cache_modifier=".cg")
+            right += count
+            least = tl.minimum(least, count)
         value = tl.sum(right, axis=0).to(tl.float64)
         # A label out of bounds makes its program's count of right rows negative: NaN.
         value = tl.where(tl.min(least, axis=0) < 0, float("nan"), value)
@@ -285,7 +242,7 @@ def add_up_counts(
 
 @triton.jit
 def store_ranks(right_ptr, rank, row, rows, in_range, counted, valid, ks, K: tl.constexpr):
-    """1 or 0 for each row and k, ``(k, rows)``."""
+    """Store 1 or 0 for each row and k, ``(k, rows)``; NaN for a label out of bounds."""
     offset = row.to(tl.int64)
     for j in tl.static_range(K):
         value = tl.where(counted & (rank < ks[j]), 1.0, 0.0)

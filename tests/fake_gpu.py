@@ -26,8 +26,15 @@ started: list[Started] = []
 
 def note(source: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
     constants = {str(place): str(value) for place, value in source.constants.items()}
-    numbers = tuple((x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in arguments)
-    started.append((source.name, str(source.signature), str(constants), str(source.attrs), grid, str(numbers)))
+    numbers = str(without_tensors(arguments))
+    started.append((source.name, str(source.signature), str(constants), str(source.attrs), grid, numbers))
+
+
+def without_tensors(argument: Any) -> Any:
+    """Return the argument with each tensor's dtype and alignment in its place."""
+    if isinstance(argument, tuple):
+        return tuple(map(without_tensors, argument))
+    return (argument.dtype, argument.data_ptr() % 16) if isinstance(argument, Tensor) else argument
 
 
 def at(offset: int, *shape: int, dtype: torch.dtype) -> Tensor:

@@ -49,8 +49,10 @@ def test_no_launch_is_shared_by_calls_that_differ(
     launch: Any = sys.modules["fastloss.kernels.launch"].Launch
     call = launch.__call__
 
-    def kinds(arguments: tuple[Any, ...]) -> list[object]:
-        return [(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in arguments]
+    def kinds(argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(map(kinds, argument))
+        return (argument.dtype, argument.data_ptr() % 16) if isinstance(argument, Tensor) else argument
 
     def checked(self: Any, *arguments: Any) -> None:
         before = kept.setdefault(id(self), (self, kinds(arguments)))[1]

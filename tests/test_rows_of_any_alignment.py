@@ -23,7 +23,7 @@ OPTIONS = {
 
 def plan_of(logits: Tensor, gradient: Tensor | None, **how: bool) -> Any:
     choice.load("triton")
-    return sys.modules["fastloss.kernels.launch"].plan(logits, gradient, plain=True, **how)
+    return sys.modules["fastloss.kernels.tiles"].plan(logits, gradient, plain=True, **how)
 
 
 def make(classes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

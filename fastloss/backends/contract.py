@@ -37,6 +37,7 @@ __all__ = [
     "SoftRowStatistics",
     "check_gradients",
     "compute_dtype",
+    "materialized",
     "may_keep_memory",
 ]
 
