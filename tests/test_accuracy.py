@@ -66,6 +66,25 @@ def test_constant_rows_are_right_only_at_the_first_k_classes(place: Place, dtype
     assert [value.item() for value in ones] == [1, 3, 100]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ties_in_rows_longer_than_a_block(place: Place, dtype: torch.dtype) -> None:
+    """Every second logit equals the label's, in the block of the label and in those before and after it."""
+    labels = [0, 8191, 8192, 8193, 2 * 8192, 2 * 8192 + 99]
+    input = torch.randint(2, (len(labels), 2 * 8192 + 100)).to(dtype)
+    target, rows = torch.tensor(labels), torch.arange(len(labels))
+    input[rows, target] = 1
+    before = torch.arange(input.shape[1]) < target.unsqueeze(1)
+    ranks = ((input == 1) & before).sum(1)
+    topk = tuple(sorted({k for rank in ranks.tolist() for k in (rank, rank + 1) if k}))
+    on = input.to(place.device), target.to(place.device)
+    for accuracies in (
+        accuracy(*on, topk, reduction="none"),
+        cross_entropy_with_accuracy(*on, topk=topk, reduction="none").accuracy,
+    ):
+        for k, right in zip(topk, accuracies, strict=True):
+            assert torch.equal(right.cpu(), (ranks < k).float())
+
+
 def test_reductions_and_shapes(place: Place) -> None:
     input = torch.randn(4, 6, 5, device=place.device)
     target = torch.randint(6, (4, 5), device=place.device)

@@ -215,6 +215,14 @@ def test_other_numbers_of_classes(place: Place, classes: int) -> None:
     check(make(place, classes=classes, bias=True), how={"chunk_size": 5})
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("classes", [65, 128, 129, 300])
+def test_16_bit_heads_of_many_classes(place: Place, classes: int, reduction: str) -> None:
+    """The sum of the head's gradient over chunks is held in two parts from 65 classes on; each part is compared."""
+    case = make(place, 40, dtype=short(place), classes=classes, bias=True)
+    check(case, how={"chunk_size": 16}, reduction=reduction)
+
+
 @pytest.mark.parametrize(
     "kind",
     [
