@@ -18,7 +18,7 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import torch  # noqa: E402
+import torch
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

@@ -1,11 +1,11 @@
 """The fast selection: the tests that ``pytest`` runs when nothing was selected by hand.
 
-``pytest --all`` runs every test, and a test selected by its node id, ``-k``, ``-m`` or ``--lf`` is always run. All else
+``pytest --all`` runs every test. A test selected by its node id, ``-k``, ``-m`` or ``--lf`` is always run. All else
 leaves out three kinds of cases:
 
 - tests marked ``slow``;
-- of a function with more than ``MOST_CASES`` cases, those that no pair of parameters' values needs: any two values that
-  meet in one of the cases still meet in one of the cases that are run;
+- of a function with more than ``MOST_CASES`` cases, those that no pair of parameters' values needs: any two values
+  that meet in one of the cases still meet in one of the cases that are run;
 - of a function marked ``backend_agnostic``, all cases in Triton's interpreter but one.
 """
 

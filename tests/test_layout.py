@@ -111,6 +111,14 @@ def test_wheel_holds_every_module_and_nothing_else(clone: Path, wheel: Path) -> 
     assert {name.split("/")[0] for name in names} == {"fastloss", license_file.split("/")[0]}
 
 
+def test_the_version_is_said_in_one_place(wheel: Path) -> None:
+    """As a literal, so that building needs no torch."""
+    (line,) = (ROOT / "fastloss" / "__init__.py").read_text(encoding="utf-8").split("__version__ = ")[1:]
+    version = ast.literal_eval(line.splitlines()[0])
+    assert wheel.name.startswith(f"fastloss-{version}-")
+    assert version not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
 def new_environment(folder: Path) -> Path:
     """A new virtual environment that borrows this one's packages; its Python."""
     venv.create(folder, symlinks=os.name != "nt")
