@@ -3,7 +3,7 @@
 ``pytest --all`` runs every test. A test selected by its node id, ``-k``, ``-m`` or ``--lf`` is always run. All else
 leaves out three kinds of cases:
 
-- tests marked ``slow``;
+- tests marked ``slow``, or ``slow(interpreted=True)`` for their cases in Triton's interpreter alone;
 - of a function with more than ``MOST_CASES`` cases, those that no pair of parameters' values needs: any two values
   that meet in one of the cases still meet in one of the cases that are run;
 - of a function marked ``backend_agnostic``, all cases in Triton's interpreter but one.
@@ -31,7 +31,7 @@ def fast(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """Return the tests of the fast selection, in their order; all of them if none is fast."""
     functions: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if "slow" not in item.keywords:
+        if not _is_slow(item):
             functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
     selected = {item for cases in functions.values() for item in _of_one_function(cases)}
     return [item for item in items if item in selected] or list(items)
@@ -44,6 +44,11 @@ def _of_one_function(cases: list[pytest.Item]) -> list[pytest.Item]:
     if len(cases) <= MOST_CASES:
         return cases
     return [cases[index] for index in pairwise([item.callspec.params for item in cases])]  # type: ignore[attr-defined]
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("slow")
+    return marker is not None and (not marker.kwargs.get("interpreted") or _is_interpreted(item))
 
 
 def _is_interpreted(item: pytest.Item) -> bool:

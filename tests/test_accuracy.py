@@ -158,6 +158,7 @@ def test_any_share_of_right_rows(place: Place, dtype: torch.dtype, right: float)
         assert float(ours) == pytest.approx(reference.accuracy(scores, labels, 1), abs=1e-6)
 
 
+@pytest.mark.slow(interpreted=True)
 def test_accuracy_does_not_hang_on_the_default_dtype(place: Place) -> None:
     torch.set_default_dtype(torch.float16)
     try:

@@ -13,6 +13,8 @@ from torch import Tensor
 import fastloss
 from fastloss import cross_entropy
 
+pytestmark = pytest.mark.backend_agnostic
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"weighted": True},

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastloss import CrossEntropyLoss, accuracy, cross_entropy, cross_entropy_with_accuracy
 
+pytestmark = pytest.mark.backend_agnostic
+
 REDUCTIONS = ["mean", "sum", "none"]
 BOTH: tuple[Callable[..., Tensor], ...] = (cross_entropy, F.cross_entropy)
 

@@ -32,6 +32,8 @@ from fastloss.demo.measure import peak_bytes
 from fastloss.linear import chunks as linear_chunks
 from fastloss.linear.chunks import LinearOptions, Needs, rows_of_chunk
 
+pytestmark = pytest.mark.backend_agnostic
+
 REDUCTIONS = ["mean", "sum", "none"]
 OPTIONS: list[dict[str, Any]] = [
     {},

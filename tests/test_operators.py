@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fastloss import CrossEntropyLoss, accuracy, cross_entropy, cross_entropy_with_accuracy, use_backend
 from fastloss.loss import compiled as operators
 
+pytestmark = pytest.mark.backend_agnostic
+
 KINDS = ["labels", "probabilities"]
 
 

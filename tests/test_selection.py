@@ -33,6 +33,10 @@ def test_agnostic(place, a): ...
 
 @pytest.mark.slow
 def test_slow(): ...
+
+@pytest.mark.slow(interpreted=True)
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.name)
+def test_slow_interpreted(place): ...
 """
 
 
@@ -59,9 +63,9 @@ def test_values_without_a_hash_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], 16 + 4),
-        (["--all"], 64 + 6 + 1),
-        (["-k", "slow or eager"], 1 + 3),
+        ([], 16 + 4 + 1),
+        (["--all"], 64 + 6 + 1 + 2),
+        (["-k", "slow or eager"], 3 + 1 + 2),
         (["test_made.py::test_slow"], 1),
         (["test_made.py::test_agnostic"], 6),
     ],

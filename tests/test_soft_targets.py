@@ -222,6 +222,7 @@ def test_special_logits(place: Place, kind: str) -> None:
         torch.testing.assert_close(x.grad.cpu()[finite], y.grad[finite], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(interpreted=True)
 def test_derivatives(place: Place) -> None:
     input = torch.randn(3, 4, dtype=torch.float64, device=place.device, requires_grad=True)
     target = torch.rand(3, 4, dtype=torch.float64, device=place.device, requires_grad=True)

@@ -152,6 +152,7 @@ def of_leaves(sample: Any) -> tuple[Any, tuple[Tensor, ...]]:
     return function, tuple(arguments[i] for i in where)
 
 
+@pytest.mark.backend_agnostic
 @pytest.mark.parametrize("index", OP_CASES)
 def test_operator_gradcheck(place: Place, index: int) -> None:
     """Backward and forward mode, with batched and with undefined gradients, as torch's own test asks it."""
@@ -169,6 +170,7 @@ def test_operator_gradcheck(place: Place, index: int) -> None:
     )
 
 
+@pytest.mark.backend_agnostic
 @pytest.mark.parametrize("strided_upstream", [False, True])
 @pytest.mark.parametrize("index", OP_CASES)
 def test_operator_gradgradcheck(place: Place, index: int, strided_upstream: bool) -> None:
