@@ -969,7 +969,7 @@ def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
     record = tmp_path / "benchmarks.json"
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")},
         "PYTHONPATH": os.pathsep.join(paths),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
