@@ -416,6 +416,7 @@ def deterministic() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@pytest.mark.slow(interpreted=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(40, 70), (3, 17, 11)], ids=str)

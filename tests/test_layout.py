@@ -197,6 +197,7 @@ torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
 """
 
 
+@pytest.mark.slow
 def test_fastloss_on_a_cpu_does_not_import_triton() -> None:
     program = "import sys, torch\nbefore = 'triton' in sys.modules\n"
     program += LOSS_AGREES_WITH_TORCH.format(backend="auto")
@@ -204,6 +205,7 @@ def test_fastloss_on_a_cpu_does_not_import_triton() -> None:
     run(sys.executable, "-c", program, cwd=ROOT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("triton", ["absent", "broken"])
 def test_fastloss_works_without_triton(triton: str, tmp_path: Path) -> None:
     if triton == "absent":

@@ -32,6 +32,7 @@ def test_no_argument_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None
     assert "info" in out
 
 
+@pytest.mark.slow
 def test_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "fastloss", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"fastloss {fastloss.__version__}\n"
