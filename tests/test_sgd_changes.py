@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 import fastloss
 
-pytestmark = pytest.mark.backend_agnostic
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"lr": 0.1},
     "momentum": {"lr": 0.1, "momentum": 0.9},
