@@ -338,6 +338,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_any_call(place: Place) -> None:
     @settings(
         max_examples=80 if place.name == "eager" else 25,
@@ -1132,6 +1133,7 @@ def test_accumulate_grad(place: Place, before: str, reduction: str) -> None:
     torch.testing.assert_close(b.grad, expected[2])
 
 
+@pytest.mark.slow(interpreted=True)
 def test_accumulate_grad_in_float32(place: Place) -> None:
     """A 16-bit weight whose ``grad_dtype`` says so gathers many small gradients without losing them."""
     dtype, batches = short(place), 20
@@ -1251,6 +1253,7 @@ def test_autocast(place: Place, soft: bool, reduction: str) -> None:
     assert ours["input"].dtype == ours["linear_weight"].dtype == ours["linear_bias"].dtype == low
 
 
+@pytest.mark.slow(interpreted=True)
 def test_float16_with_a_loss_scale(place: Place) -> None:
     """A scale of 65536, which float16 can't hold, and gradients that it could not hold without: none is flushed."""
     case = make(place, 128, features=4, classes=2048)

@@ -151,6 +151,7 @@ def test_compiled_training_step(options: dict[str, Any]) -> None:
     assert_same_run((model, optimizer), trained(place, options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[4]], ids=str)
 def test_a_tensor_lr_compiles_nothing_anew(options: dict[str, Any]) -> None:
     """Filled with another number before each step."""
@@ -233,6 +234,7 @@ def test_stochastic_rounding_compiled() -> None:
     assert (param > 1).float().mean().item() == pytest.approx(0.25, abs=0.02)
 
 
+@pytest.mark.slow(interpreted=True)
 @pytest.mark.parametrize("differentiable", [False, True])
 @pytest.mark.parametrize("max_norm", [None, 0.1])
 def test_grad_scaler_with_steps_by_operators(place: Place, differentiable: bool, max_norm: float | None) -> None:
