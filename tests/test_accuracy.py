@@ -58,6 +58,7 @@ def test_top_1_whatever_share_of_rows_is_right(place: Place, classes: int, share
     assert value.item() == (input.double().argmax(1) == target).sum().item()
 
 
+@pytest.mark.slow(interpreted=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_constant_rows_are_right_only_at_the_first_k_classes(place: Place, dtype: torch.dtype) -> None:
     input = torch.full((300, 300), 0.5, dtype=dtype, device=place.device)

@@ -99,6 +99,7 @@ def repeated(device: torch.device, rows: int, classes: int, some: int) -> tuple[
     return block.repeat(rows // some, 1), target.repeat(rows // some), block, target
 
 
+@pytest.mark.slow(interpreted=True)
 @pytest.mark.parametrize("size", ["small", "full"])
 def test_grad_scaler_in_float16(place: Place, size: str) -> None:
     """A scale of 65536, which float16 itself can't hold, over N = 4096 rows of 16384 classes: the gradient at the

@@ -1314,6 +1314,7 @@ def test_through_the_compilers_autograd(place: Place, kind: dict[str, Any], fres
     compare_compiled(case, backend="aot_eager", **kind)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("kind", [{}, {"reduction": "none"}], ids=str)
 def test_inductor(place: Place, kind: dict[str, Any], fresh_compiler: None) -> None:

@@ -1593,6 +1593,7 @@ def relaid(tensor: Tensor) -> Tensor:
     return tensor.as_strided(tensor.shape, (1, tensor.shape[0]))
 
 
+@pytest.mark.slow(interpreted=True)
 @pytest.mark.parametrize("size", [20, 200])
 @pytest.mark.parametrize(
     "options",

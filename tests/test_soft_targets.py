@@ -293,6 +293,7 @@ def test_float16_scaled_gradient_survives(place: Place) -> None:
     reference.assert_no_worse(*gradients, leaf.grad, "gradient")
 
 
+@pytest.mark.slow(interpreted=True)
 def test_accuracy_beside_the_loss(place: Place) -> None:
     scores, ts = torch.randn(9, 7, 2, device=place.device), torch.rand(9, 7, 2, device=place.device)
     labels = ts.argmax(1)
