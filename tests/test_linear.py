@@ -225,6 +225,14 @@ def test_16_bit_heads_of_many_classes(place: Place, classes: int, reduction: str
     check(case, how={"chunk_size": 16}, reduction=reduction)
 
 
+def test_the_sum_of_the_biass_gradient_over_many_chunks_in_16_bits() -> None:
+    """All rows pull one way: a sum in 16 bits would lose each chunk's small part."""
+    case = make(Place("eager", CPU), 2048, dtype=torch.bfloat16, bias=True)
+    case["target"].fill_(0)
+    with fastloss.use_backend("eager"):
+        check(case, how={"chunk_size": 2}, reduction="sum")
+
+
 @pytest.mark.parametrize(
     "kind",
     [
