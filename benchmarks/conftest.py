@@ -44,6 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shapes", choices=SIZES, default="quick", help="how much of the contest (default: quick)")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Time in this process alone: pytest-benchmark times nothing where others work at the same time."""
+    return 0
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [f"contest: shapes {config.getoption('--shapes')}, on {DEVICE.type}"]
     return lines + [f"contender {contender.name}: {presence(contender)}" for contender in CONTENDERS.values()]

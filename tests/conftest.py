@@ -1,8 +1,10 @@
-"""What all tests share: the two backends, each on the device that it runs on here.
+"""What all tests share: the two backends, each on the device that it runs on here, and the selection of tests.
 
 Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors: slow, and right or wrong as on a GPU but
 for bfloat16, which NumPy lacks and the interpreter rounds by its own rules. It must be asked for before Triton is
 imported.
+
+Several processes share the tests, so each has one thread. The number must be set before torch is imported.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import zlib
 from collections.abc import Iterator
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 HAS_GPU = torch.cuda.is_available()
@@ -20,6 +25,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
+import selection  # noqa: E402
 from places import Place  # noqa: E402
 
 import fastloss  # noqa: E402
@@ -61,12 +67,42 @@ def nothing_remembered() -> None:
         launch.forget()
 
 
+# ----------------------------------------------------------------------------- the selection of tests
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="Run every test, not the fast selection (tests/selection.py)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a GPU; skipped, and said so, where there is none")
+    config.addinivalue_line("markers", "gpu: needs a GPU; skipped where there is none")
+    config.addinivalue_line("markers", "slow: takes a second or more; left out of the fast selection")
+    config.addinivalue_line(
+        "markers", "backend_agnostic: a layer above the backends; the fast selection has one interpreted case of it"
+    )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Start no workers for tests selected by hand, which are few, nor where they would share one GPU."""
+    return 0 if HAS_GPU or selection.is_by_hand(config) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not HAS_GPU:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no GPU here"))
+    if _is_fast(config):
+        selected = selection.fast(items)
+        left_out = set(items).difference(selected)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = selected
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if _is_fast(config):
+        terminalreporter.write_line("The fast selection; every test: pytest --all, or name it by its id or -k.")
+
+
+def _is_fast(config: pytest.Config) -> bool:
+    return not (config.option.all or selection.is_by_hand(config))

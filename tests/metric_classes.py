@@ -18,9 +18,9 @@ def metric_class(name: str) -> Any:
     """The class; the one without torchmetrics comes of a second copy of its module, which finds none."""
     if not ALONE[name]:
         return fastloss.Accuracy
-    module = "fastloss.metrics.alone"
+    module = "fastloss.metrics.accuracy_alone"
     if module not in sys.modules:
-        path = Path(fastloss.__file__).with_name("metrics") / "accuracy.py"
+        path = Path(fastloss.__file__).parent / "metrics" / "accuracy.py"
         spec = importlib.util.spec_from_file_location(module, path)
         assert spec is not None
         assert spec.loader is not None

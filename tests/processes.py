@@ -16,7 +16,7 @@ import torch
 
 import fastloss
 
-LIMIT = 100  # seconds, after which a process that waits for another gives up
+LIMIT = 300  # seconds, many for a busy machine, after which a process that waits for another gives up
 HERE = Path(__file__).resolve().parent
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-LIMIT = 180  # seconds, after which a process that waits for another gives up
+LIMIT = 300  # seconds, many for a busy machine, after which a process that waits for another gives up
 
 
 @dataclass(frozen=True)

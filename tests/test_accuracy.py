@@ -58,12 +58,32 @@ def test_top_1_whatever_share_of_rows_is_right(place: Place, classes: int, share
     assert value.item() == (input.double().argmax(1) == target).sum().item()
 
 
+@pytest.mark.slow(interpreted=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_constant_rows_are_right_only_at_the_first_k_classes(place: Place, dtype: torch.dtype) -> None:
     input = torch.full((300, 300), 0.5, dtype=dtype, device=place.device)
     target = torch.arange(300, device=place.device)
     ones = accuracy(input, target, (1, 3, 100), reduction="sum")
     assert [value.item() for value in ones] == [1, 3, 100]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ties_in_rows_longer_than_a_block(place: Place, dtype: torch.dtype) -> None:
+    """Every second logit equals the label's, in the block of the label and in those before and after it."""
+    labels = [0, 8191, 8192, 8193, 2 * 8192, 2 * 8192 + 99]
+    input = torch.randint(2, (len(labels), 2 * 8192 + 100)).to(dtype)
+    target, rows = torch.tensor(labels), torch.arange(len(labels))
+    input[rows, target] = 1
+    before = torch.arange(input.shape[1]) < target.unsqueeze(1)
+    ranks = ((input == 1) & before).sum(1)
+    topk = tuple(sorted({k for rank in ranks.tolist() for k in (rank, rank + 1) if k}))
+    on = input.to(place.device), target.to(place.device)
+    for accuracies in (
+        accuracy(*on, topk, reduction="none"),
+        cross_entropy_with_accuracy(*on, topk=topk, reduction="none").accuracy,
+    ):
+        for k, right in zip(topk, accuracies, strict=True):
+            assert torch.equal(right.cpu(), (ranks < k).float())
 
 
 def test_reductions_and_shapes(place: Place) -> None:
@@ -139,6 +159,7 @@ def test_any_share_of_right_rows(place: Place, dtype: torch.dtype, right: float)
         assert float(ours) == pytest.approx(reference.accuracy(scores, labels, 1), abs=1e-6)
 
 
+@pytest.mark.slow(interpreted=True)
 def test_accuracy_does_not_hang_on_the_default_dtype(place: Place) -> None:
     torch.set_default_dtype(torch.float16)
     try:

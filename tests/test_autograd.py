@@ -13,6 +13,8 @@ from torch import Tensor
 import fastloss
 from fastloss import cross_entropy
 
+pytestmark = pytest.mark.backend_agnostic
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"weighted": True},
@@ -35,6 +37,7 @@ def float64_case(place: Place, options: dict[str, Any]) -> tuple[Any, Tensor]:
     return loss, input
 
 
+@pytest.mark.slow(interpreted=True)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradcheck_and_gradgradcheck(place: Place, options: dict[str, Any], reduction: str) -> None:

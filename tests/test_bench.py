@@ -139,6 +139,7 @@ def test_a_torch_without_the_linear_loss_is_absent(monkeypatch: pytest.MonkeyPat
     assert other.timed
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_losses_are_right_and_timed() -> None:
     for row in run("loss+accuracy", CONTENDERS["torch.compile"], CONTENDERS["fastloss"]):
@@ -636,6 +637,7 @@ def test_apex_steps_with_the_options_of_all() -> None:
     assert (row.status, row.reason) == ("unfit", "does not take bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("installed")
 def test_who_cannot_serve_says_why() -> None:
     def said(op: str, name: str, target: str = "hard", **changes: Any) -> tuple[str, str]:
@@ -707,6 +709,7 @@ def timed_lines_of(text: str, name: str) -> list[list[str]]:
     return [cells for cells in lines_of(text, name) if re.fullmatch(r"\d+\.\d{4}", cells[1])]
 
 
+@pytest.mark.slow
 def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record, picture = tmp_path / "rows.json", tmp_path / "rows.png"
     asked = ["--contender", "fastloss", "--contender", "torch", "--shape", "6x40", "--shape", "6x80"]
@@ -785,6 +788,7 @@ def test_if_fastloss_is_wrong_the_command_fails(monkeypatch: pytest.MonkeyPatch)
     assert command(*asked, "--op", "forward") == 0
 
 
+@pytest.mark.slow
 def test_a_shape_too_large_is_reported_and_the_rest_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -918,6 +922,7 @@ def test_quick_and_full_are_what_they_say() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_command_without_its_extras_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['rich', 'psutil'])); "
@@ -928,6 +933,7 @@ def test_the_command_without_its_extras_says_what_to_install() -> None:
     assert (done.stdout, done.stderr) == ("", 'fastloss: bench needs psutil, rich: pip install "fastloss[bench]"\n')
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_panel_for_what_is_comparable(tmp_path: Path) -> None:
     rows = [row for op in ("forward", "host") for row in run(op, CONTENDERS["fastloss"], CONTENDERS["torch"])]
     rows += run("forward", CONTENDERS["torch"], losing("wrong", _wrong_loss), dtype="float32", target="soft")
@@ -955,6 +961,7 @@ CONTENDERS["mistaken"] = Contender("mistaken", "torch", lambda: Functions(wrong)
 """
 
 
+@pytest.mark.slow
 @needs_benchmarks
 def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
@@ -962,7 +969,7 @@ def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
     record = tmp_path / "benchmarks.json"
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")},
         "PYTHONPATH": os.pathsep.join(paths),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",

@@ -171,6 +171,7 @@ def test_sgd_refuses(sgd: Any, capsys: pytest.CaptureFixture[str], arguments: li
     assert all(word in message for word in words), message
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_sgd_refuses_a_gpu_that_is_not_there() -> None:
     command = [sys.executable, "-m", "benchmarks.sgd", "--device", "cuda"]

@@ -74,6 +74,7 @@ def test_every_recipe_is_run_here() -> None:
 # ----------------------------------------------------------------------------- Hugging Face
 
 
+@pytest.mark.slow
 def test_hugging_face_trainer(tmp_path: Path, fused: list[tuple[int, ...]]) -> None:
     """The loss that is logged at each step and the weights at the end are those of the model's default loss, with
     sequences of unequal lengths over two accumulated batches; the loss of an evaluation too.
@@ -449,6 +450,7 @@ def test_sgd_over_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(mine, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "arguments", "mesh"),
     [(2, [], "1 x 2"), (2, ["--tensor", "1"], "2 x 1"), (4, [], "2 x 2")],

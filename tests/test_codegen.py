@@ -18,10 +18,13 @@ from fastloss.backends import choice
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.skipif(
-    choice.triton_version() is None or not (ROOT / "benchmarks" / "codegen.py").exists(),
-    reason="needs Triton and the repository's benchmarks",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        choice.triton_version() is None or not (ROOT / "benchmarks" / "codegen.py").exists(),
+        reason="needs Triton and the repository's benchmarks",
+    ),
+]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

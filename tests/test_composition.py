@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastloss import CrossEntropyLoss, accuracy, cross_entropy, cross_entropy_with_accuracy
 
+pytestmark = pytest.mark.backend_agnostic
+
 REDUCTIONS = ["mean", "sum", "none"]
 BOTH: tuple[Callable[..., Tensor], ...] = (cross_entropy, F.cross_entropy)
 
@@ -97,6 +99,7 @@ def repeated(device: torch.device, rows: int, classes: int, some: int) -> tuple[
     return block.repeat(rows // some, 1), target.repeat(rows // some), block, target
 
 
+@pytest.mark.slow(interpreted=True)
 @pytest.mark.parametrize("size", ["small", "full"])
 def test_grad_scaler_in_float16(place: Place, size: str) -> None:
     """A scale of 65536, which float16 itself can't hold, over N = 4096 rows of 16384 classes: the gradient at the
@@ -414,6 +417,7 @@ def deterministic() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@pytest.mark.slow(interpreted=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(40, 70), (3, 17, 11)], ids=str)

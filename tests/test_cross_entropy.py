@@ -324,6 +324,7 @@ def test_autocast_loss_of_16_bit_logits_is_as_exact_as_torchs(place: Place) -> N
         reference.assert_no_worse(ours, theirs, exact, "loss")
 
 
+@pytest.mark.slow
 def test_a_processor_without_fused_multiply_add() -> None:
     """torch's oldest code path rounds products first; large offsets must not feel it."""
     code = """

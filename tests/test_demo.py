@@ -43,6 +43,7 @@ def size_of_png(path: Path) -> tuple[int, int]:
     return width, height
 
 
+@pytest.mark.slow
 def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "demo.png"
     settings = demo.Settings(
@@ -170,6 +171,7 @@ def test_the_text_is_pythons_own_source() -> None:
     assert 0 <= tokens.min() < tokens.max() < language_model.CLASSES
 
 
+@pytest.mark.slow
 def test_the_language_model_learns_and_needs_no_logits() -> None:
     shares: list[float] = []
     size = SMALL._replace(steps=5)
@@ -208,6 +210,7 @@ def test_the_optimizers_width_shrinks_with_the_memory(monkeypatch: pytest.Monkey
         assert optimizer_step.width_that_fits(CPU) == width
 
 
+@pytest.mark.slow
 def test_the_optimizers_step_is_checked_against_float64() -> None:
     shares: list[float] = []
     result = optimizer_step.compare_steps(CPU, width=8, seed=3, budget=1e-9, tell=shares.append)

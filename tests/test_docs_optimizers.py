@@ -56,6 +56,7 @@ def form(table: list[list[str]]) -> list[list[str]]:
     return [[masked(cell, column) for cell, column in zip(row, table[0], strict=True)] for row in table]
 
 
+@pytest.mark.slow
 def test_the_page_has_the_tables_that_the_script_prints(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +108,7 @@ def test_the_picture_is_there_and_readme_links_the_page() -> None:
     assert "(docs/optimizers.md)" in (DOCS.parent / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_plain_bfloat16_stalls_and_the_options_learn(script: ModuleType) -> None:
     split = script.data.digits(0, torch.device("cpu"))
     threads = torch.get_num_threads()

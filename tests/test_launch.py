@@ -33,6 +33,7 @@ def without_gpu(cache: Path, *command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_ready_launches_start_what_triton_would(tmp_path: Path) -> None:
     """Calls alike and not, in turns, and each with nothing remembered."""
     assert "launches of" in without_gpu(tmp_path, "tests.fake_gpu")
@@ -79,11 +80,13 @@ def test_no_launch_is_shared_by_calls_that_differ(
         fastloss.accuracy(x.detach(), labels)
 
 
+@pytest.mark.slow
 def test_the_host_side_is_timed(tmp_path: Path) -> None:
     lines = without_gpu(tmp_path, "benchmarks.host", "--launches", "--seconds", "0.05").splitlines()
     assert [line.split(" (")[0] for line in lines[1:]] == ["forward", "forward + backward", "accuracy"]  # and no bars
 
 
+@pytest.mark.slow
 def test_the_host_side_of_a_step_is_timed(tmp_path: Path) -> None:
     options = ("--launches", "--scale", "100", "--seconds", "0.05")
     _, _, *lines, last = without_gpu(tmp_path, "benchmarks.sgd", *options).splitlines()

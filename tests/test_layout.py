@@ -72,6 +72,7 @@ def editable_python(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return python
 
 
+@pytest.mark.slow
 @needs_triton
 def test_clone_finds_its_kernels_beside_an_installed_package(clone: Path, installed_python: Path) -> None:
     # Started in the clone's root, Python finds the source folder fastloss/ before the installed package.
@@ -80,6 +81,7 @@ def test_clone_finds_its_kernels_beside_an_installed_package(clone: Path, instal
     assert found["fastloss.kernels"] == str(clone / "kernels" / "__init__.py")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("start", ["root", "elsewhere"])
 def test_editable_install_finds_its_kernels(start: str, clone: Path, editable_python: Path, tmp_path: Path) -> None:
@@ -90,6 +92,7 @@ def test_editable_install_finds_its_kernels(start: str, clone: Path, editable_py
         assert found["kernels"] == "ModuleNotFoundError"
 
 
+@pytest.mark.slow
 @needs_triton
 def test_wheel_holds_its_kernels_and_no_top_level_kernels(installed_python: Path, tmp_path: Path) -> None:
     found = imported_from(installed_python, cwd=tmp_path)
@@ -99,6 +102,7 @@ def test_wheel_holds_its_kernels_and_no_top_level_kernels(installed_python: Path
     assert found["kernels"] == "ModuleNotFoundError"
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_and_nothing_else(clone: Path, wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -109,6 +113,15 @@ def test_wheel_holds_every_module_and_nothing_else(clone: Path, wheel: Path) -> 
     assert {Path(name) for name in names if name.endswith(".py")} == modules
     assert "fastloss/py.typed" in names
     assert {name.split("/")[0] for name in names} == {"fastloss", license_file.split("/")[0]}
+
+
+@pytest.mark.slow
+def test_the_version_is_said_in_one_place(wheel: Path) -> None:
+    """As a literal, so that building needs no torch."""
+    (line,) = (ROOT / "fastloss" / "__init__.py").read_text(encoding="utf-8").split("__version__ = ")[1:]
+    version = ast.literal_eval(line.splitlines()[0])
+    assert wheel.name.startswith(f"fastloss-{version}-")
+    assert version not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def new_environment(folder: Path) -> Path:
@@ -184,6 +197,7 @@ torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
 """
 
 
+@pytest.mark.slow
 def test_fastloss_on_a_cpu_does_not_import_triton() -> None:
     program = "import sys, torch\nbefore = 'triton' in sys.modules\n"
     program += LOSS_AGREES_WITH_TORCH.format(backend="auto")
@@ -191,6 +205,7 @@ def test_fastloss_on_a_cpu_does_not_import_triton() -> None:
     run(sys.executable, "-c", program, cwd=ROOT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("triton", ["absent", "broken"])
 def test_fastloss_works_without_triton(triton: str, tmp_path: Path) -> None:
     if triton == "absent":

@@ -32,6 +32,8 @@ from fastloss.demo.measure import peak_bytes
 from fastloss.linear import chunks as linear_chunks
 from fastloss.linear.chunks import LinearOptions, Needs, rows_of_chunk
 
+pytestmark = pytest.mark.backend_agnostic
+
 REDUCTIONS = ["mean", "sum", "none"]
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -215,6 +217,22 @@ def test_other_numbers_of_classes(place: Place, classes: int) -> None:
     check(make(place, classes=classes, bias=True), how={"chunk_size": 5})
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("classes", [65, 128, 129, 300])
+def test_16_bit_heads_of_many_classes(place: Place, classes: int, reduction: str) -> None:
+    """The sum of the head's gradient over chunks is held in two parts from 65 classes on; each part is compared."""
+    case = make(place, 40, dtype=short(place), classes=classes, bias=True)
+    check(case, how={"chunk_size": 16}, reduction=reduction)
+
+
+def test_the_sum_of_the_biass_gradient_over_many_chunks_in_16_bits() -> None:
+    """All rows pull one way: a sum in 16 bits would lose each chunk's small part."""
+    case = make(Place("eager", CPU), 2048, dtype=torch.bfloat16, bias=True)
+    case["target"].fill_(0)
+    with fastloss.use_backend("eager"):
+        check(case, how={"chunk_size": 2}, reduction="sum")
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -328,6 +346,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_any_call(place: Place) -> None:
     @settings(
         max_examples=80 if place.name == "eager" else 25,
@@ -1122,6 +1141,7 @@ def test_accumulate_grad(place: Place, before: str, reduction: str) -> None:
     torch.testing.assert_close(b.grad, expected[2])
 
 
+@pytest.mark.slow(interpreted=True)
 def test_accumulate_grad_in_float32(place: Place) -> None:
     """A 16-bit weight whose ``grad_dtype`` says so gathers many small gradients without losing them."""
     dtype, batches = short(place), 20
@@ -1241,6 +1261,7 @@ def test_autocast(place: Place, soft: bool, reduction: str) -> None:
     assert ours["input"].dtype == ours["linear_weight"].dtype == ours["linear_bias"].dtype == low
 
 
+@pytest.mark.slow(interpreted=True)
 def test_float16_with_a_loss_scale(place: Place) -> None:
     """A scale of 65536, which float16 can't hold, and gradients that it could not hold without: none is flushed."""
     case = make(place, 128, features=4, classes=2048)
@@ -1301,6 +1322,7 @@ def test_through_the_compilers_autograd(place: Place, kind: dict[str, Any], fres
     compare_compiled(case, backend="aot_eager", **kind)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("kind", [{}, {"reduction": "none"}], ids=str)
 def test_inductor(place: Place, kind: dict[str, Any], fresh_compiler: None) -> None:

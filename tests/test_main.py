@@ -32,6 +32,7 @@ def test_no_argument_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None
     assert "info" in out
 
 
+@pytest.mark.slow
 def test_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "fastloss", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"fastloss {fastloss.__version__}\n"
@@ -59,6 +60,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_work(
     assert complaint in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_demo_without_its_extras_says_what_to_install() -> None:
     done = run_without(["rich", "matplotlib", "psutil", "sklearn"], "demo")
     assert done.returncode == 2
@@ -68,6 +70,7 @@ def test_demo_without_its_extras_says_what_to_install() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(demo.missing_extras()), reason='needs pip install "fastloss[demo]"')
 def test_demo_without_one_package_names_that_one() -> None:
     done = run_without(["sklearn"], "demo")
@@ -75,6 +78,7 @@ def test_demo_without_one_package_names_that_one() -> None:
     assert done.stderr == 'fastloss: the demo needs scikit-learn: pip install "fastloss[demo]"\n'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("without", [[], ["rich", "matplotlib", "psutil", "sklearn"]])
 def test_info_shows_every_fact(without: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "250")

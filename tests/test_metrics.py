@@ -244,6 +244,7 @@ def test_nothing_that_other_programs_would_write_over(classes: Any) -> None:
     assert not list(metric.parameters())
 
 
+@pytest.mark.slow
 def test_torchmetrics_is_imported_when_it_is_used() -> None:
     program = "import sys, fastloss; before = 'torchmetrics' in sys.modules; fastloss.Accuracy()\n"
     program += "print(before, 'torchmetrics' in sys.modules, 'Accuracy' in dir(fastloss.metrics.accuracy))"
@@ -313,6 +314,7 @@ def counters(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[st
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(ALONE))
 def test_over_processes(counters: list[dict[str, dict[str, Any]]], name: str) -> None:
     """Nothing is sent before compute, which is one collective; afterwards each goes on with its own counts."""
@@ -339,6 +341,7 @@ def test_over_processes(counters: list[dict[str, dict[str, Any]]], name: str) ->
     same(counters[0][name]["first"], expected(*((0, number) for number in numbers)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(ALONE))
 @pytest.mark.parametrize("how", ["rows", "replicated target", "dense rows", "classes", "group"])
 def test_sharded_batches(counters: list[dict[str, dict[str, Any]]], name: str, how: str) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fastloss import CrossEntropyLoss, accuracy, cross_entropy, cross_entropy_with_accuracy, use_backend
 from fastloss.loss import compiled as operators
 
+pytestmark = pytest.mark.backend_agnostic
+
 KINDS = ["labels", "probabilities"]
 
 
@@ -92,6 +94,7 @@ def test_through_the_compilers_autograd(place: Place, dtype: torch.dtype, reduct
     torch.testing.assert_close(gradient, eager_gradient)
 
 
+@pytest.mark.slow
 def test_inductor_trains(place: Place) -> None:
     """A compiled training step, module and all, gives the uncompiled one's losses."""
     torch.manual_seed(0)

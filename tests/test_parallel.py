@@ -57,7 +57,7 @@ def logs(folder: Path) -> str:
     )
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=["2 ranks", "4 ranks"])
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of some processes has for each case."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
@@ -335,6 +335,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[s
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "others", "last"),
     [
@@ -356,6 +357,7 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(
         assert re.search(pattern, ": ".join(errors[name])), f"rank {rank}: {errors[name]}"
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_an_error_on_the_others(failures: list[dict[str, tuple[str, str]]]) -> None:
     """The engine's own, at the latest when its timeout is over."""
     assert "dead" not in failures[2]

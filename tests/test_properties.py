@@ -58,6 +58,7 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
 
 
+@pytest.mark.slow(interpreted=True)
 @pytest.mark.parametrize("examples", [60])
 def test_any_call(place: Place, examples: int) -> None:
     @settings(

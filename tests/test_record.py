@@ -123,6 +123,7 @@ def test_tests_that_do_not_end_are_ended_with_their_workers(record: Any, monkeyp
         pytest.fail("the worker lives on")
 
 
+@pytest.mark.slow
 def test_the_gpu_tests_are_asked_for_by_file(record: Any) -> None:
     """And by no other; what the memory checker runs is among them, for losses and for SGD."""
     files = record.gpu_tests()

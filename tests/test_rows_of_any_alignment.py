@@ -81,6 +81,7 @@ def test_without_a_gradient_and_a_row_at_a_time(kernels: Place) -> None:
         assert mine.cpu().equal(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "loss"])
 @pytest.mark.parametrize(
     ("classes", "dtype"),

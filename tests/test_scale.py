@@ -119,6 +119,7 @@ LINE = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(benchmarks: Any) -> None:
     arguments = ["--shape", "24,1001", "--shape", "16,64", "--rounds", "2", "--dtype", "float64"]
     out = processes.torchrun(2, "-m", "benchmarks.parallel", *arguments)

@@ -245,6 +245,7 @@ def test_many_chunks(place: Place, rule: str) -> None:
     Twins(place, [([(4096,), (4097,), LARGE, (3,)], {})], **RULES[rule]).step(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("rounding", ["nearest", "master"])
 def test_elements_beyond_2_31(kernels: Place, tmp_path: Path, layout: str, rounding: str) -> None:
@@ -1445,6 +1446,7 @@ def test_backward_notices_the_step(place: Place, shape: tuple[int, ...], layout:
             loss.backward()
 
 
+@pytest.mark.slow(interpreted=True)
 def test_many_small_tensors_and_some_large(place: Place) -> None:
     shapes: list[tuple[int, ...]] = [(i % 7 + 1, i % 3 + 1) for i in range(40)]
     shapes[5] = shapes[20] = LARGE
@@ -1554,6 +1556,7 @@ def happen(twins: Twins, name: str, details: dict[str, Any]) -> None:
         twins.say(group, **{name: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", [200])
 def test_any_run(place: Place, examples: int) -> None:
     @settings(
@@ -1603,6 +1606,7 @@ def relaid(tensor: Tensor) -> Tensor:
     return tensor.as_strided(tensor.shape, (1, tensor.shape[0]))
 
 
+@pytest.mark.slow(interpreted=True)
 @pytest.mark.parametrize("size", [20, 200])
 @pytest.mark.parametrize(
     "options",

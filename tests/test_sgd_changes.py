@@ -392,6 +392,43 @@ def test_what_is_changed_is_noticed(place: Place, name: str, options: str, anew:
     assert pair.saw_no_change() or name in NEVER_ALIKE
 
 
+COMPANION_CHANGES: dict[str, Callable[[dict[str, Any], str], object]] = {
+    "another dtype": lambda state, key: setattr(state[key], "data", state[key].data.double()),
+    "other memory": lambda state, key: setattr(state[key], "data", state[key].data.clone()),
+    "another tensor": lambda state, key: state.update({key: state[key].clone()}),
+    "written to": lambda state, key: state[key].mul_(1 + 2**-9),
+    "missing": lambda state, key: state.pop(key),
+}
+
+
+@pytest.mark.parametrize("name", COMPANION_CHANGES)
+@pytest.mark.parametrize(
+    ("options", "key"), [({"master_weights": True}, "master_param"), ({"kahan_sum": True}, "kahan_comp")], ids=str
+)
+def test_changed_companions_are_noticed(place: Place, options: dict[str, Any], key: str, name: str) -> None:
+    """An optimizer steps to the same bits as one that makes its plan anew in every step."""
+    values = [torch.randn(shape, dtype=torch.float16, device=place.device) for shape in ((6, 6), (3, 5), (66, 66))]
+    params = [[nn.Parameter(value.clone()) for value in values] for _ in range(2)]
+    planned, anew = (fastloss.SGD(each, lr=0.1, momentum=0.9, **options) for each in params)
+    for step in range(6):
+        for pair in zip(*params, strict=True):
+            gradient = torch.randn_like(pair[0].detach())
+            for optimizer, param in zip((planned, anew), pair, strict=True):
+                param.grad = gradient.clone()
+                if step > 1:
+                    COMPANION_CHANGES[name](optimizer.state[param], key)
+        anew._plan = None
+        planned.step()
+        anew.step()
+        for mine, other in zip(*params, strict=True):
+            assert torch.equal(mine, other)
+            states = planned.state[mine], anew.state[other]
+            assert states[0].keys() == states[1].keys()
+            for buffer, expected in zip(states[0].values(), states[1].values(), strict=True):
+                assert buffer.dtype == expected.dtype
+                assert torch.equal(buffer, expected)
+
+
 def test_tables_are_uploaded_when_something_has_moved(kernels: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing where all lies where it lay, whatever the numbers; one table for moved gradients; all for buffers."""
     from fastloss.kernels import sgd

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 import fastloss
 
 needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-pytestmark = needs_processes
+pytestmark = [needs_processes, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

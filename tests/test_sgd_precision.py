@@ -66,6 +66,7 @@ def test_without_an_option_small_steps_are_lost(place: Place) -> None:
         torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
+@pytest.mark.slow(interpreted=True)
 @keeping
 def test_with_an_option_small_steps_add_up(place: Place, options: dict[str, bool]) -> None:
     params, lr, steps = start(place), eps(short(place)) / 4, 60
@@ -77,6 +78,7 @@ def test_with_an_option_small_steps_add_up(place: Place, options: dict[str, bool
     assert share == pytest.approx(1.0, abs=0.35 if "stochastic_rounding" in options else 0.1)
 
 
+@pytest.mark.slow(interpreted=True)
 @keeping
 def test_with_momentum_too(place: Place, options: dict[str, bool]) -> None:
     params = start(place)
@@ -108,6 +110,7 @@ def test_a_short_momentum_stops_growing_and_a_float32_one_does_not(place: Place)
     assert ends[torch.float32] == pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_classifier_of_16_bits_learns_with_each_option_alone(dtype: torch.dtype) -> None:
     """Logistic regression at a learning rate at which the plain one stands still."""
@@ -542,6 +545,7 @@ def happen(
     return optimizers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", [150])
 def test_any_run_of_any_options(place: Place, examples: int) -> None:
     """Dtypes and options mixed, clipped, scaled: what the backends do is what the operators do, but for rounding."""

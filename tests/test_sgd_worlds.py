@@ -122,6 +122,7 @@ by_inductor = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @by_inductor
 @pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[3]], ids=str)
 def test_step_compiled_by_inductor(options: dict[str, Any]) -> None:
@@ -129,6 +130,7 @@ def test_step_compiled_by_inductor(options: dict[str, Any]) -> None:
     assert_same_run(trained(place, options, compiled="c", backend="inductor"), trained(place, options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS[1:4], ids=str)
 def test_compiled_training_step(options: dict[str, Any]) -> None:
     """Forward, backward and step in one compiled function, which may break the graph."""
@@ -149,6 +151,7 @@ def test_compiled_training_step(options: dict[str, Any]) -> None:
     assert_same_run((model, optimizer), trained(place, options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[4]], ids=str)
 def test_a_tensor_lr_compiles_nothing_anew(options: dict[str, Any]) -> None:
     """Filled with another number before each step."""
@@ -195,6 +198,7 @@ def test_compiled_step_of_16_bits(place: Place, options: dict[str, Any], compile
     torch.testing.assert_close(state["momentum_buffer"], expected["momentum_buffer"])
 
 
+@pytest.mark.slow
 @by_inductor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compensation_compiled_by_inductor(dtype: torch.dtype) -> None:
@@ -219,6 +223,7 @@ def test_momentum_of_another_dtype_than_its_parameters(place: Place, compiled: s
     close(model.parameters(), expected.parameters())
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_compiled() -> None:
     """Right on average: a step of a quarter of the distance to the neighbour goes there one time in four."""
     param = nn.Parameter(torch.ones(20000, dtype=torch.bfloat16))
@@ -229,6 +234,7 @@ def test_stochastic_rounding_compiled() -> None:
     assert (param > 1).float().mean().item() == pytest.approx(0.25, abs=0.02)
 
 
+@pytest.mark.slow(interpreted=True)
 @pytest.mark.parametrize("differentiable", [False, True])
 @pytest.mark.parametrize("max_norm", [None, 0.1])
 def test_grad_scaler_with_steps_by_operators(place: Place, differentiable: bool, max_norm: float | None) -> None:

@@ -231,6 +231,7 @@ def test_special_logits(place: Place, kind: str) -> None:
         torch.testing.assert_close(x.grad.cpu()[finite], y.grad[finite], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(interpreted=True)
 def test_derivatives(place: Place) -> None:
     input = torch.randn(3, 4, dtype=torch.float64, device=place.device, requires_grad=True)
     target = torch.rand(3, 4, dtype=torch.float64, device=place.device, requires_grad=True)
@@ -301,6 +302,7 @@ def test_float16_scaled_gradient_survives(place: Place) -> None:
     reference.assert_no_worse(*gradients, leaf.grad, "gradient")
 
 
+@pytest.mark.slow(interpreted=True)
 def test_accuracy_beside_the_loss(place: Place) -> None:
     scores, ts = torch.randn(9, 7, 2, device=place.device), torch.rand(9, 7, 2, device=place.device)
     labels = ts.argmax(1)

@@ -343,6 +343,7 @@ def float64_case(place: Place, options: dict[str, Any], reduction: str) -> tuple
     return numbers, input
 
 
+@pytest.mark.backend_agnostic
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck_and_gradgradcheck(place: Place, options: dict[str, Any], reduction: str) -> None:

@@ -49,11 +49,12 @@ def test_an_error_reaches_the_caller_and_ends_the_work() -> None:
     def work(piece: int) -> None:
         if piece == 3:
             raise IndexError("piece 3")
+        time.sleep(0.001)  # all pieces take 5 s, in which the error has long reached the other worker
         done.append(piece)
 
     with pytest.raises(IndexError, match="piece 3"):
         for_each(range(10_000), work, CPU)
-    assert len(done) < 10_000
+    assert len(done) < 5_000
 
 
 def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:

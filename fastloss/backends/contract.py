@@ -37,7 +37,6 @@ __all__ = [
     "SoftRowStatistics",
     "check_gradients",
     "compute_dtype",
-    "materialized",
     "may_keep_memory",
 ]
 
