@@ -31,14 +31,13 @@ if bench.missing_extras():
 
 from rich.console import Console
 
-from fastloss.bench import contenders, linear, plot, report
-from fastloss.bench import measure as measuring
-from fastloss.bench import workloads as work
-from fastloss.bench.check import Exact, Outcome, errors_of_reference, in_words, verdict
-from fastloss.bench.contenders import CONTENDERS, Contender, Functions, contenders_of
+from fastloss.bench import plot, report
 from fastloss.bench.measure import Row, measure
-from fastloss.bench.optimizer import OPTIONS
-from fastloss.bench.workloads import DTYPES, LOSS_OPS, OPS, Shape, Workload, make_inputs, parse_shape, workloads
+from fastloss.bench.workloads import Shape, Workload, parse_shape, workloads
+from fastloss.measuring import contenders, inputs, limits
+from fastloss.measuring.contenders import CONTENDERS, DTYPES, LOSS_OPS, OPS, Contender, Functions, contenders_of
+from fastloss.measuring.machine import first_line
+from fastloss.measuring.reference import Outcome, errors_of_eager, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -59,8 +58,8 @@ def _as_a_user_runs_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """But for a narrow terminal, and for the size of what is copied and rotated, which takes its time."""
     monkeypatch.delenv("FASTLOSS_BACKEND", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(work, "_ROTATED_BYTES", 1 << 22)
-    monkeypatch.setattr(measuring, "_COPIED_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(inputs, "_ROTATED_BYTES", 1 << 22)
+    monkeypatch.setattr(limits, "_COPIED_BYTES", {"cpu": 1 << 20})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would wait for each other where other programs run too
     yield
@@ -74,7 +73,7 @@ def run(op: str, *asked: Contender, shape: Shape = TINY, dtype: str = "float32",
 
 def losing(name: str, loss: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Contender:
     """A contender with this loss, and torch's accuracy."""
-    functions = Functions(loss, contenders._topk_accuracies, contenders._beside(loss))
+    functions = Functions(loss, contenders._accuracies, contenders._with_accuracies(loss))
     return Contender(name, "torch", lambda: functions, (*LOSS_OPS, "host"), cpu=True, **options)
 
 
@@ -221,13 +220,13 @@ def test_every_workload_is_what_it_is_called() -> None:
 
 
 def test_inputs_are_rotated_unless_they_are_small() -> None:
-    small = make_inputs(Workload("forward", TINY, torch.float32), CPU, seed=0)
-    large = make_inputs(Workload("forward+backward", Shape(30, 9000), torch.float32), CPU, seed=0)
+    small = Workload("forward", TINY, torch.float32).inputs(CPU, seed=0)
+    large = Workload("forward+backward", Shape(30, 9000), torch.float32).inputs(CPU, seed=0)
     assert len(small) == 1
     assert len(large) == 4
-    assert sum(inputs.nbytes for inputs in large) >= 1 << 22
+    assert sum(tensor.nbytes for pair in large for tensor in pair) >= 1 << 22
     assert not torch.equal(large[0].logits, large[1].logits)
-    assert all(inputs.logits.requires_grad for inputs in large)
+    assert all(pair.logits.requires_grad for pair in large)
 
 
 # ------------------------------------------------------------------------------------------------ who is wrong is not
@@ -330,17 +329,18 @@ def test_a_wrong_linear_loss_is_marked_and_not_timed(loss: contenders.LinearLoss
 def test_a_linear_losss_error_is_that_of_its_terms(dtype: str) -> None:
     """The float64 reference itself, against plain PyTorch's in float64."""
     workload = Workload("linear", Shape(50, 600, 7), DTYPES[dtype])
-    inputs = work.make_linear_inputs(workload, CPU, seed=0)[0]
-    exact = linear.Exact(workload, inputs)
-    wide = [each.detach().double().requires_grad_() for each in inputs[:2]]
-    loss = contenders._torch_linear_loss(*wide, inputs.target)
-    gradients = torch.autograd.grad(loss, wide, linear.upstream(workload, loss))
-    error = exact.errors(linear.Outcome(loss, *gradients))
+    made = workload.inputs(CPU, seed=0)[0]
+    exact = workload.reference(made)
+    wide = [each.detach().double().requires_grad_() for each in made[:2]]
+    loss = contenders._torch_linear_loss(*wide, made.target)
+    gradients = torch.autograd.grad(loss, wide, torch.full_like(loss, workload.upstream))
+    (error,) = exact.errors(Outcome(loss, gradients))
     assert max(error) < 1e-12
     changed = gradients[1].clone()
     changed[3] *= 1.25  # a row without a label or with one: its terms don't cancel by more than they add up to
-    assert 0 < exact.errors(linear.Outcome(loss, gradients[0], changed)).gradient <= 0.25 + 1e-6
-    assert exact.errors(linear.Outcome(loss, gradients[0], changed[:-1])).gradient == math.inf
+    off, cut = exact.errors(Outcome(loss, (gradients[0], changed)), Outcome(loss, (gradients[0], changed[:-1])))
+    assert 0 < off.gradient <= 0.25 + 1e-6
+    assert cut.gradient == math.inf
 
 
 def test_the_reference_of_linear_makes_do_with_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +369,7 @@ def test_the_reference_of_linear_makes_do_with_fewer_rows(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("op", ["accuracy", "loss+accuracy"])
 def test_a_wrong_accuracy_is_marked(op: str, change: Callable[..., tuple[Tensor, ...]], status: str) -> None:
     def accuracies(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        return change(contenders._topk_accuracies(logits, target))
+        return change(contenders._accuracies(logits, target))
 
     functions = Functions(
         None, accuracies, lambda logits, target: (F.cross_entropy(logits, target), accuracies(logits, target))
@@ -381,24 +381,21 @@ def test_a_wrong_accuracy_is_marked(op: str, change: Callable[..., tuple[Tensor,
 
 def test_ties_may_count_either_way_and_no_more() -> None:
     workload = Workload("accuracy", Shape(2, 6), torch.float32)
-    inputs = make_inputs(workload, CPU, seed=0)[0]
-    inputs.logits.copy_(torch.tensor([[1.0, 1.0, 0, 0, 0, 0], [2.0, 0, 0, 0, 0, 0]]))
-    inputs.target.copy_(torch.tensor([1, 0]))
-    exact = Exact(workload, inputs)
-    of_top1 = [
-        exact.errors(Outcome(accuracies=(torch.tensor(share), torch.tensor(1.0)))).accuracy for share in (0, 0.5, 1)
-    ]
-    assert of_top1 == [0.5, 0, 0]
+    made = workload.inputs(CPU, seed=0)[0]
+    made.logits.copy_(torch.tensor([[1.0, 1.0, 0, 0, 0, 0], [2.0, 0, 0, 0, 0, 0]]))
+    made.target.copy_(torch.tensor([1, 0]))
+    of_top1 = [Outcome(accuracies=(torch.tensor(share), torch.tensor(1.0))) for share in (0, 0.5, 1)]
+    assert [errors.accuracy for errors in workload.reference(made).errors(*of_top1)] == [0.5, 0, 0]
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.1001}, {"momentum": 0.899}, {"weight_decay": 0.0}, {"lr": math.nan}])
 def test_a_wrong_optimizer_is_marked_and_not_timed(change: dict[str, float]) -> None:
-    def make(params: list[Tensor]) -> torch.optim.Optimizer:
-        optimizer = torch.optim.SGD(params, **OPTIONS)
+    def make(params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(params, **options)
         optimizer.param_groups[0].update(change)
         return optimizer
 
-    wrong = Contender("wrong", "torch", lambda: Functions(optimizer=make), ("sgd",), cpu=True)
+    wrong = Contender("wrong", "torch", lambda: Functions(sgd=make), ("sgd",), cpu=True)
     right, row = run("sgd", CONTENDERS["torch-loop"], wrong, shape=Shape(3, 500))
     assert right.timed
     assert row.status == "wrong"
@@ -408,14 +405,16 @@ def test_a_wrong_optimizer_is_marked_and_not_timed(change: dict[str, float]) -> 
 
 def test_the_references_own_error_is_allowed_four_times() -> None:
     workload = Workload("forward+backward", Shape(8, 600), torch.bfloat16)
-    inputs = make_inputs(workload, CPU, seed=0)[0]
-    reference = errors_of_reference(workload, inputs)
-    assert verdict(reference, reference, workload) is None
+    made = workload.inputs(CPU, seed=0)[0]
+    reference = errors_of_eager(made, workload.op, workload.reference, workload.upstream)
+    assert verdict(reference, reference, workload.dtype) is None
     four_times = reference._replace(gradient=4 * reference.gradient, loss=4 * reference.loss)
-    assert verdict(four_times, reference, workload) is None
+    assert verdict(four_times, reference, workload.dtype) is None
     slack = 4 * torch.finfo(torch.bfloat16).eps
-    assert verdict(reference._replace(gradient=4.1 * reference.gradient + slack), reference, workload) is not None
-    assert verdict(reference._replace(loss=4.1 * reference.loss + slack), reference, workload) is not None
+    assert (
+        verdict(reference._replace(gradient=4.1 * reference.gradient + slack), reference, workload.dtype) is not None
+    )
+    assert verdict(reference._replace(loss=4.1 * reference.loss + slack), reference, workload.dtype) is not None
 
 
 @pytest.mark.parametrize(
@@ -442,8 +441,8 @@ def test_who_breaks_down_says_so(error: Exception, status: str, good_calls: int)
 
 
 def test_errors_are_told_in_a_line_without_colours() -> None:
-    assert in_words(RuntimeError("\x1b[91m\x1b[1mno\x1b[0m way\nmore")) == "RuntimeError: no way"
-    assert in_words(ValueError()) == "ValueError: "
+    assert first_line(RuntimeError("\x1b[91m\x1b[1mno\x1b[0m way\nmore")) == "RuntimeError: no way"
+    assert first_line(ValueError()) == "ValueError: "
 
 
 # --------------------------------------------------------------------------------------------------- others' packages
@@ -943,10 +942,10 @@ def test_the_picture_has_a_panel_for_what_is_comparable(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- pytest-benchmark
 
 WRONG = """
-from fastloss.bench import workloads
-from fastloss.bench.contenders import CONTENDERS, Contender, Functions
+from fastloss.measuring import inputs
+from fastloss.measuring.contenders import CONTENDERS, Contender, Functions
 
-workloads._ROTATED_BYTES = 1 << 22
+inputs._ROTATED_BYTES = 1 << 22
 
 def wrong(logits, target):
     return logits.new_tensor(3.0)

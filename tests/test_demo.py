@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,15 @@ import torch
 
 import fastloss
 from fastloss import demo
-from fastloss.demo import data, language_model, loss_at_scale, measure, optimizer_step, report, training
+from fastloss.demo import data, language_model, loss_at_scale, optimizer_step, training
 from fastloss.demo.contenders import PYTORCH
-from fastloss.demo.loss_at_scale import TIMES, Case
+from fastloss.demo.loss_at_scale import Case
+from fastloss.measuring import clock, machine
 
 if demo.missing_extras():
     pytest.skip('the demo needs pip install "fastloss[demo]"', allow_module_level=True)
+
+from fastloss.measuring.tables import TIMES, bytes_in_words
 
 CPU = torch.device("cpu")
 SMALL = language_model.Size(passages=5, tokens=64, features=4, steps=2)
@@ -76,9 +80,9 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert f"{side.losses[0]:.6f}" in printed
         assert f"{side.losses[-1]:.6f}" in printed
         assert f"{side.median_step * 1e3:.1f} ms" in printed
-        assert report.bytes_in_words(side.peak_bytes) in printed
+        assert bytes_in_words(side.peak_bytes) in printed
     saved = next(line for line in printed.splitlines() if "memory saved" in line)
-    assert report.bytes_in_words(model.saved_bytes) in saved
+    assert bytes_in_words(model.saved_bytes) in saved
     for compared in outcome.optimizer.compared:
         assert compared.name in printed
         for seconds, error in zip(compared.seconds, compared.errors, strict=True):
@@ -246,9 +250,9 @@ def test_peak_bytes_is_what_is_held_at_one_time() -> None:
     def both() -> object:
         return torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
 
-    assert measure.peak_bytes(one_after_the_other, CPU) == size
-    assert measure.peak_bytes(both, CPU) == 2 * size
-    assert measure.peak_bytes(lambda: None, CPU) == 0
+    assert machine.peak_bytes(one_after_the_other, CPU) == size
+    assert machine.peak_bytes(both, CPU) == 2 * size
+    assert machine.peak_bytes(lambda: None, CPU) == 0
 
 
 def test_peak_bytes_of_a_known_step() -> None:
@@ -256,24 +260,24 @@ def test_peak_bytes_of_a_known_step() -> None:
     logits = torch.randn(256, 2048, requires_grad=True)
     target = torch.randint(2048, (256,))
     step, _ = loss_at_scale._steps(PYTORCH, logits, target)
-    assert measure.peak_bytes(step, CPU) == pytest.approx(3 * logits.nbytes, rel=0.01)
+    assert machine.peak_bytes(step, CPU) == pytest.approx(3 * logits.nbytes, rel=0.01)
 
 
 def test_interleaved_goes_forth_and_back() -> None:
     order: list[str] = []
     shares: list[float] = []
     steps = [lambda: order.append("a"), lambda: order.append("b")]
-    times = measure.interleaved(steps, CPU, budget=1e-9, least=3, tell=shares.append)
+    times = clock.in_turns(steps, partial(clock.seconds, device=CPU), budget=1e-9, least=3, progress=shares.append)
     assert "".join(order) == "abbaab"
     assert [len(each) for each in times] == [3, 3]
     assert all(second > 0 for each in times for second in each)
     assert shares[-1] == 1.0
 
 
-def test_neighbours_is_a_share() -> None:
-    with measure.Neighbours() as neighbours:
-        torch.randn(512, 512).softmax(1)
-    assert 0 <= neighbours.share <= 1
+def test_other_programs_take_a_share() -> None:
+    others = machine.OtherPrograms()
+    torch.randn(512, 512).softmax(1)
+    assert 0 <= others.share() <= 1
 
 
 @pytest.mark.parametrize(

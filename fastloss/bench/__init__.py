@@ -3,9 +3,7 @@
 Every number is measured in the run that prints it. The modules, in the order in which they are used:
 
 - :mod:`.workloads`: operations, shapes, inputs, and the bytes that must move;
-- :mod:`.contenders`: an adapter for each package, which says why it is absent or can't serve;
-- :mod:`.check`, :mod:`.linear`, :mod:`.optimizer`: right or wrong, against float64, before anything is timed;
-- :mod:`.measure`: turns, medians, peak memory, and a row for everybody;
+- :mod:`.measure`: the check against float64, turns, medians, peak memory, and a row for each contender;
 - :mod:`.report`, :mod:`.plot`: the tables, the JSON and the PNG.
 
 ``pytest benchmarks --benchmark-only``, in a clone, runs the same workloads and contenders under pytest-benchmark.
@@ -95,7 +93,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
     Raises:
         ValueError: one is unknown or does not fit; the message, one line, lists what is known.
     """
-    from .contenders import CONTENDERS
+    from ..measuring.contenders import CONTENDERS
     from .workloads import DTYPES, LOSS_OPS, OPS, TARGETS, fits, workloads
 
     device = _device(options.device)
@@ -148,8 +146,9 @@ def run(settings: Settings) -> int:
     """
     from rich.console import Console
 
+    from ..measuring import machine
+    from ..measuring.contenders import CONTENDERS, OURS
     from . import plot, report
-    from .contenders import CONTENDERS, OURS
 
     console = Console()
     rows: list[Row] = []
@@ -168,7 +167,7 @@ def run(settings: Settings) -> int:
     if not interrupted and not any(row.timed for row in rows):
         console.print("Nothing was timed.", highlight=False)
     if settings.plot is not None:
-        drawn = plot.draw(rows, settings.plot, caption=report.machine(settings.device))
+        drawn = plot.draw(rows, settings.plot, caption=machine.description(settings.device))
         words = f"The picture: {settings.plot}" if drawn else "No picture: nothing that moves bytes was timed."
         console.print(words, highlight=False, markup=False, soft_wrap=True)
     if interrupted:
@@ -178,11 +177,12 @@ def run(settings: Settings) -> int:
 
 def _measure(settings: Settings, console: Console, rows: list[Row]) -> None:
     """Adds a workload's rows as it is finished."""
+    from ..measuring.contenders import CONTENDERS, contenders_of
+    from ..measuring.tables import progress_bar
     from . import report
-    from .contenders import CONTENDERS, contenders_of
     from .measure import measure
 
-    with report.progress(console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=float(len(settings.workloads)))
         for done, workload in enumerate(settings.workloads):
             bar.update(task, completed=done, description=str(workload))
@@ -193,7 +193,7 @@ def _measure(settings: Settings, console: Console, rows: list[Row]) -> None:
             names = settings.contenders
             contenders = [CONTENDERS[name] for name in names] if names else contenders_of(workload.op)
             new = measure(
-                workload, contenders, settings.device, budget=settings.seconds, seed=settings.seed, tell=tell
+                workload, contenders, settings.device, budget=settings.seconds, seed=settings.seed, progress=tell
             )
             rows += new
             report.write_json(settings.json, settings.device, rows, finished=False)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..demo.picture import FAINT, FASTLOSS, STYLE, title
-from .contenders import CONTENDERS, OURS
+from ..measuring.contenders import CONTENDERS, OURS
+from ..measuring.pictures import FAINT, FASTLOSS, STYLE, title
 from .measure import Row
 
 __all__ = ["draw", "panels"]
@@ -30,7 +29,6 @@ def draw(rows: Sequence[Row], path: Path, *, caption: str) -> bool:
     with matplotlib.rc_context(STYLE):
         lines = math.ceil(len(parts) / COLUMNS)
         figure = Figure(figsize=(15, 1.2 + 4.6 * lines), dpi=110, facecolor="white", layout="constrained")
-        FigureCanvasAgg(figure)
         for number, (name, mine) in enumerate(parts.items()):
             _draw_panel(figure.add_subplot(lines, min(COLUMNS, len(parts)), number + 1), name, mine)
         figure.supxlabel(caption, fontsize=9.5, color=FAINT)

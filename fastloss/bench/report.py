@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 import fastloss
 
-from ..demo.loss_at_scale import TIMES
-from ..demo.report import bytes_in_words, machine, plain_table, progress
-from .contenders import OURS, Contender
+from ..measuring import machine
+from ..measuring.contenders import OURS, Contender
+from ..measuring.tables import NOTABLE_SHARE, TIMES, bytes_in_words, notes, plain_table
 from .measure import Row
 from .workloads import Workload
 
-__all__ = ["heading", "legend", "machine", "progress", "table", "write_json"]
-
-NOTABLE_SHARE = 0.1  # of the CPUs: where less goes to other programs, nothing is said
+__all__ = ["heading", "legend", "table", "write_json"]
 
 
 def heading(
@@ -40,15 +38,10 @@ def heading(
     present = Table.grid(padding=(0, 2))
     for contender in contenders:
         if chosen or not contender.ops or set(contender.ops) & set(ops):
-            present.add_row(contender.name, Text(presence(contender)), style="dim")
-    return Group(Text("fastloss bench", style="bold"), Text(machine(device), style="dim"), Text(), present, Text())
-
-
-def presence(contender: Contender) -> str:
-    """Its version and what to know of its numbers, or why it is absent; and what it can't do."""
-    absence = contender.absence()
-    there = [f"{contender.distribution} {contender.version()}", contender.note]
-    return "; ".join(filter(None, [*([f"absent: {absence}"] if absence else there), contender.unfit]))
+            present.add_row(contender.name, Text(contender.presence()), style="dim")
+    return Group(
+        Text("fastloss bench", style="bold"), Text(machine.description(device), style="dim"), Text(), present, Text()
+    )
 
 
 def table(workload: Workload, rows: Sequence[Row]) -> RenderableType:
@@ -56,8 +49,7 @@ def table(workload: Workload, rows: Sequence[Row]) -> RenderableType:
     parts: list[RenderableType] = [Text(_title(workload), style="bold")]
     timed = sorted((row for row in rows if row.timed), key=lambda row: row.milliseconds or 0.0)
     if timed:
-        is_linear = workload.op == "linear"
-        parts.append(_timed_linear(timed) if is_linear else _timed(timed, is_host=workload.op == "host"))
+        parts.append(_timed(timed, workload.op))
     rest = Table.grid(padding=(0, 2))
     for row in rows:
         if not row.timed and row.status != "absent":  # those are listed above
@@ -95,7 +87,7 @@ def legend(rows: Sequence[Row], device: torch.device) -> RenderableType:
     busiest = max((row.others_share or 0.0 for row in rows), default=0.0)
     if busiest >= NOTABLE_SHARE:
         words += f" Other programs took up to {busiest:.0%} of the CPUs."
-    return Padding(Text(words, style="dim"), (1, 0, 1, 0))
+    return notes(words, above=1)
 
 
 def write_json(path: Path | None, device: torch.device, rows: Sequence[Row], *, finished: bool) -> None:
@@ -105,7 +97,7 @@ def write_json(path: Path | None, device: torch.device, rows: Sequence[Row], *, 
     record = {
         "fastloss": fastloss.__version__,
         "torch": torch.__version__,
-        "device": machine(device),
+        "device": machine.description(device),
         "finished": finished,
         "rows": [row.as_dict() for row in rows],
     }
@@ -128,47 +120,34 @@ def _title(workload: Workload) -> str:
     return f"{title}: {bytes_in_words(workload.moved_bytes)} must move"
 
 
-def _timed(rows: Sequence[Row], *, is_host: bool) -> Table:
-    """Those that have a time, and the copy that they took turns with."""
-    host = _host_column(rows)
-    columns = ["contender", "ms", *host, *([] if is_host else ["GB/s", "of a copy", "peak"]), "ratio"]
-    result = plain_table("", *columns)
+class _Column(NamedTuple):
+    heading: str
+    cell: Callable[[Row], str]
+    limit: str = ""  # the cell of the limit's row
+
+
+def _timed(rows: Sequence[Row], op: str) -> Table:
+    """Return the contenders' numbers, and those of the limit that took turns with them."""
     ours = next((row for row in rows if row.contender == OURS), None)
+    first = rows[0]
+    columns = [_Column("contender", lambda row: row.contender, "three products" if op == "linear" else "a copy")]
+    bare, copied = first.products_milliseconds, first.copy_gigabytes_per_second
+    columns += [_Column("ms", lambda row: f"{row.milliseconds:.4f}", f"{bare:.4f}" if bare else "")]
+    if any(row.host_milliseconds is not None for row in rows):
+        columns += [_Column("host ms", lambda row: f"{row.host_milliseconds or 0.0:.4f}")]
+    if op == "linear":
+        speed = (first.teraflops or 0.0) * (first.times_products or 0.0)
+        columns += [_Column("Tflop/s", lambda row: f"{row.teraflops or 0.0:.4g}", f"{speed:.4g}")]
+        columns += [_Column("of the products", lambda row: f"{row.times_products or 0.0:.3f}", "1.000")]
+    elif op != "host":
+        columns += [_Column("GB/s", lambda row: f"{row.gigabytes_per_second or 0.0:.2f}", f"{copied or 0.0:.2f}")]
+        columns += [_Column("of a copy", lambda row: f"{row.share_of_copy or 0.0:.0%}", "100%")]
+    if op != "host":
+        columns += [_Column("peak", lambda row: bytes_in_words(max(0, row.peak_bytes or 0)))]
+    columns += [_Column("ratio", lambda row: f"{ours.ratios[row.contender]:.3f}" if ours and row is not ours else "")]
+    result = plain_table("", *(column.heading for column in columns))
     for row in rows:
-        speed, share, peak = row.gigabytes_per_second, row.share_of_copy, row.peak_bytes
-        cells = _times(row, host)
-        if not is_host:
-            cells += [f"{speed or 0.0:.2f}", f"{share or 0.0:.0%}", bytes_in_words(peak or 0)]
-        ratio = f"{ours.ratios[row.contender]:.3f}" if ours is not None and row is not ours else ""
-        result.add_row(*cells, ratio, style="cyan" if row is ours else "")
-    copied = rows[0].copy_gigabytes_per_second
-    if copied is not None:
-        result.add_row("a copy", "", *("" for _ in host), f"{copied:.2f}", "100%", "", "", style="dim")
+        result.add_row(*(column.cell(row) for column in columns), style="cyan" if row is ours else "")
+    if bare or copied:
+        result.add_row(*(column.limit for column in columns), style="dim")
     return result
-
-
-def _timed_linear(rows: Sequence[Row]) -> Table:
-    """Those that have a time, and the three products that they took turns with."""
-    host = _host_column(rows)
-    result = plain_table("", "contender", "ms", *host, "Tflop/s", "of the products", "peak", "ratio")
-    ours = next((row for row in rows if row.contender == OURS), None)
-    for row in rows:
-        ratio = f"{ours.ratios[row.contender]:.3f}" if ours is not None and row is not ours else ""
-        cells = [*_times(row, host), f"{row.teraflops or 0.0:.4g}"]
-        cells += [f"{row.times_products or 0.0:.3f}", bytes_in_words(max(0, row.peak_bytes or 0)), ratio]
-        result.add_row(*cells, style="cyan" if row is ours else "")
-    bare = rows[0].products_milliseconds
-    if bare:
-        speed = (rows[0].teraflops or 0.0) * (rows[0].times_products or 0.0)
-        times = [f"{bare:.4f}", *("" for _ in host)]
-        result.add_row("three products", *times, f"{speed:.4g}", "1.000", "", "", style="dim")
-    return result
-
-
-def _host_column(rows: Sequence[Row]) -> list[str]:
-    """Its name, where the host's time is known."""
-    return ["host ms"] if any(row.host_milliseconds is not None for row in rows) else []
-
-
-def _times(row: Row, host: Sequence[str]) -> list[str]:
-    return [row.contender, f"{row.milliseconds:.4f}", *(f"{row.host_milliseconds or 0.0:.4f}" for _ in host)]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from ..demo.loss_at_scale import Case, random_logits
+from ..measuring.contenders import DTYPES, LOSS_OPS, OPS, TOPK
+from ..measuring.inputs import LinearInputs, LossInputs, linear_inputs, loss_inputs, rotated
+from ..measuring.reference import LinearReference, LossReference, Reference
 
 __all__ = [
     "DTYPES",
@@ -18,30 +19,16 @@ __all__ = [
     "OPS",
     "SIZES",
     "TARGETS",
-    "Inputs",
-    "LinearInputs",
     "Shape",
     "Workload",
     "default_shapes",
     "fits",
-    "make_inputs",
-    "make_linear_inputs",
     "parse_shape",
-    "rotated",
     "workloads",
 ]
 
-Made = TypeVar("Made", Tensor, "Inputs", "LinearInputs")
-
-LOSS_OPS = ("forward", "forward+backward", "accuracy", "loss+accuracy")
-OPS = (*LOSS_OPS, "linear", "sgd", "host")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TARGETS = ("hard", "soft")  # class indices, class probabilities
 SIZES = ("tiny", "quick", "full")
-
-_SMALL_BYTES = 1 << 20  # inputs below this stay in the caches in training too
-_ROTATED_BYTES = 1 << 27  # more than a CPU's caches hold
-_CACHES = 4  # a GPU's inputs are at least so many times its L2 cache
 
 _SGD_TENSORS = 5  # θ, g and m are read, θ and m written
 _PRODUCTS = 3  # of linear_cross_entropy: the logits, and the gradients of either factor
@@ -124,28 +111,30 @@ class Workload:
             return _SGD_TENSORS * size
         return size * (1 + self.differentiates + self.soft)
 
-
-class Inputs(NamedTuple):
-    """Logits ``(N, V)``, requiring a gradient where the operation has one; the target, ``(N,)`` or ``(N, V)``."""
-
-    logits: Tensor
-    target: Tensor
-
     @property
-    def nbytes(self) -> int:
-        return self.logits.nbytes + self.target.nbytes
+    def upstream(self) -> float:
+        """The gradient of the loss: in float16 a loss scale, without which most of the logits' gradient is 0.
 
+        It is the power of two next below N, 2¹⁵ at most; in other dtypes 1.
+        """
+        return float(1 << min(15, self.shape.rows.bit_length() - 1)) if self.dtype is torch.float16 else 1.0
 
-class LinearInputs(NamedTuple):
-    """Hidden states ``(N, D)`` and a head ``(V, D)``, both requiring gradients; the labels ``(N,)``."""
+    def inputs(self, device: torch.device, seed: int) -> list[LossInputs] | list[LinearInputs]:
+        """Return as many random inputs as no cache holds."""
+        (rows, classes, features), seeds = self.shape, iter(range(seed * 1_000_003, (seed + 1) * 1_000_003))
+        if self.op == "linear":
+            return rotated(
+                lambda: linear_inputs(rows, features, classes, self.dtype, device, seed=next(seeds)), device
+            )
+        options = {"probabilities": self.soft, "requires_grad": self.differentiates}
+        return rotated(lambda: loss_inputs(rows, classes, self.dtype, device, seed=next(seeds), **options), device)
 
-    hidden: Tensor
-    head: Tensor
-    target: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self)
+    def reference(self, inputs: Any) -> Reference:
+        """Return the same in float64."""
+        if self.op == "linear":
+            return LinearReference(inputs, self.upstream)
+        has_accuracy = self.op in ("accuracy", "loss+accuracy")
+        return LossReference(inputs, self.upstream, TOPK if has_accuracy else ())
 
 
 def parse_shape(text: str) -> Shape:
@@ -196,57 +185,6 @@ def default_shapes(op: str, device: torch.device, size: str = "full") -> list[Sh
 def fits(op: str, shape: Shape) -> bool:
     """Has ``shape`` features where ``op`` has a head, and none elsewhere?"""
     return bool(shape.features) == (op == "linear")
-
-
-def make_inputs(workload: Workload, device: torch.device, seed: int) -> list[Inputs]:
-    """Random logits and targets: as many as no cache holds, so that each call finds its input in memory."""
-    seeds = _seeds(seed)
-    return rotated(lambda: _random_inputs(workload, device, next(seeds)), _rotated_bytes(device))
-
-
-def make_linear_inputs(workload: Workload, device: torch.device, seed: int) -> list[LinearInputs]:
-    """The same for "linear": logits of standard deviation 2."""
-    seeds = _seeds(seed)
-    return rotated(lambda: _random_linear_inputs(workload, device, next(seeds)), _rotated_bytes(device))
-
-
-def _seeds(seed: int) -> Iterator[int]:
-    return iter(range(seed * 1_000_003, (seed + 1) * 1_000_003))
-
-
-def _rotated_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _ROTATED_BYTES
-    return max(_ROTATED_BYTES, _CACHES * torch.cuda.get_device_properties(device).L2_cache_size)
-
-
-def rotated(make: Callable[[], Made], total: int = _ROTATED_BYTES) -> list[Made]:
-    """As many as come to ``total`` bytes, which no cache holds; small ones stay in the caches in training too."""
-    result = [make()]
-    if result[0].nbytes >= _SMALL_BYTES:
-        result += [make() for _ in range(-(-total // result[0].nbytes) - 1)]
-    return result
-
-
-def _random_inputs(workload: Workload, device: torch.device, seed: int) -> Inputs:
-    logits, target = random_logits(Case(*workload.shape[:2], workload.dtype), device, seed)
-    if not workload.differentiates:
-        logits = logits.detach()
-    if workload.soft:
-        generator = torch.Generator(device).manual_seed(seed + 1)
-        target = torch.rand(workload.shape[:2], generator=generator, dtype=workload.dtype, device=device)
-        target /= target.sum(1, keepdim=True)
-    return Inputs(logits, target)
-
-
-def _random_linear_inputs(workload: Workload, device: torch.device, seed: int) -> LinearInputs:
-    rows, classes, features = workload.shape
-    generator = torch.Generator(device).manual_seed(seed)
-    hidden = torch.randn(rows, features, generator=generator, device=device)
-    head = torch.randn(classes, features, generator=generator, device=device).mul_(2 / features**0.5)
-    target = torch.randint(classes, (rows,), generator=generator, device=device)
-    hidden, head = (each.to(workload.dtype).requires_grad_() for each in (hidden, head))
-    return LinearInputs(hidden, head, target)
 
 
 def workloads(

@@ -3,7 +3,6 @@
 Every number it prints or draws is measured in that run. The modules, in the order in which they are used:
 
 - :mod:`.contenders`: what is compared;
-- :mod:`.measure`: time and memory of one step;
 - :mod:`.data`, :mod:`.training`: the two runs on real scans of digits;
 - :mod:`.loss_at_scale`: the loss alone, at language-model size;
 - :mod:`.language_model`: the two runs on Python's own source, with logits and without;
@@ -80,6 +79,7 @@ def run(settings: Settings) -> Outcome:
     """Train, compare, print, draw."""
     from rich.console import Console
 
+    from ..measuring import machine
     from . import picture, report
 
     console = Console()
@@ -94,25 +94,26 @@ def run(settings: Settings) -> Outcome:
     optimizer = _compare_steps(settings, device, console)
     console.print(report.optimizer(optimizer, device))
     outcome = Outcome(training, at_scale, language_model, optimizer)
-    picture.draw(outcome, settings.output, caption=report.machine(device))
+    picture.draw(outcome, settings.output, caption=machine.description(device))
     console.print(f"The picture: {settings.output}", highlight=False, markup=False, soft_wrap=True)
     return outcome
 
 
 def _train(settings: Settings, device: torch.device, console: Console) -> Training:
-    from . import data, report
+    from ..measuring.tables import progress_bar
+    from . import data
 
     split = data.digits(settings.seed, device)
-    with report.progress(console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("training, with fastloss and with PyTorch", total=2 * settings.epochs)
         return train_side_by_side(split, epochs=settings.epochs, seed=settings.seed, tell=lambda: bar.advance(task))
 
 
 def _compare(settings: Settings, device: torch.device, console: Console) -> tuple[LossAtScale, ...]:
-    from . import report
+    from ..measuring.tables import progress_bar
 
     results = []
-    with report.progress(console) as bar:
+    with progress_bar(console) as bar:
         for case in cases_for(device) if settings.cases is None else settings.cases:
             done = functools.partial(_set_share, bar, bar.add_task(f"loss alone, {case}", total=1.0))
             results.append(compare(case, device, seed=settings.seed, budget=settings.seconds_a_case, tell=done))
@@ -121,10 +122,10 @@ def _compare(settings: Settings, device: torch.device, console: Console) -> tupl
 
 
 def _train_language_model(settings: Settings, device: torch.device, console: Console) -> LanguageModel:
-    from . import report
+    from ..measuring.tables import progress_bar
 
     size = settings.language_model or size_for(device)
-    with report.progress(console) as bar:
+    with progress_bar(console) as bar:
         done = functools.partial(
             _set_share, bar, bar.add_task("a language model, with logits and without", total=1.0)
         )
@@ -132,10 +133,10 @@ def _train_language_model(settings: Settings, device: torch.device, console: Con
 
 
 def _compare_steps(settings: Settings, device: torch.device, console: Console) -> OptimizerStep:
-    from . import report
+    from ..measuring.tables import progress_bar
 
     width = settings.optimizer_width or width_that_fits(device)
-    with report.progress(console) as bar:
+    with progress_bar(console) as bar:
         done = functools.partial(_set_share, bar, bar.add_task("SGD's step alone", total=1.0))
         result = compare_steps(
             device, width=width, seed=settings.seed, budget=settings.seconds_of_optimizer, tell=done

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import fastloss
 
-from .measure import Neighbours, peak_bytes, seconds
+from ..measuring.clock import seconds
+from ..measuring.machine import OtherPrograms, peak_bytes
 
 __all__ = ["CLASSES", "LanguageModel", "Side", "Size", "size_for", "source_tokens", "train_language_model"]
 
@@ -105,14 +106,14 @@ def train_language_model(
     sides = [_Run(loss, size, seed, device) for loss in (_by_logits, _without_logits)]
     for run in sides:
         run.side.peak_bytes = run.peak(next(_batches(text, size, seed)))
-    with Neighbours() as neighbours:
-        for step, tokens in zip(range(size.steps), _batches(text, size, seed), strict=False):
-            # Who goes first alternates, so that neither always finds the other's data in the cache.
-            for run in sides if step % 2 == 0 else reversed(sides):
-                run.step(tokens)
-            tell((step + 1) / size.steps)
+    others = OtherPrograms()
+    for step, tokens in zip(range(size.steps), _batches(text, size, seed), strict=False):
+        # Who goes first alternates, so that neither always finds the other's data in the cache.
+        for run in sides if step % 2 == 0 else reversed(sides):
+            run.step(tokens)
+        tell((step + 1) / size.steps)
     pytorch, ours = (run.side for run in sides)
-    return LanguageModel(size, 2 * len(text), pytorch, ours, neighbours.share)
+    return LanguageModel(size, 2 * len(text), pytorch, ours, others.share())
 
 
 def _by_logits(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:

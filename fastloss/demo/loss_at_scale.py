@@ -5,18 +5,20 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..measuring.clock import Step, in_turns
+from ..measuring.clock import seconds as seconds_of
+from ..measuring.machine import OtherPrograms, free_bytes, peak_bytes
+from ..measuring.tables import TIMES
 from .contenders import FASTLOSS, PYTORCH, Contender
-from .measure import Neighbours, Step, free_bytes, interleaved, peak_bytes
 
 __all__ = ["TIMES", "Case", "Errors", "LossAtScale", "Measured", "Timed", "cases_for", "compare", "random_logits"]
-
-TIMES = "\N{MULTIPLICATION SIGN}"
 
 # The vocabularies of Llama 2 (arXiv:2307.09288, §2.2) and of Llama 3 (128000 tokens, arXiv:2407.21783, §3.2,
 # and the 256 special ones that its published configuration adds).
@@ -128,10 +130,10 @@ def compare(
     accuracies = [result.accuracy for result in results]
     del results  # their gradients would stand in the way of the measuring
 
-    with Neighbours() as neighbours:
-        losses, losses_and_accuracies = _timed(logits, target, budget=budget, tell=tell)
+    others = OtherPrograms()
+    losses, losses_and_accuracies = _timed(logits, target, budget=budget, tell=tell)
     pytorch, fastloss = map(Measured, losses, losses_and_accuracies, errors, accuracies)
-    return LossAtScale(case, pytorch, fastloss, accuracy, neighbours.share)
+    return LossAtScale(case, pytorch, fastloss, accuracy, others.share())
 
 
 def _tokens_that_fit(wanted: int, bytes_a_token: int, free: int) -> int:
@@ -196,7 +198,7 @@ def _timed(
     device = logits.device
     steps = [step for contender in (PYTORCH, FASTLOSS) for step in _steps(contender, logits, target)]
     peaks = [peak_bytes(step, device) for step in steps]  # and a first, untimed, run of each
-    seconds = interleaved(steps, device, budget=budget, tell=tell)
+    seconds = in_turns(steps, partial(seconds_of, device=device), budget=budget, progress=tell)
     timed = list(map(Timed, seconds, peaks))
     return timed[0::2], timed[1::2]
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..measuring.clock import Step, in_turns, seconds
+from ..measuring.machine import OtherPrograms, free_bytes
 from .contenders import FASTLOSS, PYTORCH
-from .measure import Neighbours, Step, free_bytes, interleaved
 
 __all__ = ["RESNET50_WIDTH", "Compared", "OptimizerStep", "compare_steps", "resnet50_shapes", "width_that_fits"]
 
@@ -104,9 +106,9 @@ def compare_steps(
     steps = _steps(params, _copies(params))
     for step in steps.values():
         step()  # the first one makes the momentum
-    with Neighbours() as neighbours:
-        seconds = interleaved(list(steps.values()), device, budget=budget, tell=tell)
-    medians = dict(zip(steps, map(statistics.median, seconds), strict=True))
+    others = OtherPrograms()
+    times = in_turns(list(steps.values()), partial(seconds, device=device), budget=budget, progress=tell)
+    medians = dict(zip(steps, map(statistics.median, times), strict=True))
 
     def compared(name: str, theirs: str) -> Compared:
         clipped = theirs.startswith("clipped")
@@ -121,8 +123,8 @@ def compare_steps(
         compared("fused=True", "fused"),
         compared(default, "clipped default"),
         compared("fused=True", "clipped fused"),
-        len(seconds[0]),
-        neighbours.share,
+        len(times[0]),
+        others.share(),
     )
 
 

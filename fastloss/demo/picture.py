@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
+from ..measuring.pictures import FAINT, FASTLOSS, PYTORCH, STYLE, title
+from ..measuring.tables import NOTABLE_SHARE, TIMES
 from .language_model import CLASSES, LanguageModel
-from .loss_at_scale import TIMES, LossAtScale
+from .loss_at_scale import LossAtScale
 from .optimizer_step import Compared, OptimizerStep
 from .report import tensors_of
 from .training import Training
@@ -22,47 +23,16 @@ from .training import Training
 if TYPE_CHECKING:
     from . import Outcome
 
-__all__ = ["FAINT", "FASTLOSS", "PYTORCH", "STYLE", "draw", "title"]
+__all__ = ["draw"]
 
-PYTORCH = "#f2a65a"
-FASTLOSS = "#1d4ed8"
-INK = "#1f2937"
-FAINT = "#6b7280"
-GRID = "#e5e7eb"
 BAR_WIDTH = 0.4  # of the distance between two pairs
 LEFT, RIGHT = 0.052, 0.974  # of the panels, as shares of the picture's width
-NOTABLE_SHARE = 0.1  # of the CPUs: where less goes to other programs, nothing is said
-
-STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": FAINT,
-    "axes.edgecolor": GRID,
-    "axes.titlesize": 13,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 26,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "ytick.left": False,
-    "xtick.bottom": False,
-    "legend.frameon": False,
-}
 
 
 def draw(outcome: Outcome, path: Path, *, caption: str) -> None:
     """Write the picture to ``path``, a PNG; ``caption`` names the machine."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(16, 9.2), dpi=120, facecolor="white")
-        FigureCanvasAgg(figure)
         above = figure.add_gridspec(
             1, 3, left=LEFT, right=RIGHT, top=0.805, bottom=0.54, wspace=0.17, width_ratios=[3.3, 3, 1.9]
         )
@@ -106,14 +76,6 @@ def _noise(outcome: Outcome) -> str:
     """A word on the machine's other programs, if they were in the way."""
     share = max([outcome.optimizer.neighbours, *(result.neighbours for result in outcome.at_scale)])
     return f" · other programs took up to {share:.0%} of the CPUs" if share >= NOTABLE_SHARE else ""
-
-
-def title(axes: Axes, what: str, detail: str) -> None:
-    """What is seen, and under it, in grey, how it was got."""
-    axes.set_title(what)
-    axes.annotate(
-        detail, (0, 1), (0, 9), xycoords="axes fraction", textcoords="offset points", fontsize=10, color=FAINT
-    )
 
 
 def _draw_losses(axes: Axes, training: Training) -> None:

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-import fastloss
-
-from .. import info
 from ..backends import choice
+from ..measuring import machine
+from ..measuring.tables import TIMES, bytes_in_words, notes, plain_table
 from .language_model import CLASSES, LanguageModel
-from .loss_at_scale import TIMES, LossAtScale, Timed
+from .loss_at_scale import LossAtScale, Timed
 from .optimizer_step import RESNET50_WIDTH, OptimizerStep, resnet50_shapes
 from .training import Training
 
 __all__ = [
     "at_scale",
-    "bytes_in_words",
     "heading",
     "language_model",
-    "machine",
     "optimizer",
-    "plain_table",
-    "progress",
     "tensors_of",
     "training",
 ]
@@ -43,31 +34,8 @@ def heading(device: torch.device) -> RenderableType:
     """Where the demo runs, and what serves it."""
     return Group(
         Text("fastloss beside plain PyTorch", style="bold"),
-        Text(machine(device), style="dim"),
+        Text(machine.description(device), style="dim"),
         Text(f"backend  {choice.reason(device)}", style="dim"),
-    )
-
-
-def machine(device: torch.device) -> str:
-    """The machine and the versions, in one line."""
-    if device.type == "cuda":
-        place = torch.cuda.get_device_name(device)
-    else:
-        place = f"{info.processor()}, {torch.get_num_threads()} threads"
-    versions = [f"fastloss {fastloss.__version__}", f"torch {torch.__version__}"]
-    if device.type == "cuda":
-        versions.append(f"Triton {choice.triton_version() or 'not installed'}")
-    return " · ".join([place, *versions, f"Python {platform.python_version()}"])
-
-
-def progress(console: Console) -> Progress:
-    """A progress bar; its tasks are added by the caller."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=console,
     )
 
 
@@ -90,13 +58,13 @@ def at_scale(results: Sequence[LossAtScale], device: torch.device) -> Renderable
         if i:
             table.add_row()
         _add_case(table, result)
-    notes = (
+    words = (
         "Time: median of interleaved runs. Others' CPU: the share that other programs took meanwhile. "
         "Peak: bytes of tensors, beyond the logits and the labels. Ratio: PyTorch's number / fastloss's, so "
         "above 1 is in fastloss's favour. Errors: against float64, relative (of the gradient: the norm of "
         "the difference over the norm)."
     )
-    return Group("", table, Padding(Text(notes, style="dim"), (0, 0, 1, 0)))
+    return Group("", table, notes(words))
 
 
 def language_model(result: LanguageModel, device: torch.device) -> RenderableType:
@@ -116,16 +84,16 @@ def language_model(result: LanguageModel, device: torch.device) -> RenderableTyp
     peaks = a.peak_bytes, b.peak_bytes
     table.add_row("peak of a step", *map(bytes_in_words, peaks), f"{peaks[0] / peaks[1]:.2f}x")
     saved = result.saved_bytes
-    words = "saved" if saved >= 0 else "more taken"
-    table.add_row(f"memory {words}", "", bytes_in_words(abs(saved)), f"{abs(saved) / peaks[0]:.0%}")
-    notes = (
+    change = "saved" if saved >= 0 else "more taken"
+    table.add_row(f"memory {change}", "", bytes_in_words(abs(saved)), f"{abs(saved) / peaks[0]:.0%}")
+    words = (
         "PyTorch: F.cross_entropy(F.linear(hidden, head), labels). fastloss: linear_cross_entropy(hidden, head, "
         "tokens, shift=True), which never holds the logits. A token is a pair of bytes; the head is the embedding. "
         f"The loss curves differ by {result.largest_difference:.1e} at most. Peak: bytes of tensors beyond the "
         f"model, its gradients among them. Time: median of {size.steps} steps in turn; "
         f"others' CPU {result.neighbours:.0%}."
     )
-    return Group("", table, Padding(Text(notes, style="dim"), (0, 0, 1, 0)))
+    return Group("", table, notes(words))
 
 
 def optimizer(result: OptimizerStep, device: torch.device) -> RenderableType:
@@ -139,13 +107,13 @@ def optimizer(result: OptimizerStep, device: torch.device) -> RenderableType:
         name = "clipping and step" if each.clipped else "step"
         table.add_row(each.name, f"{name}, time", f"{a * 1e3:.2f} ms", f"{b * 1e3:.2f} ms", f"{a / b:.2f}x")
         table.add_row("", f"{name}, error", *errors, "")
-    notes = (
+    words = (
         "In float32 with momentum and weight decay; the first column names PyTorch's way. Clipping: clip_grad_norm_ "
         "and the step, or fastloss's step with max_norm. "
         f"Time: median of {result.rounds} interleaved runs; others' CPU {result.neighbours:.0%}. "
         "Error: of a narrower network's parameters after a few steps, against float64, relative."
     )
-    return Group("", table, Padding(Text(notes, style="dim"), (0, 0, 1, 0)))
+    return Group("", table, notes(words))
 
 
 def tensors_of(result: OptimizerStep) -> str:
@@ -153,16 +121,6 @@ def tensors_of(result: OptimizerStep) -> str:
     whole = sum(torch.Size(shape).numel() for shape in resnet50_shapes(RESNET50_WIDTH)) == result.parameters
     kind = "a ResNet-50" if whole else "a narrow ResNet-50"
     return f"{result.tensors} tensors of {kind}, {result.parameters / 1e6:.1f} million parameters"
-
-
-def plain_table(title: str, *columns: str) -> Table:
-    """A plain table: the first column and those without a name are words, the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        words = i == 0 or not column
-        style = "cyan" if column.startswith("fastloss") else ""
-        table.add_column(column, justify="left" if words else "right", style=style, no_wrap=True)
-    return table
 
 
 def _by_epoch(result: Training) -> Table:
@@ -238,11 +196,3 @@ def _times(pytorch: Timed, fastloss: Timed) -> tuple[str, str, str]:
 def _peaks(pytorch: Timed, fastloss: Timed) -> tuple[str, str, str]:
     a, b = pytorch.peak_bytes, fastloss.peak_bytes
     return bytes_in_words(a), bytes_in_words(b), f"{a / b:.2f}x"
-
-
-def bytes_in_words(number: int) -> str:
-    """``1.2 MB``."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} B"

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..measuring.clock import seconds
+from ..measuring.machine import peak_bytes
 from .contenders import FASTLOSS, PYTORCH, Contender
 from .data import Split
-from .measure import peak_bytes, seconds
 
 __all__ = ["Run", "Training", "train_side_by_side"]
 
