@@ -12,7 +12,6 @@ Every number is measured in the run that prints it. The modules, in the order in
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..measuring.machine import missing
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from .workloads import Shape, Workload
 
 __all__ = ["Settings", "add_arguments", "missing_extras", "run", "settings_from"]
-
-# The packages that the command needs, by the name that is imported; fastloss[bench] brings them.
-_EXTRAS = {"matplotlib": "matplotlib", "psutil": "psutil", "rich": "rich"}
 
 QUICK_OPS = ("forward+backward", "loss+accuracy", "accuracy", "linear", "sgd", "host")
 SECONDS, QUICK_SECONDS = 2.0, 0.5  # of timing for each workload
@@ -51,8 +49,8 @@ class Settings:
 
 
 def missing_extras() -> list[str]:
-    """The packages of ``fastloss[bench]`` that the command needs and that are not installed."""
-    return [name for module, name in _EXTRAS.items() if importlib.util.find_spec(module) is None]
+    """Return the packages of ``fastloss[bench]`` that the command needs and that are not installed."""
+    return missing("matplotlib", "psutil", "rich")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

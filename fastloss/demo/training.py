@@ -1,22 +1,23 @@
-"""One network trained twice from the same seed: once with each contender, epoch by epoch in turn."""
+"""One network trained twice from the same seed: once with each side, epoch by epoch in turn."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ..measuring.clock import seconds
+from ..measuring.clock import Progress, seconds
+from ..measuring.contenders import Functions
 from ..measuring.machine import peak_bytes
-from .contenders import FASTLOSS, PYTORCH, Contender
 from .data import Split
+from .runs import FASTLOSS, PYTORCH, Run
 
-__all__ = ["Run", "Training", "train_side_by_side"]
+__all__ = ["Training", "TrainingRun", "train_side_by_side"]
 
 HIDDEN = 128
 BATCH = 64
@@ -24,66 +25,90 @@ LEARNING_RATE = 0.05
 MOMENTUM = 0.9
 
 
-@dataclass
-class Run:
-    """One contender's network, and what became of it."""
+@dataclass(kw_only=True)
+class TrainingRun(Run):
+    """A run with its network and its accuracies."""
 
-    contender: Contender
+    side: Functions
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    losses: list[float] = field(default_factory=list)  # one a step
     epoch_losses: list[float] = field(default_factory=list)  # the mean of an epoch's steps
     held_out: list[float] = field(default_factory=list)  # accuracy after each epoch, in [0, 1]
-    seconds: list[float] = field(default_factory=list)  # one a step
     predictions: Tensor = field(default_factory=lambda: torch.empty(0))  # of the held-out scans, at the end
-    peak_bytes: int = 0  # of one step
 
-    @property
-    def median_step(self) -> float:
-        """Seconds."""
-        return statistics.median(self.seconds)
+    def loss_and_accuracy(self, logits: Tensor, digit: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both, by the functions of this side."""
+        assert self.side.loss_and_accuracies is not None
+        loss, (accuracy,) = self.side.loss_and_accuracies(logits, digit)
+        return loss, accuracy
+
+    def step(self, scans: Tensor, digit: Tensor) -> Tensor:
+        """Train one step; return the loss."""
+        self.optimizer.zero_grad()
+        loss, _ = self.loss_and_accuracy(self.model(scans), digit)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def epoch(self, split: Split, seed: int) -> None:
+        """Train one epoch."""
+        losses: list[Tensor] = []
+        for batch in _batches(split, seed):
+            step = lambda: losses.append(self.step(*batch))  # noqa: B023, E731
+            self.seconds.append(seconds(step, split.train.device))
+        values = torch.stack(losses).tolist()
+        self.losses += values
+        self.epoch_losses.append(statistics.fmean(values))
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> None:
+        """Predict the held-out scans."""
+        logits = self.model(split.held_out)
+        self.predictions = logits.argmax(1)
+        self.held_out.append(float(self.loss_and_accuracy(logits, split.held_out_digit)[1]))
+
+    def measure_peak(self, split: Split) -> None:
+        """Measure the second step of a copy of the network: the first one makes the momentum."""
+        trial = copy.deepcopy(self)
+        batch = next(_batches(split, seed=0))
+        trial.step(*batch)
+        trial.optimizer.zero_grad()
+        self.peak_bytes = peak_bytes(lambda: trial.step(*batch), split.train.device)
 
 
 @dataclass(frozen=True)
 class Training:
-    """The two runs, and how far they agree."""
+    """The two runs."""
 
-    pytorch: Run
-    fastloss: Run
+    pytorch: TrainingRun
+    fastloss: TrainingRun
     trained_on: int  # scans
     held_out: int  # scans
 
     @property
-    def largest_difference(self) -> float:
-        """Between the two loss curves, over all steps."""
-        pairs = zip(self.pytorch.losses, self.fastloss.losses, strict=True)
-        return max(abs(a - b) for a, b in pairs)
-
-    @property
     def equal_predictions(self) -> int:
-        """Of the held-out scans, how many both networks read as the same digit."""
+        """The number of held-out scans that both networks read as the same digit."""
         return int((self.pytorch.predictions == self.fastloss.predictions).sum())
 
 
-def train_side_by_side(split: Split, *, epochs: int, seed: int, tell: Callable[[], None] = lambda: None) -> Training:
-    """Train both; ``tell`` hears of the end of each run's epoch."""
-    runs = [_new_run(contender, split, seed) for contender in (PYTORCH, FASTLOSS)]
+def train_side_by_side(split: Split, *, epochs: int, seed: int, progress: Progress = lambda share: None) -> Training:
+    """Train both."""
+    pytorch, fastloss = (_new_run(side, split, seed) for side in (PYTORCH, FASTLOSS))
     with _one_thread():
-        for run in runs:
-            run.peak_bytes = _peak_of_a_step(run, split)
+        for run in (pytorch, fastloss):
+            run.measure_peak(split)
         for epoch in range(epochs):
-            # Who goes first alternates, so that neither always finds the other's data in the cache.
-            for run in runs if epoch % 2 == 0 else reversed(runs):
-                _train_epoch(run, split, seed=seed + epoch)
-                _evaluate(run, split)
-                tell()
-    pytorch, fastloss = runs
+            # The first of the two alternates, so that neither always finds the other's data in the cache.
+            for run in (pytorch, fastloss) if epoch % 2 == 0 else (fastloss, pytorch):
+                run.epoch(split, seed + epoch)
+                run.evaluate(split)
+            progress((epoch + 1) / epochs)
     return Training(pytorch, fastloss, len(split.train), len(split.held_out))
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """On a CPU the network is too small to gain from more, and on a busy one they wait for each other."""
+    """Use one thread: the network is too small to gain from more, and on a busy CPU they wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -92,13 +117,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _new_run(contender: Contender, split: Split, seed: int) -> Run:
-    """The same weights for every contender; the caller's random state stays as it is.
+def _new_run(side: Functions, split: Split, seed: int) -> TrainingRun:
+    """Return a run with the same weights for both sides; the caller's random state stays as it is.
 
     GELU is smooth: a unit that switches on in one run and not in the other, for a difference in the last bit,
     would pull the two apart.
     """
-    device = split.train.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(
@@ -107,52 +131,15 @@ def _new_run(contender: Contender, split: Split, seed: int) -> Run:
             nn.Linear(HIDDEN, HIDDEN),
             nn.GELU(),
             nn.Linear(HIDDEN, int(split.train_digit.max()) + 1),
-        ).to(device)
-    optimizer = contender.sgd(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    return Run(contender, model, optimizer)
-
-
-def _train_epoch(run: Run, split: Split, *, seed: int) -> None:
-    losses = []
-    for scans, digit in _batches(split, seed):
-
-        def step(scans: Tensor = scans, digit: Tensor = digit) -> None:
-            losses.append(_step(run, scans, digit))
-
-        run.seconds.append(seconds(step, split.train.device))
-    values = torch.stack(losses).tolist()
-    run.losses += values
-    run.epoch_losses.append(statistics.fmean(values))
-
-
-def _step(run: Run, scans: Tensor, digit: Tensor) -> Tensor:
-    """One step of training; gives the loss."""
-    run.optimizer.zero_grad()
-    loss, _ = run.contender.loss_and_accuracy(run.model(scans), digit)
-    loss.backward()
-    run.optimizer.step()
-    return loss.detach()
+        ).to(split.train.device)
+    assert side.sgd is not None
+    optimizer = side.sgd(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    return TrainingRun(side=side, model=model, optimizer=optimizer)
 
 
 def _batches(split: Split, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The training scans, in an order that ``seed`` decides; what fills no batch waits for another epoch."""
+    """Yield the training scans in an order that ``seed`` decides; the last few, less than a batch, are left out."""
     order = torch.randperm(len(split.train), generator=torch.Generator().manual_seed(seed))
     for rows in order.to(split.train.device).split(BATCH):
         if len(rows) == BATCH or len(order) < BATCH:  # a few scans left over would make a wild step
             yield split.train[rows], split.train_digit[rows]
-
-
-@torch.no_grad()
-def _evaluate(run: Run, split: Split) -> None:
-    logits = run.model(split.held_out)
-    run.predictions = logits.argmax(1)
-    run.held_out.append(float(run.contender.loss_and_accuracy(logits, split.held_out_digit)[1]))
-
-
-def _peak_of_a_step(run: Run, split: Split) -> int:
-    """Measured on a copy of the network, in its second step: the first one makes the momentum."""
-    trial = copy.deepcopy(Run(run.contender, run.model, run.optimizer))
-    scans, digit = next(_batches(split, seed=0))
-    _step(trial, scans, digit)
-    trial.optimizer.zero_grad()
-    return peak_bytes(lambda: _step(trial, scans, digit), split.train.device)

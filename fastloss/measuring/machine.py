@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ import fastloss
 from .. import info
 from ..backends import choice
 
-__all__ = ["OtherPrograms", "description", "first_line", "free_bytes", "is_out_of_memory", "peak_bytes"]
+__all__ = ["OtherPrograms", "description", "first_line", "free_bytes", "is_out_of_memory", "missing", "peak_bytes"]
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -103,6 +104,12 @@ def description(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
         versions.append(f"Triton {choice.triton_version() or 'not installed'}")
     return " · ".join([name, *versions, f"Python {platform.python_version()}"])
+
+
+def missing(*modules: str) -> list[str]:
+    """Return the packages, by their names for pip, whose modules are not installed."""
+    names = {"sklearn": "scikit-learn"}
+    return [names.get(module, module) for module in modules if importlib.util.find_spec(module) is None]
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .contenders import SGD_OPTIONS
 
-__all__ = ["MakeOptimizer", "Shape", "StepErrors", "Stepping", "ready_step", "step_errors"]
+__all__ = ["MakeOptimizer", "Shape", "StepErrors", "Stepping", "random_parameters", "ready_step", "step_errors"]
 
 Shape = tuple[int, ...]
 
@@ -73,6 +73,14 @@ def _random(shape: Shape, dtype: torch.dtype, device: torch.device, step: int, i
     return torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
 
+def random_parameters(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return random parameters with random gradients."""
+    params = [_random(shape, dtype, device, 0, i) for i, shape in enumerate(shapes)]
+    for i, param in enumerate(params):
+        param.grad = _random(shapes[i], dtype, device, 1, i)
+    return params
+
+
 def _parameters_after_steps(
     make: MakeOptimizer, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
@@ -126,10 +134,7 @@ def ready_step(
     make: MakeOptimizer, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device
 ) -> Callable[[], object]:
     """Return the step of an optimizer with random parameters and gradients of its own; it has run a few times."""
-    params = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
-    for param in params:
-        param.grad = torch.randn_like(param)
-    step = make(params).step
+    step = make(random_parameters(shapes, dtype, device)).step
     for _ in range(3):
         step()
     return step

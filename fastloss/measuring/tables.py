@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich import box
 from rich.console import Console, RenderableType
 from rich.padding import Padding
@@ -9,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["NOTABLE_SHARE", "TIMES", "bytes_in_words", "notes", "plain_table", "progress_bar"]
+__all__ = ["NOTABLE_SHARE", "TIMES", "bytes_in_words", "notes", "plain_table", "progress_bar", "task"]
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 NOTABLE_SHARE = 0.1  # of the CPUs: where other programs took less, they are not mentioned
@@ -34,6 +36,12 @@ def progress_bar(console: Console) -> Progress:
     """Return a progress bar; the caller adds its tasks."""
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     return Progress(*columns, console=console)
+
+
+def task(bar: Progress, description: str) -> Callable[[float], None]:
+    """Add a task to a progress bar; return the function that takes the share of it that is done."""
+    number = bar.add_task(description, total=1.0)
+    return lambda share: bar.update(number, completed=share)
 
 
 def bytes_in_words(number: int) -> str:
