@@ -966,8 +966,11 @@ def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
-    environment.pop("TRITON_INTERPRET", None)
-    plugins = ["-p", "adds_a_wrong_one", "-p", "no:cacheprovider"]
+    for name in ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
+        environment.pop(name, None)
+    # pytest-benchmark refuses pytest-xdist, whose options the project's own may hold.
+    plugins = ["-o", "addopts=", "-ra", "--import-mode=importlib", "-p", "no:xdist"]
+    plugins += ["-p", "adds_a_wrong_one", "-p", "no:cacheprovider"]
     arguments = ["benchmarks", "--benchmark-only", "--shapes", "tiny", f"--benchmark-json={record}"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *plugins, *arguments, "-k", "(hard or sgd or linear) and not compile"],
@@ -990,7 +993,11 @@ def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
         for contender in contenders_of(op)
         if contender.cpu and contender.name != "torch.compile"
     }
-    assert found == expected
+    # A rounding of another package may be wrong on a processor, and is reported; none of ours is.
+    assert found <= expected
+    for workload_name, name in expected - found:
+        assert name != "fastloss", workload_name
+        assert f"{name} is wrong: " in done.stdout
     for each in benchmarks:
         info = each["extra_info"]
         assert info["copy_gigabytes_per_second"] > 0

@@ -17,21 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measuring.clock import Clock, FullStream, Progress, Step, block_size, by_the_clock, in_turns, repeated
-from ..measuring.contenders import OURS, SGD_OPTIONS, Contender
+from ..measuring.clock import Clock, FullStream, Progress, Step, Times, block_size, by_the_clock, in_turns, repeated
+from ..measuring.contenders import SGD_OPTIONS, Contender
 from ..measuring.limits import Copy, Products
 from ..measuring.machine import OtherPrograms, first_line, free_bytes, is_out_of_memory, peak_bytes
-from ..measuring.reference import Call, errors_of_eager, operation, verdict
+from ..measuring.reference import errors_of_eager, operation, verdict
 from ..measuring.sgd import ready_step, step_errors
 from .workloads import Workload
 
-__all__ = ["Prepared", "Row", "block_of", "clock_of", "measure", "prepare"]
+Check = Callable[[Contender], Callable[[], Step]]  # returns a maker of the step if the contender is right
 
 _HOST_BLOCK = 20
 _CHECKED_PARAMETERS = 1 << 22  # of an optimizer; the first tensors
 _LOGITS_COPIES = 6  # of the logits' size: plain PyTorch's backward on a CPU, and some room
 _SGD_SETS = 3  # parameters, gradients and momentum of each contender
-_EXACT_SGD_BYTES = 60  # an element of one tensor: what the check against float64 holds at a time
+_EXACT_SGD_BYTES = 80  # an element of one tensor: what the check against float64 holds at a time
 _LINEAR_BYTES = 24  # an element of hidden states and head: two of float64, two of float32
 
 
@@ -69,20 +69,10 @@ class Row:
     @classmethod
     def of(cls, workload: Workload, contender: Contender, status: str, reason: str = "") -> Row:
         """Return a row without numbers."""
-        return cls(
-            workload.op,
-            str(workload.shape),
-            *workload.shape[:2],
-            workload.dtype_name,
-            "" if workload.op in ("sgd", "linear") else workload.target,
-            contender.name,
-            contender.version(),
-            status,
-            reason,
-            contender.note if contender.name != OURS else "",
-            workload.moved_bytes,
-            features=workload.shape.features,
-        )
+        op, (rows, classes, features), dtype = workload.op, workload.shape, workload.dtype_name
+        target, note = "" if op in ("sgd", "linear") else workload.target, contender.note
+        about = (op, str(workload.shape), rows, classes, dtype, target, contender.name, contender.version())
+        return cls(*about, status, reason, note, workload.moved_bytes, features=features)
 
     @property
     def timed(self) -> bool:
@@ -112,7 +102,14 @@ class Prepared:
     def fail(self, contenders: Iterable[Contender], error: Exception, full: str = "out of memory") -> None:
         """Give contenders rows that name an error."""
         for contender in contenders:
-            self.refuse(contender, full if is_out_of_memory(error) else "failed", first_line(error))
+            if isinstance(error, WrongResultError):
+                self.refuse(contender, "wrong", str(error))
+            else:
+                self.refuse(contender, full if is_out_of_memory(error) else "failed", first_line(error))
+
+
+class WrongResultError(Exception):
+    """A contender's result is further from float64 than the rule allows."""
 
 
 def measure(
@@ -159,16 +156,82 @@ def prepare(workload: Workload, contenders: Sequence[Contender], device: torch.d
         else:
             candidates.append(contender)
     needed, free = _least_bytes(workload, len(candidates), device), free_bytes(device)
-    if needed <= free and workload.op == "sgd":
-        _prepare_sgd(prepared, candidates)
-    elif needed <= free and candidates:
-        _prepare_loss(prepared, candidates, seed)
     if needed <= free:
+        _prepare_steps(prepared, candidates, seed)
         return prepared
     for contender in candidates:
         words = f"needs {needed / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free on {device}"
         prepared.refuse(contender, "too large", words)
     return prepared
+
+
+def _prepare_steps(prepared: Prepared, candidates: Sequence[Contender], seed: int) -> None:
+    workload, makers = prepared.workload, {}
+    try:
+        check = _sgd_check(prepared) if workload.op == "sgd" else _loss_check(prepared, seed)
+    except Exception as error:
+        prepared.fail(candidates, error, "too large")
+        return
+    for contender in candidates:
+        try:
+            makers[contender] = check(contender)
+        except Exception as error:
+            prepared.fail([contender], error)
+    del check  # whose reference is large for "linear"; the contenders' peaks need its memory
+    for contender, make in makers.items():
+        try:
+            step = make()
+            step()
+            peak = None if workload.op == "host" else peak_bytes(step, prepared.device) - workload.gradient_bytes
+            prepared.peaks[contender.name], prepared.steps[contender.name] = peak, step
+        except Exception as error:
+            prepared.fail([contender], error)
+
+
+def _loss_check(prepared: Prepared, seed: int) -> Check:
+    workload, is_linear = prepared.workload, prepared.workload.op == "linear"
+    inputs: list[Any] = list(workload.inputs(prepared.device, seed))
+    exact = workload.reference(inputs[0])
+    allowed = errors_of_eager(
+        inputs[0],
+        workload.op,
+        lambda first: exact if first is inputs[0] else workload.reference(first),
+        workload.upstream,
+    )
+    if is_linear:
+        prepared.products = partial(Products, *inputs[0][:2])
+
+    def check(contender: Contender) -> Callable[[], Step]:
+        call = operation(contender.load(), workload.op, workload.upstream)
+        overwrites = contender.overwrites and not is_linear
+        (errors,) = exact.errors(call(*(inputs[0].copy() if overwrites else inputs[0])))
+        if (wrong := verdict(errors, allowed, workload.dtype)) is not None:
+            raise WrongResultError(wrong)
+        return lambda: partial(
+            _next_call, call, itertools.cycle([each.copy() for each in inputs] if overwrites else inputs)
+        )
+
+    return check
+
+
+def _next_call(call: Callable[..., object], following: Iterator[Iterable[Tensor]]) -> None:
+    """Drop the result at the end, as training does: each call takes its memory anew."""
+    call(*next(following))
+
+
+def _sgd_check(prepared: Prepared) -> Check:
+    (tensors, elements, _), dtype, device = prepared.workload.shape, prepared.workload.dtype, prepared.device
+    shapes = [(elements,)] * tensors
+
+    def check(contender: Contender) -> Callable[[], Step]:
+        sgd: Any = contender.load().sgd
+        make = partial(sgd, **SGD_OPTIONS)
+        (errors,) = step_errors([make], shapes[: max(1, _CHECKED_PARAMETERS // elements)], dtype, device)
+        if not errors.of_rounding <= 1.0:
+            raise WrongResultError(f"parameters off by {errors.of_rounding:.3g} x what rounding explains")
+        return partial(ready_step, make, shapes, dtype, device)
+
+    return check
 
 
 def clock_of(workload: Workload, device: torch.device) -> tuple[Copy | None, Clock]:
@@ -186,77 +249,12 @@ def block_of(step: Step, clock: Clock, device: torch.device, op: str = "") -> in
 
 def _least_bytes(workload: Workload, contenders: int, device: torch.device) -> int:
     """Return the bytes that a workload needs: at least on a GPU, at most on a CPU, where running out is no error."""
-    size = workload.shape.numel * workload.dtype.itemsize
-    logits = _LOGITS_COPIES * size if device.type == "cpu" else workload.differentiates * size
+    logits = workload.nbytes * (_LOGITS_COPIES if device.type == "cpu" else workload.differentiates)
     if workload.op == "sgd":
-        return _SGD_SETS * contenders * size + _EXACT_SGD_BYTES * workload.shape.classes
+        return _SGD_SETS * contenders * workload.nbytes + _EXACT_SGD_BYTES * workload.shape.classes
     if workload.op == "linear":  # with the exact gradients in float64 and their terms
         logits += _LINEAR_BYTES * workload.gradient_bytes // workload.dtype.itemsize
     return workload.input_bytes + logits
-
-
-def _prepare_loss(prepared: Prepared, candidates: Sequence[Contender], seed: int) -> None:
-    workload, device, is_linear = prepared.workload, prepared.device, prepared.workload.op == "linear"
-    try:
-        inputs: list[Any] = list(workload.inputs(device, seed))
-        exact = workload.reference(inputs[0])
-        allowed = errors_of_eager(inputs[0], workload.op, workload.reference, workload.upstream)
-    except Exception as error:
-        prepared.fail(candidates, error, "too large")
-        return
-    calls: dict[str, Call] = {}
-    for contender in candidates:
-        try:
-            call = operation(contender.load(), workload.op, workload.upstream)
-            checked = inputs[0].copy() if contender.overwrites and not is_linear else inputs[0]
-            (errors,) = exact.errors(call(*checked))
-            wrong = verdict(errors, allowed, workload.dtype)
-            if wrong is None:
-                calls[contender.name] = call
-            else:
-                prepared.refuse(contender, "wrong", wrong)
-        except Exception as error:
-            prepared.fail([contender], error)
-    del exact  # large for "linear"; the contenders' peaks need its memory
-    if is_linear:
-        prepared.products = partial(Products, *inputs[0][:2])
-    for contender in candidates:
-        if contender.name not in calls:
-            continue
-        try:
-            own = [each.copy() for each in inputs] if contender.overwrites and not is_linear else inputs
-            step: Step = partial(_next_call, calls[contender.name], itertools.cycle(own))
-            step()
-            peak = None if workload.op == "host" else peak_bytes(step, device) - workload.gradient_bytes
-            prepared.peaks[contender.name], prepared.steps[contender.name] = peak, step
-        except Exception as error:
-            prepared.fail([contender], error)
-
-
-def _next_call(call: Callable[..., object], following: Iterator[Iterable[Tensor]]) -> None:
-    """Drop the result at the end, as training does: each call takes its memory anew."""
-    call(*next(following))
-
-
-def _prepare_sgd(prepared: Prepared, candidates: Sequence[Contender]) -> None:
-    workload, device = prepared.workload, prepared.device
-    tensors, elements = workload.shape[:2]
-    shapes = [(elements,)] * tensors
-    for contender in candidates:
-        try:
-            sgd = contender.load().sgd
-            assert sgd is not None
-            make = partial(sgd, **SGD_OPTIONS)
-            (errors,) = step_errors([make], shapes[: max(1, _CHECKED_PARAMETERS // elements)], workload.dtype, device)
-            if not errors.of_rounding <= 1.0:
-                words = f"parameters off by {errors.of_rounding:.3g} x what rounding explains"
-                prepared.refuse(contender, "wrong", words)
-                continue
-            step = ready_step(make, shapes, workload.dtype, device)
-            prepared.peaks[contender.name] = peak_bytes(step, device)
-            prepared.steps[contender.name] = step
-        except Exception as error:
-            prepared.fail([contender], error)
 
 
 def _time(prepared: Prepared, contenders: Sequence[Contender], budget: float, progress: Progress) -> None:
@@ -281,32 +279,32 @@ def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, p
     others = OtherPrograms()
     times = in_turns(turns, clock, budget=max(budget, 1e-6), progress=progress)
     others_share = others.share()
-    medians = [statistics.median(each.device for each in turn) for turn in times]
-    copied = copy.gigabytes_per_second(medians[-1]) if copy and limit is copy else None
-    bare = medians[-1] if products else None
-    calls = {name: median / blocks[name] for name, median in zip(steps, medians, strict=False)}
-    hosts: dict[str, float | None] = {}
-    for name, turn in zip(steps, times, strict=False):
-        of_host = [each.host for each in turn if each.host is not None]
-        hosts[name] = 1e3 * statistics.median(of_host) / blocks[name] if of_host else None
+    copied = copy.gigabytes_per_second(_median(times[-1])) if copy and limit is copy else None
+    bare = _median(times[-1]) if products else None
+    medians = {name: _median(turn) / blocks[name] for name, turn in zip(steps, times, strict=False)}
     rows = {}
-    for contender in contenders:
-        median = calls[contender.name]
+    for contender, turn in zip(contenders, times, strict=False):  # which are in the order of the steps
+        name, median = contender.name, medians[contender.name]
+        hosts = [each.host for each in turn if each.host is not None]
         speed = workload.moved_bytes / median / 1e9 if workload.moved_bytes else None
-        rows[contender.name] = replace(
+        rows[name] = replace(
             Row.of(workload, contender, "timed"),
             milliseconds=1e3 * median,
-            host_milliseconds=hosts[contender.name],
+            host_milliseconds=1e3 * statistics.median(hosts) / blocks[name] if hosts else None,
             gigabytes_per_second=speed,
             share_of_copy=speed / copied if speed and copied else None,
             copy_gigabytes_per_second=copied,
-            peak_bytes=prepared.peaks[contender.name],
-            turns=len(times[0]),
-            calls_a_turn=blocks[contender.name],
+            peak_bytes=prepared.peaks[name],
+            turns=len(turn),
+            calls_a_turn=blocks[name],
             others_share=others_share,
-            ratios={other: median / theirs for other, theirs in calls.items() if other != contender.name},
+            ratios={other: median / theirs for other, theirs in medians.items() if other != name},
             teraflops=workload.operations / median / 1e12 if workload.operations else None,
             products_milliseconds=1e3 * bare if bare else None,
             times_products=median / bare if bare else None,
         )
     return rows
+
+
+def _median(turns: Sequence[Times]) -> float:
+    return statistics.median(times.device for times in turns)

@@ -1,4 +1,4 @@
-"""What was measured, as tables for the terminal and as JSON."""
+"""Tables for the terminal, and the rows as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Group, RenderableType
@@ -21,31 +20,47 @@ from ..measuring.tables import NOTABLE_SHARE, TIMES, bytes_in_words, notes, plai
 from .measure import Row
 from .workloads import Workload
 
-__all__ = ["heading", "legend", "table", "write_json"]
+LEGEND = (
+    "ms: median of interleaved turns, of one call. GB/s: the bytes that must move, whatever a contender moves, "
+    "over its time; of a copy: that over the bandwidth of a copy in the same turns. peak: bytes of tensors "
+    "beyond the inputs. ratio: fastloss's time over this contender's, so below 1 fastloss is faster. Everybody "
+    "was checked against float64 first; a wrong one has no time."
+)
+HOST_LEGEND = (
+    " On a GPU ms is its own time, taken while it has so much to do that it never waits for the host, as in "
+    "training; host ms: until the call returns."
+)
+LINEAR_LEGEND = (
+    " linear: Tflop/s counts the operations of three bare products of matrices, which take turns with the "
+    "others; of the products: its time over theirs; peak: beyond inputs and gradients."
+)
+SGD_LEGEND = (
+    " On a CPU a step of SGD may be above 100 % of a copy: the memory that a copy writes to is "
+    "read first, which is not counted, and small tensors stay in the caches."
+)
 
 
 def heading(
     device: torch.device, contenders: Sequence[Contender], ops: Collection[str], *, chosen: bool = False
 ) -> RenderableType:
-    """Where it runs, and who takes part with which version; who is absent, and why.
+    """Return the machine, and each contender's version or why it is absent.
 
     Args:
-        device: where it runs.
+        device: where the run is.
         contenders: all that could take part.
-        ops: what is run; those who have none of it are left out, unless they were chosen by name.
-        chosen: were the contenders chosen by name?
+        ops: the operations of the run; contenders that have none of them are left out, unless ``chosen``.
+        chosen: True if the contenders were chosen by name.
     """
     present = Table.grid(padding=(0, 2))
     for contender in contenders:
         if chosen or not contender.ops or set(contender.ops) & set(ops):
             present.add_row(contender.name, Text(contender.presence()), style="dim")
-    return Group(
-        Text("fastloss bench", style="bold"), Text(machine.description(device), style="dim"), Text(), present, Text()
-    )
+    title, place = Text("fastloss bench", style="bold"), Text(machine.description(device), style="dim")
+    return Group(title, place, Text(), present, Text())
 
 
 def table(workload: Workload, rows: Sequence[Row]) -> RenderableType:
-    """One workload's contenders, the fastest first, then those that have no time, with the reason."""
+    """Return one workload's contenders, the fastest first, then those that have no time, with the reason."""
     parts: list[RenderableType] = [Text(_title(workload), style="bold")]
     timed = sorted((row for row in rows if row.timed), key=lambda row: row.milliseconds or 0.0)
     if timed:
@@ -62,36 +77,19 @@ def table(workload: Workload, rows: Sequence[Row]) -> RenderableType:
 
 
 def legend(rows: Sequence[Row], device: torch.device) -> RenderableType:
-    """What the columns are; and how busy others kept the machine, if they did."""
-    words = (
-        "ms: median of interleaved turns, of one call. GB/s: the bytes that must move, whatever a contender moves, "
-        "over its time; of a copy: that over the bandwidth of a copy in the same turns. peak: bytes of tensors "
-        "beyond the inputs. ratio: fastloss's time over this contender's, so below 1 fastloss is faster. Everybody "
-        "was checked against float64 first; who is wrong has no time."
-    )
-    if any(row.host_milliseconds is not None for row in rows):
-        words += (
-            " On a GPU ms is its own time, taken while it has so much to do that it never waits for the host, as in "
-            "training; host ms: until the call returns."
-        )
-    if any(row.op == "linear" and row.timed for row in rows):
-        words += (
-            " linear: Tflop/s counts the operations of three bare products of matrices, which take turns with the "
-            "others; of the products: its time over theirs; peak: beyond inputs and gradients."
-        )
-    if device.type == "cpu" and any(row.op == "sgd" and row.timed for row in rows):
-        words += (
-            " On a CPU a step of SGD may be above 100 % of a copy: the memory that a copy writes to is "
-            "read first, which is not counted, and small tensors stay in the caches."
-        )
+    """Return the meaning of the columns, and how busy other programs kept the machine, if they did."""
+    timed = {row.op for row in rows if row.timed}
+    words = LEGEND
+    words += HOST_LEGEND if any(row.host_milliseconds is not None for row in rows) else ""
+    words += LINEAR_LEGEND if "linear" in timed else ""
+    words += SGD_LEGEND if "sgd" in timed and device.type == "cpu" else ""
     busiest = max((row.others_share or 0.0 for row in rows), default=0.0)
-    if busiest >= NOTABLE_SHARE:
-        words += f" Other programs took up to {busiest:.0%} of the CPUs."
+    words += f" Other programs took up to {busiest:.0%} of the CPUs." if busiest >= NOTABLE_SHARE else ""
     return notes(words, above=1)
 
 
 def write_json(path: Path | None, device: torch.device, rows: Sequence[Row], *, finished: bool) -> None:
-    """All rows so far, in one step, so that the file is whole whenever the run ends."""
+    """Write all rows so far in one step, so that the file is whole whenever the run ends."""
     if path is None:
         return
     record = {
@@ -111,43 +109,38 @@ def _title(workload: Workload) -> str:
     if workload.op == "linear":
         size = f"{n} {TIMES} {d} \N{RIGHTWARDS ARROW} {v}"
         return f"linear, {size}, {workload.dtype_name}: {workload.operations / 1e12:.3g} Tflop must be done"
-    parts = [workload.op, f"{n} {TIMES} {v}", workload.dtype_name]
-    if workload.op != "sgd":
-        parts.append("class probabilities" if workload.soft else "class indices")
-    title = ", ".join(parts)
+    target = [] if workload.op == "sgd" else ["class probabilities" if workload.soft else "class indices"]
+    title = ", ".join([workload.op, f"{n} {TIMES} {v}", workload.dtype_name, *target])
     if workload.op == "host":
         return f"{title}: until the call returns"
     return f"{title}: {bytes_in_words(workload.moved_bytes)} must move"
 
 
-class _Column(NamedTuple):
-    heading: str
-    cell: Callable[[Row], str]
-    limit: str = ""  # the cell of the limit's row
-
-
 def _timed(rows: Sequence[Row], op: str) -> Table:
     """Return the contenders' numbers, and those of the limit that took turns with them."""
-    ours = next((row for row in rows if row.contender == OURS), None)
-    first = rows[0]
-    columns = [_Column("contender", lambda row: row.contender, "three products" if op == "linear" else "a copy")]
+    ours, first = next((row for row in rows if row.contender == OURS), None), rows[0]
     bare, copied = first.products_milliseconds, first.copy_gigabytes_per_second
-    columns += [_Column("ms", lambda row: f"{row.milliseconds:.4f}", f"{bare:.4f}" if bare else "")]
-    if any(row.host_milliseconds is not None for row in rows):
-        columns += [_Column("host ms", lambda row: f"{row.host_milliseconds or 0.0:.4f}")]
-    if op == "linear":
-        speed = (first.teraflops or 0.0) * (first.times_products or 0.0)
-        columns += [_Column("Tflop/s", lambda row: f"{row.teraflops or 0.0:.4g}", f"{speed:.4g}")]
-        columns += [_Column("of the products", lambda row: f"{row.times_products or 0.0:.3f}", "1.000")]
-    elif op != "host":
-        columns += [_Column("GB/s", lambda row: f"{row.gigabytes_per_second or 0.0:.2f}", f"{copied or 0.0:.2f}")]
-        columns += [_Column("of a copy", lambda row: f"{row.share_of_copy or 0.0:.0%}", "100%")]
-    if op != "host":
-        columns += [_Column("peak", lambda row: bytes_in_words(max(0, row.peak_bytes or 0)))]
-    columns += [_Column("ratio", lambda row: f"{ours.ratios[row.contender]:.3f}" if ours and row is not ours else "")]
-    result = plain_table("", *(column.heading for column in columns))
+    speed = (first.teraflops or 0.0) * (first.times_products or 0.0)
+    # Headings, the contenders' cells and the limit's.
+    columns: dict[str, tuple[Callable[[Row], str], str]] = {
+        "contender": (lambda row: row.contender, "three products" if op == "linear" else "a copy"),
+        "ms": (lambda row: f"{row.milliseconds:.4f}", f"{bare:.4f}" if bare else ""),
+        "host ms": (lambda row: f"{row.host_milliseconds or 0.0:.4f}", ""),
+        "Tflop/s": (lambda row: f"{row.teraflops or 0.0:.4g}", f"{speed:.4g}"),
+        "of the products": (lambda row: f"{row.times_products or 0.0:.3f}", "1.000"),
+        "GB/s": (lambda row: f"{row.gigabytes_per_second or 0.0:.2f}", f"{copied or 0.0:.2f}"),
+        "of a copy": (lambda row: f"{row.share_of_copy or 0.0:.0%}", "100%"),
+        "peak": (lambda row: bytes_in_words(max(0, row.peak_bytes or 0)), ""),
+        "ratio": (lambda row: f"{ours.ratios[row.contender]:.3f}" if ours and row is not ours else "", ""),
+    }
+    absent = {"linear": {"GB/s", "of a copy"}, "host": {"Tflop/s", "of the products", "GB/s", "of a copy", "peak"}}
+    unwanted = absent.get(op, {"Tflop/s", "of the products"})
+    if first.host_milliseconds is None:
+        unwanted = unwanted | {"host ms"}
+    columns = {heading: cells for heading, cells in columns.items() if heading not in unwanted}
+    result = plain_table("", *columns)
     for row in rows:
-        result.add_row(*(column.cell(row) for column in columns), style="cyan" if row is ours else "")
+        result.add_row(*(cell(row) for cell, _ in columns.values()), style="cyan" if row is ours else "")
     if bare or copied:
-        result.add_row(*(column.limit for column in columns), style="dim")
+        result.add_row(*(limit for _, limit in columns.values()), style="dim")
     return result

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Split", "digits"]
-
 HELD_OUT = 0.25  # the share of the scans that no run is trained on
 BRIGHTEST = 16  # pixels are whole numbers from 0 to this
 

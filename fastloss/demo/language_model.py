@@ -18,18 +18,14 @@ from torch import Tensor, nn
 
 import fastloss
 
-from ..measuring.clock import Progress, seconds
-from ..measuring.machine import OtherPrograms, peak_bytes
+from ..measuring.clock import Progress
+from ..measuring.machine import OtherPrograms
 from .runs import Run
-
-__all__ = ["CLASSES", "LanguageModel", "Size", "size_for", "source_tokens", "train_language_model"]
 
 CLASSES = 1 << 16  # pairs of bytes
 LEARNING_RATE, MOMENTUM = 0.5, 0.5
 EMBEDDING_SPREAD = 0.1
 TEXT_BYTES = 1 << 22  # of the source, at most
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # from hidden states (B, T, D), head (C, D) and tokens (B, T)
 
 
 class Size(NamedTuple):
@@ -84,71 +80,48 @@ def train_language_model(
 ) -> LanguageModel:
     """Train both, step by step in turn."""
     text = source_tokens(device)
-    models = [_Model(loss, size, seed, device) for loss in (_by_logits, _without_logits)]
-    for model in models:
-        model.measure_peak(next(_batches(text, size, seed)))
+    pytorch, ours = runs = [_new_run(loss, size, seed, device) for loss in (_by_logits, _without_logits)]
+    for run in runs:
+        run.measure_peak(next(_batches(text, size, seed)))
     others = OtherPrograms()
     for step, tokens in zip(range(size.steps), _batches(text, size, seed), strict=False):
         # The first of the two alternates, so that neither always finds the other's data in the cache.
-        for model in models if step % 2 == 0 else reversed(models):
-            model.step(tokens)
+        for run in runs if step % 2 == 0 else reversed(runs):
+            run.step(tokens)
         progress((step + 1) / size.steps)
-    pytorch, ours = (model.run for model in models)
     return LanguageModel(size, 2 * len(text), pytorch, ours, others.share())
 
 
-def _by_logits(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
-    logits = F.linear(hidden[:, :-1], head)
+class _Network(nn.Module):
+    """A recurrent network whose head is its embedding."""
+
+    def __init__(self, size: Size, seed: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(CLASSES, size.features)
+        self.body = nn.GRU(size.features, size.features, batch_first=True)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.trunc_normal_(self.embedding.weight, std=EMBEDDING_SPREAD, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states ``(B, T, D)``."""
+        return self.body(self.embedding(tokens))[0]
+
+
+def _by_logits(model: _Network, tokens: Tensor) -> Tensor:
+    logits = F.linear(model(tokens)[:, :-1], model.embedding.weight)
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def _without_logits(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
-    return fastloss.linear_cross_entropy(hidden, head, tokens, shift=True)
+def _without_logits(model: _Network, tokens: Tensor) -> Tensor:
+    return fastloss.linear_cross_entropy(model(tokens), model.embedding.weight, tokens, shift=True)
 
 
-class _Model:
-    """A recurrent network whose head is its embedding, and a loss; the same seed gives the same weights."""
-
-    def __init__(self, loss: Loss, size: Size, seed: int, device: torch.device) -> None:
-        self.run = Run()
-        self._loss, self._device = loss, device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self._embedding = nn.Embedding(CLASSES, size.features)
-            self._body = nn.GRU(size.features, size.features, batch_first=True)
-        generator = torch.Generator().manual_seed(seed)
-        nn.init.trunc_normal_(self._embedding.weight, std=EMBEDDING_SPREAD, generator=generator)
-        params = [*self._embedding.to(device).parameters(), *self._body.to(device).parameters()]
-        self._optimizer = torch.optim.SGD(params, lr=LEARNING_RATE, momentum=MOMENTUM)
-
-    def step(self, tokens: Tensor) -> None:
-        """Train one step."""
-        losses: list[Tensor] = []
-
-        def step() -> None:
-            losses.append(self._gradients(tokens))
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-
-        self.run.seconds.append(seconds(step, self._device))
-        self.run.losses.append(float(losses[0]))
-
-    def measure_peak(self, tokens: Tensor) -> None:
-        """Measure forward and backward the second time, when all buffers that last exist."""
-
-        def step() -> None:
-            self._gradients(tokens)
-            self._optimizer.zero_grad()
-
-        step()
-        self.run.peak_bytes = peak_bytes(step, self._device)
-
-    def _gradients(self, tokens: Tensor) -> Tensor:
-        """Compute the gradients; return the loss."""
-        hidden, _ = self._body(self._embedding(tokens))
-        loss = self._loss(hidden, self._embedding.weight, tokens)
-        loss.backward()
-        return loss.detach()
+def _new_run(loss: Callable[[_Network, Tensor], Tensor], size: Size, seed: int, device: torch.device) -> Run:
+    """Return a run; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _Network(size, seed).to(device)
+    return Run(model, loss, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM))
 
 
 def _batches(text: Tensor, size: Size, seed: int) -> Iterator[Tensor]:

@@ -15,8 +15,6 @@ from ..measuring.machine import OtherPrograms, free_bytes, peak_bytes
 from ..measuring.reference import Errors, LossReference, operation
 from .runs import FASTLOSS, PYTORCH
 
-__all__ = ["Case", "LossAtScale", "Measured", "Timed", "cases_for", "compare"]
-
 # The vocabularies of Llama 2 (arXiv:2307.09288, §2.2) and of Llama 3 (128000 tokens, arXiv:2407.21783, §3.2,
 # and the 256 special ones that its published configuration adds).
 VOCABULARIES = (32000, 128256)
@@ -110,7 +108,7 @@ def compare(
     """Check both sides against float64, then measure them."""
     inputs = loss_inputs(*case, device, seed=seed)
     calls = [operation(side, op) for side in (PYTORCH, FASTLOSS) for op in ("forward+backward", "loss+accuracy")]
-    reference, outcomes = LossReference(inputs, topk=(1,)), [call(*inputs) for call in calls[1::2]]
+    reference, outcomes = LossReference(inputs, topk=(1,), by_entry=False), [call(*inputs) for call in calls[1::2]]
     errors = reference.errors(*outcomes)
     accuracies = [float(outcome.accuracies[0]) for outcome in outcomes]
     del outcomes  # the memory of their gradients is measured next

@@ -19,8 +19,6 @@ from ..measuring.inputs import RESNET50_WIDTH, resnet50_shapes
 from ..measuring.machine import OtherPrograms, free_bytes
 from ..measuring.sgd import MakeOptimizer, Shape, random_parameters, step_errors
 
-__all__ = ["Compared", "OptimizerStep", "compare_steps", "width_that_fits"]
-
 NARROWEST = 8
 # Of the parameters' size: two sets, their gradients, six sets of momentum buffers, and PyTorch's own copies.
 COPIES = 12

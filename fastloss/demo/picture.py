@@ -22,8 +22,6 @@ from .training import Training
 if TYPE_CHECKING:
     from . import Outcome
 
-__all__ = ["draw"]
-
 BAR_WIDTH = 0.4  # of the distance between two pairs
 LEFT, RIGHT = 0.052, 0.974  # of the panels, as shares of the picture's width
 

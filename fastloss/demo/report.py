@@ -20,8 +20,6 @@ from .optimizer_step import OptimizerStep, count
 from .runs import largest_difference
 from .training import Training
 
-__all__ = ["at_scale", "heading", "language_model", "optimizer", "tensors_of", "training"]
-
 EPOCHS_SHOWN = 7
 
 _loss, _error, _share, _tenths = "{:.6f}".format, "{:.1e}".format, "{:.2%}".format, "{:.1f} ms".format

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,13 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..measuring.clock import Progress, seconds
+from ..measuring.clock import Progress
 from ..measuring.contenders import Functions
-from ..measuring.machine import peak_bytes
 from .data import Split
 from .runs import FASTLOSS, PYTORCH, Run
-
-__all__ = ["Training", "TrainingRun", "train_side_by_side"]
 
 HIDDEN = 128
 BATCH = 64
@@ -25,55 +21,13 @@ LEARNING_RATE = 0.05
 MOMENTUM = 0.9
 
 
-@dataclass(kw_only=True)
+@dataclass
 class TrainingRun(Run):
-    """A run with its network and its accuracies."""
+    """A run with its accuracies."""
 
-    side: Functions
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
     epoch_losses: list[float] = field(default_factory=list)  # the mean of an epoch's steps
     held_out: list[float] = field(default_factory=list)  # accuracy after each epoch, in [0, 1]
     predictions: Tensor = field(default_factory=lambda: torch.empty(0))  # of the held-out scans, at the end
-
-    def loss_and_accuracy(self, logits: Tensor, digit: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both, by the functions of this side."""
-        assert self.side.loss_and_accuracies is not None
-        loss, (accuracy,) = self.side.loss_and_accuracies(logits, digit)
-        return loss, accuracy
-
-    def step(self, scans: Tensor, digit: Tensor) -> Tensor:
-        """Train one step; return the loss."""
-        self.optimizer.zero_grad()
-        loss, _ = self.loss_and_accuracy(self.model(scans), digit)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
-
-    def epoch(self, split: Split, seed: int) -> None:
-        """Train one epoch."""
-        losses: list[Tensor] = []
-        for batch in _batches(split, seed):
-            step = lambda: losses.append(self.step(*batch))  # noqa: B023, E731
-            self.seconds.append(seconds(step, split.train.device))
-        values = torch.stack(losses).tolist()
-        self.losses += values
-        self.epoch_losses.append(statistics.fmean(values))
-
-    @torch.no_grad()
-    def evaluate(self, split: Split) -> None:
-        """Predict the held-out scans."""
-        logits = self.model(split.held_out)
-        self.predictions = logits.argmax(1)
-        self.held_out.append(float(self.loss_and_accuracy(logits, split.held_out_digit)[1]))
-
-    def measure_peak(self, split: Split) -> None:
-        """Measure the second step of a copy of the network: the first one makes the momentum."""
-        trial = copy.deepcopy(self)
-        batch = next(_batches(split, seed=0))
-        trial.step(*batch)
-        trial.optimizer.zero_grad()
-        self.peak_bytes = peak_bytes(lambda: trial.step(*batch), split.train.device)
 
 
 @dataclass(frozen=True)
@@ -93,17 +47,20 @@ class Training:
 
 def train_side_by_side(split: Split, *, epochs: int, seed: int, progress: Progress = lambda share: None) -> Training:
     """Train both."""
-    pytorch, fastloss = (_new_run(side, split, seed) for side in (PYTORCH, FASTLOSS))
+    runs = [(_new_run(side, split, seed), side) for side in (PYTORCH, FASTLOSS)]
     with _one_thread():
-        for run in (pytorch, fastloss):
-            run.measure_peak(split)
+        for run, _ in runs:
+            run.measure_peak(*next(_batches(split, seed=0)))
         for epoch in range(epochs):
             # The first of the two alternates, so that neither always finds the other's data in the cache.
-            for run in (pytorch, fastloss) if epoch % 2 == 0 else (fastloss, pytorch):
-                run.epoch(split, seed + epoch)
-                run.evaluate(split)
+            for run, side in runs if epoch % 2 == 0 else reversed(runs):
+                steps = len(run.losses)
+                for batch in _batches(split, seed + epoch):
+                    run.step(*batch)
+                run.epoch_losses.append(statistics.fmean(run.losses[steps:]))
+                _evaluate(run, side, split)
             progress((epoch + 1) / epochs)
-    return Training(pytorch, fastloss, len(split.train), len(split.held_out))
+    return Training(runs[0][0], runs[1][0], len(split.train), len(split.held_out))
 
 
 @contextlib.contextmanager
@@ -123,6 +80,7 @@ def _new_run(side: Functions, split: Split, seed: int) -> TrainingRun:
     GELU is smooth: a unit that switches on in one run and not in the other, for a difference in the last bit,
     would pull the two apart.
     """
+    assert side.sgd is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(
@@ -132,9 +90,15 @@ def _new_run(side: Functions, split: Split, seed: int) -> TrainingRun:
             nn.GELU(),
             nn.Linear(HIDDEN, int(split.train_digit.max()) + 1),
         ).to(split.train.device)
-    assert side.sgd is not None
     optimizer = side.sgd(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    return TrainingRun(side=side, model=model, optimizer=optimizer)
+    return TrainingRun(model, lambda model, scans, digit: _loss(side, model(scans), digit)[0], optimizer)
+
+
+def _loss(side: Functions, logits: Tensor, digit: Tensor) -> tuple[Tensor, Tensor]:
+    """Return loss and accuracy, together as in any training loop."""
+    assert side.loss_and_accuracies is not None
+    loss, (accuracy,) = side.loss_and_accuracies(logits, digit)
+    return loss, accuracy
 
 
 def _batches(split: Split, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -143,3 +107,10 @@ def _batches(split: Split, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     for rows in order.to(split.train.device).split(BATCH):
         if len(rows) == BATCH or len(order) < BATCH:  # a few scans left over would make a wild step
             yield split.train[rows], split.train_digit[rows]
+
+
+@torch.no_grad()
+def _evaluate(run: TrainingRun, side: Functions, split: Split) -> None:
+    logits = run.model(split.held_out)
+    run.predictions = logits.argmax(1)
+    run.held_out.append(float(_loss(side, logits, split.held_out_digit)[1]))

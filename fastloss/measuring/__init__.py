@@ -5,5 +5,5 @@
 - :mod:`.reference`, :mod:`.sgd`: the check of a result against float64;
 - :mod:`.clock`: times in turns, on a CPU and on a GPU;
 - :mod:`.machine`: memory, other programs' share of the CPUs, and the machine in words;
-- :mod:`.tables`, :mod:`.pictures`: the style of what is printed and drawn.
+- :mod:`.tables`, :mod:`.pictures`: the style of tables and pictures.
 """

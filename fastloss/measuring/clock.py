@@ -21,21 +21,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-__all__ = [
-    "Clock",
-    "EventClock",
-    "FullStream",
-    "Progress",
-    "Step",
-    "Times",
-    "block_size",
-    "by_the_clock",
-    "in_turns",
-    "medians",
-    "repeated",
-    "seconds",
-]
-
 Measured = TypeVar("Measured")
 Step = Callable[[], object]
 Progress = Callable[[float], object]  # takes the share that is done, in [0, 1]
@@ -93,7 +78,7 @@ def in_turns(
 
     Args:
         steps: the steps.
-        measure: what is taken of a step in its turn.
+        measure: takes the times of a step in its turn.
         budget: seconds until no further round begins.
         least: rounds that are made whatever they take.
         progress: called after each round with the share of the budget that is spent.

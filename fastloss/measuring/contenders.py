@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,23 +21,6 @@ from torch.optim import Optimizer
 import fastloss
 
 from .machine import first_line
-
-__all__ = [
-    "CONTENDERS",
-    "DTYPES",
-    "LOSS_OPS",
-    "OPS",
-    "OURS",
-    "REFERENCE",
-    "SGD_OPTIONS",
-    "TOPK",
-    "Contender",
-    "Functions",
-    "contenders_of",
-    "eager",
-    "ours",
-    "torch_sgd",
-]
 
 LOSS_OPS = ("forward", "forward+backward", "accuracy", "loss+accuracy")
 OPS = (*LOSS_OPS, "linear", "sgd", "host")
@@ -127,7 +110,7 @@ def contenders_of(op: str) -> list[Contender]:
 # ----------------------------------------------------------------------------------------------- PyTorch and fastloss
 
 
-def _accuracies(logits: Tensor, target: Tensor, topk: Sequence[int] = TOPK) -> tuple[Tensor, ...]:
+def _accuracies(logits: Tensor, target: Tensor, topk: tuple[int, ...] = TOPK) -> tuple[Tensor, ...]:
     """Compute accuracies as one writes it in plain PyTorch; the labels of class probabilities are their argmax."""
     labels = target.argmax(1) if target.is_floating_point() else target
     if max(topk) == 1:
@@ -136,7 +119,7 @@ def _accuracies(logits: Tensor, target: Tensor, topk: Sequence[int] = TOPK) -> t
     return tuple(hits[:, :k].any(1).float().mean() for k in topk)
 
 
-def _with_accuracies(loss: Loss, topk: Sequence[int] = TOPK) -> LossAndAccuracies:
+def _with_accuracies(loss: Loss, topk: tuple[int, ...] = TOPK) -> LossAndAccuracies:
     """Return both together, the accuracies computed first: some losses write over the logits."""
 
     def both(logits: Tensor, target: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -154,28 +137,16 @@ def _torch_linear_loss(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, head), target)
 
 
-def eager(topk: Sequence[int] = TOPK) -> Functions:
+def eager(topk: tuple[int, ...] = TOPK) -> Functions:
     """Return plain PyTorch's functions."""
     both = _with_accuracies(_torch_loss, topk)
     return Functions(_torch_loss, partial(_accuracies, topk=topk), both, torch.optim.SGD, _torch_linear_loss)
 
 
-def ours(topk: Sequence[int] = TOPK) -> Functions:
+def ours(topk: tuple[int, ...] = TOPK) -> Functions:
     """Return fastloss's functions."""
-
-    def loss_and_accuracies(logits: Tensor, target: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        loss, accuracies = fastloss.cross_entropy_with_accuracy(logits, target, topk=tuple(topk))
-        assert isinstance(accuracies, tuple)  # as topk is
-        return loss, accuracies
-
-    def accuracies(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        result = fastloss.accuracy(logits, target, tuple(topk))
-        assert isinstance(result, tuple)
-        return result
-
-    return Functions(
-        fastloss.cross_entropy, accuracies, loss_and_accuracies, fastloss.SGD, fastloss.linear_cross_entropy
-    )
+    both, accuracies = partial(fastloss.cross_entropy_with_accuracy, topk=topk), partial(fastloss.accuracy, topk=topk)
+    return Functions(fastloss.cross_entropy, accuracies, both, fastloss.SGD, fastloss.linear_cross_entropy)  # type: ignore[arg-type]
 
 
 def _compiled() -> Functions:
@@ -216,18 +187,6 @@ def _liger() -> Functions:
     return _of_loss(_imported(module, "liger_cross_entropy"), _imported(module, "liger_fused_linear_cross_entropy"))
 
 
-def _quack() -> Functions:
-    return _of_loss(partial(_imported("quack.cross_entropy", "cross_entropy"), reduction="mean"))
-
-
-def _quack_linear() -> Functions:
-    return Functions(linear=_imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy"))
-
-
-def _cut_cross_entropy(**options: Any) -> Functions:
-    return Functions(linear=partial(_imported("cut_cross_entropy", "linear_cross_entropy"), **options))
-
-
 def _flash_attention() -> Functions:
     cross_entropy_loss = _imported("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
     return _of_loss(lambda logits, target: cross_entropy_loss(logits, target)[0].mean())
@@ -239,43 +198,50 @@ def _apex() -> Functions:
     return _of_loss(lambda logits, target: function.apply(logits, target, 0.0, -100).mean())
 
 
-def _apex_sgd() -> Functions:
-    return Functions(sgd=_imported("apex.optimizers", "FusedSGD"))
+def _linear(module: str, name: str, **options: Any) -> Functions:
+    return Functions(linear=partial(_imported(module, name), **options))
 
 
 # ----------------------------------------------------------------------------------------------------------- the list
 
 _ALL_LOSSES = (*LOSS_OPS, "linear", "host")
 _WITHOUT_ACCURACY = ("forward", "forward+backward", "loss+accuracy", "host")
-_TOPK_NOTE = "its accuracy is torch.topk's"
-_LIGER_NOTE = f"writes its gradient over the logits; {_TOPK_NOTE}; linear: sums the head's gradient in its dtype"
-_BUILD_APEX = "build github.com/NVIDIA/apex with its CUDA extensions"
+_NOTE = "its accuracy is torch.topk's"
+_LIGER_NOTE = f"writes its gradient over the logits; {_NOTE}; linear: sums the head's gradient in its dtype"
+_UNFIT = "takes hidden states, not logits"
 
+_torch = partial(Contender, distribution="torch", cpu=True)
+_apexs = partial(Contender, distribution="apex", install="build github.com/NVIDIA/apex with its CUDA extensions")
+_quack = partial(Contender, distribution="quack-kernels")
+_cce = partial(Contender, distribution="cut-cross-entropy", ops=("linear",))
+_cut_linear = partial(_linear, "cut_cross_entropy", "linear_cross_entropy")
+_quack_linear = partial(_linear, "quack.linear_cross_entropy", "chunked_linear_cross_entropy")
 
-def _list() -> list[Contender]:
-    apex = partial(Contender, distribution="apex", install=_BUILD_APEX)
-    cce = partial(Contender, distribution="cut-cross-entropy", ops=("linear",))
-    quack = partial(Contender, distribution="quack-kernels")
-    torchs = partial(Contender, distribution="torch", cpu=True)
-    unfit = "takes hidden states, not logits"
-    without_filter = partial(_cut_cross_entropy, filter_eps=None)
-    return [
-        Contender(OURS, "fastloss", ours, (*_ALL_LOSSES, "sgd"), soft=True, cpu=True),
-        torchs(REFERENCE, load=eager, ops=_ALL_LOSSES, soft=True),
-        torchs("torch.compile", load=_compiled, ops=_ALL_LOSSES, soft=True),
-        torchs("torch-linear", load=_torch_linear, ops=("linear",)),
-        Contender("liger", "liger-kernel", _liger, (*_WITHOUT_ACCURACY, "linear"), overwrites=True, note=_LIGER_NOTE),
-        quack("quack", load=_quack, ops=_WITHOUT_ACCURACY, note=_TOPK_NOTE),
-        quack("quack-linear", load=_quack_linear, ops=("linear",), note="in chunks of 4096 rows"),
-        cce("cce", load=_cut_cross_entropy, unfit=unfit, note="leaves out small gradients"),
-        cce("cce-exact", load=without_filter, note="leaves no gradient out"),
-        Contender("flash-attn", "flash-attn", _flash_attention, _WITHOUT_ACCURACY, note=_TOPK_NOTE),
-        apex("apex", load=_apex, ops=_WITHOUT_ACCURACY, note=_TOPK_NOTE),
-        torchs("torch-loop", load=partial(torch_sgd, foreach=False), ops=("sgd",)),
-        torchs("torch-foreach", load=partial(torch_sgd, foreach=True), ops=("sgd",)),
-        torchs("torch-fused", load=partial(torch_sgd, fused=True), ops=("sgd",)),
-        apex("apex-sgd", load=_apex_sgd, ops=("sgd",), dtypes=(torch.float16, torch.float32)),
-    ]
-
-
-CONTENDERS = {contender.name: contender for contender in _list()}
+_LIST = [
+    Contender(OURS, "fastloss", ours, (*_ALL_LOSSES, "sgd"), soft=True, cpu=True),
+    _torch(REFERENCE, load=eager, ops=_ALL_LOSSES, soft=True),
+    _torch("torch.compile", load=_compiled, ops=_ALL_LOSSES, soft=True),
+    _torch("torch-linear", load=_torch_linear, ops=("linear",)),
+    Contender("liger", "liger-kernel", _liger, (*_WITHOUT_ACCURACY, "linear"), overwrites=True, note=_LIGER_NOTE),
+    _quack(
+        "quack",
+        load=lambda: _of_loss(partial(_imported("quack.cross_entropy", "cross_entropy"), reduction="mean")),
+        ops=_WITHOUT_ACCURACY,
+        note=_NOTE,
+    ),
+    _quack("quack-linear", load=_quack_linear, ops=("linear",), note="in chunks of 4096 rows"),
+    _cce("cce", load=_cut_linear, unfit=_UNFIT, note="leaves out small gradients"),
+    _cce("cce-exact", load=partial(_cut_linear, filter_eps=None), note="leaves no gradient out"),
+    Contender("flash-attn", "flash-attn", _flash_attention, _WITHOUT_ACCURACY, note=_NOTE),
+    _apexs("apex", load=_apex, ops=_WITHOUT_ACCURACY, note=_NOTE),
+    _torch("torch-loop", load=partial(torch_sgd, foreach=False), ops=("sgd",)),
+    _torch("torch-foreach", load=partial(torch_sgd, foreach=True), ops=("sgd",)),
+    _torch("torch-fused", load=partial(torch_sgd, fused=True), ops=("sgd",)),
+    _apexs(
+        "apex-sgd",
+        load=lambda: Functions(sgd=_imported("apex.optimizers", "FusedSGD")),
+        ops=("sgd",),
+        dtypes=(torch.float16, torch.float32),
+    ),
+]
+CONTENDERS = {contender.name: contender for contender in _LIST}

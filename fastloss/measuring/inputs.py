@@ -8,8 +8,6 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["LinearInputs", "LossInputs", "linear_inputs", "loss_inputs", "resnet50_shapes", "rotated"]
-
 Made = TypeVar("Made", bound="Tensor | tuple[Tensor, ...]")
 
 # Random logits as a half-trained model might give them: normal, and the label's raised by a uniform share of
@@ -37,13 +35,11 @@ class LossInputs(NamedTuple):
 
     def first(self, rows: int) -> LossInputs:
         """Return the first rows alone, as leaves."""
-        logits = self.logits.detach()[:rows].requires_grad_(self.logits.requires_grad)
-        return LossInputs(logits, self.target[:rows])
+        return LossInputs(_leaf(self.logits, self.logits.detach()[:rows]), self.target[:rows])
 
     def copy(self) -> LossInputs:
         """Return the same with the logits in memory of their own."""
-        logits = self.logits.detach().clone().requires_grad_(self.logits.requires_grad)
-        return LossInputs(logits, self.target)
+        return LossInputs(_leaf(self.logits, self.logits.detach().clone()), self.target)
 
 
 class LinearInputs(NamedTuple):
@@ -55,8 +51,11 @@ class LinearInputs(NamedTuple):
 
     def first(self, rows: int) -> LinearInputs:
         """Return the first rows and the whole head, as leaves."""
-        hidden, head = self.hidden.detach()[:rows].requires_grad_(), self.head.detach().requires_grad_()
-        return LinearInputs(hidden, head, self.target[:rows])
+        return LinearInputs(_leaf(self.hidden, self.hidden.detach()[:rows]), self.head, self.target[:rows])
+
+
+def _leaf(original: Tensor, data: Tensor) -> Tensor:
+    return data.requires_grad_(original.requires_grad)
 
 
 def loss_inputs(

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .machine import free_bytes
 
-__all__ = ["Copy", "Products"]
-
 _COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 
 

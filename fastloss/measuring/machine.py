@@ -19,8 +19,6 @@ import fastloss
 from .. import info
 from ..backends import choice
 
-__all__ = ["OtherPrograms", "description", "first_line", "free_bytes", "is_out_of_memory", "missing", "peak_bytes"]
-
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 

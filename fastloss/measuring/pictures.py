@@ -1,12 +1,10 @@
-"""The style of what is drawn, with matplotlib."""
+"""The style of pictures, with matplotlib."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from matplotlib.axes import Axes
-
-__all__ = ["FAINT", "FASTLOSS", "PYTORCH", "STYLE", "title"]
 
 PYTORCH = "#f2a65a"
 FASTLOSS = "#1d4ed8"

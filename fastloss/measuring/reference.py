@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,23 +23,13 @@ from .contenders import CONTENDERS, REFERENCE, Functions
 from .inputs import LinearInputs, LossInputs
 from .machine import is_out_of_memory
 
-__all__ = [
-    "Call",
-    "Errors",
-    "LinearReference",
-    "LossReference",
-    "Outcome",
-    "Reference",
-    "errors_of_eager",
-    "operation",
-    "verdict",
-]
-
 TIMES_REFERENCE = 4.0
 UNITS = 4.0  # in the last place
 SHARE_SLACK = 1e-6  # of an accuracy, a float32 quotient
 
-_ELEMENTS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 25}  # of the float64 reference
+# Elements of the float64 reference that are computed at once.
+_LOSS_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
+_LINEAR_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 class Outcome(NamedTuple):
@@ -62,41 +52,25 @@ class Errors(NamedTuple):
 Call = Callable[..., Outcome]  # takes logits and target, or hidden states, head and labels
 
 
-class Reference(Protocol):
-    """The same in float64."""
-
-    def errors(self, *outcomes: Outcome) -> list[Errors]:
-        """Return the errors of each outcome."""
-
-
 def operation(functions: Functions, op: str, upstream: float = 1.0) -> Call:
     """Return the call of ``op`` that is checked and timed; ``upstream`` is the gradient of the loss."""
-    accuracies, both = functions.accuracies, functions.loss_and_accuracies
-    loss: Callable[..., Tensor] | None = functions.linear if op == "linear" else functions.loss
-
-    def gradients(value: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(value, inputs[:-1], None if upstream == 1.0 else torch.full_like(value, upstream))
-
+    by_op = {
+        "accuracy": functions.accuracies,
+        "loss+accuracy": functions.loss_and_accuracies,
+        "linear": functions.linear,
+    }
+    function: Any = by_op.get(op, functions.loss)
     if op == "accuracy":
-        assert accuracies is not None
-        return lambda *inputs: Outcome(accuracies=accuracies(*inputs))
-    if op == "loss+accuracy":
-        assert both is not None
-
-        def loss_and_accuracies(*inputs: Tensor) -> Outcome:
-            value, shares = both(*inputs)
-            return Outcome(value, gradients(value, inputs), shares)
-
-        return loss_and_accuracies
-    assert loss is not None
+        return lambda *inputs: Outcome(accuracies=function(*inputs))
     if op == "forward":
-        return torch.no_grad()(lambda *inputs: Outcome(loss(*inputs)))
+        return torch.no_grad()(lambda *inputs: Outcome(function(*inputs)))
 
-    def loss_and_gradients(*inputs: Tensor) -> Outcome:
-        value = loss(*inputs)
-        return Outcome(value, gradients(value, inputs))
+    def call(*inputs: Tensor) -> Outcome:
+        loss, accuracies = function(*inputs) if op == "loss+accuracy" else (function(*inputs), ())
+        of_loss = None if upstream == 1.0 else torch.full_like(loss, upstream)
+        return Outcome(loss, torch.autograd.grad(loss, inputs[:-1], of_loss), accuracies)
 
-    return loss_and_gradients
+    return call
 
 
 class LossReference:
@@ -106,10 +80,13 @@ class LossReference:
         inputs: logits and target.
         upstream: the gradient of the loss.
         topk: the accuracies that outcomes have.
+        by_entry: True if the greatest error of the gradient's entries is wanted, and not its norm alone.
     """
 
-    def __init__(self, inputs: LossInputs, upstream: float = 1.0, topk: Sequence[int] = ()) -> None:
-        self._inputs, self._upstream, self._topk = inputs, upstream, topk
+    def __init__(
+        self, inputs: LossInputs, upstream: float = 1.0, topk: Sequence[int] = (), *, by_entry: bool = True
+    ) -> None:
+        self._inputs, self._upstream, self._topk, self._by_entry = inputs, upstream, topk, by_entry
         self.top1 = 0.0  # the share of rows whose first greatest logit is the label's; known after `errors`
 
     @torch.no_grad()
@@ -121,13 +98,16 @@ class LossReference:
         loss = squares = 0.0
         right, least, most = 0, [0] * len(self._topk), [0] * len(self._topk)
         gradients = [_GradientError(outcome.gradients, logits.shape) for outcome in outcomes]
-        for part in _parts(rows, classes, logits.device):
-            x, t = logits[part].double(), target[part]
-            t = t.double() if t.is_floating_point() else torch.zeros_like(x).scatter_(1, t[:, None], 1.0)
-            log_p = x.log_softmax(1)
-            loss -= float((log_p * t).sum()) / rows
-            if self._topk:
+        for part in _parts(rows, classes, _LOSS_ELEMENTS.get(logits.device.type, 1 << 21)):
+            x, t = logits[part], target[part]
+            log_p = x.double().log_softmax(1)
+            if t.is_floating_point():
+                loss -= float((log_p * t).sum()) / rows
                 label = t.argmax(1, keepdim=True)
+            else:
+                label = t[:, None]
+                loss -= float(log_p.gather(1, label).sum()) / rows
+            if self._topk:
                 score = x.gather(1, label)
                 right += int((x.argmax(1, keepdim=True) == label).sum())
                 above, level = (x > score).sum(1), (x == score).sum(1) - 1
@@ -135,9 +115,19 @@ class LossReference:
                     least[i] += int((above + level < k).sum())
                     most[i] += int((above < k).sum())
             if any(outcome.gradients for outcome in outcomes):
-                p = log_p.exp_().mul_(t.sum(1, keepdim=True))
-                terms, exact = (p + t).mul_(scale).add_(tiny), p.sub_(t).mul_(scale)
-                squares += float(exact.square().sum())
+                exact = log_p.exp_()  # the terms' difference, and their sum
+                if t.is_floating_point():
+                    exact.mul_(t.double().sum(1, keepdim=True))
+                    terms = exact + t if self._by_entry else None
+                    exact -= t
+                else:
+                    one = torch.ones_like(label, dtype=torch.float64)
+                    terms = exact.scatter_add(1, label, one) if self._by_entry else None
+                    exact.scatter_add_(1, label, -one)
+                exact *= scale
+                if terms is not None:
+                    terms.mul_(scale).add_(tiny)
+                squares += float(torch.linalg.vector_norm(exact)) ** 2
                 for gradient in gradients:
                     gradient.add(part, exact, terms)
         self.top1 = right / rows
@@ -159,12 +149,12 @@ class LinearReference:
     @torch.no_grad()
     def __init__(self, inputs: LinearInputs, upstream: float = 1.0) -> None:
         hidden, head, target = inputs
-        scale = upstream / len(hidden)
+        scale, self._elements = upstream / len(hidden), _LINEAR_ELEMENTS.get(hidden.device.type, 1 << 21)
         self._loss = 0.0
         self._exact = tuple(torch.zeros_like(each, dtype=torch.float64) for each in (hidden, head))
         self._terms = tuple(torch.zeros_like(each, dtype=torch.float32) for each in (hidden, head))
         w, sizes = head.double(), head.float().abs()
-        for part in _parts(len(hidden), len(head), hidden.device):
+        for part in _parts(len(hidden), len(head), self._elements):
             x, labels = hidden[part].double(), target[part, None]
             g = (x @ w.t()).log_softmax(1)
             self._loss -= float(g.gather(1, labels).sum()) / len(hidden)
@@ -186,7 +176,7 @@ class LinearReference:
             greatest = 0.0
             for gradient, exact, terms in zip(outcome.gradients, self._exact, self._terms, strict=True):
                 error = _GradientError((gradient,), exact.shape)
-                for part in _parts(len(exact), exact.shape[1], exact.device):
+                for part in _parts(len(exact), exact.shape[1], self._elements):
                     error.add(part, exact[part], terms[part])
                 greatest = max(greatest, error.greatest)
             results.append(Errors(_loss_error(outcome.loss, self._loss), greatest))
@@ -201,11 +191,13 @@ class _GradientError:
         self.greatest = 0.0 if len(self._gradients) == len(gradients) else math.inf
         self.squares = 0.0  # of the difference's norm
 
-    def add(self, part: slice, exact: Tensor, terms: Tensor) -> None:
+    def add(self, part: slice, exact: Tensor, terms: Tensor | None) -> None:
         for gradient in self._gradients:
             error = gradient[part] - exact
-            self.squares += float(error.square().sum())
-            self.greatest = max(self.greatest, _finite(float(error.abs_().div_(terms).max())))
+            self.squares += float(torch.linalg.vector_norm(error)) ** 2
+            if terms is not None:
+                greatest = float(torch.linalg.vector_norm(error.div_(terms), math.inf))
+                self.greatest = max(self.greatest, _finite(greatest))
 
 
 def _loss_error(loss: Tensor | None, exact: float) -> float:
@@ -225,12 +217,14 @@ def _finite(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _parts(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
-    step = max(1, _ELEMENTS_AT_ONCE.get(device.type, 1 << 18) // columns)
+def _parts(rows: int, columns: int, elements: int) -> Iterator[slice]:
+    step = max(1, elements // columns)
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def errors_of_eager(inputs: Any, op: str, reference: Callable[[Any], Reference], upstream: float = 1.0) -> Errors:
+def errors_of_eager(
+    inputs: Any, op: str, reference: Callable[[Any], LossReference | LinearReference], upstream: float = 1.0
+) -> Errors:
     """Return eager PyTorch's errors, on as many of the first rows as it has memory for.
 
     Args:
@@ -241,7 +235,7 @@ def errors_of_eager(inputs: Any, op: str, reference: Callable[[Any], Reference],
     """
     call, rows = operation(CONTENDERS[REFERENCE].load(), op, upstream), len(inputs.target)
     while True:
-        first = inputs.first(rows)
+        first = inputs if rows == len(inputs.target) else inputs.first(rows)
         try:
             return reference(first).errors(call(*first))[0]
         except Exception as error:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .contenders import SGD_OPTIONS
-
-__all__ = ["MakeOptimizer", "Shape", "StepErrors", "Stepping", "random_parameters", "ready_step", "step_errors"]
 
 Shape = tuple[int, ...]
 
@@ -53,11 +51,25 @@ def step_errors(
         device: of parameters and gradients.
         max_norm: the gradients' greatest norm.
     """
-    results = [_parameters_after_steps(make, shapes, dtype, device) for make in optimizers]
-    factors = [_clip_factor(shapes, dtype, device, step, max_norm) for step in range(1, _CHECKED_STEPS + 1)]
+    results = []
+    for make in optimizers:
+        params = list(_random(shapes, dtype, device, 0))
+        optimizer = make(params)
+        for step in range(1, _CHECKED_STEPS + 1):
+            for param, grad in zip(params, _random(shapes, dtype, device, step), strict=True):
+                param.grad = grad
+            optimizer.step()
+        for param in params:
+            param.grad = None
+        results.append(params)
+    factors = [1.0] * _CHECKED_STEPS
+    for step in range(_CHECKED_STEPS if max_norm is not None else 0):
+        norms = [float(grad.double().norm()) for grad in _random(shapes, dtype, device, step + 1)]
+        factors[step] = min(1.0, (max_norm or 0.0) / (math.hypot(*norms) + 1e-6))
     greatest, squares, norm = [0.0] * len(results), [0.0] * len(results), 0.0
     for i, shape in enumerate(shapes):
-        exact, slack = _exact(i, shape, dtype, device, factors)
+        theta, *gradients = (next(_random([shape], dtype, device, step, i)) for step in range(_CHECKED_STEPS + 1))
+        exact, slack = _exact(theta, gradients, factors)
         norm += float(exact.square().sum())
         for number, params in enumerate(results):
             error = params[i].detach() - exact
@@ -67,57 +79,25 @@ def step_errors(
     return [StepErrors(over, (square / norm) ** 0.5) for over, square in zip(greatest, squares, strict=True)]
 
 
-def _random(shape: Shape, dtype: torch.dtype, device: torch.device, step: int, i: int) -> Tensor:
-    """Return parameter ``i``, or its gradient in a step from 1: the same numbers in each call."""
-    generator = torch.Generator(device).manual_seed(1_000_003 * step + i)
-    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+def _random(
+    shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device, step: int, first: int = 0
+) -> Iterator[Tensor]:
+    """Yield parameters, or their gradients in a step from 1: the same numbers in each call."""
+    for i, shape in enumerate(shapes, first):
+        generator = torch.Generator(device).manual_seed(1_000_003 * step + i)
+        yield torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
 
-def random_parameters(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Return random parameters with random gradients."""
-    params = [_random(shape, dtype, device, 0, i) for i, shape in enumerate(shapes)]
-    for i, param in enumerate(params):
-        param.grad = _random(shapes[i], dtype, device, 1, i)
-    return params
-
-
-def _parameters_after_steps(
-    make: MakeOptimizer, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    params = [_random(shape, dtype, device, 0, i) for i, shape in enumerate(shapes)]
-    optimizer = make(params)
-    for step in range(1, _CHECKED_STEPS + 1):
-        for i, param in enumerate(params):
-            param.grad = _random(shapes[i], dtype, device, step, i)
-        optimizer.step()
-    for param in params:
-        param.grad = None
-    return params
-
-
-def _clip_factor(
-    shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device, step: int, max_norm: float | None
-) -> float:
-    if max_norm is None:
-        return 1.0
-    gradients = (_random(shape, dtype, device, step, i).double() for i, shape in enumerate(shapes))
-    norm = math.sqrt(sum(float(gradient.square_().sum()) for gradient in gradients))
-    return min(1.0, max_norm / (norm + 1e-6))
-
-
-def _exact(
-    i: int, shape: Shape, dtype: torch.dtype, device: torch.device, factors: list[float]
-) -> tuple[Tensor, Tensor]:
+def _exact(theta: Tensor, gradients: Sequence[Tensor], factors: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return a parameter after the steps, in float64, and how far rounding may take it from there.
 
     Every number that an implementation may round is taken to be off by a whole unit in its last place, which is what
     stochastic rounding may do, and errors are carried on from step to step.
     """
-    eps = torch.finfo(dtype).eps
-    theta = _random(shape, dtype, device, 0, i).double()
+    eps, theta = torch.finfo(theta.dtype).eps, theta.double()
     m, theta_off, m_off = torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros_like(theta)
-    for step, factor in enumerate(factors, 1):
-        g = _random(shape, dtype, device, step, i).double().mul_(factor)
+    for gradient, factor in zip(gradients, factors, strict=True):
+        g = gradient.double().mul_(factor)
         of_gradient = eps if factor == 1.0 else eps + _NORM_ERROR
         m_off.mul_(_MOMENTUM).add_(theta_off, alpha=_DECAY).add_(g.abs(), alpha=of_gradient)
         g.add_(theta, alpha=_DECAY)
@@ -128,6 +108,14 @@ def _exact(
         theta.add_(m, alpha=-_LR)
         theta_off.add_(m_off, alpha=_LR).add_(theta.abs(), alpha=eps).add_(m.abs(), alpha=eps * _LR)
     return theta, theta_off
+
+
+def random_parameters(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return random parameters with random gradients."""
+    params = list(_random(shapes, dtype, device, 0))
+    for param, grad in zip(params, _random(shapes, dtype, device, 1), strict=True):
+        param.grad = grad
+    return params
 
 
 def ready_step(

@@ -1,4 +1,4 @@
-"""The style of what is printed, with rich."""
+"""The style of tables and progress bars, with rich."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-
-__all__ = ["NOTABLE_SHARE", "TIMES", "bytes_in_words", "notes", "plain_table", "progress_bar", "task"]
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 NOTABLE_SHARE = 0.1  # of the CPUs: where other programs took less, they are not mentioned
