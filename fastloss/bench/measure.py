@@ -6,6 +6,7 @@ moment hits all alike and the limit is that of the same seconds. A turn is a blo
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import statistics
@@ -99,13 +100,17 @@ class Prepared:
         """Give a contender a row without numbers."""
         self.rows[contender.name] = Row.of(self.workload, contender, status, reason)
 
-    def fail(self, contenders: Iterable[Contender], error: Exception, full: str = "out of memory") -> None:
-        """Give contenders rows that name an error."""
-        for contender in contenders:
+    @contextlib.contextmanager
+    def failing(self, contenders: Iterable[Contender], full: str = "out of memory") -> Iterator[None]:
+        """Turn an error into rows of the contenders that name it."""
+        try:
+            yield
+        except Exception as error:
+            status, reason = (full if is_out_of_memory(error) else "failed"), first_line(error)
             if isinstance(error, WrongResultError):
-                self.refuse(contender, "wrong", str(error))
-            else:
-                self.refuse(contender, full if is_out_of_memory(error) else "failed", first_line(error))
+                status, reason = "wrong", str(error)
+            for contender in contenders:
+                self.refuse(contender, status, reason)
 
 
 class WrongResultError(Exception):
@@ -156,7 +161,7 @@ def prepare(workload: Workload, contenders: Sequence[Contender], device: torch.d
         else:
             candidates.append(contender)
     needed, free = _least_bytes(workload, len(candidates), device), free_bytes(device)
-    if needed <= free:
+    if candidates and needed <= free:
         _prepare_steps(prepared, candidates, seed)
         return prepared
     for contender in candidates:
@@ -166,26 +171,21 @@ def prepare(workload: Workload, contenders: Sequence[Contender], device: torch.d
 
 
 def _prepare_steps(prepared: Prepared, candidates: Sequence[Contender], seed: int) -> None:
-    workload, makers = prepared.workload, {}
-    try:
+    workload = prepared.workload
+    check: Check | None = None
+    makers: dict[Contender, Callable[[], Step]] = {}
+    with prepared.failing(candidates, "too large"):
         check = _sgd_check(prepared) if workload.op == "sgd" else _loss_check(prepared, seed)
-    except Exception as error:
-        prepared.fail(candidates, error, "too large")
-        return
-    for contender in candidates:
-        try:
+    for contender in candidates if check is not None else ():
+        with prepared.failing([contender]):
             makers[contender] = check(contender)
-        except Exception as error:
-            prepared.fail([contender], error)
     del check  # whose reference is large for "linear"; the contenders' peaks need its memory
     for contender, make in makers.items():
-        try:
+        with prepared.failing([contender]):
             step = make()
             step()
             peak = None if workload.op == "host" else peak_bytes(step, prepared.device) - workload.gradient_bytes
             prepared.peaks[contender.name], prepared.steps[contender.name] = peak, step
-        except Exception as error:
-            prepared.fail([contender], error)
 
 
 def _loss_check(prepared: Prepared, seed: int) -> Check:
@@ -260,10 +260,8 @@ def _least_bytes(workload: Workload, contenders: int, device: torch.device) -> i
 def _time(prepared: Prepared, contenders: Sequence[Contender], budget: float, progress: Progress) -> None:
     """Add the rows of the contenders that are ready; if one fails now, no contender's turns can be compared."""
     ready = [contender for contender in contenders if contender.name in prepared.steps]
-    try:
+    with prepared.failing(ready):
         prepared.rows.update(_timed(prepared, ready, budget, progress))
-    except Exception as error:
-        prepared.fail(ready, error)
 
 
 def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, progress: Progress) -> dict[str, Row]:

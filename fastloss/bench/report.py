@@ -45,11 +45,7 @@ def heading(
 ) -> RenderableType:
     """Return the machine, and each contender's version or why it is absent.
 
-    Args:
-        device: where the run is.
-        contenders: all that could take part.
-        ops: the operations of the run; contenders that have none of them are left out, unless ``chosen``.
-        chosen: True if the contenders were chosen by name.
+    Contenders that have none of the operations ``ops`` are left out, unless they were ``chosen`` by name.
     """
     present = Table.grid(padding=(0, 2))
     for contender in contenders:

@@ -87,20 +87,18 @@ def at_scale(results: Sequence[LossAtScale], device: torch.device) -> Renderable
 def _add_case(table: Table, result: LossAtScale) -> None:
     case = result.case
     names = [case.size, case.dtype_name, f"{result.rounds} runs", f"others' CPU {result.others_share:.0%}"]
-
-    def cells(form: Callable[[Any], str], number: Callable[[Measured], float], *, ratio: bool = False) -> list[str]:
-        return _pair(form, number(result.pytorch), number(result.fastloss), ratio=ratio)
-
-    rows = [
-        ("time, loss + accuracy", cells(_tenths, lambda side: side.loss_and_accuracy.median * 1e3, ratio=True)),
-        ("time, loss", cells(_tenths, lambda side: side.loss.median * 1e3, ratio=True)),
-        ("peak, loss + accuracy", cells(bytes_in_words, lambda side: side.loss_and_accuracy.peak_bytes, ratio=True)),
-        ("peak, loss", cells(bytes_in_words, lambda side: side.loss.peak_bytes, ratio=True)),
-        ("error of the loss", cells(_error, lambda side: side.errors.loss)),
-        ("error of the gradient", cells(_error, lambda side: side.errors.gradient_norm)),
-        (f"accuracy (float64: {result.accuracy:.2%})", cells(_share, lambda side: side.accuracy)),
+    # Words, the form of a number, each side's number, and whether their ratio is shown.
+    rows: list[tuple[str, Callable[[Any], str], Callable[[Measured], float], bool]] = [
+        ("time, loss + accuracy", _tenths, lambda side: side.loss_and_accuracy.median * 1e3, True),
+        ("time, loss", _tenths, lambda side: side.loss.median * 1e3, True),
+        ("peak, loss + accuracy", bytes_in_words, lambda side: side.loss_and_accuracy.peak_bytes, True),
+        ("peak, loss", bytes_in_words, lambda side: side.loss.peak_bytes, True),
+        ("error of the loss", _error, lambda side: side.errors.loss, False),
+        ("error of the gradient", _error, lambda side: side.errors.gradient_norm, False),
+        (f"accuracy (float64: {result.accuracy:.2%})", _share, lambda side: side.accuracy, False),
     ]
-    for i, (words, numbers) in enumerate(rows):
+    for i, (words, form, number, ratio) in enumerate(rows):
+        numbers = _pair(form, number(result.pytorch), number(result.fastloss), ratio=ratio)
         table.add_row(names[i] if i < len(names) else "", words, *numbers)
 
 

@@ -54,12 +54,8 @@ Call = Callable[..., Outcome]  # takes logits and target, or hidden states, head
 
 def operation(functions: Functions, op: str, upstream: float = 1.0) -> Call:
     """Return the call of ``op`` that is checked and timed; ``upstream`` is the gradient of the loss."""
-    by_op = {
-        "accuracy": functions.accuracies,
-        "loss+accuracy": functions.loss_and_accuracies,
-        "linear": functions.linear,
-    }
-    function: Any = by_op.get(op, functions.loss)
+    names = {"accuracy": "accuracies", "loss+accuracy": "loss_and_accuracies", "linear": "linear"}
+    function = getattr(functions, names.get(op, "loss"))
     if op == "accuracy":
         return lambda *inputs: Outcome(accuracies=function(*inputs))
     if op == "forward":
@@ -115,7 +111,7 @@ class LossReference:
                     least[i] += int((above + level < k).sum())
                     most[i] += int((above < k).sum())
             if any(outcome.gradients for outcome in outcomes):
-                exact = log_p.exp_()  # the terms' difference, and their sum
+                exact = log_p.exp_()  # and then the difference of the terms, whose sum is `terms`
                 if t.is_floating_point():
                     exact.mul_(t.double().sum(1, keepdim=True))
                     terms = exact + t if self._by_entry else None
