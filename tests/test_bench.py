@@ -1,4 +1,4 @@
-"""``python -m fastloss bench`` and ``pytest benchmarks``: who is caught, what is reported; never how fast."""
+"""``python -m fastloss bench`` and ``pytest benchmarks``: checks and reports, never speeds."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def losing(name: str, loss: Callable[[Tensor, Tensor], Tensor], **options: Any) 
     return Contender(name, "torch", lambda: functions, (*LOSS_OPS, "host"), cpu=True, **options)
 
 
-# ---------------------------------------------------------------------------------------------- who is right is timed
+# ---------------------------------------------------------------------------------------------- right contenders
 
 
 @pytest.mark.parametrize("shape", [TINY, Shape(5, 3), Shape(30, 9000)], ids=str)
@@ -229,7 +229,7 @@ def test_inputs_are_rotated_unless_they_are_small() -> None:
     assert all(pair.logits.requires_grad for pair in large)
 
 
-# ------------------------------------------------------------------------------------------------ who is wrong is not
+# ------------------------------------------------------------------------------------------------ wrong contenders
 
 
 def _off(logits: Tensor) -> float:
@@ -426,7 +426,7 @@ def test_the_references_own_error_is_allowed_four_times() -> None:
     ],
 )
 @pytest.mark.parametrize("good_calls", [0, 4])
-def test_who_breaks_down_says_so(error: Exception, status: str, good_calls: int) -> None:
+def test_a_failing_contender_is_reported(error: Exception, status: str, good_calls: int) -> None:
     calls = iter(range(good_calls))
 
     def breaking(logits: Tensor, target: Tensor) -> Tensor:
@@ -437,10 +437,10 @@ def test_who_breaks_down_says_so(error: Exception, status: str, good_calls: int)
     row, other = run("forward", losing("breaking", breaking), CONTENDERS["torch"])
     assert row.status == status
     assert row.reason == f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    assert other.timed == (good_calls == 0)  # nobody's turns can be compared if one breaks down among them
+    assert other.timed == (good_calls == 0)  # no turns can be compared if one contender fails
 
 
-def test_errors_are_told_in_a_line_without_colours() -> None:
+def test_an_error_is_one_line_without_colours() -> None:
     assert first_line(RuntimeError("\x1b[91m\x1b[1mno\x1b[0m way\nmore")) == "RuntimeError: no way"
     assert first_line(ValueError()) == "ValueError: "
 
@@ -613,7 +613,7 @@ def test_an_adapter_calls_its_package_rightly(name: str, op: str) -> None:
     assert adapter.absence() is None
     theirs, torchs = run(op, adapter, CONTENDERS["torch"], shape=Shape(8, 3))  # with labels of 0
     assert theirs.timed, theirs
-    assert torchs.timed, torchs  # whose logits nobody wrote over
+    assert torchs.timed, torchs  # whose logits no other wrote over
 
 
 @pytest.mark.usefixtures("installed")
@@ -636,7 +636,7 @@ def test_apex_steps_with_the_options_of_all() -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_who_cannot_serve_says_why() -> None:
+def test_an_unfit_contender_gives_the_reason() -> None:
     def said(op: str, name: str, target: str = "hard", **changes: Any) -> tuple[str, str]:
         (row,) = run(op, replace(CONTENDERS[name], **changes), target=target)
         assert row.milliseconds is None
@@ -673,7 +673,7 @@ class Without(importlib.abc.MetaPathFinder):
         ("apex-sgd", "(apex is missing: build github.com/NVIDIA/apex with its CUDA extensions)"),
     ],
 )
-def test_who_is_absent_says_how_to_install_it(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absent_contender_names_its_installation(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     top = FAKES[name][0].split(".")[0]
     for module in [module for module in sys.modules if module.split(".")[0] == top]:
         monkeypatch.delitem(sys.modules, module)
@@ -684,7 +684,7 @@ def test_who_is_absent_says_how_to_install_it(name: str, how: str, monkeypatch: 
     assert row.version == ""
 
 
-def test_who_is_broken_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "quack.cross_entropy", ModuleType("quack.cross_entropy"))
     (row,) = run("forward", CONTENDERS["quack"])
     assert row.status == "absent"
@@ -724,10 +724,10 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.Capt
     ]
     assert {row["status"] for row in rows} == {"timed"}
     for name in ("fastloss", "torch"):
-        mine = [row for row in rows if row["contender"] == name]
+        of_contender = [row for row in rows if row["contender"] == name]
         table = timed_lines_of(out, name)
-        assert [cells[1] for cells in table] == [f"{row['milliseconds']:.4f}" for row in mine]
-        assert [cells[2] for cells in table[:2]] == [f"{row['gigabytes_per_second']:.2f}" for row in mine[:2]]
+        assert [cells[1] for cells in table] == [f"{row['milliseconds']:.4f}" for row in of_contender]
+        assert [cells[2] for cells in table[:2]] == [f"{row['gigabytes_per_second']:.2f}" for row in of_contender[:2]]
     ratios = [row["ratios"]["torch"] for row in rows if row["contender"] == "fastloss"]
     assert [cells[-1] for cells in timed_lines_of(out, "torch")] == [f"{ratio:.3f}" for ratio in ratios]
     assert picture.read_bytes().startswith(PNG)
@@ -758,7 +758,7 @@ def test_a_gpus_rows_have_the_hosts_time_beside_theirs(op: str) -> None:
     assert "host ms: until the call returns" in " ".join(" ".join(lines).split())
 
 
-def test_everybody_is_listed_with_a_version_or_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_contender_is_listed_with_a_version_or_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--op", "sgd", "--shape", "2x30") == 0
     listed = capsys.readouterr().out.partition("sgd, 2 × 30")[0]
     assert f"torch {torch.__version__}" in " ".join(lines_of(listed, "torch-fused")[0])
@@ -931,7 +931,7 @@ def test_the_picture_has_a_panel_for_what_is_comparable(tmp_path: Path) -> None:
     rows = [row for op in ("forward", "host") for row in run(op, CONTENDERS["fastloss"], CONTENDERS["torch"])]
     rows += run("forward", CONTENDERS["torch"], losing("wrong", _wrong_loss), dtype="float32", target="soft")
     panels = plot.panels(rows)
-    assert {name: [row.contender for row in mine] for name, mine in panels.items()} == {
+    assert {name: [row.contender for row in of_panel] for name, of_panel in panels.items()} == {
         "forward, float32, class indices": ["fastloss", "torch"],
         "forward, float32, class probabilities": ["torch"],
     }
@@ -985,7 +985,7 @@ def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
     for name in ("liger", "quack", "quack-linear", "cce", "cce-exact", "flash-attn", "apex", "apex-sgd"):
         assert f"{name} is absent: " in done.stdout or f"{name} is unfit: " in done.stdout
     benchmarks = json.loads(record.read_text(encoding="utf-8"))["benchmarks"]
-    found = {(each["group"], each["extra_info"]["contender"]) for each in benchmarks}
+    timed = {(each["group"], each["extra_info"]["contender"]) for each in benchmarks}
     expected = {
         (str(workload), contender.name)
         for op in OPS
@@ -994,8 +994,8 @@ def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
         if contender.cpu and contender.name != "torch.compile"
     }
     # A rounding of another package may be wrong on a processor, and is reported; none of ours is.
-    assert found <= expected
-    for workload_name, name in expected - found:
+    assert timed <= expected
+    for workload_name, name in expected - timed:
         assert name != "fastloss", workload_name
         assert f"{name} is wrong: " in done.stdout
     for each in benchmarks:

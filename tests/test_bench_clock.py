@@ -73,7 +73,7 @@ def test_each_has_its_own_time(model: Model, host: float, gpu: float, calls: int
     assert times.device == pytest.approx(calls * gpu)
 
 
-def test_who_waits_for_the_gpu_is_timed_with_the_wait(model: Model) -> None:
+def test_a_call_that_waits_for_the_gpu_is_timed_with_the_wait(model: Model) -> None:
     def step() -> None:
         model.queue(1e-4, 2e-4)
         model.wait()

@@ -291,7 +291,7 @@ def test_other_programs_take_a_share() -> None:
         (1.0, 1.04, "the same"),
     ],
 )
-def test_the_picture_says_who_is_faster(pytorch: float, fastloss: float, words: str) -> None:
+def test_the_picture_names_the_faster_side(pytorch: float, fastloss: float, words: str) -> None:
     from fastloss.demo import picture
 
     assert picture._verdict(pytorch, fastloss, better="faster", worse="slower")[0] == words
