@@ -8,6 +8,7 @@ in turns; here each is timed by itself, as pytest-benchmark has it.
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,11 +16,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fastloss.bench.clock import Clock, EventClock
-from fastloss.bench.contenders import CONTENDERS, contenders_of
-from fastloss.bench.measure import Copy, Prepared, clock_of, prepare
-from fastloss.bench.report import presence
+from fastloss.bench.measure import Prepared, clock_of, prepare
 from fastloss.bench.workloads import DTYPES, SIZES, TARGETS, Workload, workloads
+from fastloss.measuring.clock import Clock, EventClock
+from fastloss.measuring.contenders import CONTENDERS, contenders_of
+from fastloss.measuring.limits import Copy
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPS = {
@@ -51,7 +52,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [f"contest: shapes {config.getoption('--shapes')}, on {DEVICE.type}"]
-    return lines + [f"contender {contender.name}: {presence(contender)}" for contender in CONTENDERS.values()]
+    return lines + [f"contender {contender.name}: {contender.presence()}" for contender in CONTENDERS.values()]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -100,7 +101,7 @@ def contest(request: pytest.FixtureRequest) -> Iterator[Contest]:
     copy, clock = clock_of(workload, DEVICE)
     copy = copy or Copy(DEVICE)
     copy.step()
-    copied = copy.gigabytes_per_second([clock(copy.step).device for _ in range(_COPIES)])
+    copied = copy.gigabytes_per_second(statistics.median(clock(copy.step).device for _ in range(_COPIES)))
     yield Contest(prepared, copied, clock)
     prepared.steps.clear()
     gc.collect()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.demo.measure import peak_bytes
+from fastloss.measuring.machine import peak_bytes
 
 from .measure import by_events, by_the_clock, circumstances, cpu_seconds, header, medians, others_share, verdict
 

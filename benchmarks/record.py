@@ -34,11 +34,10 @@ from torch import Tensor
 
 import fastloss
 from fastloss.backends import choice
-from fastloss.bench.check import in_words
-from fastloss.bench.contenders import contenders_of
 from fastloss.bench.measure import Row, measure
-from fastloss.bench.report import presence
 from fastloss.bench.workloads import LOSS_OPS, Shape, Workload
+from fastloss.measuring.contenders import contenders_of
+from fastloss.measuring.machine import first_line
 
 from .measure import ROOT, by_events, captured, circumstances, medians
 
@@ -256,10 +255,10 @@ def under_a_graph(shape: Shape, device: torch.device, seconds: float) -> dict[st
         try:
             turns["torch in a graph"] = captured(eager).replay
         except Exception as error:
-            found["torch in a graph"] = in_words(error)
+            found["torch in a graph"] = first_line(error)
         times = medians([partial(_turn, call) for call in turns.values()], seconds)
     except Exception as error:
-        return {"shape": str(shape), "error": in_words(error)}
+        return {"shape": str(shape), "error": first_line(error)}
     return found | dict(zip(turns, times, strict=True))
 
 
@@ -322,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         circumstances(device),
         _versions(device),
-        {name: presence(each) for name, each in asked.items()},
+        {name: each.presence() for name, each in asked.items()},
     )
     try:
         _make(

@@ -31,7 +31,8 @@ from typing import Any, NamedTuple
 import torch
 
 import fastloss
-from fastloss.bench.optimizer import OPTIONS, Kind, Make, Shape, deviations, ready
+from fastloss.measuring.contenders import SGD_OPTIONS
+from fastloss.measuring.sgd import MakeOptimizer, Shape, ready_step, step_errors
 
 from .measure import (
     Budget,
@@ -49,11 +50,11 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _COPIED_BYTES = 100_000_000
 
 OURS = "fastloss.SGD"
-CONTENDERS: dict[str, Make] = {
-    OURS: partial(fastloss.SGD, **OPTIONS),
-    "torch fused=True": partial(torch.optim.SGD, fused=True, **OPTIONS),
-    "torch foreach=True": partial(torch.optim.SGD, foreach=True, **OPTIONS),
-    "torch foreach=False": partial(torch.optim.SGD, foreach=False, **OPTIONS),
+CONTENDERS: dict[str, MakeOptimizer] = {
+    OURS: partial(fastloss.SGD, **SGD_OPTIONS),
+    "torch fused=True": partial(torch.optim.SGD, fused=True, **SGD_OPTIONS),
+    "torch foreach=True": partial(torch.optim.SGD, foreach=True, **SGD_OPTIONS),
+    "torch foreach=False": partial(torch.optim.SGD, foreach=False, **SGD_OPTIONS),
 }
 
 # In float32. On a CPU: our time over theirs.
@@ -64,6 +65,13 @@ _BARS = {
     ("resnet50", "torch foreach=True"): 0.35,
 }
 _HOST_BAR = 1.0  # microseconds a tensor
+
+
+class Kind(NamedTuple):
+    """Of tensors."""
+
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Variant(NamedTuple):
@@ -221,11 +229,11 @@ class Run:
         shapes, (dtype, device) = SETS[name](self.scale), self.kind
         floats, size = sum(map(math.prod, shapes)), 5 * dtype.itemsize
         makes = list(CONTENDERS.values())
-        off = deviations(makes, shapes, self.kind)
-        calls = [ready(make, shapes, self.kind) for make in makes]
+        off = [errors.of_rounding for errors in step_errors(makes, shapes, *self.kind)]
+        calls = [ready_step(make, shapes, *self.kind) for make in makes]
         times, copied = _timed(calls, device, self.budget, self.scale)
         if device.type != "cuda":
-            calls = [ready(make, [(1,) * len(shape) for shape in shapes], self.kind) for make in makes]
+            calls = [ready_step(make, [(1,) * len(shape) for shape in shapes], *self.kind) for make in makes]
         hosts = _host_times(calls, device, self.budget)
         is_held = dtype == torch.float32 and self.scale == 1
         lines = []
@@ -249,7 +257,8 @@ class Run:
     def launches(self, name: str) -> int:
         """The host's time alone, with gradients that stay and with others; 1 if the bar is missed."""
         shapes = [(1,) * len(shape) for shape in SETS[name](self.scale)]
-        params, *sets = ([self.kind.random(shape) for shape in shapes] for _ in range(3))
+        options = self.kind._asdict()
+        params, *sets = ([torch.randn(shape, **options) for shape in shapes] for _ in range(3))
         step = CONTENDERS[OURS](params).step
 
         def give() -> None:
@@ -277,17 +286,17 @@ class Run:
         """Fastloss alone, in all its forms, on one set."""
         shapes, device = SETS[name](self.scale), self.kind.device
         floats = sum(map(math.prod, shapes))
-        makes = [partial(fastloss.SGD, **OPTIONS, **variant.options) for variant in VARIANTS]
+        makes = [partial(fastloss.SGD, **SGD_OPTIONS, **variant.options) for variant in VARIANTS]
         kinds = [Kind(variant.dtype, device) for variant in VARIANTS]
         off = [0.0 for _ in VARIANTS]
         alike: dict[Any, list[int]] = {}  # those that have one float64 run in common
         for number, (variant, kind) in enumerate(zip(VARIANTS, kinds, strict=True)):
             alike.setdefault((kind, variant.options.get("max_norm")), []).append(number)
         for (kind, max_norm), numbers in alike.items():
-            found = deviations([makes[number] for number in numbers], shapes, kind, max_norm)
-            for number, mine in zip(numbers, found, strict=True):
-                off[number] = mine
-        calls = [ready(make, shapes, kind) for make, kind in zip(makes, kinds, strict=True)]
+            found = step_errors([makes[number] for number in numbers], shapes, *kind, max_norm=max_norm)
+            for number, errors in zip(numbers, found, strict=True):
+                off[number] = errors.of_rounding
+        calls = [ready_step(make, shapes, *kind) for make, kind in zip(makes, kinds, strict=True)]
         times, copied = _timed(calls, device, self.budget, self.scale)
         self.say(
             f"variants, {name}: {len(shapes)} tensors, {floats / 1e6:.2f} M parameters; "

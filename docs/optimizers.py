@@ -33,8 +33,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 import fastloss
-from fastloss.demo import data, picture, report
-from fastloss.demo.contenders import FASTLOSS
+from fastloss.demo import data
+from fastloss.measuring import pictures
+from fastloss.measuring.tables import progress_bar
 
 HIDDEN = 128
 BATCH = 64
@@ -72,7 +73,7 @@ CONTENDERS = (
         "SGD, momentum",
         lambda params, lr: fastloss.SGD(params, lr, momentum=MOMENTUM),
         (0.01, 0.03, 0.1, 0.3, 1),
-        picture.FASTLOSS,
+        pictures.FASTLOSS,
     ),
     Contender(
         "SGD, nesterov",
@@ -84,7 +85,7 @@ CONTENDERS = (
         "torch's Adam",
         lambda params, lr: torch.optim.Adam(params, lr),
         (0.001, 0.003, 0.01, 0.03, 0.1),
-        picture.PYTORCH,
+        pictures.PYTORCH,
     ),
 )
 
@@ -100,12 +101,12 @@ class Stored(NamedTuple):
 
 
 STORED = (
-    Stored("float32", torch.float32, {}, picture.FAINT),
+    Stored("float32", torch.float32, {}, pictures.FAINT),
     Stored("bfloat16", torch.bfloat16, {}, "#dc2626"),
     Stored("momentum_dtype=torch.float32", torch.bfloat16, {"momentum_dtype": torch.float32}, "#f2a65a", ":"),
     Stored("stochastic_rounding=True", torch.bfloat16, {"stochastic_rounding": True}, "#0f9d7a"),
     Stored("kahan_sum=True", torch.bfloat16, {"kahan_sum": True}, "#93b4f5", "--"),
-    Stored("master_weights=True", torch.bfloat16, {"master_weights": True}, picture.FASTLOSS, ":"),
+    Stored("master_weights=True", torch.bfloat16, {"master_weights": True}, pictures.FASTLOSS, ":"),
 )
 
 
@@ -183,7 +184,7 @@ def train(
         run.losses.append(statistics.fmean(losses))
         with torch.no_grad():
             logits = model(scans.judge.to(dtype)).float()
-            judged_loss, accuracy = FASTLOSS.loss_and_accuracy(logits, scans.judge_digit)
+            judged_loss, accuracy = fastloss.cross_entropy_with_accuracy(logits, scans.judge_digit)
         run.judged_losses.append(judged_loss.item())
         run.accuracies.append(accuracy.item())
     run.bytes_a_parameter = _bytes_a_parameter(model, optimizer)
@@ -385,7 +386,7 @@ def print_buffers() -> None:
 
 def draw(compared: dict[str, list[Run]], narrow: dict[str, list[Run]], path: Path) -> None:
     """Curves over the epochs, means over the seeds, with a band from the least to the greatest; and the schedule."""
-    with matplotlib.rc_context(picture.STYLE):
+    with matplotlib.rc_context(pictures.STYLE):
         figure = Figure(figsize=(14, 9.2), dpi=110, facecolor="white")
         FigureCanvasAgg(figure)
         (losses, accuracies), (schedule, bits) = figure.subplots(2, 2)
@@ -400,8 +401,8 @@ def draw(compared: dict[str, list[Run]], narrow: dict[str, list[Run]], path: Pat
         accuracies.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         accuracies.set_ylim(0.8, 1)
         accuracies.yaxis.set_major_locator(MultipleLocator(0.05))
-        picture.title(losses, "Training loss, logarithmic", detail)
-        picture.title(accuracies, "Accuracy on held-out scans, from 80 % up", "after each epoch; as on the left")
+        pictures.title(losses, "Training loss, logarithmic", detail)
+        pictures.title(accuracies, "Accuracy on held-out scans, from 80 % up", "after each epoch; as on the left")
         for axes in (losses, accuracies):
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 5, 10]))
@@ -409,19 +410,19 @@ def draw(compared: dict[str, list[Run]], narrow: dict[str, list[Run]], path: Pat
 
         rates = compared[CONTENDERS[0].name][0].rates
         schedule.plot(
-            range(1, len(rates) + 1), [rate / max(rates) for rate in rates], color=picture.FASTLOSS, linewidth=2
+            range(1, len(rates) + 1), [rate / max(rates) for rate in rates], color=pictures.FASTLOSS, linewidth=2
         )
         schedule.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         schedule.set_xlabel("step")
         schedule.set_ylim(0)
-        picture.title(schedule, "Learning rate", "as a share of the chosen one: linear warm-up, then a cosine")
+        pictures.title(schedule, "Learning rate", "as a share of the chosen one: linear warm-up, then a cosine")
 
         for stored in STORED:
             _curve(bits, [run.losses for run in narrow[stored.name]], stored.name, stored.color, stored.line)
         bits.set_ylim(0)
         bits.set_xlabel("epoch")
         bits.legend(loc="center right", bbox_to_anchor=(1.0, 0.66), fontsize=9.5)
-        picture.title(
+        pictures.title(
             bits,
             f"Training loss, SGD with momentum at {SMALL_RATE:g}",
             "bfloat16 parameters with the option named, and float32; four curves are as one",
@@ -462,7 +463,7 @@ def _run(output: Path, epochs: int, seeds: Sequence[int], fewer_seeds: int) -> N
     scans = Scans(*split)
     for_sweep = Scans(scans.train[KEPT:], scans.train_digit[KEPT:], scans.train[:KEPT], scans.train_digit[:KEPT])
     tried = range(FIRST_SWEEP_SEED, FIRST_SWEEP_SEED + fewer_seeds)
-    with report.progress(Console(stderr=True)) as bar:
+    with progress_bar(Console(stderr=True)) as bar:
 
         def task(words: str, runs: int) -> Advance:
             number = bar.add_task(words, total=runs)

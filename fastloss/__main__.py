@@ -13,7 +13,7 @@ from . import bench
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; gives the exit code."""
+    """Run one command; return the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _png(text: str) -> Path:
-    """A path that the picture can be written to: found out before the work, not after it."""
+    """Return the picture's path; refuse before the work a path that can't be written to."""
     path = Path(text)
     if path.suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")

@@ -1,4 +1,4 @@
-"""``python -m fastloss bench`` and ``pytest benchmarks``: who is caught, what is reported; never how fast."""
+"""``python -m fastloss bench`` and ``pytest benchmarks``: checks and reports, never speeds."""
 
 from __future__ import annotations
 
@@ -31,14 +31,13 @@ if bench.missing_extras():
 
 from rich.console import Console
 
-from fastloss.bench import contenders, linear, plot, report
-from fastloss.bench import measure as measuring
-from fastloss.bench import workloads as work
-from fastloss.bench.check import Exact, Outcome, errors_of_reference, in_words, verdict
-from fastloss.bench.contenders import CONTENDERS, Contender, Functions, contenders_of
+from fastloss.bench import plot, report
 from fastloss.bench.measure import Row, measure
-from fastloss.bench.optimizer import OPTIONS
-from fastloss.bench.workloads import DTYPES, LOSS_OPS, OPS, Shape, Workload, make_inputs, parse_shape, workloads
+from fastloss.bench.workloads import Shape, Workload, parse_shape, workloads
+from fastloss.measuring import contenders, inputs, limits
+from fastloss.measuring.contenders import CONTENDERS, DTYPES, LOSS_OPS, OPS, Contender, Functions, contenders_of
+from fastloss.measuring.machine import first_line
+from fastloss.measuring.reference import Outcome, errors_of_eager, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -59,8 +58,8 @@ def _as_a_user_runs_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """But for a narrow terminal, and for the size of what is copied and rotated, which takes its time."""
     monkeypatch.delenv("FASTLOSS_BACKEND", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(work, "_ROTATED_BYTES", 1 << 22)
-    monkeypatch.setattr(measuring, "_COPIED_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(inputs, "_ROTATED_BYTES", 1 << 22)
+    monkeypatch.setattr(limits, "_COPIED_BYTES", {"cpu": 1 << 20})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would wait for each other where other programs run too
     yield
@@ -74,11 +73,11 @@ def run(op: str, *asked: Contender, shape: Shape = TINY, dtype: str = "float32",
 
 def losing(name: str, loss: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Contender:
     """A contender with this loss, and torch's accuracy."""
-    functions = Functions(loss, contenders._topk_accuracies, contenders._beside(loss))
+    functions = Functions(loss, contenders._accuracies, contenders._with_accuracies(loss))
     return Contender(name, "torch", lambda: functions, (*LOSS_OPS, "host"), cpu=True, **options)
 
 
-# ---------------------------------------------------------------------------------------------- who is right is timed
+# ---------------------------------------------------------------------------------------------- right contenders
 
 
 @pytest.mark.parametrize("shape", [TINY, Shape(5, 3), Shape(30, 9000)], ids=str)
@@ -222,16 +221,16 @@ def test_every_workload_is_what_it_is_called() -> None:
 
 
 def test_inputs_are_rotated_unless_they_are_small() -> None:
-    small = make_inputs(Workload("forward", TINY, torch.float32), CPU, seed=0)
-    large = make_inputs(Workload("forward+backward", Shape(30, 9000), torch.float32), CPU, seed=0)
+    small = Workload("forward", TINY, torch.float32).inputs(CPU, seed=0)
+    large = Workload("forward+backward", Shape(30, 9000), torch.float32).inputs(CPU, seed=0)
     assert len(small) == 1
     assert len(large) == 4
-    assert sum(inputs.nbytes for inputs in large) >= 1 << 22
+    assert sum(tensor.nbytes for pair in large for tensor in pair) >= 1 << 22
     assert not torch.equal(large[0].logits, large[1].logits)
-    assert all(inputs.logits.requires_grad for inputs in large)
+    assert all(pair.logits.requires_grad for pair in large)
 
 
-# ------------------------------------------------------------------------------------------------ who is wrong is not
+# ------------------------------------------------------------------------------------------------ wrong contenders
 
 
 def _off(logits: Tensor) -> float:
@@ -331,17 +330,18 @@ def test_a_wrong_linear_loss_is_marked_and_not_timed(loss: contenders.LinearLoss
 def test_a_linear_losss_error_is_that_of_its_terms(dtype: str) -> None:
     """The float64 reference itself, against plain PyTorch's in float64."""
     workload = Workload("linear", Shape(50, 600, 7), DTYPES[dtype])
-    inputs = work.make_linear_inputs(workload, CPU, seed=0)[0]
-    exact = linear.Exact(workload, inputs)
-    wide = [each.detach().double().requires_grad_() for each in inputs[:2]]
-    loss = contenders._torch_linear_loss(*wide, inputs.target)
-    gradients = torch.autograd.grad(loss, wide, linear.upstream(workload, loss))
-    error = exact.errors(linear.Outcome(loss, *gradients))
+    made = workload.inputs(CPU, seed=0)[0]
+    exact = workload.reference(made)
+    wide = [each.detach().double().requires_grad_() for each in made[:2]]
+    loss = contenders._torch_linear_loss(*wide, made.target)
+    gradients = torch.autograd.grad(loss, wide, torch.full_like(loss, workload.upstream))
+    (error,) = exact.errors(Outcome(loss, gradients))
     assert max(error) < 1e-12
     changed = gradients[1].clone()
     changed[3] *= 1.25  # a row without a label or with one: its terms don't cancel by more than they add up to
-    assert 0 < exact.errors(linear.Outcome(loss, gradients[0], changed)).gradient <= 0.25 + 1e-6
-    assert exact.errors(linear.Outcome(loss, gradients[0], changed[:-1])).gradient == math.inf
+    off, cut = exact.errors(Outcome(loss, (gradients[0], changed)), Outcome(loss, (gradients[0], changed[:-1])))
+    assert 0 < off.gradient <= 0.25 + 1e-6
+    assert cut.gradient == math.inf
 
 
 def test_the_reference_of_linear_makes_do_with_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +370,7 @@ def test_the_reference_of_linear_makes_do_with_fewer_rows(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("op", ["accuracy", "loss+accuracy"])
 def test_a_wrong_accuracy_is_marked(op: str, change: Callable[..., tuple[Tensor, ...]], status: str) -> None:
     def accuracies(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        return change(contenders._topk_accuracies(logits, target))
+        return change(contenders._accuracies(logits, target))
 
     functions = Functions(
         None, accuracies, lambda logits, target: (F.cross_entropy(logits, target), accuracies(logits, target))
@@ -382,24 +382,21 @@ def test_a_wrong_accuracy_is_marked(op: str, change: Callable[..., tuple[Tensor,
 
 def test_ties_may_count_either_way_and_no_more() -> None:
     workload = Workload("accuracy", Shape(2, 6), torch.float32)
-    inputs = make_inputs(workload, CPU, seed=0)[0]
-    inputs.logits.copy_(torch.tensor([[1.0, 1.0, 0, 0, 0, 0], [2.0, 0, 0, 0, 0, 0]]))
-    inputs.target.copy_(torch.tensor([1, 0]))
-    exact = Exact(workload, inputs)
-    of_top1 = [
-        exact.errors(Outcome(accuracies=(torch.tensor(share), torch.tensor(1.0)))).accuracy for share in (0, 0.5, 1)
-    ]
-    assert of_top1 == [0.5, 0, 0]
+    made = workload.inputs(CPU, seed=0)[0]
+    made.logits.copy_(torch.tensor([[1.0, 1.0, 0, 0, 0, 0], [2.0, 0, 0, 0, 0, 0]]))
+    made.target.copy_(torch.tensor([1, 0]))
+    of_top1 = [Outcome(accuracies=(torch.tensor(share), torch.tensor(1.0))) for share in (0, 0.5, 1)]
+    assert [errors.accuracy for errors in workload.reference(made).errors(*of_top1)] == [0.5, 0, 0]
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.1001}, {"momentum": 0.899}, {"weight_decay": 0.0}, {"lr": math.nan}])
 def test_a_wrong_optimizer_is_marked_and_not_timed(change: dict[str, float]) -> None:
-    def make(params: list[Tensor]) -> torch.optim.Optimizer:
-        optimizer = torch.optim.SGD(params, **OPTIONS)
+    def make(params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(params, **options)
         optimizer.param_groups[0].update(change)
         return optimizer
 
-    wrong = Contender("wrong", "torch", lambda: Functions(optimizer=make), ("sgd",), cpu=True)
+    wrong = Contender("wrong", "torch", lambda: Functions(sgd=make), ("sgd",), cpu=True)
     right, row = run("sgd", CONTENDERS["torch-loop"], wrong, shape=Shape(3, 500))
     assert right.timed
     assert row.status == "wrong"
@@ -409,14 +406,16 @@ def test_a_wrong_optimizer_is_marked_and_not_timed(change: dict[str, float]) -> 
 
 def test_the_references_own_error_is_allowed_four_times() -> None:
     workload = Workload("forward+backward", Shape(8, 600), torch.bfloat16)
-    inputs = make_inputs(workload, CPU, seed=0)[0]
-    reference = errors_of_reference(workload, inputs)
-    assert verdict(reference, reference, workload) is None
+    made = workload.inputs(CPU, seed=0)[0]
+    reference = errors_of_eager(made, workload.op, workload.reference, workload.upstream)
+    assert verdict(reference, reference, workload.dtype) is None
     four_times = reference._replace(gradient=4 * reference.gradient, loss=4 * reference.loss)
-    assert verdict(four_times, reference, workload) is None
+    assert verdict(four_times, reference, workload.dtype) is None
     slack = 4 * torch.finfo(torch.bfloat16).eps
-    assert verdict(reference._replace(gradient=4.1 * reference.gradient + slack), reference, workload) is not None
-    assert verdict(reference._replace(loss=4.1 * reference.loss + slack), reference, workload) is not None
+    assert (
+        verdict(reference._replace(gradient=4.1 * reference.gradient + slack), reference, workload.dtype) is not None
+    )
+    assert verdict(reference._replace(loss=4.1 * reference.loss + slack), reference, workload.dtype) is not None
 
 
 @pytest.mark.parametrize(
@@ -428,7 +427,7 @@ def test_the_references_own_error_is_allowed_four_times() -> None:
     ],
 )
 @pytest.mark.parametrize("good_calls", [0, 4])
-def test_who_breaks_down_says_so(error: Exception, status: str, good_calls: int) -> None:
+def test_a_failing_contender_is_reported(error: Exception, status: str, good_calls: int) -> None:
     calls = iter(range(good_calls))
 
     def breaking(logits: Tensor, target: Tensor) -> Tensor:
@@ -439,12 +438,12 @@ def test_who_breaks_down_says_so(error: Exception, status: str, good_calls: int)
     row, other = run("forward", losing("breaking", breaking), CONTENDERS["torch"])
     assert row.status == status
     assert row.reason == f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    assert other.timed == (good_calls == 0)  # nobody's turns can be compared if one breaks down among them
+    assert other.timed == (good_calls == 0)  # no turns can be compared if one contender fails
 
 
-def test_errors_are_told_in_a_line_without_colours() -> None:
-    assert in_words(RuntimeError("\x1b[91m\x1b[1mno\x1b[0m way\nmore")) == "RuntimeError: no way"
-    assert in_words(ValueError()) == "ValueError: "
+def test_an_error_is_one_line_without_colours() -> None:
+    assert first_line(RuntimeError("\x1b[91m\x1b[1mno\x1b[0m way\nmore")) == "RuntimeError: no way"
+    assert first_line(ValueError()) == "ValueError: "
 
 
 # --------------------------------------------------------------------------------------------------- others' packages
@@ -615,7 +614,7 @@ def test_an_adapter_calls_its_package_rightly(name: str, op: str) -> None:
     assert adapter.absence() is None
     theirs, torchs = run(op, adapter, CONTENDERS["torch"], shape=Shape(8, 3))  # with labels of 0
     assert theirs.timed, theirs
-    assert torchs.timed, torchs  # whose logits nobody wrote over
+    assert torchs.timed, torchs  # whose logits no other wrote over
 
 
 @pytest.mark.usefixtures("installed")
@@ -639,7 +638,7 @@ def test_apex_steps_with_the_options_of_all() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("installed")
-def test_who_cannot_serve_says_why() -> None:
+def test_an_unfit_contender_gives_the_reason() -> None:
     def said(op: str, name: str, target: str = "hard", **changes: Any) -> tuple[str, str]:
         (row,) = run(op, replace(CONTENDERS[name], **changes), target=target)
         assert row.milliseconds is None
@@ -676,7 +675,7 @@ class Without(importlib.abc.MetaPathFinder):
         ("apex-sgd", "(apex is missing: build github.com/NVIDIA/apex with its CUDA extensions)"),
     ],
 )
-def test_who_is_absent_says_how_to_install_it(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absent_contender_names_its_installation(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     top = FAKES[name][0].split(".")[0]
     for module in [module for module in sys.modules if module.split(".")[0] == top]:
         monkeypatch.delitem(sys.modules, module)
@@ -687,7 +686,7 @@ def test_who_is_absent_says_how_to_install_it(name: str, how: str, monkeypatch: 
     assert row.version == ""
 
 
-def test_who_is_broken_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "quack.cross_entropy", ModuleType("quack.cross_entropy"))
     (row,) = run("forward", CONTENDERS["quack"])
     assert row.status == "absent"
@@ -728,10 +727,10 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.Capt
     ]
     assert {row["status"] for row in rows} == {"timed"}
     for name in ("fastloss", "torch"):
-        mine = [row for row in rows if row["contender"] == name]
+        of_contender = [row for row in rows if row["contender"] == name]
         table = timed_lines_of(out, name)
-        assert [cells[1] for cells in table] == [f"{row['milliseconds']:.4f}" for row in mine]
-        assert [cells[2] for cells in table[:2]] == [f"{row['gigabytes_per_second']:.2f}" for row in mine[:2]]
+        assert [cells[1] for cells in table] == [f"{row['milliseconds']:.4f}" for row in of_contender]
+        assert [cells[2] for cells in table[:2]] == [f"{row['gigabytes_per_second']:.2f}" for row in of_contender[:2]]
     ratios = [row["ratios"]["torch"] for row in rows if row["contender"] == "fastloss"]
     assert [cells[-1] for cells in timed_lines_of(out, "torch")] == [f"{ratio:.3f}" for ratio in ratios]
     assert picture.read_bytes().startswith(PNG)
@@ -762,7 +761,7 @@ def test_a_gpus_rows_have_the_hosts_time_beside_theirs(op: str) -> None:
     assert "host ms: until the call returns" in " ".join(" ".join(lines).split())
 
 
-def test_everybody_is_listed_with_a_version_or_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_contender_is_listed_with_a_version_or_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--op", "sgd", "--shape", "2x30") == 0
     listed = capsys.readouterr().out.partition("sgd, 2 × 30")[0]
     assert f"torch {torch.__version__}" in " ".join(lines_of(listed, "torch-fused")[0])
@@ -938,7 +937,7 @@ def test_the_picture_has_a_panel_for_what_is_comparable(tmp_path: Path) -> None:
     rows = [row for op in ("forward", "host") for row in run(op, CONTENDERS["fastloss"], CONTENDERS["torch"])]
     rows += run("forward", CONTENDERS["torch"], losing("wrong", _wrong_loss), dtype="float32", target="soft")
     panels = plot.panels(rows)
-    assert {name: [row.contender for row in mine] for name, mine in panels.items()} == {
+    assert {name: [row.contender for row in of_panel] for name, of_panel in panels.items()} == {
         "forward, float32, class indices": ["fastloss", "torch"],
         "forward, float32, class probabilities": ["torch"],
     }
@@ -949,10 +948,10 @@ def test_the_picture_has_a_panel_for_what_is_comparable(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- pytest-benchmark
 
 WRONG = """
-from fastloss.bench import workloads
-from fastloss.bench.contenders import CONTENDERS, Contender, Functions
+from fastloss.measuring import inputs
+from fastloss.measuring.contenders import CONTENDERS, Contender, Functions
 
-workloads._ROTATED_BYTES = 1 << 22
+inputs._ROTATED_BYTES = 1 << 22
 
 def wrong(logits, target):
     return logits.new_tensor(3.0)
@@ -974,8 +973,11 @@ def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
-    environment.pop("TRITON_INTERPRET", None)
-    plugins = ["-p", "adds_a_wrong_one", "-p", "no:cacheprovider"]
+    for name in ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
+        environment.pop(name, None)
+    # pytest-benchmark refuses pytest-xdist, whose options the project's own may hold.
+    plugins = ["-o", "addopts=", "-ra", "--import-mode=importlib", "-p", "no:xdist"]
+    plugins += ["-p", "adds_a_wrong_one", "-p", "no:cacheprovider"]
     arguments = ["benchmarks", "--benchmark-only", "--shapes", "tiny", f"--benchmark-json={record}"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *plugins, *arguments, "-k", "(hard or sgd or linear) and not compile"],
@@ -990,7 +992,7 @@ def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
     for name in ("liger", "quack", "quack-linear", "cce", "cce-exact", "flash-attn", "apex", "apex-sgd"):
         assert f"{name} is absent: " in done.stdout or f"{name} is unfit: " in done.stdout
     benchmarks = json.loads(record.read_text(encoding="utf-8"))["benchmarks"]
-    found = {(each["group"], each["extra_info"]["contender"]) for each in benchmarks}
+    timed = {(each["group"], each["extra_info"]["contender"]) for each in benchmarks}
     expected = {
         (str(workload), contender.name)
         for op in OPS
@@ -998,7 +1000,11 @@ def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
         for contender in contenders_of(op)
         if contender.cpu and contender.name != "torch.compile"
     }
-    assert found == expected
+    # A rounding of another package may be wrong on a processor, and is reported; none of ours is.
+    assert timed <= expected
+    for workload_name, name in expected - timed:
+        assert name != "fastloss", workload_name
+        assert f"{name} is wrong: " in done.stdout
     for each in benchmarks:
         info = each["extra_info"]
         assert info["copy_gigabytes_per_second"] > 0

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from fastloss.bench import measure
-from fastloss.bench.clock import EventClock, FullStream, by_the_clock
-from fastloss.bench.contenders import CONTENDERS
 from fastloss.bench.workloads import Shape, Workload
+from fastloss.measuring.clock import EventClock, FullStream, by_the_clock, repeated
+from fastloss.measuring.contenders import CONTENDERS
+from fastloss.measuring.limits import Copy
 
 GPU = torch.device("cuda")
 COPY = 7e-4  # seconds that a copy takes
@@ -66,13 +67,13 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Model:
 @pytest.mark.parametrize(("host", "gpu"), [(9e-4, 4e-4), (4e-4, 9e-4), (3e-4, 1e-5)])
 def test_each_has_its_own_time(model: Model, host: float, gpu: float, calls: int) -> None:
     """Whichever is slower."""
-    step = partial(measure.repeated, partial(model.queue, host, gpu), calls)
+    step = partial(repeated, partial(model.queue, host, gpu), calls)
     times = FullStream(model.copy, GPU)(step)
     assert times.host == pytest.approx(calls * host)
     assert times.device == pytest.approx(calls * gpu)
 
 
-def test_who_waits_for_the_gpu_is_timed_with_the_wait(model: Model) -> None:
+def test_a_call_that_waits_for_the_gpu_is_timed_with_the_wait(model: Model) -> None:
     def step() -> None:
         model.queue(1e-4, 2e-4)
         model.wait()
@@ -120,26 +121,14 @@ def test_blocks_fit_a_queue(model: Model) -> None:
 def test_rows_have_both(model: Model, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     """The host's op has one time, the host's; of linear the limit is three products, timed alike, and no copy is."""
 
-    class Copy:
+    class ModelCopy(Copy):
         step = staticmethod(model.copy)
+        _source = torch.empty(1)
 
         def __init__(self, device: torch.device) -> None:
             assert device == GPU
 
-        gigabytes_per_second = measure.Copy.gigabytes_per_second
-        _source = torch.empty(1)
-
-    class Idle:
-        share = 0.0
-
-        def __enter__(self) -> Idle:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    monkeypatch.setattr(measure, "Copy", Copy)
-    monkeypatch.setattr(measure, "Neighbours", Idle)
+    monkeypatch.setattr(measure, "Copy", ModelCopy)
     steps: dict[str, Callable[[], object]] = {
         "fastloss": partial(model.queue, 5e-4, 4e-4),
         "torch": partial(model.queue, 2e-4, 8e-4),
@@ -161,4 +150,4 @@ def test_rows_have_both(model: Model, monkeypatch: pytest.MonkeyPatch, op: str) 
         assert ours.products_milliseconds == pytest.approx(0.3)
         assert ours.copy_gigabytes_per_second is None
     else:
-        assert ours.copy_gigabytes_per_second == pytest.approx(2 * Copy._source.nbytes / COPY / 1e9)
+        assert ours.copy_gigabytes_per_second == pytest.approx(2 * ModelCopy._source.nbytes / COPY / 1e9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,15 @@ import torch
 
 import fastloss
 from fastloss import demo
-from fastloss.demo import data, language_model, loss_at_scale, measure, optimizer_step, report, training
-from fastloss.demo.contenders import PYTORCH
-from fastloss.demo.loss_at_scale import TIMES, Case
+from fastloss.demo import data, language_model, loss_at_scale, optimizer_step, training
+from fastloss.demo.loss_at_scale import Case
+from fastloss.demo.runs import PYTORCH, largest_difference
+from fastloss.measuring import clock, inputs, machine, reference
 
 if demo.missing_extras():
     pytest.skip('the demo needs pip install "fastloss[demo]"', allow_module_level=True)
+
+from fastloss.measuring.tables import TIMES, bytes_in_words
 
 CPU = torch.device("cpu")
 SMALL = language_model.Size(passages=5, tokens=64, features=4, steps=2)
@@ -70,16 +74,16 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert result.case.size in printed
         for measured in (result.pytorch, result.fastloss):
             assert f"{measured.loss.median * 1e3:.1f} ms" in printed
-            assert f"{measured.errors.gradient:.1e}" in printed
+            assert f"{measured.errors.gradient_norm:.1e}" in printed
     model = outcome.language_model
     assert f"{model.text_bytes / 1e6:.1f} MB of Python's own source" in printed
     for side in (model.pytorch, model.fastloss):
         assert f"{side.losses[0]:.6f}" in printed
         assert f"{side.losses[-1]:.6f}" in printed
         assert f"{side.median_step * 1e3:.1f} ms" in printed
-        assert report.bytes_in_words(side.peak_bytes) in printed
+        assert bytes_in_words(side.peak_bytes) in printed
     saved = next(line for line in printed.splitlines() if "memory saved" in line)
-    assert report.bytes_in_words(model.saved_bytes) in saved
+    assert bytes_in_words(model.saved_bytes) in saved
     for compared in outcome.optimizer.compared:
         assert compared.name in printed
         for seconds, error in zip(compared.seconds, compared.errors, strict=True):
@@ -99,7 +103,7 @@ def test_the_split_is_real_stratified_and_disjoint(split: data.Split) -> None:
 
 def test_both_runs_learn_and_agree(short: training.Training) -> None:
     assert short.pytorch.losses[0] == pytest.approx(short.fastloss.losses[0], abs=1e-6)
-    assert short.largest_difference < 1e-4
+    assert largest_difference(short.pytorch, short.fastloss) < 1e-4
     assert short.equal_predictions >= 0.99 * short.held_out
     for run in (short.pytorch, short.fastloss):
         assert run.epoch_losses[-1] < 0.8 * run.epoch_losses[0]
@@ -139,28 +143,28 @@ def test_the_loss_alone_is_checked_against_float64(case: Case) -> None:
     ulp = torch.finfo(case.dtype).eps
     for measured in (result.pytorch, result.fastloss):
         assert measured.accuracy == pytest.approx(result.accuracy, abs=1e-7)
-        assert 0 < measured.errors.gradient < 4 * ulp
+        assert 0 < measured.errors.gradient_norm < 4 * ulp
         assert measured.errors.loss < 4 * ulp
-    assert result.fastloss.errors.gradient <= result.pytorch.errors.gradient + ulp / 8
+    assert result.fastloss.errors.gradient_norm <= result.pytorch.errors.gradient_norm + ulp / 8
     assert 0.2 < result.accuracy < 0.9  # there are right rows and wrong ones
 
 
 def test_the_reference_finds_a_wrong_gradient() -> None:
-    logits, target = loss_at_scale.random_logits(CASES[0], CPU, seed=0)
-    right = loss_at_scale._Result.of(PYTORCH, logits, target)
-    wrong = right._replace(loss=2 * right.loss, gradient=2 * right.gradient)
-    _, errors = loss_at_scale._against_float64([right, wrong], logits, target)
-    assert max(errors[0]) < 1e-5
-    assert errors[1] == pytest.approx((1, 1), abs=1e-5)
+    made = inputs.loss_inputs(*CASES[0], CPU, seed=0)
+    right = reference.operation(PYTORCH, "forward+backward")(*made)
+    wrong = right._replace(loss=2 * right.loss, gradients=(2 * right.gradients[0],))
+    errors = reference.LossReference(made).errors(right, wrong)
+    assert max(errors[0].loss, errors[0].gradient_norm) < 1e-5
+    assert (errors[1].loss, errors[1].gradient_norm) == pytest.approx((1, 1), abs=1e-5)
 
 
 def test_logits_are_random_and_follow_the_seed() -> None:
-    first, target = loss_at_scale.random_logits(CASES[0], CPU, seed=0)
-    again, _ = loss_at_scale.random_logits(CASES[0], CPU, seed=0)
-    other, _ = loss_at_scale.random_logits(CASES[0], CPU, seed=1)
+    first, target = inputs.loss_inputs(*CASES[0], CPU, seed=0)
+    again, _ = inputs.loss_inputs(*CASES[0], CPU, seed=0)
+    other, _ = inputs.loss_inputs(*CASES[0], CPU, seed=1)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert first.detach().std() == pytest.approx(loss_at_scale.SPREAD, rel=0.1)
+    assert first.detach().std() == pytest.approx(inputs.SPREAD, rel=0.1)
     assert target.unique().numel() > 32
 
 
@@ -175,10 +179,10 @@ def test_the_text_is_pythons_own_source() -> None:
 def test_the_language_model_learns_and_needs_no_logits() -> None:
     shares: list[float] = []
     size = SMALL._replace(steps=5)
-    result = language_model.train_language_model(CPU, size=size, seed=1, tell=shares.append)
+    result = language_model.train_language_model(CPU, size=size, seed=1, progress=shares.append)
     logits = size.rows * language_model.CLASSES * 4
     assert shares == [0.2, 0.4, 0.6, 0.8, 1.0]
-    assert result.largest_difference < 1e-4
+    assert largest_difference(result.pytorch, result.fastloss) < 1e-4
     for side in (result.pytorch, result.fastloss):
         assert len(side.losses) == len(side.seconds) == 5
         assert side.losses[0] == pytest.approx(math.log(language_model.CLASSES), abs=0.1)
@@ -198,10 +202,10 @@ def test_the_same_seed_gives_the_same_language_model() -> None:
 
 
 def test_the_optimizers_tensors_are_a_resnet50s() -> None:
-    shapes = optimizer_step.resnet50_shapes()
+    shapes = inputs.resnet50_shapes()
     assert len(shapes) == 161
     assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032  # torchvision's resnet50
-    assert len(optimizer_step.resnet50_shapes(8)) == 161
+    assert len(inputs.resnet50_shapes(8)) == 161
 
 
 def test_the_optimizers_width_shrinks_with_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +217,7 @@ def test_the_optimizers_width_shrinks_with_the_memory(monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_the_optimizers_step_is_checked_against_float64() -> None:
     shares: list[float] = []
-    result = optimizer_step.compare_steps(CPU, width=8, seed=3, budget=1e-9, tell=shares.append)
+    result = optimizer_step.compare_steps(CPU, width=8, budget=1e-9, progress=shares.append)
     assert (result.tensors, result.rounds, shares[-1]) == (161, 5, 1.0)
     assert [each.clipped for each in result.compared] == [False, False, True, True]
     for each in result.compared:
@@ -223,12 +227,14 @@ def test_the_optimizers_step_is_checked_against_float64() -> None:
 
 def test_the_reference_of_the_optimizer_finds_a_wrong_step(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = [(100, 100), (8,)]  # norm 5
-    right = optimizer_step._errors(shapes, CPU, seed=0)
-    assert max(right.values()) < torch.finfo(torch.float32).eps
+    right = optimizer_step._errors(shapes, CPU)
+    assert max(right) < torch.finfo(torch.float32).eps
     monkeypatch.setattr(fastloss.SGD, "_max_norm", lambda self: None)  # clips no more
-    wrong = optimizer_step._errors(shapes, CPU, seed=0)
-    assert wrong["clipped fastloss"] > 100 * right["clipped fastloss"]
-    assert wrong["fastloss"] == right["fastloss"]
+    wrong = optimizer_step._errors(shapes, CPU)
+    names = [(name, clipped) for name, clipped, _ in optimizer_step._optimizers(CPU)]
+    ours, ours_clipped = names.index(("fastloss", False)), names.index(("fastloss", True))
+    assert wrong[ours_clipped] > 100 * right[ours_clipped]
+    assert wrong[ours] == right[ours]
 
 
 def test_cases_shrink_with_the_memory() -> None:
@@ -249,34 +255,34 @@ def test_peak_bytes_is_what_is_held_at_one_time() -> None:
     def both() -> object:
         return torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
 
-    assert measure.peak_bytes(one_after_the_other, CPU) == size
-    assert measure.peak_bytes(both, CPU) == 2 * size
-    assert measure.peak_bytes(lambda: None, CPU) == 0
+    assert machine.peak_bytes(one_after_the_other, CPU) == size
+    assert machine.peak_bytes(both, CPU) == 2 * size
+    assert machine.peak_bytes(lambda: None, CPU) == 0
 
 
 def test_peak_bytes_of_a_known_step() -> None:
     """PyTorch's own loss holds its log-softmax, the gradient of that and the gradient: thrice the logits."""
     logits = torch.randn(256, 2048, requires_grad=True)
     target = torch.randint(2048, (256,))
-    step, _ = loss_at_scale._steps(PYTORCH, logits, target)
-    assert measure.peak_bytes(step, CPU) == pytest.approx(3 * logits.nbytes, rel=0.01)
+    step = partial(reference.operation(PYTORCH, "forward+backward"), logits, target)
+    assert machine.peak_bytes(step, CPU) == pytest.approx(3 * logits.nbytes, rel=0.01)
 
 
 def test_interleaved_goes_forth_and_back() -> None:
     order: list[str] = []
     shares: list[float] = []
     steps = [lambda: order.append("a"), lambda: order.append("b")]
-    times = measure.interleaved(steps, CPU, budget=1e-9, least=3, tell=shares.append)
+    times = clock.in_turns(steps, partial(clock.seconds, device=CPU), budget=1e-9, least=3, progress=shares.append)
     assert "".join(order) == "abbaab"
     assert [len(each) for each in times] == [3, 3]
     assert all(second > 0 for each in times for second in each)
     assert shares[-1] == 1.0
 
 
-def test_neighbours_is_a_share() -> None:
-    with measure.Neighbours() as neighbours:
-        torch.randn(512, 512).softmax(1)
-    assert 0 <= neighbours.share <= 1
+def test_other_programs_take_a_share() -> None:
+    others = machine.OtherPrograms()
+    torch.randn(512, 512).softmax(1)
+    assert 0 <= others.share() <= 1
 
 
 @pytest.mark.parametrize(
@@ -288,7 +294,7 @@ def test_neighbours_is_a_share() -> None:
         (1.0, 1.04, "the same"),
     ],
 )
-def test_the_picture_says_who_is_faster(pytorch: float, fastloss: float, words: str) -> None:
+def test_the_picture_names_the_faster_side(pytorch: float, fastloss: float, words: str) -> None:
     from fastloss.demo import picture
 
     assert picture._verdict(pytorch, fastloss, better="faster", worse="slower")[0] == words

@@ -232,10 +232,13 @@ def test_fastloss_works_without_triton(triton: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- who imports whom
 
 # Imports run down this list: a room (a folder of the package, or a file beside them) imports only rooms below it.
-ROOMS = ("__main__", "bench", "demo", "info", "__init__", "modules", "metrics", "linear", "loss", "optim")
-ROOMS += ("checks", "ranks", "kernels", "backends", "_layout", "torch_private")
-# The same for the files of a room. Kernels, bench and demo have no order.
+ROOMS = ("__main__", "bench", "demo", "measuring", "info", "__init__", "modules", "metrics", "linear", "loss")
+ROOMS += ("optim", "checks", "ranks", "kernels", "backends", "_layout", "torch_private")
+# The same for the files of a room. Kernels have no order.
 FILES = {
+    "bench": ("plot", "report", "measure", "workloads"),
+    "demo": ("picture", "report", "training", "language_model", "loss_at_scale", "optimizer_step", "data", "runs"),
+    "measuring": ("sgd", "reference", "contenders", "inputs", "limits", "clock", "machine", "pictures", "tables"),
     "loss": ("statistics", "functional", "routes", "sharded", "row_numbers", "compiled", "autograd", "composite"),
     "linear": ("functional", "sharded", "compiled", "autograd", "chunks", "arguments"),
     "metrics": ("accuracy", "standalone"),

@@ -28,9 +28,9 @@ from torch.utils.checkpoint import checkpoint
 import fastloss
 from fastloss import LinearCrossEntropyLoss, linear_cross_entropy, linear_cross_entropy_with_accuracy
 from fastloss.backends.contract import LossOptions
-from fastloss.demo.measure import peak_bytes
 from fastloss.linear import chunks as linear_chunks
 from fastloss.linear.chunks import LinearOptions, Needs, rows_of_chunk
+from fastloss.measuring.machine import peak_bytes
 
 pytestmark = pytest.mark.backend_agnostic
 

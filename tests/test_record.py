@@ -283,7 +283,7 @@ def test_the_readme_shows_the_hosts_times_where_a_record_has_them(tables: Any, t
 def test_a_records_lines_have_as_many_cells(record: Any, op: str) -> None:
     """Whatever became of a contender, of every operation; a GPU's time and the host's."""
     workloads, measure = (importlib.import_module(f"fastloss.bench.{name}") for name in ("workloads", "measure"))
-    contender = importlib.import_module("fastloss.bench.contenders").CONTENDERS["fastloss"]
+    contender = importlib.import_module("fastloss.measuring.contenders").CONTENDERS["fastloss"]
     workload = workloads.Workload(op, workloads.Shape(8, 9, 4), torch.bfloat16)
     row = measure.Row.of(workload, contender, "wrong", "by a | b")
     timed = dataclasses.replace(row, status="timed", milliseconds=1.5, host_milliseconds=0.25, peak_bytes=5)

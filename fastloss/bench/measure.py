@@ -1,16 +1,14 @@
-"""One workload: who can't take part and why, who is wrong, and what the others take.
+"""One workload: why contenders can't take part, which are wrong, and the times and memory of the others.
 
-Contenders take turns, with a device copy among them (beside linear_cross_entropy three bare products), so that a
-busy moment hits all alike and the limit that they are held against is that of the same seconds. A turn is a block
-of calls: on a CPU as many as settle the C library's allocator, on a GPU no more than its stream's queue holds. How a
-GPU's time is told from the host's is in :mod:`.clock`.
+Contenders take turns, and a device copy with them (with linear_cross_entropy three bare products), so that a busy
+moment hits all alike and the limit is that of the same seconds. A turn is a block of calls.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,32 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..demo.loss_at_scale import COPIES
-from ..demo.measure import Neighbours, Step, free_bytes, in_turns, peak_bytes
-from . import linear
-from .check import Exact, copies, errors_of_reference, in_words, is_out_of_memory, operation, verdict
-from .clock import Clock, FullStream, by_the_clock
-from .contenders import OURS, Contender
-from .optimizer import Kind, deviations, ready
-from .workloads import Shape, Workload, make_inputs, make_linear_inputs
+from ..measuring.clock import Clock, FullStream, Progress, Step, Times, block_size, by_the_clock, in_turns, repeated
+from ..measuring.contenders import SGD_OPTIONS, Contender
+from ..measuring.limits import Copy, Products
+from ..measuring.machine import OtherPrograms, first_line, free_bytes, is_out_of_memory, peak_bytes
+from ..measuring.reference import errors_of_eager, operation, verdict
+from ..measuring.sgd import ready_step, step_errors
+from .workloads import Workload
 
-__all__ = ["Copy", "Prepared", "Row", "block_of", "clock_of", "measure", "prepare", "repeated"]
+Check = Callable[[Contender], Callable[[], Step]]  # returns a maker of the step if the contender is right
 
-Tell = Callable[[float], None]
-
-_BLOCK_SECONDS = {"cuda": 5e-3, "cpu": 2e-2}
-_LARGEST_BLOCK = {"cuda": 20, "cpu": 10}
 _HOST_BLOCK = 20
-_COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 _CHECKED_PARAMETERS = 1 << 22  # of an optimizer; the first tensors
+_LOGITS_COPIES = 6  # of the logits' size: plain PyTorch's backward on a CPU, and some room
 _SGD_SETS = 3  # parameters, gradients and momentum of each contender
-_EXACT_SGD_BYTES = 60  # an element of one tensor: what the check against float64 holds at a time
+_EXACT_SGD_BYTES = 80  # an element of one tensor: what the check against float64 holds at a time
 _LINEAR_BYTES = 24  # an element of hidden states and head: two of float64, two of float32
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one workload: what it took, or why there is nothing to say."""
+    """One contender in one workload: its numbers, or why it has none."""
 
     op: str
     shape: str
@@ -67,8 +60,8 @@ class Row:
     peak_bytes: int | None = None  # beyond the inputs (of "linear" their gradients too), or parameters and state
     turns: int = 0
     calls_a_turn: int = 0
-    others_share: float | None = None  # of the CPUs' time, that went to other programs meanwhile
-    ratios: dict[str, float] = field(default_factory=dict)  # this one's time over another's
+    others_share: float | None = None  # of the CPUs' time, that other programs took meanwhile
+    ratios: dict[str, float] = field(default_factory=dict)  # this contender's time over another's
     features: int = 0  # of "linear", as all that follows
     teraflops: float | None = None  # the three products' operations over the time
     products_milliseconds: float | None = None  # of three bare products in the same turns
@@ -76,57 +69,52 @@ class Row:
 
     @classmethod
     def of(cls, workload: Workload, contender: Contender, status: str, reason: str = "") -> Row:
-        target = "" if workload.op in ("sgd", "linear") else workload.target
-        return cls(
-            workload.op,
-            str(workload.shape),
-            *workload.shape[:2],
-            workload.dtype_name,
-            target,
-            contender.name,
-            contender.version(),
-            status,
-            reason,
-            contender.note if contender.name != OURS else "",
-            workload.moved_bytes,
-            features=workload.shape.features,
-        )
+        """Return a row without numbers."""
+        op, (rows, classes, features), dtype = workload.op, workload.shape, workload.dtype_name
+        target, note = "" if op in ("sgd", "linear") else workload.target, contender.note
+        about = (op, str(workload.shape), rows, classes, dtype, target, contender.name, contender.version())
+        return cls(*about, status, reason, note, workload.moved_bytes, features=features)
 
     @property
     def timed(self) -> bool:
+        """True if the row has a time."""
         return self.status == "timed"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields, for JSON."""
         return asdict(self)
-
-
-class Copy:
-    """A device copy: the bandwidth that everything is held against."""
-
-    def __init__(self, device: torch.device) -> None:
-        size = min(_COPIED_BYTES.get(device.type, 1 << 27), free_bytes(device) // 8)
-        self._source = torch.ones(max(size, 1 << 20), dtype=torch.uint8, device=device)
-        self._target = torch.zeros_like(self._source)
-
-    def step(self) -> Tensor:
-        return self._target.copy_(self._source)
-
-    def gigabytes_per_second(self, times: Sequence[float]) -> float:
-        """Read and written, at the median of the times in seconds."""
-        return 2 * self._source.nbytes / statistics.median(times) / 1e9
 
 
 @dataclass
 class Prepared:
-    """A workload with everybody who was found right, ready to be timed; the others have their rows."""
+    """A workload with its right contenders, ready to be timed; the others have their rows."""
 
     workload: Workload
     device: torch.device
     steps: dict[str, Step] = field(default_factory=dict)  # one call each
     peaks: dict[str, int | None] = field(default_factory=dict)
-    rows: dict[str, Row] = field(default_factory=dict)  # of those that are not to be timed, or have been
-    products: Callable[[], linear.Products] | None = None  # makes the limit of "linear"
+    rows: dict[str, Row] = field(default_factory=dict)  # of contenders that are not to be timed, or have been
+    products: Callable[[], Products] | None = None  # makes the limit of "linear"
+
+    def refuse(self, contender: Contender, status: str, reason: str) -> None:
+        """Give a contender a row without numbers."""
+        self.rows[contender.name] = Row.of(self.workload, contender, status, reason)
+
+    @contextlib.contextmanager
+    def failing(self, contenders: Iterable[Contender], full: str = "out of memory") -> Iterator[None]:
+        """Turn an error into rows of the contenders that name it."""
+        try:
+            yield
+        except Exception as error:
+            status, reason = (full if is_out_of_memory(error) else "failed"), first_line(error)
+            if isinstance(error, WrongResultError):
+                status, reason = "wrong", str(error)
+            for contender in contenders:
+                self.refuse(contender, status, reason)
+
+
+class WrongResultError(Exception):
+    """A contender's result is further from float64 than the rule allows."""
 
 
 def measure(
@@ -136,23 +124,23 @@ def measure(
     *,
     budget: float,
     seed: int = 0,
-    tell: Tell = lambda share: None,
+    progress: Progress = lambda share: None,
 ) -> list[Row]:
-    """Check every contender, then time those that are right; a row for each, in their order.
+    """Check every contender, then time those that are right; return a row for each, in their order.
 
     Args:
-        workload: what is measured.
-        contenders: who is asked.
-        device: where.
+        workload: the operation and its shape.
+        contenders: the contenders, whether they can serve or not.
+        device: the device.
         budget: seconds of timing; there are at least five turns.
         seed: of the inputs.
-        tell: hears the share of the timing that is done.
+        progress: called with the share of the timing that is done.
     """
     try:
         prepared = prepare(workload, contenders, device, seed=seed)
         if prepared.steps:
-            _time(prepared, contenders, budget, tell)
-        return [prepared.rows[each.name] for each in contenders]
+            _time(prepared, contenders, budget, progress)
+        return [prepared.rows[contender.name] for contender in contenders]
     finally:
         gc.collect()
         if device.type == "cuda":
@@ -164,29 +152,90 @@ def prepare(workload: Workload, contenders: Sequence[Contender], device: torch.d
     prepared = Prepared(workload, device)
     candidates = []
     for contender in contenders:
-        absence = contender.absence()
-        obstacle = contender.obstacle(workload, device)
-        if absence is not None:
+        obstacle = contender.obstacle(workload.op, workload.dtype, device, soft=workload.soft)
+        if (absence := contender.absence()) is not None:
             unfit = f"; {contender.unfit}" if contender.unfit and workload.op not in contender.ops else ""
-            prepared.rows[contender.name] = Row.of(workload, contender, "absent", absence + unfit)
+            prepared.refuse(contender, "absent", absence + unfit)
         elif obstacle is not None:
-            prepared.rows[contender.name] = Row.of(workload, contender, "unfit", obstacle)
+            prepared.refuse(contender, "unfit", obstacle)
         else:
             candidates.append(contender)
-    if not candidates:
-        return prepared
     needed, free = _least_bytes(workload, len(candidates), device), free_bytes(device)
-    if needed > free:
-        words = f"needs {needed / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free on {device}"
-        prepared.rows.update({each.name: Row.of(workload, each, "too large", words) for each in candidates})
+    if candidates and needed <= free:
+        _prepare_steps(prepared, candidates, seed)
         return prepared
-    prepare_each = {"sgd": _prepare_sgd, "linear": _prepare_linear}.get(workload.op, _prepare_loss)
-    prepare_each(prepared, candidates, seed)
+    for contender in candidates:
+        words = f"needs {needed / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free on {device}"
+        prepared.refuse(contender, "too large", words)
     return prepared
 
 
+def _prepare_steps(prepared: Prepared, candidates: Sequence[Contender], seed: int) -> None:
+    workload = prepared.workload
+    check: Check | None = None
+    makers: dict[Contender, Callable[[], Step]] = {}
+    with prepared.failing(candidates, "too large"):
+        check = _sgd_check(prepared) if workload.op == "sgd" else _loss_check(prepared, seed)
+    for contender in candidates if check is not None else ():
+        with prepared.failing([contender]):
+            makers[contender] = check(contender)
+    del check  # whose reference is large for "linear"; the contenders' peaks need its memory
+    for contender, make in makers.items():
+        with prepared.failing([contender]):
+            step = make()
+            step()
+            peak = None if workload.op == "host" else peak_bytes(step, prepared.device) - workload.gradient_bytes
+            prepared.peaks[contender.name], prepared.steps[contender.name] = peak, step
+
+
+def _loss_check(prepared: Prepared, seed: int) -> Check:
+    workload, is_linear = prepared.workload, prepared.workload.op == "linear"
+    inputs: list[Any] = list(workload.inputs(prepared.device, seed))
+    exact = workload.reference(inputs[0])
+    allowed = errors_of_eager(
+        inputs[0],
+        workload.op,
+        lambda first: exact if first is inputs[0] else workload.reference(first),
+        workload.upstream,
+    )
+    if is_linear:
+        prepared.products = partial(Products, *inputs[0][:2])
+
+    def check(contender: Contender) -> Callable[[], Step]:
+        call = operation(contender.load(), workload.op, workload.upstream)
+        overwrites = contender.overwrites and not is_linear
+        (errors,) = exact.errors(call(*(inputs[0].copy() if overwrites else inputs[0])))
+        if (wrong := verdict(errors, allowed, workload.dtype)) is not None:
+            raise WrongResultError(wrong)
+        return lambda: partial(
+            _next_call, call, itertools.cycle([each.copy() for each in inputs] if overwrites else inputs)
+        )
+
+    return check
+
+
+def _next_call(call: Callable[..., object], following: Iterator[Iterable[Tensor]]) -> None:
+    """Drop the result at the end, as training does: each call takes its memory anew."""
+    call(*next(following))
+
+
+def _sgd_check(prepared: Prepared) -> Check:
+    (tensors, elements, _), dtype, device = prepared.workload.shape, prepared.workload.dtype, prepared.device
+    shapes = [(elements,)] * tensors
+
+    def check(contender: Contender) -> Callable[[], Step]:
+        sgd: Any = contender.load().sgd
+        make = partial(sgd, **SGD_OPTIONS)
+        (errors,) = step_errors([make], shapes[: max(1, _CHECKED_PARAMETERS // elements)], dtype, device)
+        if not errors.of_rounding <= 1.0:
+            raise WrongResultError(f"parameters off by {errors.of_rounding:.3g} x what rounding explains")
+        return partial(ready_step, make, shapes, dtype, device)
+
+    return check
+
+
 def clock_of(workload: Workload, device: torch.device) -> tuple[Copy | None, Clock]:
-    """What takes the times, and a copy that is run for it or for the limit."""
+    """Return the clock of a workload, and the copy that it or the limit needs."""
     if workload.op == "host" or device.type != "cuda":  # the host's time is that until a call returns
         return (Copy(device) if workload.moved_bytes else None), by_the_clock
     copy = Copy(device)
@@ -194,172 +243,60 @@ def clock_of(workload: Workload, device: torch.device) -> tuple[Copy | None, Clo
 
 
 def block_of(step: Step, clock: Clock, device: torch.device, op: str = "") -> int:
-    """How many calls a turn has."""
-    if op == "host":
-        return _HOST_BLOCK
-    longest = _LARGEST_BLOCK.get(device.type, 1)
-    fastest = min(clock(step).device for _ in range(3))
-    wanted = _BLOCK_SECONDS.get(device.type, 0.0) / max(fastest, 1e-9)
-    return max(1, min(longest, math.ceil(wanted)))
+    """Return how many calls make a turn."""
+    return _HOST_BLOCK if op == "host" else block_size(step, clock, device)
 
 
 def _least_bytes(workload: Workload, contenders: int, device: torch.device) -> int:
-    """On a CPU what all of it may take, since no error comes there when memory runs out; on a GPU what it must."""
-    size = workload.shape.numel * workload.dtype.itemsize
+    """Return the bytes that a workload needs: at least on a GPU, at most on a CPU, where running out is no error."""
+    logits = workload.nbytes * (_LOGITS_COPIES if device.type == "cpu" else workload.differentiates)
     if workload.op == "sgd":
-        return _SGD_SETS * contenders * size + _EXACT_SGD_BYTES * workload.shape.classes
-    if workload.op == "linear":  # its exact gradients in float64 and their terms; on a CPU eager PyTorch's logits
-        gradients = workload.gradient_bytes // workload.dtype.itemsize
-        logits = COPIES * size if device.type == "cpu" else size
-        return workload.input_bytes + _LINEAR_BYTES * gradients + logits
-    return workload.input_bytes + (COPIES if device.type == "cpu" else workload.differentiates) * size
+        return _SGD_SETS * contenders * workload.nbytes + _EXACT_SGD_BYTES * workload.shape.classes
+    if workload.op == "linear":  # with the exact gradients in float64 and their terms
+        logits += _LINEAR_BYTES * workload.gradient_bytes // workload.dtype.itemsize
+    return workload.input_bytes + logits
 
 
-def _prepare_loss(prepared: Prepared, candidates: Sequence[Contender], seed: int) -> None:
-    workload, device = prepared.workload, prepared.device
-    try:
-        inputs = make_inputs(workload, device, seed)
-        exact, reference = Exact(workload, inputs[0]), errors_of_reference(workload, inputs[0])
-    except Exception as error:
-        rows = {each.name: _failed(workload, each, error, "too large") for each in candidates}
-        prepared.rows.update(rows)
-        return
-    for contender in candidates:
-        try:
-            call = operation(contender.load(), workload)
-            judged = copies(inputs[:1])[0] if contender.overwrites else inputs[0]
-            wrong = verdict(exact.errors(call(*judged)), reference, workload)
-            if wrong is not None:
-                prepared.rows[contender.name] = Row.of(workload, contender, "wrong", wrong)
-                continue
-            own = copies(inputs) if contender.overwrites else inputs
-            step = partial(_next_call, call, itertools.cycle(own))
-            step()
-            prepared.peaks[contender.name] = None if workload.op == "host" else peak_bytes(step, device)
-            prepared.steps[contender.name] = step
-        except Exception as error:
-            prepared.rows[contender.name] = _failed(workload, contender, error)
-
-
-def _next_call(call: Callable[..., object], following: Iterator[Iterable[Tensor]]) -> None:
-    """The result is dropped at the end, as it is in training: each call takes its memory anew."""
-    call(*next(following))
-
-
-def _prepare_linear(prepared: Prepared, candidates: Sequence[Contender], seed: int) -> None:
-    workload, device = prepared.workload, prepared.device
-    try:
-        inputs = make_linear_inputs(workload, device, seed)
-        exact = linear.Exact(workload, inputs[0])
-        reference = linear.errors_of_reference(workload, inputs[0], exact)
-    except Exception as error:
-        rows = {each.name: _failed(workload, each, error, "too large") for each in candidates}
-        prepared.rows.update(rows)
-        return
-    calls = {}
-    for contender in candidates:
-        try:
-            loss = contender.load().linear
-            assert loss is not None
-            call = linear.operation(loss, workload)
-            wrong = verdict(exact.errors(call(*inputs[0])), reference, workload)
-            if wrong is not None:
-                prepared.rows[contender.name] = Row.of(workload, contender, "wrong", wrong)
-                continue
-            calls[contender.name] = call
-        except Exception as error:
-            prepared.rows[contender.name] = _failed(workload, contender, error)
-    del exact  # large, and in the way of those that follow
-    prepared.products = partial(linear.Products, workload, inputs[0])
-    for contender in candidates:
-        if contender.name not in calls:
-            continue
-        try:
-            step: Step = partial(_next_call, calls[contender.name], itertools.cycle(inputs))
-            step()
-            prepared.peaks[contender.name] = peak_bytes(step, device) - workload.gradient_bytes
-            prepared.steps[contender.name] = step
-        except Exception as error:
-            prepared.rows[contender.name] = _failed(workload, contender, error)
-
-
-def _prepare_sgd(prepared: Prepared, candidates: Sequence[Contender], seed: int) -> None:
-    workload, device = prepared.workload, prepared.device
-    kind = Kind(workload.dtype, device)
-    tensors, elements = workload.shape[:2]
-    checked = Shape(min(tensors, max(1, _CHECKED_PARAMETERS // elements)), elements)
-    for contender in candidates:
-        try:
-            make = contender.load().optimizer
-            assert make is not None
-            (off,) = deviations([make], _vectors(checked), kind)
-            if not off <= 1.0:
-                words = f"parameters off by {off:.3g} x what rounding explains"
-                prepared.rows[contender.name] = Row.of(workload, contender, "wrong", words)
-                continue
-            step = ready(make, _vectors(workload.shape), kind)
-            prepared.peaks[contender.name] = peak_bytes(step, device)
-            prepared.steps[contender.name] = step
-        except Exception as error:
-            prepared.rows[contender.name] = _failed(workload, contender, error)
-
-
-def _vectors(shape: Shape) -> list[tuple[int, ...]]:
-    return [(shape.classes,)] * shape.rows
-
-
-def _failed(workload: Workload, contender: Contender, error: Exception, full: str = "out of memory") -> Row:
-    return Row.of(workload, contender, full if is_out_of_memory(error) else "failed", in_words(error))
-
-
-def _time(prepared: Prepared, contenders: Sequence[Contender], budget: float, tell: Tell) -> None:
-    """Adds the rows of those that are ready; if one breaks down now, nobody's turns can be compared."""
+def _time(prepared: Prepared, contenders: Sequence[Contender], budget: float, progress: Progress) -> None:
+    """Add the rows of the contenders that are ready; if one fails now, no contender's turns can be compared."""
     ready = [contender for contender in contenders if contender.name in prepared.steps]
-    try:
-        rows = _timed(prepared, ready, budget, tell)
-    except Exception as error:
-        rows = {each.name: _failed(prepared.workload, each, error) for each in ready}
-    prepared.rows.update(rows)
+    with prepared.failing(ready):
+        prepared.rows.update(_timed(prepared, ready, budget, progress))
 
 
-def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, tell: Tell) -> dict[str, Row]:
-    workload, device = prepared.workload, prepared.device
-    steps = prepared.steps
+def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, progress: Progress) -> dict[str, Row]:
+    workload, device, steps = prepared.workload, prepared.device, prepared.steps
     copy, clock = clock_of(workload, device)
     blocks = {name: block_of(step, clock, device, workload.op) for name, step in steps.items()}
     turns: list[Step] = [partial(repeated, step, blocks[name]) for name, step in steps.items()]
     products = prepared.products() if prepared.products else None
-    if not workload.moved_bytes:
-        copy = None  # which is no limit of it
-    limits = [limit.step for limit in (copy, products) if limit is not None]
-    for step in limits:
-        step()
-    with Neighbours() as neighbours:
-        times = in_turns([*turns, *limits], clock, budget=max(budget, 1e-6), tell=tell)
-    seconds = [[each.device for each in mine] for mine in times]
-    copied = copy.gigabytes_per_second(seconds[-1]) if copy else None
-    bare = statistics.median(seconds[-1]) if products else None
-    medians = {name: statistics.median(mine) / blocks[name] for name, mine in zip(steps, seconds, strict=False)}
-    hosts = {}
-    for name, mine in zip(steps, times, strict=False):
-        found = [each.host for each in mine if each.host is not None]
-        hosts[name] = 1e3 * statistics.median(found) / blocks[name] if found else None
+    limit = products or (copy if workload.moved_bytes else None)
+    if limit is not None:
+        limit.step()
+        turns.append(limit.step)
+    others = OtherPrograms()
+    times = in_turns(turns, clock, budget=max(budget, 1e-6), progress=progress)
+    others_share = others.share()
+    copied = copy.gigabytes_per_second(_median(times[-1])) if copy and limit is copy else None
+    bare = _median(times[-1]) if products else None
+    medians = {name: _median(turn) / blocks[name] for name, turn in zip(steps, times, strict=False)}
     rows = {}
-    for contender in contenders:
-        median = medians[contender.name]
+    for contender, turn in zip(contenders, times, strict=False):  # which are in the order of the steps
+        name, median = contender.name, medians[contender.name]
+        hosts = [each.host for each in turn if each.host is not None]
         speed = workload.moved_bytes / median / 1e9 if workload.moved_bytes else None
-        rows[contender.name] = replace(
+        rows[name] = replace(
             Row.of(workload, contender, "timed"),
             milliseconds=1e3 * median,
-            host_milliseconds=hosts[contender.name],
+            host_milliseconds=1e3 * statistics.median(hosts) / blocks[name] if hosts else None,
             gigabytes_per_second=speed,
             share_of_copy=speed / copied if speed and copied else None,
             copy_gigabytes_per_second=copied,
-            peak_bytes=prepared.peaks[contender.name],
-            turns=len(times[0]),
-            calls_a_turn=blocks[contender.name],
-            others_share=neighbours.share,
-            ratios={other: median / theirs for other, theirs in medians.items() if other != contender.name},
+            peak_bytes=prepared.peaks[name],
+            turns=len(turn),
+            calls_a_turn=blocks[name],
+            others_share=others_share,
+            ratios={other: median / theirs for other, theirs in medians.items() if other != name},
             teraflops=workload.operations / median / 1e12 if workload.operations else None,
             products_milliseconds=1e3 * bare if bare else None,
             times_products=median / bare if bare else None,
@@ -367,6 +304,5 @@ def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, t
     return rows
 
 
-def repeated(step: Step, block: int) -> None:
-    for _ in range(block):
-        step()
+def _median(turns: Sequence[Times]) -> float:
+    return statistics.median(times.device for times in turns)

@@ -6,17 +6,15 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..demo.picture import FAINT, FASTLOSS, STYLE, title
-from .contenders import CONTENDERS, OURS
+from ..measuring.contenders import CONTENDERS, OURS
+from ..measuring.pictures import FAINT, FASTLOSS, STYLE, title
 from .measure import Row
-
-__all__ = ["draw", "panels"]
 
 COLUMNS = 2
 OTHERS = ("#f2a65a", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf")
@@ -30,16 +28,15 @@ def draw(rows: Sequence[Row], path: Path, *, caption: str) -> bool:
     with matplotlib.rc_context(STYLE):
         lines = math.ceil(len(parts) / COLUMNS)
         figure = Figure(figsize=(15, 1.2 + 4.6 * lines), dpi=110, facecolor="white", layout="constrained")
-        FigureCanvasAgg(figure)
-        for number, (name, mine) in enumerate(parts.items()):
-            _draw_panel(figure.add_subplot(lines, min(COLUMNS, len(parts)), number + 1), name, mine)
+        for number, (name, of_panel) in enumerate(parts.items(), 1):
+            _draw_panel(figure.add_subplot(lines, min(COLUMNS, len(parts)), number), name, of_panel)
         figure.supxlabel(caption, fontsize=9.5, color=FAINT)
         figure.savefig(path, format="png")
     return True
 
 
 def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows that have a speed, by what makes them comparable."""
+    """Return the rows that have a speed, by operation, dtype and target, which make them comparable."""
     parts: dict[str, list[Row]] = {}
     for row in rows:
         if row.gigabytes_per_second is not None:
@@ -49,26 +46,17 @@ def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _draw_panel(axes: Axes, name: str, rows: Sequence[Row]) -> None:
-    """For each V the shape with the most rows."""
+    """Draw for each V the shape with the most rows."""
+    others = [other for other in CONTENDERS if other != OURS]
     for contender in dict.fromkeys(row.contender for row in rows):
-        best: dict[int, Row] = {}
-        for row in rows:
-            if row.contender == contender and row.rows >= best.get(row.classes, row).rows:
-                best[row.classes] = row
-        points = sorted((v, row.gigabytes_per_second or 0.0) for v, row in best.items())
-        ours = contender == OURS
-        axes.plot(
-            [v for v, _ in points],
-            [speed for _, speed in points],
-            marker="o",
-            label=contender,
-            linewidth=2.6 if ours else 1.6,
-            color=_color(contender),
-            zorder=3 if ours else 2,
-            clip_on=False,
-        )
-    copies = [row.copy_gigabytes_per_second for row in rows if row.copy_gigabytes_per_second]
-    if copies:
+        # Of equal V the row with the most rows comes last, and stays.
+        of_contender = sorted((row for row in rows if row.contender == contender), key=lambda row: row.rows)
+        speeds = dict(sorted({row.classes: row.gigabytes_per_second or 0.0 for row in of_contender}.items()))
+        style: dict[str, Any] = {"linewidth": 2.6, "color": FASTLOSS, "zorder": 3}
+        if contender != OURS:  # in the same colour in every panel
+            style = {"linewidth": 1.6, "color": OTHERS[others.index(contender) % len(OTHERS)], "zorder": 2}
+        axes.plot(list(speeds), list(speeds.values()), marker="o", label=contender, clip_on=False, **style)
+    if copies := [row.copy_gigabytes_per_second for row in rows if row.copy_gigabytes_per_second]:
         limit = statistics.median(copies)
         axes.axhline(limit, color=FAINT, linestyle="--", linewidth=1.2, label=f"a copy: {limit:.0f} GB/s")
     sizes = sorted({row.classes for row in rows})
@@ -84,11 +72,3 @@ def _draw_panel(axes: Axes, name: str, rows: Sequence[Row]) -> None:
     else:
         axes.set_xlabel("V, classes")
         title(axes, name, "at each V the shape with the most rows")
-
-
-def _color(contender: str) -> str:
-    """The same in every panel."""
-    if contender == OURS:
-        return FASTLOSS
-    mates = [name for name, each in CONTENDERS.items() if name != OURS]
-    return OTHERS[mates.index(contender) % len(OTHERS)]

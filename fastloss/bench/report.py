@@ -1,63 +1,66 @@
-"""What was measured, as tables for the terminal and as JSON."""
+"""Tables for the terminal, and the rows as JSON."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 import fastloss
 
-from ..demo.loss_at_scale import TIMES
-from ..demo.report import bytes_in_words, machine, plain_table, progress
-from .contenders import OURS, Contender
+from ..measuring import machine
+from ..measuring.contenders import OURS, Contender
+from ..measuring.tables import NOTABLE_SHARE, TIMES, bytes_in_words, notes, plain_table
 from .measure import Row
 from .workloads import Workload
 
-__all__ = ["heading", "legend", "machine", "progress", "table", "write_json"]
-
-NOTABLE_SHARE = 0.1  # of the CPUs: where less goes to other programs, nothing is said
+LEGEND = (
+    "ms: median of interleaved turns, of one call. GB/s: the bytes that must move, whatever a contender moves, "
+    "over its time; of a copy: that over the bandwidth of a copy in the same turns. peak: bytes of tensors "
+    "beyond the inputs. ratio: fastloss's time over this contender's, so below 1 fastloss is faster. Everybody "
+    "was checked against float64 first; a wrong one has no time."
+)
+HOST_LEGEND = (
+    " On a GPU ms is its own time, taken while it has so much to do that it never waits for the host, as in "
+    "training; host ms: until the call returns."
+)
+LINEAR_LEGEND = (
+    " linear: Tflop/s counts the operations of three bare products of matrices, which take turns with the "
+    "others; of the products: its time over theirs; peak: beyond inputs and gradients."
+)
+SGD_LEGEND = (
+    " On a CPU a step of SGD may be above 100 % of a copy: the memory that a copy writes to is "
+    "read first, which is not counted, and small tensors stay in the caches."
+)
 
 
 def heading(
     device: torch.device, contenders: Sequence[Contender], ops: Collection[str], *, chosen: bool = False
 ) -> RenderableType:
-    """Where it runs, and who takes part with which version; who is absent, and why.
+    """Return the machine, and each contender's version or why it is absent.
 
-    Args:
-        device: where it runs.
-        contenders: all that could take part.
-        ops: what is run; those who have none of it are left out, unless they were chosen by name.
-        chosen: were the contenders chosen by name?
+    Contenders that have none of the operations ``ops`` are left out, unless they were ``chosen`` by name.
     """
     present = Table.grid(padding=(0, 2))
     for contender in contenders:
         if chosen or not contender.ops or set(contender.ops) & set(ops):
-            present.add_row(contender.name, Text(presence(contender)), style="dim")
-    return Group(Text("fastloss bench", style="bold"), Text(machine(device), style="dim"), Text(), present, Text())
-
-
-def presence(contender: Contender) -> str:
-    """Its version and what to know of its numbers, or why it is absent; and what it can't do."""
-    absence = contender.absence()
-    there = [f"{contender.distribution} {contender.version()}", contender.note]
-    return "; ".join(filter(None, [*([f"absent: {absence}"] if absence else there), contender.unfit]))
+            present.add_row(contender.name, Text(contender.presence()), style="dim")
+    title, place = Text("fastloss bench", style="bold"), Text(machine.description(device), style="dim")
+    return Group(title, place, Text(), present, Text())
 
 
 def table(workload: Workload, rows: Sequence[Row]) -> RenderableType:
-    """One workload's contenders, the fastest first, then those that have no time, with the reason."""
+    """Return one workload's contenders, the fastest first, then those that have no time, with the reason."""
     parts: list[RenderableType] = [Text(_title(workload), style="bold")]
     timed = sorted((row for row in rows if row.timed), key=lambda row: row.milliseconds or 0.0)
     if timed:
-        is_linear = workload.op == "linear"
-        parts.append(_timed_linear(timed) if is_linear else _timed(timed, is_host=workload.op == "host"))
+        parts.append(_timed(timed, workload.op))
     rest = Table.grid(padding=(0, 2))
     for row in rows:
         if not row.timed and row.status != "absent":  # those are listed above
@@ -70,42 +73,25 @@ def table(workload: Workload, rows: Sequence[Row]) -> RenderableType:
 
 
 def legend(rows: Sequence[Row], device: torch.device) -> RenderableType:
-    """What the columns are; and how busy others kept the machine, if they did."""
-    words = (
-        "ms: median of interleaved turns, of one call. GB/s: the bytes that must move, whatever a contender moves, "
-        "over its time; of a copy: that over the bandwidth of a copy in the same turns. peak: bytes of tensors "
-        "beyond the inputs. ratio: fastloss's time over this contender's, so below 1 fastloss is faster. Everybody "
-        "was checked against float64 first; who is wrong has no time."
-    )
-    if any(row.host_milliseconds is not None for row in rows):
-        words += (
-            " On a GPU ms is its own time, taken while it has so much to do that it never waits for the host, as in "
-            "training; host ms: until the call returns."
-        )
-    if any(row.op == "linear" and row.timed for row in rows):
-        words += (
-            " linear: Tflop/s counts the operations of three bare products of matrices, which take turns with the "
-            "others; of the products: its time over theirs; peak: beyond inputs and gradients."
-        )
-    if device.type == "cpu" and any(row.op == "sgd" and row.timed for row in rows):
-        words += (
-            " On a CPU a step of SGD may be above 100 % of a copy: the memory that a copy writes to is "
-            "read first, which is not counted, and small tensors stay in the caches."
-        )
+    """Return the meaning of the columns, and how busy other programs kept the machine, if they did."""
+    timed = {row.op for row in rows if row.timed}
+    words = LEGEND
+    words += HOST_LEGEND if any(row.host_milliseconds is not None for row in rows) else ""
+    words += LINEAR_LEGEND if "linear" in timed else ""
+    words += SGD_LEGEND if "sgd" in timed and device.type == "cpu" else ""
     busiest = max((row.others_share or 0.0 for row in rows), default=0.0)
-    if busiest >= NOTABLE_SHARE:
-        words += f" Other programs took up to {busiest:.0%} of the CPUs."
-    return Padding(Text(words, style="dim"), (1, 0, 1, 0))
+    words += f" Other programs took up to {busiest:.0%} of the CPUs." if busiest >= NOTABLE_SHARE else ""
+    return notes(words, above=1)
 
 
 def write_json(path: Path | None, device: torch.device, rows: Sequence[Row], *, finished: bool) -> None:
-    """All rows so far, in one step, so that the file is whole whenever the run ends."""
+    """Write all rows so far in one step, so that the file is whole whenever the run ends."""
     if path is None:
         return
     record = {
         "fastloss": fastloss.__version__,
         "torch": torch.__version__,
-        "device": machine(device),
+        "device": machine.description(device),
         "finished": finished,
         "rows": [row.as_dict() for row in rows],
     }
@@ -119,56 +105,38 @@ def _title(workload: Workload) -> str:
     if workload.op == "linear":
         size = f"{n} {TIMES} {d} \N{RIGHTWARDS ARROW} {v}"
         return f"linear, {size}, {workload.dtype_name}: {workload.operations / 1e12:.3g} Tflop must be done"
-    parts = [workload.op, f"{n} {TIMES} {v}", workload.dtype_name]
-    if workload.op != "sgd":
-        parts.append("class probabilities" if workload.soft else "class indices")
-    title = ", ".join(parts)
+    target = [] if workload.op == "sgd" else ["class probabilities" if workload.soft else "class indices"]
+    title = ", ".join([workload.op, f"{n} {TIMES} {v}", workload.dtype_name, *target])
     if workload.op == "host":
         return f"{title}: until the call returns"
     return f"{title}: {bytes_in_words(workload.moved_bytes)} must move"
 
 
-def _timed(rows: Sequence[Row], *, is_host: bool) -> Table:
-    """Those that have a time, and the copy that they took turns with."""
-    host = _host_column(rows)
-    columns = ["contender", "ms", *host, *([] if is_host else ["GB/s", "of a copy", "peak"]), "ratio"]
+def _timed(rows: Sequence[Row], op: str) -> Table:
+    """Return the contenders' numbers, and those of the limit that took turns with them."""
+    ours, first = next((row for row in rows if row.contender == OURS), None), rows[0]
+    bare, copied = first.products_milliseconds, first.copy_gigabytes_per_second
+    speed = (first.teraflops or 0.0) * (first.times_products or 0.0)
+    # Headings, the contenders' cells and the limit's.
+    columns: dict[str, tuple[Callable[[Row], str], str]] = {
+        "contender": (lambda row: row.contender, "three products" if op == "linear" else "a copy"),
+        "ms": (lambda row: f"{row.milliseconds:.4f}", f"{bare:.4f}" if bare else ""),
+        "host ms": (lambda row: f"{row.host_milliseconds or 0.0:.4f}", ""),
+        "Tflop/s": (lambda row: f"{row.teraflops or 0.0:.4g}", f"{speed:.4g}"),
+        "of the products": (lambda row: f"{row.times_products or 0.0:.3f}", "1.000"),
+        "GB/s": (lambda row: f"{row.gigabytes_per_second or 0.0:.2f}", f"{copied or 0.0:.2f}"),
+        "of a copy": (lambda row: f"{row.share_of_copy or 0.0:.0%}", "100%"),
+        "peak": (lambda row: bytes_in_words(max(0, row.peak_bytes or 0)), ""),
+        "ratio": (lambda row: f"{ours.ratios[row.contender]:.3f}" if ours and row is not ours else "", ""),
+    }
+    absent = {"linear": {"GB/s", "of a copy"}, "host": {"Tflop/s", "of the products", "GB/s", "of a copy", "peak"}}
+    unwanted = absent.get(op, {"Tflop/s", "of the products"})
+    if first.host_milliseconds is None:
+        unwanted = unwanted | {"host ms"}
+    columns = {heading: cells for heading, cells in columns.items() if heading not in unwanted}
     result = plain_table("", *columns)
-    ours = next((row for row in rows if row.contender == OURS), None)
     for row in rows:
-        speed, share, peak = row.gigabytes_per_second, row.share_of_copy, row.peak_bytes
-        cells = _times(row, host)
-        if not is_host:
-            cells += [f"{speed or 0.0:.2f}", f"{share or 0.0:.0%}", bytes_in_words(peak or 0)]
-        ratio = f"{ours.ratios[row.contender]:.3f}" if ours is not None and row is not ours else ""
-        result.add_row(*cells, ratio, style="cyan" if row is ours else "")
-    copied = rows[0].copy_gigabytes_per_second
-    if copied is not None:
-        result.add_row("a copy", "", *("" for _ in host), f"{copied:.2f}", "100%", "", "", style="dim")
+        result.add_row(*(cell(row) for cell, _ in columns.values()), style="cyan" if row is ours else "")
+    if bare or copied:
+        result.add_row(*(limit for _, limit in columns.values()), style="dim")
     return result
-
-
-def _timed_linear(rows: Sequence[Row]) -> Table:
-    """Those that have a time, and the three products that they took turns with."""
-    host = _host_column(rows)
-    result = plain_table("", "contender", "ms", *host, "Tflop/s", "of the products", "peak", "ratio")
-    ours = next((row for row in rows if row.contender == OURS), None)
-    for row in rows:
-        ratio = f"{ours.ratios[row.contender]:.3f}" if ours is not None and row is not ours else ""
-        cells = [*_times(row, host), f"{row.teraflops or 0.0:.4g}"]
-        cells += [f"{row.times_products or 0.0:.3f}", bytes_in_words(max(0, row.peak_bytes or 0)), ratio]
-        result.add_row(*cells, style="cyan" if row is ours else "")
-    bare = rows[0].products_milliseconds
-    if bare:
-        speed = (rows[0].teraflops or 0.0) * (rows[0].times_products or 0.0)
-        times = [f"{bare:.4f}", *("" for _ in host)]
-        result.add_row("three products", *times, f"{speed:.4g}", "1.000", "", "", style="dim")
-    return result
-
-
-def _host_column(rows: Sequence[Row]) -> list[str]:
-    """Its name, where the host's time is known."""
-    return ["host ms"] if any(row.host_milliseconds is not None for row in rows) else []
-
-
-def _times(row: Row, host: Sequence[str]) -> list[str]:
-    return [row.contender, f"{row.milliseconds:.4f}", *(f"{row.host_milliseconds or 0.0:.4f}" for _ in host)]

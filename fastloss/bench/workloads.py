@@ -1,47 +1,21 @@
-"""What is measured: operations, shapes, dtypes and targets; the inputs, and the bytes that must move."""
+"""Workloads: operations, shapes, dtypes and targets; their inputs, and the bytes that they must move."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from ..demo.loss_at_scale import Case, random_logits
+from ..measuring.contenders import DTYPES, LOSS_OPS, TOPK
+from ..measuring.inputs import LinearInputs, LossInputs, linear_inputs, loss_inputs, rotated
+from ..measuring.reference import LinearReference, LossReference
 
-__all__ = [
-    "DTYPES",
-    "LOSS_OPS",
-    "OPS",
-    "SIZES",
-    "TARGETS",
-    "Inputs",
-    "LinearInputs",
-    "Shape",
-    "Workload",
-    "default_shapes",
-    "fits",
-    "make_inputs",
-    "make_linear_inputs",
-    "parse_shape",
-    "rotated",
-    "workloads",
-]
-
-Made = TypeVar("Made", Tensor, "Inputs", "LinearInputs")
-
-LOSS_OPS = ("forward", "forward+backward", "accuracy", "loss+accuracy")
-OPS = (*LOSS_OPS, "linear", "sgd", "host")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TARGETS = ("hard", "soft")  # class indices, class probabilities
 SIZES = ("tiny", "quick", "full")
-
-_SMALL_BYTES = 1 << 20  # inputs below this stay in the caches in training too
-_ROTATED_BYTES = 1 << 27  # more than a CPU's caches hold
-_CACHES = 4  # a GPU's inputs are at least so many times its L2 cache
 
 _SGD_TENSORS = 5  # θ, g and m are read, θ and m written
 _PRODUCTS = 3  # of linear_cross_entropy: the logits, and the gradients of either factor
@@ -59,6 +33,7 @@ class Shape(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """N · V."""
         return self.rows * self.classes
 
 
@@ -77,176 +52,127 @@ class Workload:
 
     @property
     def dtype_name(self) -> str:
+        """``float32``."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def soft(self) -> bool:
-        """Is the target a probability for each class, in the logits' dtype?"""
+        """True if the target is a probability for each class, in the logits' dtype."""
         return self.target == "soft"
 
     @property
     def differentiates(self) -> bool:
+        """True if the operation computes a gradient."""
         return self.op in ("forward+backward", "loss+accuracy", "linear", "host")
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of the logits, or of an optimizer's parameters."""
+        return self.shape.numel * self.dtype.itemsize
+
+    @property
     def input_bytes(self) -> int:
-        """Of one input: logits and target; hidden states, head and target; or parameters and gradients."""
-        size = self.shape.numel * self.dtype.itemsize
-        if self.op == "sgd":
-            return 2 * size
-        if self.op == "linear":
-            return self.gradient_bytes + self.shape.rows * torch.int64.itemsize
-        return 2 * size if self.soft else size + self.shape.rows * torch.int64.itemsize
+        """The bytes of logits and target, of hidden states, head and target, or of parameters and gradients."""
+        if self.op == "sgd" or self.soft:
+            return 2 * self.nbytes
+        return (self.gradient_bytes or self.nbytes) + self.shape.rows * torch.int64.itemsize
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the gradients of hidden states and head; 0 for other operations."""
+        """The bytes of the gradients of hidden states and head; 0 for other operations."""
         return (self.shape.rows + self.shape.classes) * self.shape.features * self.dtype.itemsize
 
     @property
     def operations(self) -> int:
-        """What three products of matrices take, for "linear": 6·N·D·V; 0 where bytes are what counts."""
+        """The operations of three products of matrices, 6·N·D·V, for "linear"; 0 where bytes are what counts."""
         return 2 * _PRODUCTS * self.shape.numel * self.shape.features
 
     @property
     def moved_bytes(self) -> int:
-        """What the operation must read and write at least, as docs/performance.md counts it.
-
-        0 for host time, and for "linear", whose limit is the products.
+        """The bytes that the operation must read and write at least, as docs/performance.md counts them.
 
         One read of the logits and of class probabilities, one write of the gradient; accuracy comes out of the read.
-        What is small beside N·V·b is left out. SGD with momentum: 5 b bytes a parameter.
+        Less than N·V·b is left out. SGD with momentum: 5 b bytes a parameter. 0 for host time, and for "linear",
+        whose limit is the products.
         """
-        size = self.shape.numel * self.dtype.itemsize
-        if self.op in ("host", "linear"):
-            return 0
-        if self.op == "sgd":
-            return _SGD_TENSORS * size
-        return size * (1 + self.differentiates + self.soft)
-
-
-class Inputs(NamedTuple):
-    """Logits ``(N, V)``, requiring a gradient where the operation has one; the target, ``(N,)`` or ``(N, V)``."""
-
-    logits: Tensor
-    target: Tensor
+        reads_and_writes = {"host": 0, "linear": 0, "sgd": _SGD_TENSORS}
+        return self.nbytes * reads_and_writes.get(self.op, 1 + self.differentiates + self.soft)
 
     @property
-    def nbytes(self) -> int:
-        return self.logits.nbytes + self.target.nbytes
+    def upstream(self) -> float:
+        """The gradient of the loss: in float16 a loss scale, without which most of the logits' gradient is 0.
 
+        It is the power of two next below N, 2¹⁵ at most; in other dtypes 1.
+        """
+        return float(1 << min(15, self.shape.rows.bit_length() - 1)) if self.dtype is torch.float16 else 1.0
 
-class LinearInputs(NamedTuple):
-    """Hidden states ``(N, D)`` and a head ``(V, D)``, both requiring gradients; the labels ``(N,)``."""
+    def inputs(self, device: torch.device, seed: int) -> list[LossInputs] | list[LinearInputs]:
+        """Return as many random inputs as no cache holds."""
+        (rows, classes, features), seeds = self.shape, iter(range(seed * 1_000_003, (seed + 1) * 1_000_003))
+        if features:
+            make_linear = partial(linear_inputs, rows, features, classes, self.dtype, device)
+            return rotated(lambda: make_linear(seed=next(seeds)), device)
+        make = partial(loss_inputs, rows, classes, self.dtype, device, probabilities=self.soft)
+        return rotated(lambda: make(seed=next(seeds), requires_grad=self.differentiates), device)
 
-    hidden: Tensor
-    head: Tensor
-    target: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self)
+    def reference(self, inputs: Any) -> LossReference | LinearReference:
+        """Return the same in float64."""
+        if self.op == "linear":
+            return LinearReference(inputs, self.upstream)
+        return LossReference(inputs, self.upstream, TOPK if self.op in ("accuracy", "loss+accuracy") else ())
 
 
 def parse_shape(text: str) -> Shape:
-    """``4096x1000``, or ``8192x4096x128256``: rows, features, classes.
+    """Parse ``4096x1000``, or ``8192x4096x128256``: rows, features, classes.
 
     Raises:
         ValueError: it is not of that form, or not positive.
     """
-    found = re.fullmatch(r"(\d{1,12})x(?:(\d{1,12})x)?(\d{1,12})", text)
-    sizes = [int(each) for each in found.groups() if each is not None] if found else []
+    match = re.fullmatch(r"(\d{1,12})x(?:(\d{1,12})x)?(\d{1,12})", text)
+    sizes = [int(size) for size in match.groups() if size is not None] if match else []
     if not sizes or 0 in sizes:
         raise ValueError(f"{text!r} is not NxV or NxDxV")
     return Shape(sizes[0], sizes[-1], *sizes[1:-1])
 
 
-def default_shapes(op: str, device: torch.device, size: str = "full") -> list[Shape]:
-    """The shapes of ``op``, of a vision model's classes and of a language model's vocabulary.
-
-    Args:
-        op: of :data:`OPS`.
-        device: a CPU gets fewer rows.
-        size: ``"full"``; ``"quick"``, a few; or ``"tiny"``, whose work is done in milliseconds on a CPU.
-    """
-    on_gpu = device.type == "cuda"
-    if op == "host":
-        return [Shape(8, 10)]
-    if op == "sgd":
-        # As many tensors and parameters as a ResNet-50, a few large ones, many small ones.
-        resnet, large, small = Shape(161, 158740), Shape(12, 4194304), Shape(2000, 256)
-        return {"tiny": [Shape(3, 1000)], "quick": [resnet, small], "full": [resnet, large, small]}[size]
-    if op == "linear":
-        if size == "tiny":
-            return [Shape(64, 10, 8), Shape(300, 9000, 16)]  # the second has several chunks
-        if not on_gpu:
-            return [Shape(1024, 32000, 256), *([Shape(512, 128256, 512)] if size == "full" else [])]
-        return [Shape(8192, 128256, 4096), *([Shape(16384, 32000, 2048)] if size == "full" else [])]
-    if size == "tiny":
-        return [Shape(64, 10), Shape(32, 9000)]  # the second is large enough for a CPU's fused pass
-    if size == "quick":
-        return [Shape(4096, 1000), Shape(8192, 128256)] if on_gpu else [Shape(512, 32000)]
-    if not on_gpu:
-        vision = [Shape(n, c) for n in (64, 1024) for c in (10, 100, 1000, 21841)]
-        return [*vision, Shape(4096, 1000), Shape(512, 32000), Shape(512, 50257), Shape(256, 128256)]
-    vision = [Shape(n, c) for c in (10, 100, 1000, 21841) for n in (64, 512, 4096, 8192)]
-    return [*vision, *(Shape(n, v) for v in (32000, 50257, 128256, 262144) for n in (1024, 4096, 8192, 32768))]
-
-
 def fits(op: str, shape: Shape) -> bool:
-    """Has ``shape`` features where ``op`` has a head, and none elsewhere?"""
+    """Return True if ``shape`` has features where ``op`` has a head, and none elsewhere."""
     return bool(shape.features) == (op == "linear")
 
 
-def make_inputs(workload: Workload, device: torch.device, seed: int) -> list[Inputs]:
-    """Random logits and targets: as many as no cache holds, so that each call finds its input in memory."""
-    seeds = _seeds(seed)
-    return rotated(lambda: _random_inputs(workload, device, next(seeds)), _rotated_bytes(device))
+# By operation and device, by size. A CPU gets fewer rows. SGD: as many tensors and parameters as a ResNet-50, a few
+# large ones, many small ones. Of the tiny ones, which take a CPU milliseconds, the second is large enough for its
+# fused pass, or for several chunks.
+_HEADS = {"tiny": "64x8x10 300x16x9000"}
+_LOGITS = {"tiny": "64x10 32x9000"}
+_VISION, _LANGUAGE = (10, 100, 1000, 21841), (32000, 50257, 128256, 262144)
+_SHAPES = {
+    "host": dict.fromkeys(SIZES, "8x10"),
+    "sgd": {"tiny": "3x1000", "quick": "161x158740 2000x256", "full": "161x158740 12x4194304 2000x256"},
+    "linear cpu": {**_HEADS, "quick": "1024x256x32000", "full": "1024x256x32000 512x512x128256"},
+    "linear cuda": {**_HEADS, "quick": "8192x4096x128256", "full": "8192x4096x128256 16384x2048x32000"},
+    "loss cpu": {
+        **_LOGITS,
+        "quick": "512x32000",
+        "full": " ".join(f"{n}x{c}" for n in (64, 1024) for c in _VISION)
+        + " 4096x1000 512x32000 512x50257 256x128256",
+    },
+    "loss cuda": {
+        **_LOGITS,
+        "quick": "4096x1000 8192x128256",
+        "full": " ".join(
+            [f"{n}x{c}" for c in _VISION for n in (64, 512, 4096, 8192)]
+            + [f"{n}x{v}" for v in _LANGUAGE for n in (1024, 4096, 8192, 32768)]
+        ),
+    },
+}
 
 
-def make_linear_inputs(workload: Workload, device: torch.device, seed: int) -> list[LinearInputs]:
-    """The same for "linear": logits of standard deviation 2."""
-    seeds = _seeds(seed)
-    return rotated(lambda: _random_linear_inputs(workload, device, next(seeds)), _rotated_bytes(device))
-
-
-def _seeds(seed: int) -> Iterator[int]:
-    return iter(range(seed * 1_000_003, (seed + 1) * 1_000_003))
-
-
-def _rotated_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _ROTATED_BYTES
-    return max(_ROTATED_BYTES, _CACHES * torch.cuda.get_device_properties(device).L2_cache_size)
-
-
-def rotated(make: Callable[[], Made], total: int = _ROTATED_BYTES) -> list[Made]:
-    """As many as come to ``total`` bytes, which no cache holds; small ones stay in the caches in training too."""
-    result = [make()]
-    if result[0].nbytes >= _SMALL_BYTES:
-        result += [make() for _ in range(-(-total // result[0].nbytes) - 1)]
-    return result
-
-
-def _random_inputs(workload: Workload, device: torch.device, seed: int) -> Inputs:
-    logits, target = random_logits(Case(*workload.shape[:2], workload.dtype), device, seed)
-    if not workload.differentiates:
-        logits = logits.detach()
-    if workload.soft:
-        generator = torch.Generator(device).manual_seed(seed + 1)
-        target = torch.rand(workload.shape[:2], generator=generator, dtype=workload.dtype, device=device)
-        target /= target.sum(1, keepdim=True)
-    return Inputs(logits, target)
-
-
-def _random_linear_inputs(workload: Workload, device: torch.device, seed: int) -> LinearInputs:
-    rows, classes, features = workload.shape
-    generator = torch.Generator(device).manual_seed(seed)
-    hidden = torch.randn(rows, features, generator=generator, device=device)
-    head = torch.randn(classes, features, generator=generator, device=device).mul_(2 / features**0.5)
-    target = torch.randint(classes, (rows,), generator=generator, device=device)
-    hidden, head = (each.to(workload.dtype).requires_grad_() for each in (hidden, head))
-    return LinearInputs(hidden, head, target)
+def default_shapes(op: str, device: torch.device, size: str = "full") -> list[Shape]:
+    """Return the shapes of an operation, of a vision model's classes and of a language model's vocabulary."""
+    name = "loss" if op in LOSS_OPS else op
+    sizes = _SHAPES.get(name) or _SHAPES[f"{name} {'cuda' if device.type == 'cuda' else 'cpu'}"]
+    return [parse_shape(text) for text in sizes[size].split()]
 
 
 def workloads(
@@ -258,14 +184,11 @@ def workloads(
     shapes: Sequence[Shape] = (),
     size: str = "full",
 ) -> list[Workload]:
-    """Every operation at each of ``shapes`` that fits it, or at its default ones, in every dtype, with every target.
-
-    A shape with features fits "linear", the others fit the other operations.
-    """
+    """Return each operation at those of ``shapes`` that fit it, or at its default ones, in every dtype and target."""
     return [
         Workload(op, shape, DTYPES[dtype], target)
         for op in ops
         for dtype in dtypes
         for target in (("hard",) if op in ("sgd", "linear") else targets)
-        for shape in ([each for each in shapes if fits(op, each)] if shapes else default_shapes(op, device, size))
+        for shape in ([shape for shape in shapes if fits(op, shape)] if shapes else default_shapes(op, device, size))
     ]

@@ -2,8 +2,6 @@
 
 Every number it prints or draws is measured in that run. The modules, in the order in which they are used:
 
-- :mod:`.contenders`: what is compared;
-- :mod:`.measure`: time and memory of one step;
 - :mod:`.data`, :mod:`.training`: the two runs on real scans of digits;
 - :mod:`.loss_at_scale`: the loss alone, at language-model size;
 - :mod:`.language_model`: the two runs on Python's own source, with logits and without;
@@ -11,39 +9,24 @@ Every number it prints or draws is measured in that run. The modules, in the ord
 - :mod:`.report`, :mod:`.picture`: the tables and the PNG.
 
 The packages of the extra ``fastloss[demo]`` are imported where they are used, so that :func:`missing_extras`
-can name those that are not there.
+can name those that are not installed.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from ..measuring.machine import missing
 from .language_model import LanguageModel, Size, size_for, train_language_model
 from .loss_at_scale import Case, LossAtScale, cases_for, compare
 from .optimizer_step import OptimizerStep, compare_steps, width_that_fits
 from .training import Training, train_side_by_side
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
-
 __all__ = ["Outcome", "Settings", "missing_extras", "run"]
-
-# The packages of the extra, by the name that is imported.
-_EXTRAS = {
-    "matplotlib": "matplotlib",
-    "numpy": "numpy",
-    "psutil": "psutil",
-    "rich": "rich",
-    "sklearn": "scikit-learn",
-}
 
 
 @dataclass(frozen=True)
@@ -72,77 +55,43 @@ class Outcome:
 
 
 def missing_extras() -> list[str]:
-    """The packages of ``fastloss[demo]`` that are not installed."""
-    return [name for module, name in _EXTRAS.items() if importlib.util.find_spec(module) is None]
+    """Return the packages of ``fastloss[demo]`` that are not installed."""
+    return missing("matplotlib", "numpy", "psutil", "rich", "sklearn")
 
 
 def run(settings: Settings) -> Outcome:
     """Train, compare, print, draw."""
     from rich.console import Console
 
-    from . import picture, report
+    from ..measuring import machine
+    from ..measuring.tables import progress_bar, task
+    from . import data, picture, report
 
-    console = Console()
+    console, seed = Console(), settings.seed
     device = settings.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console.print(report.heading(device))
-    training = _train(settings, device, console)
+    with progress_bar(console) as bar:
+        progress = task(bar, "training, with fastloss and with PyTorch")
+        split = data.digits(seed, device)
+        training = train_side_by_side(split, epochs=settings.epochs, seed=seed, progress=progress)
     console.print(report.training(training))
-    at_scale = _compare(settings, device, console)
+    at_scale = []
+    with progress_bar(console) as bar:
+        for case in cases_for(device) if settings.cases is None else settings.cases:
+            progress = task(bar, f"loss alone, {case}")
+            at_scale.append(compare(case, device, seed=seed, budget=settings.seconds_a_case, progress=progress))
     console.print(report.at_scale(at_scale, device))
-    language_model = _train_language_model(settings, device, console)
+    with progress_bar(console) as bar:
+        progress = task(bar, "a language model, with logits and without")
+        size = settings.language_model or size_for(device)
+        language_model = train_language_model(device, size=size, seed=seed, progress=progress)
     console.print(report.language_model(language_model, device))
-    optimizer = _compare_steps(settings, device, console)
+    with progress_bar(console) as bar:
+        progress = task(bar, "SGD's step alone")
+        width = settings.optimizer_width or width_that_fits(device)
+        optimizer = compare_steps(device, width=width, budget=settings.seconds_of_optimizer, progress=progress)
     console.print(report.optimizer(optimizer, device))
-    outcome = Outcome(training, at_scale, language_model, optimizer)
-    picture.draw(outcome, settings.output, caption=report.machine(device))
+    outcome = Outcome(training, tuple(at_scale), language_model, optimizer)
+    picture.draw(outcome, settings.output, caption=machine.description(device))
     console.print(f"The picture: {settings.output}", highlight=False, markup=False, soft_wrap=True)
     return outcome
-
-
-def _train(settings: Settings, device: torch.device, console: Console) -> Training:
-    from . import data, report
-
-    split = data.digits(settings.seed, device)
-    with report.progress(console) as bar:
-        task = bar.add_task("training, with fastloss and with PyTorch", total=2 * settings.epochs)
-        return train_side_by_side(split, epochs=settings.epochs, seed=settings.seed, tell=lambda: bar.advance(task))
-
-
-def _compare(settings: Settings, device: torch.device, console: Console) -> tuple[LossAtScale, ...]:
-    from . import report
-
-    results = []
-    with report.progress(console) as bar:
-        for case in cases_for(device) if settings.cases is None else settings.cases:
-            done = functools.partial(_set_share, bar, bar.add_task(f"loss alone, {case}", total=1.0))
-            results.append(compare(case, device, seed=settings.seed, budget=settings.seconds_a_case, tell=done))
-            done(1.0)
-    return tuple(results)
-
-
-def _train_language_model(settings: Settings, device: torch.device, console: Console) -> LanguageModel:
-    from . import report
-
-    size = settings.language_model or size_for(device)
-    with report.progress(console) as bar:
-        done = functools.partial(
-            _set_share, bar, bar.add_task("a language model, with logits and without", total=1.0)
-        )
-        return train_language_model(device, size=size, seed=settings.seed, tell=done)
-
-
-def _compare_steps(settings: Settings, device: torch.device, console: Console) -> OptimizerStep:
-    from . import report
-
-    width = settings.optimizer_width or width_that_fits(device)
-    with report.progress(console) as bar:
-        done = functools.partial(_set_share, bar, bar.add_task("SGD's step alone", total=1.0))
-        result = compare_steps(
-            device, width=width, seed=settings.seed, budget=settings.seconds_of_optimizer, tell=done
-        )
-        done(1.0)
-    return result
-
-
-def _set_share(bar: Progress, task: TaskID, share: float) -> None:
-    bar.update(task, completed=share)

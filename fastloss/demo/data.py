@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Split", "digits"]
-
 HELD_OUT = 0.25  # the share of the scans that no run is trained on
 BRIGHTEST = 16  # pixels are whole numbers from 0 to this
 
@@ -27,17 +25,12 @@ class Split(NamedTuple):
 
 
 def digits(seed: int, device: torch.device) -> Split:
-    """The scans, split so that both parts hold each digit in the same proportion."""
+    """Return the scans, split so that both parts hold each digit in the same proportion."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    pixels, digit = load_digits(return_X_y=True)
-    train, held_out, train_digit, held_out_digit = train_test_split(
-        pixels, digit, test_size=HELD_OUT, stratify=digit, random_state=seed
-    )
-    return Split(
-        torch.as_tensor(train / BRIGHTEST, dtype=torch.float32, device=device),
-        torch.as_tensor(train_digit, dtype=torch.int64, device=device),
-        torch.as_tensor(held_out / BRIGHTEST, dtype=torch.float32, device=device),
-        torch.as_tensor(held_out_digit, dtype=torch.int64, device=device),
-    )
+    pixels, digit = map(torch.as_tensor, load_digits(return_X_y=True))
+    rows = train_test_split(range(len(digit)), test_size=HELD_OUT, stratify=digit, random_state=seed)
+    scans = (pixels / BRIGHTEST).to(device, torch.float32)
+    parts = [(scans[part], digit.to(device, torch.int64)[part]) for part in rows]
+    return Split(*parts[0], *parts[1])

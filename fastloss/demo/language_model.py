@@ -6,10 +6,9 @@ there are 65536 of them, as many as a language model's vocabulary has, and no vo
 
 from __future__ import annotations
 
-import statistics
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,20 +18,18 @@ from torch import Tensor, nn
 
 import fastloss
 
-from .measure import Neighbours, peak_bytes, seconds
-
-__all__ = ["CLASSES", "LanguageModel", "Side", "Size", "size_for", "source_tokens", "train_language_model"]
+from ..measuring.clock import Progress
+from ..measuring.machine import OtherPrograms
+from .runs import Run
 
 CLASSES = 1 << 16  # pairs of bytes
 LEARNING_RATE, MOMENTUM = 0.5, 0.5
 EMBEDDING_SPREAD = 0.1
 TEXT_BYTES = 1 << 22  # of the source, at most
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # from hidden states (B, T, D), head (C, D) and tokens (B, T)
-
 
 class Size(NamedTuple):
-    """Of the model, its batches and its run."""
+    """The size of the model, its batches and its run."""
 
     passages: int = 8  # a batch
     tokens: int = 64  # a passage
@@ -41,52 +38,33 @@ class Size(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Tokens of a batch that have a next one."""
+        """The tokens of a batch that have a next one."""
         return self.passages * (self.tokens - 1)
-
-
-@dataclass
-class Side:
-    """One way to the loss, and what became of its model."""
-
-    losses: list[float] = field(default_factory=list)  # one a step
-    seconds: list[float] = field(default_factory=list)  # one a step
-    peak_bytes: int = 0  # of one step, beyond the model: gradients and all
-
-    @property
-    def median_step(self) -> float:
-        """Seconds."""
-        return statistics.median(self.seconds)
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """The two runs, and how far they agree."""
+    """The two runs; their peaks are those of a step beyond the model, gradients and all."""
 
     size: Size
     text_bytes: int
-    pytorch: Side
-    fastloss: Side
-    neighbours: float  # the share of the CPUs that other programs took meanwhile
-
-    @property
-    def largest_difference(self) -> float:
-        """Between the two loss curves, over all steps."""
-        return max(abs(a - b) for a, b in zip(self.pytorch.losses, self.fastloss.losses, strict=True))
+    pytorch: Run
+    fastloss: Run
+    others_share: float  # of the CPUs, that other programs took meanwhile
 
     @property
     def saved_bytes(self) -> int:
-        """Of PyTorch's peak."""
+        """The bytes by which fastloss's peak is below PyTorch's."""
         return self.pytorch.peak_bytes - self.fastloss.peak_bytes
 
 
 def size_for(device: torch.device) -> Size:
-    """Seconds on either device."""
+    """Return a size that takes seconds."""
     return Size(passages=32, tokens=256, features=512, steps=40) if device.type == "cuda" else Size()
 
 
 def source_tokens(device: torch.device) -> Tensor:
-    """The source of the standard library's modules, in the order of their names: pairs of bytes, int64."""
+    """Return the source of the standard library's modules, in the order of their names: pairs of bytes, int64."""
     text = bytearray()
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text += path.read_bytes()
@@ -98,82 +76,56 @@ def source_tokens(device: torch.device) -> Tensor:
 
 
 def train_language_model(
-    device: torch.device, *, size: Size, seed: int, tell: Callable[[float], None] = lambda share: None
+    device: torch.device, *, size: Size, seed: int, progress: Progress = lambda share: None
 ) -> LanguageModel:
-    """Train both, step by step in turn; ``tell`` hears the share that is done."""
+    """Train both, step by step in turn."""
     text = source_tokens(device)
-    sides = [_Run(loss, size, seed, device) for loss in (_by_logits, _without_logits)]
-    for run in sides:
-        run.side.peak_bytes = run.peak(next(_batches(text, size, seed)))
-    with Neighbours() as neighbours:
-        for step, tokens in zip(range(size.steps), _batches(text, size, seed), strict=False):
-            # Who goes first alternates, so that neither always finds the other's data in the cache.
-            for run in sides if step % 2 == 0 else reversed(sides):
-                run.step(tokens)
-            tell((step + 1) / size.steps)
-    pytorch, ours = (run.side for run in sides)
-    return LanguageModel(size, 2 * len(text), pytorch, ours, neighbours.share)
+    pytorch, ours = runs = [_new_run(loss, size, seed, device) for loss in (_by_logits, _without_logits)]
+    for run in runs:
+        run.measure_peak(next(_batches(text, size, seed)))
+    others = OtherPrograms()
+    for step, tokens in zip(range(size.steps), _batches(text, size, seed), strict=False):
+        # The first of the two alternates, so that neither always finds the other's data in the cache.
+        for run in runs if step % 2 == 0 else reversed(runs):
+            run.step(tokens)
+        progress((step + 1) / size.steps)
+    return LanguageModel(size, 2 * len(text), pytorch, ours, others.share())
 
 
-def _by_logits(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
-    logits = F.linear(hidden[:, :-1], head)
+class _Network(nn.Module):
+    """A recurrent network whose head is its embedding."""
+
+    def __init__(self, size: Size, seed: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(CLASSES, size.features)
+        self.body = nn.GRU(size.features, size.features, batch_first=True)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.trunc_normal_(self.embedding.weight, std=EMBEDDING_SPREAD, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states ``(B, T, D)``."""
+        return self.body(self.embedding(tokens))[0]
+
+
+def _by_logits(model: _Network, tokens: Tensor) -> Tensor:
+    logits = F.linear(model(tokens)[:, :-1], model.embedding.weight)
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def _without_logits(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
-    return fastloss.linear_cross_entropy(hidden, head, tokens, shift=True)
+def _without_logits(model: _Network, tokens: Tensor) -> Tensor:
+    return fastloss.linear_cross_entropy(model(tokens), model.embedding.weight, tokens, shift=True)
 
 
-class _Run:
-    """A recurrent network whose head is its embedding, and a loss; the same seed gives the same weights."""
-
-    def __init__(self, loss: Loss, size: Size, seed: int, device: torch.device) -> None:
-        self.side = Side()
-        self._loss, self._device = loss, device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self._embedding = nn.Embedding(CLASSES, size.features)
-            self._body = nn.GRU(size.features, size.features, batch_first=True)
-        nn.init.trunc_normal_(
-            self._embedding.weight, std=EMBEDDING_SPREAD, generator=torch.Generator().manual_seed(seed)
-        )
-        self._embedding.to(device)
-        self._body.to(device)
-        params = [*self._embedding.parameters(), *self._body.parameters()]
-        self._optimizer = torch.optim.SGD(params, lr=LEARNING_RATE, momentum=MOMENTUM)
-
-    def step(self, tokens: Tensor) -> None:
-        """One step of training."""
-        losses: list[Tensor] = []
-
-        def step() -> None:
-            losses.append(self._gradients(tokens))
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-
-        self.side.seconds.append(seconds(step, self._device))
-        self.side.losses.append(float(losses[0]))
-
-    def peak(self, tokens: Tensor) -> int:
-        """Of forward and backward; the second time, when all that stays is there."""
-
-        def step() -> None:
-            self._gradients(tokens)
-            self._optimizer.zero_grad()
-
-        step()
-        return peak_bytes(step, self._device)
-
-    def _gradients(self, tokens: Tensor) -> Tensor:
-        """Forward and backward; gives the loss."""
-        hidden, _ = self._body(self._embedding(tokens))
-        loss = self._loss(hidden, self._embedding.weight, tokens)
-        loss.backward()
-        return loss.detach()
+def _new_run(loss: Callable[[_Network, Tensor], Tensor], size: Size, seed: int, device: torch.device) -> Run:
+    """Return a run; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _Network(size, seed).to(device)
+    return Run(model, loss, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM))
 
 
 def _batches(text: Tensor, size: Size, seed: int) -> Iterator[Tensor]:
-    """``(passages, tokens)`` from random places of the text, without end."""
+    """Yield ``(passages, tokens)`` from random places of the text, without end."""
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.arange(size.tokens)
     while True:

@@ -1,172 +1,48 @@
-"""What was measured, as tables for the terminal."""
+"""The tables for the terminal."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-import fastloss
-
-from .. import info
 from ..backends import choice
+from ..measuring import machine
+from ..measuring.inputs import resnet50_shapes
+from ..measuring.tables import TIMES, bytes_in_words, notes, plain_table
 from .language_model import CLASSES, LanguageModel
-from .loss_at_scale import TIMES, LossAtScale, Timed
-from .optimizer_step import RESNET50_WIDTH, OptimizerStep, resnet50_shapes
+from .loss_at_scale import LossAtScale, Measured
+from .optimizer_step import OptimizerStep, count
+from .runs import largest_difference
 from .training import Training
-
-__all__ = [
-    "at_scale",
-    "bytes_in_words",
-    "heading",
-    "language_model",
-    "machine",
-    "optimizer",
-    "plain_table",
-    "progress",
-    "tensors_of",
-    "training",
-]
 
 EPOCHS_SHOWN = 7
 
+_loss, _error, _share, _tenths = "{:.6f}".format, "{:.1e}".format, "{:.2%}".format, "{:.1f} ms".format
+
 
 def heading(device: torch.device) -> RenderableType:
-    """Where the demo runs, and what serves it."""
+    """Return the machine and the backend that serves it."""
     return Group(
         Text("fastloss beside plain PyTorch", style="bold"),
-        Text(machine(device), style="dim"),
+        Text(machine.description(device), style="dim"),
         Text(f"backend  {choice.reason(device)}", style="dim"),
     )
 
 
-def machine(device: torch.device) -> str:
-    """The machine and the versions, in one line."""
-    if device.type == "cuda":
-        place = torch.cuda.get_device_name(device)
-    else:
-        place = f"{info.processor()}, {torch.get_num_threads()} threads"
-    versions = [f"fastloss {fastloss.__version__}", f"torch {torch.__version__}"]
-    if device.type == "cuda":
-        versions.append(f"Triton {choice.triton_version() or 'not installed'}")
-    return " · ".join([place, *versions, f"Python {platform.python_version()}"])
-
-
-def progress(console: Console) -> Progress:
-    """A progress bar; its tasks are added by the caller."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
+def _pair(form: Callable[[Any], str], pytorch: float, fastloss: float, *, ratio: bool = False) -> list[str]:
+    """Return the cells of PyTorch, fastloss and their ratio."""
+    return [form(pytorch), form(fastloss), f"{pytorch / fastloss:.2f}x" if ratio else ""]
 
 
 def training(result: Training) -> RenderableType:
-    """The two runs by epoch, then side by side as wholes."""
-    return Group("", _by_epoch(result), "", _a_step(result), "", _agreement(result), "")
-
-
-def at_scale(results: Sequence[LossAtScale], device: torch.device) -> RenderableType:
-    """Time, memory and errors of the loss alone."""
-    table = plain_table(
-        f"The loss alone at language-model size, on {device.type}: forward and backward",
-        f"tokens {TIMES} classes",
-        "",
-        "PyTorch",
-        "fastloss",
-        "ratio",
-    )
-    for i, result in enumerate(results):
-        if i:
-            table.add_row()
-        _add_case(table, result)
-    notes = (
-        "Time: median of interleaved runs. Others' CPU: the share that other programs took meanwhile. "
-        "Peak: bytes of tensors, beyond the logits and the labels. Ratio: PyTorch's number / fastloss's, so "
-        "above 1 is in fastloss's favour. Errors: against float64, relative (of the gradient: the norm of "
-        "the difference over the norm)."
-    )
-    return Group("", table, Padding(Text(notes, style="dim"), (0, 0, 1, 0)))
-
-
-def language_model(result: LanguageModel, device: torch.device) -> RenderableType:
-    """Losses, time and memory of the two runs."""
-    a, b, size = result.pytorch, result.fastloss, result.size
-    table = plain_table(
-        f"A language model on {result.text_bytes / 1e6:.1f} MB of Python's own source, on {device.type}",
-        f"{size.rows} tokens {TIMES} {CLASSES} classes a step",
-        "PyTorch",
-        "fastloss",
-        "ratio",
-    )
-    table.add_row("loss of the first step", f"{a.losses[0]:.6f}", f"{b.losses[0]:.6f}", "")
-    table.add_row(f"loss of step {size.steps}", f"{a.losses[-1]:.6f}", f"{b.losses[-1]:.6f}", "")
-    times = a.median_step, b.median_step
-    table.add_row("time of a step", *(f"{each * 1e3:.1f} ms" for each in times), f"{times[0] / times[1]:.2f}x")
-    peaks = a.peak_bytes, b.peak_bytes
-    table.add_row("peak of a step", *map(bytes_in_words, peaks), f"{peaks[0] / peaks[1]:.2f}x")
-    saved = result.saved_bytes
-    words = "saved" if saved >= 0 else "more taken"
-    table.add_row(f"memory {words}", "", bytes_in_words(abs(saved)), f"{abs(saved) / peaks[0]:.0%}")
-    notes = (
-        "PyTorch: F.cross_entropy(F.linear(hidden, head), labels). fastloss: linear_cross_entropy(hidden, head, "
-        "tokens, shift=True), which never holds the logits. A token is a pair of bytes; the head is the embedding. "
-        f"The loss curves differ by {result.largest_difference:.1e} at most. Peak: bytes of tensors beyond the "
-        f"model, its gradients among them. Time: median of {size.steps} steps in turn; "
-        f"others' CPU {result.neighbours:.0%}."
-    )
-    return Group("", table, Padding(Text(notes, style="dim"), (0, 0, 1, 0)))
-
-
-def optimizer(result: OptimizerStep, device: torch.device) -> RenderableType:
-    """Time, memory and errors of SGD's step."""
-    table = plain_table(
-        f"SGD's step alone, on {device.type}: {tensors_of(result)}", "", "", "PyTorch", "fastloss", "ratio"
-    )
-    for each in result.compared:
-        a, b = each.seconds
-        errors = [f"{error:.1e}" for error in each.errors]
-        name = "clipping and step" if each.clipped else "step"
-        table.add_row(each.name, f"{name}, time", f"{a * 1e3:.2f} ms", f"{b * 1e3:.2f} ms", f"{a / b:.2f}x")
-        table.add_row("", f"{name}, error", *errors, "")
-    notes = (
-        "In float32 with momentum and weight decay; the first column names PyTorch's way. Clipping: clip_grad_norm_ "
-        "and the step, or fastloss's step with max_norm. "
-        f"Time: median of {result.rounds} interleaved runs; others' CPU {result.neighbours:.0%}. "
-        "Error: of a narrower network's parameters after a few steps, against float64, relative."
-    )
-    return Group("", table, Padding(Text(notes, style="dim"), (0, 0, 1, 0)))
-
-
-def tensors_of(result: OptimizerStep) -> str:
-    """``161 tensors of a ResNet-50, 25.6 million parameters``."""
-    whole = sum(torch.Size(shape).numel() for shape in resnet50_shapes(RESNET50_WIDTH)) == result.parameters
-    kind = "a ResNet-50" if whole else "a narrow ResNet-50"
-    return f"{result.tensors} tensors of {kind}, {result.parameters / 1e6:.1f} million parameters"
-
-
-def plain_table(title: str, *columns: str) -> Table:
-    """A plain table: the first column and those without a name are words, the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        words = i == 0 or not column
-        style = "cyan" if column.startswith("fastloss") else ""
-        table.add_column(column, justify="left" if words else "right", style=style, no_wrap=True)
-    return table
-
-
-def _by_epoch(result: Training) -> Table:
-    table = plain_table(
+    """Return the two runs by epoch, then side by side as wholes."""
+    a, b = result.pytorch, result.fastloss
+    by_epoch = plain_table(
         f"Training on {result.trained_on} scans of digits, {result.held_out} held out",
         "epoch",
         "PyTorch loss",
@@ -174,75 +50,97 @@ def _by_epoch(result: Training) -> Table:
         "PyTorch held out",
         "fastloss held out",
     )
-    a, b = result.pytorch, result.fastloss
-    for epoch in _spread(len(a.epoch_losses)):
-        table.add_row(
-            str(epoch + 1),
-            f"{a.epoch_losses[epoch]:.6f}",
-            f"{b.epoch_losses[epoch]:.6f}",
-            f"{a.held_out[epoch]:.2%}",
-            f"{b.held_out[epoch]:.2%}",
-        )
-    return table
-
-
-def _spread(epochs: int) -> list[int]:
-    """A handful of epochs, the first and the last among them."""
-    last = epochs - 1
-    return sorted({round(last * i / (EPOCHS_SHOWN - 1)) for i in range(EPOCHS_SHOWN)})
-
-
-def _a_step(result: Training) -> Table:
-    a, b = result.pytorch, result.fastloss
-    table = plain_table("One step of training", "", "PyTorch", "fastloss")
-    table.add_row(
-        f"time, median of {len(a.seconds)}", f"{a.median_step * 1e6:.0f} µs", f"{b.median_step * 1e6:.0f} µs"
-    )
-    table.add_row("peak memory beyond the model", bytes_in_words(a.peak_bytes), bytes_in_words(b.peak_bytes))
-    return table
-
-
-def _agreement(result: Training) -> Text:
+    last = len(a.epoch_losses) - 1
+    for epoch in sorted({round(last * i / (EPOCHS_SHOWN - 1)) for i in range(EPOCHS_SHOWN)}):
+        losses, accuracies = [run.epoch_losses[epoch] for run in (a, b)], [run.held_out[epoch] for run in (a, b)]
+        by_epoch.add_row(str(epoch + 1), *map(_loss, losses), *map(_share, accuracies))
+    step = plain_table("One step of training", "", "PyTorch", "fastloss")
+    step.add_row(f"time, median of {len(a.seconds)}", *(f"{run.median_step * 1e6:.0f} µs" for run in (a, b)))
+    step.add_row("peak memory beyond the model", *(bytes_in_words(run.peak_bytes) for run in (a, b)))
     equal, scans = result.equal_predictions, result.held_out
-    agreement = (
-        f"The two loss curves differ by {result.largest_difference:.1e} at most; "
+    words = (
+        f"The two loss curves differ by {largest_difference(a, b):.1e} at most; "
         f"{equal} of {scans} held-out predictions are equal ({equal / scans:.2%})."
     )
     if not torch.cuda.is_available():
-        agreement += " On a CPU so few logits go to PyTorch's own operator; those below go through the fused pass."
-    return Text(agreement)
+        words += " On a CPU so few logits go to PyTorch's own operator; those below go through the fused pass."
+    return Group("", by_epoch, "", step, "", Text(words), "")
+
+
+def at_scale(results: Sequence[LossAtScale], device: torch.device) -> RenderableType:
+    """Return time, memory and errors of the loss alone."""
+    title = f"The loss alone at language-model size, on {device.type}: forward and backward"
+    table = plain_table(title, f"tokens {TIMES} classes", "", "PyTorch", "fastloss", "ratio")
+    for i, result in enumerate(results):
+        if i:
+            table.add_row()
+        _add_case(table, result)
+    words = (
+        "Time: median of interleaved runs. Others' CPU: the share that other programs took meanwhile. "
+        "Peak: bytes of tensors, beyond the logits and the labels. Ratio: PyTorch's number / fastloss's, so "
+        "above 1 is in fastloss's favour. Errors: against float64, relative (of the gradient: the norm of "
+        "the difference over the norm)."
+    )
+    return Group("", table, notes(words))
 
 
 def _add_case(table: Table, result: LossAtScale) -> None:
-    a, b = result.pytorch, result.fastloss
-    rows = [
-        ("time, loss + accuracy", *_times(a.loss_and_accuracy, b.loss_and_accuracy)),
-        ("time, loss", *_times(a.loss, b.loss)),
-        ("peak, loss + accuracy", *_peaks(a.loss_and_accuracy, b.loss_and_accuracy)),
-        ("peak, loss", *_peaks(a.loss, b.loss)),
-        ("error of the loss", f"{a.errors.loss:.1e}", f"{b.errors.loss:.1e}", ""),
-        ("error of the gradient", f"{a.errors.gradient:.1e}", f"{b.errors.gradient:.1e}", ""),
-        (f"accuracy (float64: {result.accuracy:.2%})", f"{a.accuracy:.2%}", f"{b.accuracy:.2%}", ""),
-    ]
     case = result.case
-    names = [case.size, case.dtype_name, f"{result.rounds} runs", f"others' CPU {result.neighbours:.0%}"]
-    for name, row in zip_longest(names, rows, fillvalue=""):
-        table.add_row(str(name), *row)
+    names = [case.size, case.dtype_name, f"{result.rounds} runs", f"others' CPU {result.others_share:.0%}"]
+    # Words, the form of a number, each side's number, and whether their ratio is shown.
+    rows: list[tuple[str, Callable[[Any], str], Callable[[Measured], float], bool]] = [
+        ("time, loss + accuracy", _tenths, lambda side: side.loss_and_accuracy.median * 1e3, True),
+        ("time, loss", _tenths, lambda side: side.loss.median * 1e3, True),
+        ("peak, loss + accuracy", bytes_in_words, lambda side: side.loss_and_accuracy.peak_bytes, True),
+        ("peak, loss", bytes_in_words, lambda side: side.loss.peak_bytes, True),
+        ("error of the loss", _error, lambda side: side.errors.loss, False),
+        ("error of the gradient", _error, lambda side: side.errors.gradient_norm, False),
+        (f"accuracy (float64: {result.accuracy:.2%})", _share, lambda side: side.accuracy, False),
+    ]
+    for i, (words, form, number, ratio) in enumerate(rows):
+        numbers = _pair(form, number(result.pytorch), number(result.fastloss), ratio=ratio)
+        table.add_row(names[i] if i < len(names) else "", words, *numbers)
 
 
-def _times(pytorch: Timed, fastloss: Timed) -> tuple[str, str, str]:
-    a, b = pytorch.median, fastloss.median
-    return f"{a * 1e3:.1f} ms", f"{b * 1e3:.1f} ms", f"{a / b:.2f}x"
+def language_model(result: LanguageModel, device: torch.device) -> RenderableType:
+    """Return losses, time and memory of the two runs."""
+    a, b, size, saved = result.pytorch, result.fastloss, result.size, result.saved_bytes
+    title = f"A language model on {result.text_bytes / 1e6:.1f} MB of Python's own source, on {device.type}"
+    table = plain_table(title, f"{size.rows} tokens {TIMES} {CLASSES} classes a step", "PyTorch", "fastloss", "ratio")
+    table.add_row("loss of the first step", *_pair(_loss, a.losses[0], b.losses[0]))
+    table.add_row(f"loss of step {size.steps}", *_pair(_loss, a.losses[-1], b.losses[-1]))
+    table.add_row("time of a step", *_pair(_tenths, a.median_step * 1e3, b.median_step * 1e3, ratio=True))
+    table.add_row("peak of a step", *_pair(bytes_in_words, a.peak_bytes, b.peak_bytes, ratio=True))
+    change = "saved" if saved >= 0 else "more taken"
+    table.add_row(f"memory {change}", "", bytes_in_words(abs(saved)), f"{abs(saved) / a.peak_bytes:.0%}")
+    words = (
+        "PyTorch: F.cross_entropy(F.linear(hidden, head), labels). fastloss: linear_cross_entropy(hidden, head, "
+        "tokens, shift=True), which never holds the logits. A token is a pair of bytes; the head is the embedding. "
+        f"The loss curves differ by {largest_difference(a, b):.1e} at most. Peak: bytes of tensors beyond the "
+        f"model, its gradients among them. Time: median of {size.steps} steps in turn; "
+        f"others' CPU {result.others_share:.0%}."
+    )
+    return Group("", table, notes(words))
 
 
-def _peaks(pytorch: Timed, fastloss: Timed) -> tuple[str, str, str]:
-    a, b = pytorch.peak_bytes, fastloss.peak_bytes
-    return bytes_in_words(a), bytes_in_words(b), f"{a / b:.2f}x"
+def optimizer(result: OptimizerStep, device: torch.device) -> RenderableType:
+    """Return time and errors of SGD's step."""
+    title = f"SGD's step alone, on {device.type}: {tensors_of(result)}"
+    table = plain_table(title, "", "", "PyTorch", "fastloss", "ratio")
+    for way in result.compared:
+        name, times = "clipping and step" if way.clipped else "step", [seconds * 1e3 for seconds in way.seconds]
+        table.add_row(way.name, f"{name}, time", *_pair("{:.2f} ms".format, *times, ratio=True))
+        table.add_row("", f"{name}, error", *_pair(_error, *way.errors))
+    words = (
+        "In float32 with momentum and weight decay; the first column names PyTorch's way. Clipping: clip_grad_norm_ "
+        "and the step, or fastloss's step with max_norm. "
+        f"Time: median of {result.rounds} interleaved runs; others' CPU {result.others_share:.0%}. "
+        "Error: of a narrower network's parameters after a few steps, against float64, relative."
+    )
+    return Group("", table, notes(words))
 
 
-def bytes_in_words(number: int) -> str:
-    """``1.2 MB``."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} B"
+def tensors_of(result: OptimizerStep) -> str:
+    """Return ``161 tensors of a ResNet-50, 25.6 million parameters``."""
+    network = "a ResNet-50" if count(resnet50_shapes()) == result.parameters else "a narrow ResNet-50"
+    return f"{result.tensors} tensors of {network}, {result.parameters / 1e6:.1f} million parameters"

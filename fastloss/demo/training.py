@@ -1,21 +1,19 @@
-"""One network trained twice from the same seed: once with each contender, epoch by epoch in turn."""
+"""One network trained twice from the same seed: once with each side, epoch by epoch in turn."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .contenders import FASTLOSS, PYTORCH, Contender
+from ..measuring.clock import Progress
+from ..measuring.contenders import Functions
 from .data import Split
-from .measure import peak_bytes, seconds
-
-__all__ = ["Run", "Training", "train_side_by_side"]
+from .runs import FASTLOSS, PYTORCH, Run
 
 HIDDEN = 128
 BATCH = 64
@@ -24,65 +22,50 @@ MOMENTUM = 0.9
 
 
 @dataclass
-class Run:
-    """One contender's network, and what became of it."""
+class TrainingRun(Run):
+    """A run with its accuracies."""
 
-    contender: Contender
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    losses: list[float] = field(default_factory=list)  # one a step
     epoch_losses: list[float] = field(default_factory=list)  # the mean of an epoch's steps
     held_out: list[float] = field(default_factory=list)  # accuracy after each epoch, in [0, 1]
-    seconds: list[float] = field(default_factory=list)  # one a step
     predictions: Tensor = field(default_factory=lambda: torch.empty(0))  # of the held-out scans, at the end
-    peak_bytes: int = 0  # of one step
-
-    @property
-    def median_step(self) -> float:
-        """Seconds."""
-        return statistics.median(self.seconds)
 
 
 @dataclass(frozen=True)
 class Training:
-    """The two runs, and how far they agree."""
+    """The two runs."""
 
-    pytorch: Run
-    fastloss: Run
+    pytorch: TrainingRun
+    fastloss: TrainingRun
     trained_on: int  # scans
     held_out: int  # scans
 
     @property
-    def largest_difference(self) -> float:
-        """Between the two loss curves, over all steps."""
-        pairs = zip(self.pytorch.losses, self.fastloss.losses, strict=True)
-        return max(abs(a - b) for a, b in pairs)
-
-    @property
     def equal_predictions(self) -> int:
-        """Of the held-out scans, how many both networks read as the same digit."""
+        """The number of held-out scans that both networks read as the same digit."""
         return int((self.pytorch.predictions == self.fastloss.predictions).sum())
 
 
-def train_side_by_side(split: Split, *, epochs: int, seed: int, tell: Callable[[], None] = lambda: None) -> Training:
-    """Train both; ``tell`` hears of the end of each run's epoch."""
-    runs = [_new_run(contender, split, seed) for contender in (PYTORCH, FASTLOSS)]
+def train_side_by_side(split: Split, *, epochs: int, seed: int, progress: Progress = lambda share: None) -> Training:
+    """Train both."""
+    runs = [(_new_run(side, split, seed), side) for side in (PYTORCH, FASTLOSS)]
     with _one_thread():
-        for run in runs:
-            run.peak_bytes = _peak_of_a_step(run, split)
+        for run, _ in runs:
+            run.measure_peak(*next(_batches(split, seed=0)))
         for epoch in range(epochs):
-            # Who goes first alternates, so that neither always finds the other's data in the cache.
-            for run in runs if epoch % 2 == 0 else reversed(runs):
-                _train_epoch(run, split, seed=seed + epoch)
-                _evaluate(run, split)
-                tell()
-    pytorch, fastloss = runs
-    return Training(pytorch, fastloss, len(split.train), len(split.held_out))
+            # The first of the two alternates, so that neither always finds the other's data in the cache.
+            for run, side in runs if epoch % 2 == 0 else reversed(runs):
+                steps = len(run.losses)
+                for batch in _batches(split, seed + epoch):
+                    run.step(*batch)
+                run.epoch_losses.append(statistics.fmean(run.losses[steps:]))
+                _evaluate(run, side, split)
+            progress((epoch + 1) / epochs)
+    return Training(runs[0][0], runs[1][0], len(split.train), len(split.held_out))
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """On a CPU the network is too small to gain from more, and on a busy one they wait for each other."""
+    """Use one thread: the network is too small to gain from more, and on a busy CPU they wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -91,13 +74,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _new_run(contender: Contender, split: Split, seed: int) -> Run:
-    """The same weights for every contender; the caller's random state stays as it is.
+def _new_run(side: Functions, split: Split, seed: int) -> TrainingRun:
+    """Return a run with the same weights for both sides; the caller's random state stays as it is.
 
     GELU is smooth: a unit that switches on in one run and not in the other, for a difference in the last bit,
     would pull the two apart.
     """
-    device = split.train.device
+    assert side.sgd is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(
@@ -106,35 +89,20 @@ def _new_run(contender: Contender, split: Split, seed: int) -> Run:
             nn.Linear(HIDDEN, HIDDEN),
             nn.GELU(),
             nn.Linear(HIDDEN, int(split.train_digit.max()) + 1),
-        ).to(device)
-    optimizer = contender.sgd(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    return Run(contender, model, optimizer)
+        ).to(split.train.device)
+    optimizer = side.sgd(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    return TrainingRun(model, lambda model, scans, digit: _loss(side, model(scans), digit)[0], optimizer)
 
 
-def _train_epoch(run: Run, split: Split, *, seed: int) -> None:
-    losses = []
-    for scans, digit in _batches(split, seed):
-
-        def step(scans: Tensor = scans, digit: Tensor = digit) -> None:
-            losses.append(_step(run, scans, digit))
-
-        run.seconds.append(seconds(step, split.train.device))
-    values = torch.stack(losses).tolist()
-    run.losses += values
-    run.epoch_losses.append(statistics.fmean(values))
-
-
-def _step(run: Run, scans: Tensor, digit: Tensor) -> Tensor:
-    """One step of training; gives the loss."""
-    run.optimizer.zero_grad()
-    loss, _ = run.contender.loss_and_accuracy(run.model(scans), digit)
-    loss.backward()
-    run.optimizer.step()
-    return loss.detach()
+def _loss(side: Functions, logits: Tensor, digit: Tensor) -> tuple[Tensor, Tensor]:
+    """Return loss and accuracy, together as in any training loop."""
+    assert side.loss_and_accuracies is not None
+    loss, (accuracy,) = side.loss_and_accuracies(logits, digit)
+    return loss, accuracy
 
 
 def _batches(split: Split, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The training scans, in an order that ``seed`` decides; what fills no batch waits for another epoch."""
+    """Yield the training scans in an order that ``seed`` decides; the last few, less than a batch, are left out."""
     order = torch.randperm(len(split.train), generator=torch.Generator().manual_seed(seed))
     for rows in order.to(split.train.device).split(BATCH):
         if len(rows) == BATCH or len(order) < BATCH:  # a few scans left over would make a wild step
@@ -142,16 +110,7 @@ def _batches(split: Split, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def _evaluate(run: Run, split: Split) -> None:
+def _evaluate(run: TrainingRun, side: Functions, split: Split) -> None:
     logits = run.model(split.held_out)
     run.predictions = logits.argmax(1)
-    run.held_out.append(float(run.contender.loss_and_accuracy(logits, split.held_out_digit)[1]))
-
-
-def _peak_of_a_step(run: Run, split: Split) -> int:
-    """Measured on a copy of the network, in its second step: the first one makes the momentum."""
-    trial = copy.deepcopy(Run(run.contender, run.model, run.optimizer))
-    scans, digit = next(_batches(split, seed=0))
-    _step(trial, scans, digit)
-    trial.optimizer.zero_grad()
-    return peak_bytes(lambda: _step(trial, scans, digit), split.train.device)
+    run.held_out.append(float(_loss(side, logits, split.held_out_digit)[1]))

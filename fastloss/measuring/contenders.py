@@ -1,0 +1,247 @@
+"""The contenders: an adapter for each package, which imports it when it is loaded.
+
+:meth:`Contender.absence` says why a package can't be used here, :meth:`Contender.obstacle` why it can't do an
+operation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+import fastloss
+
+from .machine import first_line
+
+LOSS_OPS = ("forward", "forward+backward", "accuracy", "loss+accuracy")
+OPS = (*LOSS_OPS, "linear", "sgd", "host")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+OURS = "fastloss"
+REFERENCE = "torch"  # whose error is the measure of the others'
+TOPK = (1, 5)
+SGD_OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Accuracies = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+LossAndAccuracies = Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]]
+LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Functions(NamedTuple):
+    """A package's functions, None for those that it lacks."""
+
+    loss: Loss | None = None  # the mean over the rows, from logits (N, V) and target
+    accuracies: Accuracies | None = None  # top-1 and top-5, in [0, 1]
+    loss_and_accuracies: LossAndAccuracies | None = None
+    sgd: Callable[..., Optimizer] | None = None  # takes parameters, and SGD_OPTIONS by name
+    linear: LinearLoss | None = None  # the mean over the rows, from hidden states (N, D), head (V, D) and labels
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A package, or one of a package's ways, to compute the operations of ``ops``."""
+
+    name: str
+    distribution: str  # its name for pip
+    load: Callable[[], Functions]  # imports the package; called anew for each workload
+    ops: tuple[str, ...]
+    soft: bool = False  # takes class probabilities?
+    cpu: bool = False
+    dtypes: tuple[torch.dtype, ...] = tuple(DTYPES.values())
+    overwrites: bool = False  # writes over the logits: it gets logits of its own
+    unfit: str = ""  # why it has no loss of logits
+    note: str = ""  # printed with its numbers
+    install: str = ""  # the way to install it, where that is not pip install and the distribution's name
+
+    def absence(self) -> str | None:
+        """Return why the package can't be used here, None if it can."""
+        try:
+            self.load()
+        except ModuleNotFoundError as error:
+            return f"not installed ({error.name} is missing: {self.install or f'pip install {self.distribution}'})"
+        except Exception as error:  # a package built for another torch or another GPU may raise anything
+            return f"can't be imported: {first_line(error)}"
+        return None
+
+    def version(self) -> str:
+        """Return the package's version: "unknown" if it has none, "" if the package is absent."""
+        if self.distribution in ("torch", "fastloss"):
+            return str({"torch": torch, "fastloss": fastloss}[self.distribution].__version__)
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return "" if self.absence() else "unknown"
+
+    def presence(self) -> str:
+        """Return the version and the note, or why the package is absent; and why it has no loss of logits."""
+        absence = self.absence()
+        parts = [f"absent: {absence}"] if absence else [f"{self.distribution} {self.version()}", self.note]
+        return "; ".join(filter(None, [*parts, self.unfit]))
+
+    def obstacle(self, op: str, dtype: torch.dtype, device: torch.device, *, soft: bool = False) -> str | None:
+        """Return why this contender can't do a workload; None if nothing speaks against trying it."""
+        if op not in self.ops:
+            unfit = self.unfit if op in LOSS_OPS else ""
+            return unfit or f"has no {op}; it has {', '.join(self.ops)}"
+        if device.type == "cpu" and not self.cpu:
+            return "serves GPUs only"
+        if soft and not self.soft:
+            return "takes class indices only"
+        if dtype not in self.dtypes:
+            return f"does not take {str(dtype).removeprefix('torch.')}"
+        return None
+
+
+def contenders_of(op: str) -> list[Contender]:
+    """Return the contenders that have ``op``, or that say why they have no loss of logits if ``op`` is one."""
+    is_loss = op in LOSS_OPS
+    return [contender for contender in CONTENDERS.values() if op in contender.ops or (is_loss and contender.unfit)]
+
+
+# ----------------------------------------------------------------------------------------------- PyTorch and fastloss
+
+
+def _accuracies(logits: Tensor, target: Tensor, topk: tuple[int, ...] = TOPK) -> tuple[Tensor, ...]:
+    """Compute accuracies as one writes it in plain PyTorch; the labels of class probabilities are their argmax."""
+    labels = target.argmax(1) if target.is_floating_point() else target
+    if max(topk) == 1:
+        return ((logits.detach().argmax(1) == labels).float().mean(),)
+    hits = logits.detach().topk(min(max(topk), logits.shape[1]), 1).indices == labels[:, None]
+    return tuple(hits[:, :k].any(1).float().mean() for k in topk)
+
+
+def _with_accuracies(loss: Loss, topk: tuple[int, ...] = TOPK) -> LossAndAccuracies:
+    """Return both together, the accuracies computed first: some losses write over the logits."""
+
+    def both(logits: Tensor, target: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        accuracies = _accuracies(logits, target, topk)
+        return loss(logits, target), accuracies
+
+    return both
+
+
+def _torch_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target)
+
+
+def _torch_linear_loss(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, head), target)
+
+
+def eager(topk: tuple[int, ...] = TOPK) -> Functions:
+    """Return plain PyTorch's functions."""
+    both = _with_accuracies(_torch_loss, topk)
+    return Functions(_torch_loss, partial(_accuracies, topk=topk), both, torch.optim.SGD, _torch_linear_loss)
+
+
+def ours(topk: tuple[int, ...] = TOPK) -> Functions:
+    """Return fastloss's functions."""
+    both, accuracies = partial(fastloss.cross_entropy_with_accuracy, topk=topk), partial(fastloss.accuracy, topk=topk)
+    return Functions(fastloss.cross_entropy, accuracies, both, fastloss.SGD, fastloss.linear_cross_entropy)  # type: ignore[arg-type]
+
+
+def _compiled() -> Functions:
+    """Forget earlier graphs: else the ninth shape would get a graph for any shape, or none."""
+    torch.compiler.reset()
+    plain = eager()
+    compiled: Any = partial(torch.compile, dynamic=False)
+    loss, accuracies, both = map(compiled, (plain.loss, _accuracies, plain.loss_and_accuracies))
+    return Functions(loss, accuracies, both, linear=compiled(plain.linear))
+
+
+def torch_sgd(**options: Any) -> Functions:
+    """Return one of the forms of torch's SGD."""
+    return Functions(sgd=partial(torch.optim.SGD, **options))
+
+
+def _torch_linear() -> Functions:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy; torch 2.13 has")
+    options = torch.nn.LinearCrossEntropyOptions()  # without it torch holds the logits
+    return Functions(linear=partial(F.linear_cross_entropy, options=options))
+
+
+# ----------------------------------------------------------------------------------------------------- other packages
+
+
+def _imported(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+def _of_loss(loss: Loss, linear: LinearLoss | None = None) -> Functions:
+    """Return a package's loss, and torch's accuracies beside it."""
+    return Functions(loss, None, _with_accuracies(loss), linear=linear)
+
+
+def _liger() -> Functions:
+    module = "liger_kernel.transformers.functional"
+    return _of_loss(_imported(module, "liger_cross_entropy"), _imported(module, "liger_fused_linear_cross_entropy"))
+
+
+def _flash_attention() -> Functions:
+    cross_entropy_loss = _imported("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
+    return _of_loss(lambda logits, target: cross_entropy_loss(logits, target)[0].mean())
+
+
+def _apex() -> Functions:
+    function = _imported("apex.contrib.xentropy", "SoftmaxCrossEntropyLoss")
+    # 0.0: no label smoothing; -100: the label that is ignored
+    return _of_loss(lambda logits, target: function.apply(logits, target, 0.0, -100).mean())
+
+
+def _linear(module: str, name: str, **options: Any) -> Functions:
+    return Functions(linear=partial(_imported(module, name), **options))
+
+
+# ----------------------------------------------------------------------------------------------------------- the list
+
+_ALL_LOSSES = (*LOSS_OPS, "linear", "host")
+_WITHOUT_ACCURACY = ("forward", "forward+backward", "loss+accuracy", "host")
+_NOTE = "its accuracy is torch.topk's"
+_LIGER_NOTE = f"writes its gradient over the logits; {_NOTE}; linear: sums the head's gradient in its dtype"
+_UNFIT = "takes hidden states, not logits"
+
+_torch = partial(Contender, distribution="torch", cpu=True)
+_apexs = partial(Contender, distribution="apex", install="build github.com/NVIDIA/apex with its CUDA extensions")
+_quack = partial(Contender, distribution="quack-kernels")
+_cce = partial(Contender, distribution="cut-cross-entropy", ops=("linear",))
+_cut_linear = partial(_linear, "cut_cross_entropy", "linear_cross_entropy")
+_quack_linear = partial(_linear, "quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+
+_LIST = [
+    Contender(OURS, "fastloss", ours, (*_ALL_LOSSES, "sgd"), soft=True, cpu=True),
+    _torch(REFERENCE, load=eager, ops=_ALL_LOSSES, soft=True),
+    _torch("torch.compile", load=_compiled, ops=_ALL_LOSSES, soft=True),
+    _torch("torch-linear", load=_torch_linear, ops=("linear",)),
+    Contender("liger", "liger-kernel", _liger, (*_WITHOUT_ACCURACY, "linear"), overwrites=True, note=_LIGER_NOTE),
+    _quack(
+        "quack",
+        load=lambda: _of_loss(partial(_imported("quack.cross_entropy", "cross_entropy"), reduction="mean")),
+        ops=_WITHOUT_ACCURACY,
+        note=_NOTE,
+    ),
+    _quack("quack-linear", load=_quack_linear, ops=("linear",), note="in chunks of 4096 rows"),
+    _cce("cce", load=_cut_linear, unfit=_UNFIT, note="leaves out small gradients"),
+    _cce("cce-exact", load=partial(_cut_linear, filter_eps=None), note="leaves no gradient out"),
+    Contender("flash-attn", "flash-attn", _flash_attention, _WITHOUT_ACCURACY, note=_NOTE),
+    _apexs("apex", load=_apex, ops=_WITHOUT_ACCURACY, note=_NOTE),
+    _torch("torch-loop", load=partial(torch_sgd, foreach=False), ops=("sgd",)),
+    _torch("torch-foreach", load=partial(torch_sgd, foreach=True), ops=("sgd",)),
+    _torch("torch-fused", load=partial(torch_sgd, fused=True), ops=("sgd",)),
+    _apexs(
+        "apex-sgd",
+        load=lambda: Functions(sgd=_imported("apex.optimizers", "FusedSGD")),
+        ops=("sgd",),
+        dtypes=(torch.float16, torch.float32),
+    ),
+]
+CONTENDERS = {contender.name: contender for contender in _LIST}
