@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from fastloss.bench.measure import Prepared, clock_of, prepare
-from fastloss.bench.workloads import DTYPES, SIZES, TARGETS, Workload, workloads
+from fastloss.bench.workloads import SIZES, TARGETS, Workload, workloads
 from fastloss.measuring.clock import Clock, EventClock
-from fastloss.measuring.contenders import CONTENDERS, contenders_of
+from fastloss.measuring.contenders import CONTENDERS, DTYPES, contenders_of
 from fastloss.measuring.limits import Copy
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,42 +58,27 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contest" not in metafunc.fixturenames:
         return
-    size = metafunc.config.getoption("--shapes")
+    size, name = metafunc.config.getoption("--shapes"), metafunc.definition.originalname
     dtypes = {"tiny": ["float32"], "quick": ["bfloat16", "float32"], "full": list(DTYPES)}[size]
-    targets = ["hard"] if size == "quick" or metafunc.function.__name__ == "test_host" else TARGETS
-    chosen = workloads(OPS[metafunc.function.__name__], dtypes, targets, DEVICE, size=size)
+    targets = ["hard"] if size == "quick" or name == "test_host" else TARGETS
+    chosen = workloads(OPS[name], dtypes, targets, DEVICE, size=size)
     pairs = [(workload, contender.name) for workload in chosen for contender in contenders_of(workload.op)]
-    metafunc.parametrize(
-        ("contest", "contender"),
-        pairs,
-        indirect=["contest"],
-        ids=[f"{workload}-{contender}" for workload, contender in pairs],
-        scope="session",
-    )
+    ids = [f"{workload}-{contender}" for workload, contender in pairs]
+    metafunc.parametrize(("contest", "contender"), pairs, indirect=["contest"], ids=ids, scope="session")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A table for each workload; on a GPU its own clock, but for the host's time."""
+    """Give each workload a table; on a GPU its own clock, but for the host's time."""
     for item in items:
-        parameters = getattr(item, "callspec", None)
-        if parameters is None or "contest" not in parameters.params:
-            continue
-        workload = parameters.params["contest"]
-        timer: Callable[[], float] = time.perf_counter
-        if DEVICE.type == "cuda" and workload.op != "host":
-            timer = EventClock()
-        item.add_marker(pytest.mark.benchmark(group=str(workload), timer=timer))
-
-
-@pytest.fixture
-def timer(request: pytest.FixtureRequest) -> object:
-    """By which this test is timed."""
-    return request.node.get_closest_marker("benchmark").kwargs["timer"]
+        if workload := getattr(getattr(item, "callspec", None), "params", {}).get("contest"):
+            on_gpu = DEVICE.type == "cuda" and workload.op != "host"
+            timer: Callable[[], float] = EventClock() if on_gpu else time.perf_counter
+            item.add_marker(pytest.mark.benchmark(group=str(workload), timer=timer))
 
 
 @pytest.fixture(scope="session")
 def contest(request: pytest.FixtureRequest) -> Iterator[Contest]:
-    """The workload of this test; made once for all of its contenders, since those follow each other."""
+    """Make the workload ready once for all of its contenders, which follow each other."""
     workload: Workload = request.param
     chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     names = [params["contender"] for params in chosen if params.get("contest") == workload]  # -k may have left few

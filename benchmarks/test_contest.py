@@ -27,34 +27,9 @@ _LEAST_ROUNDS, _MOST_ROUNDS = 5, 200
 
 
 def test_cross_entropy(
-    contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: object, size: str
+    contest: Contest, contender: str, benchmark: BenchmarkFixture, request: pytest.FixtureRequest
 ) -> None:
-    _run(contest, contender, benchmark, timer, size)
-
-
-def test_accuracy(contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: object, size: str) -> None:
-    _run(contest, contender, benchmark, timer, size)
-
-
-def test_linear(contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: object, size: str) -> None:
-    _run(contest, contender, benchmark, timer, size)
-
-
-def test_sgd(contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: object, size: str) -> None:
-    _run(contest, contender, benchmark, timer, size)
-
-
-def test_host(contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: object, size: str) -> None:
-    _run(contest, contender, benchmark, timer, size)
-
-
-@pytest.fixture(scope="session")
-def size(pytestconfig: pytest.Config) -> str:
-    """What ``--shapes`` says."""
-    return str(pytestconfig.getoption("--shapes"))
-
-
-def _run(contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: object, size: str) -> None:
+    """Time one contender in one workload of the operations that conftest.py names for the test."""
     prepared, copied, clock = contest
     workload, device = prepared.workload, prepared.device
     if (row := prepared.rows.get(contender)) is not None:
@@ -65,11 +40,11 @@ def _run(contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: o
     step = prepared.steps[contender]
     block = block_of(step, clock, device, workload.op)
     times = clock(partial(repeated, step, block))
+    timer = request.node.get_closest_marker("benchmark").kwargs["timer"]
     if isinstance(timer, EventClock) and isinstance(clock, FullStream) and times.host is not None:
         timer.before = partial(clock.fill, times.host)
         benchmark.extra_info["host_milliseconds"] = 1e3 * times.host / block
-    rounds = int(_SECONDS[size] / max(times.device, 1e-9))
-    rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, rounds))
+    rounds = int(_SECONDS[request.config.getoption("--shapes")] / max(times.device, 1e-9))
     benchmark.extra_info.update(
         contender=contender,
         version=CONTENDERS[contender].version(),
@@ -79,16 +54,24 @@ def _run(contest: Contest, contender: str, benchmark: BenchmarkFixture, timer: o
         peak_bytes=prepared.peaks[contender],
         copy_gigabytes_per_second=copied,
     )
+    rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, rounds))
     benchmark.pedantic(step, rounds=rounds, iterations=block, warmup_rounds=1)
-    if benchmark.stats is not None and workload.moved_bytes:  # None with --benchmark-disable
-        speed = workload.moved_bytes / benchmark.stats.stats.median / 1e9
+    if benchmark.stats is None:  # with --benchmark-disable
+        return
+    median = benchmark.stats.stats.median
+    if workload.moved_bytes:
+        speed = workload.moved_bytes / median / 1e9
         benchmark.extra_info.update(gigabytes_per_second=speed, share_of_copy=speed / copied)
-    if benchmark.stats is not None and prepared.products is not None:
-        bare = prepared.products()
-        bare.step()
-        times_of_products = [clock(bare.step).device for _ in range(_LEAST_ROUNDS)]
+    if prepared.products is not None:
+        products = prepared.products()
+        products.step()
+        bare = statistics.median(clock(products.step).device for _ in range(_LEAST_ROUNDS))
         benchmark.extra_info.update(
             operations=workload.operations,
-            teraflops=workload.operations / benchmark.stats.stats.median / 1e12,
-            products_teraflops=workload.operations / statistics.median(times_of_products) / 1e12,
+            teraflops=workload.operations / median / 1e12,
+            products_teraflops=workload.operations / bare / 1e12,
         )
+
+
+# The same for other operations, under names that -k can pick.
+test_accuracy = test_linear = test_sgd = test_host = test_cross_entropy
