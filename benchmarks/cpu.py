@@ -1,8 +1,8 @@
 """The CPU fallback beside torch: ``python -m benchmarks.cpu``.
 
 Prints, for each shape, the time of fastloss over that of torch's own operator (and of torch.compile's, with
-``--compile``), and the bar that it is held to. Contenders take turns in one process and medians are compared; the
-operating system's share of other work is printed, because it decides how far a ratio can be believed.
+``--compile``), and the bar that it is held to. Contenders take turns in one process and medians are compared. The
+share of the CPU time that other processes used is printed: it decides how far a ratio can be believed.
 
 A turn is a block of calls, as in a training loop: the C library hands pages that one contender freed to the next, so
 that single calls in turn would time each other's allocations (``--block 1`` does). Every call takes the next of
@@ -11,46 +11,78 @@ several inputs that together are larger than the caches: a training step's logit
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.workloads import rotated
+from fastloss.measuring.clock import medians
+from fastloss.measuring.inputs import rotated
+from fastloss.measuring.machine import OtherPrograms
 
-from .measure import Budget, cpu_seconds, header, interleaved, others_share, verdict
+from .shared import CPU, closing, header, name_of, parsed_by, parser_of, verdict
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Function = Callable[[Tensor, Tensor], Any]  # takes logits and labels
+Call = Callable[[Tensor], object]  # takes logits
+
+_DTYPES = (torch.float32, torch.bfloat16)
+# Rows, classes, and the bars of forward + backward in float32 and in bfloat16.
+_BARS = ((64, 10, 1.15, 1.15), (4096, 1000, 0.6, 0.95), (1024, 32000, 0.5, 0.65), (256, 128256, 0.5, 0.65))
+_ACCURACY_SHAPES = ((4096, 1000), (2048, 32000), (512, 128256))
+# Random logits and those of a trained model: by how much the label's is raised, and the bar of top-1.
+_MARGINS = {"random": (0.0, 1.5), "trained": (8.0, 2.5)}
+_FEW = ((64, 10), (128, 100), (1024, 10), (256, 100), (64, 1000), (512, 100), (128, 1000), (8192, 10))  # crossover
 
 
-@dataclass
-class Row:
-    """One line of the table."""
+class Pair(NamedTuple):
+    """A call of ours and another's, and the bar for the quotient of their times."""
 
     name: str
-    theirs: str
-    ours_ms: float
-    theirs_ms: float
+    ours: Call
+    other: str
+    theirs: Call
     bar: float | None
 
-    @property
-    def ratio(self) -> float:
-        return self.ours_ms / self.theirs_ms
 
-    def __str__(self) -> str:
-        return (
-            f"{self.name:44} {self.ours_ms:9.3f} ms  {self.theirs:>16} {self.theirs_ms:9.3f} ms  "
-            f"ratio {self.ratio:5.3f}  {verdict(self.ratio, self.bar)}"
-        )
+Contest = tuple[Sequence[Tensor], list[Pair]]  # calls that take turns, each with the next of the inputs
 
 
-def forward_backward(loss: Callable[[Tensor, Tensor], Tensor], target: Tensor) -> Callable[[Tensor], None]:
-    """A call that runs the loss and its backward pass on a leaf."""
+def compare(
+    contests: Iterable[Contest], form: Callable[[Pair, float, float], str], *, budget: float, block: int
+) -> int:
+    """Time each contest, print a line for each of its pairs, and return the number of bars that are missed."""
+    missed = 0
+    for inputs, pairs in contests:
+        following = itertools.cycle(inputs)
+        calls = list(dict.fromkeys(call for pair in pairs for call in (pair.ours, pair.theirs)))
+        steps = [partial(call, *inputs) if len(inputs) == 1 else partial(_next, call, following) for call in calls]
+        for step in (*steps, *steps):
+            step()
+        seconds = dict(zip(calls, medians(steps, CPU, budget=budget, block=block), strict=True))
+        for pair in pairs:
+            ours, theirs = seconds[pair.ours], seconds[pair.theirs]
+            missed += pair.bar is not None and ours / theirs > pair.bar
+            print(form(pair, ours, theirs), flush=True)
+    return missed
+
+
+def _next(call: Call, following: Iterator[Tensor]) -> None:
+    call(next(following))
+
+
+def forward(function: Function, target: Tensor) -> Call:
+    """Return a call of the function alone."""
+    return lambda x: function(x, target)
+
+
+def forward_backward(loss: Function, target: Tensor) -> Call:
+    """Return a call that runs the loss and its backward pass on a leaf."""
 
     def call(x: Tensor) -> None:
         loss(x, target).backward()
@@ -59,118 +91,83 @@ def forward_backward(loss: Callable[[Tensor, Tensor], Tensor], target: Tensor) -
     return call
 
 
-def cross_entropy_rows(budget: Budget, compiled: bool) -> list[Row]:
-    """Forward + backward, at the shapes of the project's bars."""
-    bars = {
-        ("float32", 64, 10): 1.15,
-        ("float32", 4096, 1000): 0.6,
-        ("float32", 1024, 32000): 0.5,
-        ("float32", 256, 128256): 0.5,
-        ("bfloat16", 64, 10): 1.15,
-        ("bfloat16", 4096, 1000): 0.95,
-        ("bfloat16", 1024, 32000): 0.65,
-        ("bfloat16", 256, 128256): 0.65,
-    }
+def fused(x: Tensor, target: Tensor) -> Tensor:
+    """Compute the loss by the fused pass, where torch's operator would serve so few logits."""
+    with fastloss.use_backend("eager"):
+        return fastloss.cross_entropy(x, target)
+
+
+def losses(compiled: bool) -> Iterator[Contest]:
+    """Yield forward and backward at the shapes of the project's bars."""
     by_compiler = torch.compile(F.cross_entropy) if compiled else None
-    rows = []
-    for (dtype, n, classes), bar in bars.items():
-        inputs = rotated(lambda: torch.randn(n, classes).to(_DTYPES[dtype]).requires_grad_())  # noqa: B023
-        target = torch.randint(classes, (n,))
-        calls = [forward_backward(f, target) for f in (fastloss.cross_entropy, F.cross_entropy)]
-        if by_compiler is not None and n > 64:
-            calls.append(forward_backward(by_compiler, target))
-        ours, theirs, *compiler = interleaved(calls, inputs, budget)
-        name = f"forward + backward ({n}, {classes}) {dtype}"
-        rows.append(Row(name, "F.cross_entropy", ours, theirs, bar))
-        if compiler:
-            rows.append(Row(name, "torch.compile", ours, compiler[0], 1.0))
-        print(*rows[-1 - len(compiler) :], sep="\n", flush=True)
-    return rows
+    for number, dtype in enumerate(_DTYPES):
+        for rows, classes, *bars in _BARS:
+            name, target = f"forward + backward ({rows}, {classes}) {name_of(dtype)}", torch.randint(classes, (rows,))
+            ours, theirs = forward_backward(fastloss.cross_entropy, target), forward_backward(F.cross_entropy, target)
+            pairs = [Pair(name, ours, "F.cross_entropy", theirs, bars[number])]
+            if by_compiler is not None and rows > 64:
+                pairs.append(Pair(name, ours, "torch.compile", forward_backward(by_compiler, target), 1.0))
+            yield _leaves(rows, classes, dtype), pairs
 
 
-def accuracy_rows(budget: Budget) -> list[Row]:
-    """Accuracy alone: top-1 beside one ``amax``, top-5 beside one ``topk``; random and mostly right rows."""
-    rows = []
-    for dtype in _DTYPES.values():
-        for n, classes in ((4096, 1000), (2048, 32000), (512, 128256)):
-            target = torch.randint(classes, (n,))
-            for kind, margin, bar in (("random", 0.0, 1.5), ("trained", 8.0, 2.5)):
-
-                def logits() -> Tensor:
-                    x = torch.randn(n, classes)  # noqa: B023
-                    x[torch.arange(n), target] += margin  # noqa: B023
-                    return x.to(dtype)  # noqa: B023
-
-                shape = f"({n}, {classes}) {str(dtype).removeprefix('torch.')} {kind}"
-                ours, theirs, five, topk = interleaved(
-                    [
-                        lambda x: fastloss.accuracy(x, target),  # noqa: B023
-                        lambda x: torch.amax(x, 1),
-                        lambda x: fastloss.accuracy(x, target, (1, 5)),  # noqa: B023
-                        lambda x: torch.topk(x, 5, 1),
-                    ],
-                    rotated(logits),
-                    budget,
-                )
-                rows.append(Row(f"accuracy top-1 {shape}", "amax", ours, theirs, bar))
-                rows.append(Row(f"accuracy top-1 and 5 {shape}", "topk(5)", five, topk, 1.0))
-                print(*rows[-2:], sep="\n", flush=True)
-    return rows
+def crossover() -> Iterator[Contest]:
+    """Yield the fused pass and torch's operator where logits are few: which of the two should serve them."""
+    for dtype, (rows, classes) in itertools.product(_DTYPES, _FEW):
+        name = f"fused ({rows}, {classes}) = {rows * classes} {name_of(dtype)}"
+        target = torch.randint(classes, (rows,))
+        ours, theirs = forward_backward(fused, target), forward_backward(F.cross_entropy, target)
+        yield _leaves(rows, classes, dtype), [Pair(name, ours, "F.cross_entropy", theirs, None)]
 
 
-def crossover_rows(budget: Budget) -> list[Row]:
-    """The fused pass beside torch's operator where logits are few: which of the two should serve them."""
-    rows = []
-    for dtype, torch_dtype in _DTYPES.items():
-        for n, classes in (
-            (64, 10),
-            (128, 100),
-            (1024, 10),
-            (256, 100),
-            (64, 1000),
-            (512, 100),
-            (128, 1000),
-            (8192, 10),
-        ):
-            inputs = rotated(lambda: torch.randn(n, classes).to(torch_dtype).requires_grad_())  # noqa: B023
-            target = torch.randint(classes, (n,))
+def _leaves(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
+    return rotated(lambda: torch.randn(rows, classes).to(dtype).requires_grad_())
 
-            def fused(x: Tensor, target: Tensor) -> Tensor:
-                with fastloss.use_backend("eager"):
-                    return fastloss.cross_entropy(x, target)
 
-            calls = [forward_backward(f, target) for f in (fused, F.cross_entropy)]
-            ours, theirs = interleaved(calls, inputs, budget)
-            rows.append(Row(f"fused ({n}, {classes}) = {n * classes} {dtype}", "F.cross_entropy", ours, theirs, None))
-            print(rows[-1], flush=True)
-    return rows
+def accuracies() -> Iterator[Contest]:
+    """Yield top-1 beside one ``amax`` and top-5 beside one ``topk``, of random and of mostly right rows."""
+    return itertools.starmap(_accuracy, itertools.product(_DTYPES, _ACCURACY_SHAPES, _MARGINS))
+
+
+def _accuracy(dtype: torch.dtype, shape: tuple[int, int], rows: str) -> Contest:
+    target = torch.randint(shape[1], shape[:1])
+    margin, bar = _MARGINS[rows]
+
+    def logits() -> Tensor:
+        x = torch.randn(shape)
+        x[torch.arange(shape[0]), target] += margin
+        return x.to(dtype)
+
+    name = f"{shape} {name_of(dtype)} {rows}"
+    top_1, top_5 = forward(fastloss.accuracy, target), forward(partial(fastloss.accuracy, topk=(1, 5)), target)
+    return rotated(logits), [
+        Pair(f"accuracy top-1 {name}", top_1, "amax", lambda x: x.amax(1), bar),
+        Pair(f"accuracy top-1 and 5 {name}", top_5, "topk(5)", lambda x: x.topk(5, 1), 1.0),
+    ]
+
+
+def _form(pair: Pair, ours: float, theirs: float) -> str:
+    ratio = ours / theirs
+    return (
+        f"{pair.name:44} {1e3 * ours:9.3f} ms  {pair.other:>16} {1e3 * theirs:9.3f} ms  "
+        f"ratio {ratio:5.3f}  {verdict(ratio, pair.bar)}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; exit code 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each shape (default: %(default)s)")
+    parser = parser_of("cpu", __doc__, seconds=5.0, each="shape", device=False)
     parser.add_argument("--block", type=int, default=10, help="calls in a turn (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="beside torch.compile too")
     parser.add_argument("--crossover", action="store_true", help="only where fused and torch's operator meet")
     parser.add_argument("--op", choices=("cross_entropy", "accuracy"), help="only this one")
-    parsed = parser.parse_args(arguments)
-    if parsed.block < 1:
-        parser.error(f"--block is {parsed.block}; expected 1 or more")
+    options = parsed_by(parser, arguments)
     print(header(f"{torch.get_num_threads()} threads"))
-    budget = Budget(parsed.seconds, parsed.block)
-    before = cpu_seconds()
-    rows: list[Row] = []
-    if parsed.crossover:
-        rows = crossover_rows(budget)
-    else:
-        if parsed.op != "accuracy":
-            rows += cross_entropy_rows(budget, parsed.compile)
-        if parsed.op != "cross_entropy":
-            rows += accuracy_rows(budget)
-    missed = [row for row in rows if row.bar is not None and row.ratio > row.bar]
-    print(f"{len(missed)} bars missed; others used {others_share(before):.0%} of the CPU time")
-    return 1 if missed else 0
+    by_op = {"cross_entropy": losses(options.compile), "accuracy": accuracies()}
+    chosen = [crossover()] if options.crossover else [by_op[options.op]] if options.op else by_op.values()
+    others = OtherPrograms()
+    missed = compare(itertools.chain(*chosen), _form, budget=options.seconds, block=options.block)
+    print(closing(missed, others))
+    return int(missed > 0)
 
 
 if __name__ == "__main__":

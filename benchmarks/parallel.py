@@ -14,16 +14,22 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import loss_parallel
 
 import fastloss
+from fastloss.measuring.clock import seconds
+from fastloss.measuring.machine import peak_bytes
 
-from .measure import by_events, by_the_clock, circumstances, header
+from .shared import circumstances, header, name_of
 from .wire import sent_by
 
 Step = Callable[[Any, Tensor], None]  # forward and backward of logits that are a DTensor, and labels
@@ -33,39 +39,26 @@ CPU_SHAPES = ((512, 32000),)
 CHECKED_ROWS = 64
 OURS = "fastloss, DTensor"
 GATHERED = "gathered, F.cross_entropy"
-_TIMES_PLAIN = 4.0  # an error past so many times that of the gathered form is pointed at
+_TIMES_GATHERED = 4.0  # an error past so many times that of the gathered form is wrong
 
 
 def on_a_dtensor(logits: Any, target: Tensor) -> None:
     fastloss.cross_entropy(logits, target).backward()
 
 
-def on_a_group(logits: Any, target: Tensor) -> None:
-    """Of what each process has, without DTensors."""
-    fastloss.cross_entropy(logits.to_local(), target, group=logits.device_mesh.get_group()).backward()
-
-
 def by_loss_parallel(logits: Any, target: Tensor) -> None:
-    from torch.distributed.tensor.parallel import loss_parallel
-
     with loss_parallel():
         F.cross_entropy(logits, target).backward()
 
 
-def by_gathering(logits: Any, target: Tensor) -> None:
-    F.cross_entropy(logits.full_tensor(), target).backward()
-
-
-def by_gathering_for_ours(logits: Any, target: Tensor) -> None:
-    fastloss.cross_entropy(logits.full_tensor(), target).backward()
-
-
 CONTENDERS: dict[str, Step] = {
     OURS: on_a_dtensor,
-    "fastloss, group": on_a_group,
+    "fastloss, group": lambda logits, target: fastloss.cross_entropy(
+        logits.to_local(), target, group=logits.device_mesh.get_group()
+    ).backward(),
     "loss_parallel": by_loss_parallel,
-    GATHERED: by_gathering,
-    "gathered, fastloss": by_gathering_for_ours,
+    GATHERED: lambda logits, target: F.cross_entropy(logits.full_tensor(), target).backward(),
+    "gathered, fastloss": lambda logits, target: on_a_dtensor(logits.full_tensor(), target),
 }
 
 
@@ -78,18 +71,15 @@ class Problem:
 
     @staticmethod
     def random(rows: int, classes: int, dtype: torch.dtype, mesh: Any, seed: int = 0) -> Problem:
-        """Each process makes its own shard, for the whole may not fit."""
-        from torch.distributed.tensor import DTensor, Shard
-
-        shard = -(-classes // mesh.size())
-        rank = mesh.get_local_rank()
-        mine = max(0, min(shard, classes - rank * shard))
-        generator = torch.Generator(mesh.device_type).manual_seed(seed * 1000 + rank)
-        local = torch.randn(rows, mine, generator=generator, device=mesh.device_type).mul_(3).to(dtype)
+        """Make each process's own shard, since the whole may not fit."""
+        device, rank, shard = mesh.device_type, mesh.get_local_rank(), -(-classes // mesh.size())
+        generator = torch.Generator(device).manual_seed(seed * 1000 + rank)
+        width = max(0, min(shard, classes - rank * shard))
+        local = torch.randn(rows, width, generator=generator, device=device).mul_(3).to(dtype)
         shape, stride = torch.Size([rows, classes]), (classes, 1)
         logits = DTensor.from_local(local, mesh, [Shard(1)], run_check=False, shape=shape, stride=stride)
-        labels = torch.Generator(mesh.device_type).manual_seed(seed)
-        target = torch.randint(classes, (rows,), generator=labels, device=mesh.device_type)
+        generator = torch.Generator(device).manual_seed(seed)
+        target = torch.randint(classes, (rows,), generator=generator, device=device)
         target[::7] = -100
         return Problem(logits.requires_grad_(), target)
 
@@ -98,86 +88,70 @@ class Problem:
         step(self.logits, self.target)
 
     def error(self, step: Step) -> float:
-        """Of the gradient against float64, relative: the norm of the difference over the norm, over all processes."""
+        """Return the norm of the gradient's error over that of the float64 gradient, over all processes."""
         self.step(step)
-        mine = self.logits.grad.redistribute(placements=self.logits.placements).to_local().double()
+        local = self.logits.grad.redistribute(placements=self.logits.placements).to_local().double()
         whole = self.logits.detach().full_tensor().double().requires_grad_()
-        F.cross_entropy(whole, self.target).backward()
-        assert whole.grad is not None
-        shard = -(-whole.shape[1] // self.logits.device_mesh.size())
-        exact = whole.grad[:, self.logits.device_mesh.get_local_rank() * shard :][:, : mine.shape[1]]
-        squares = torch.stack([(mine - exact).square().sum(), exact.square().sum()])
+        (exact,) = torch.autograd.grad(F.cross_entropy(whole, self.target), whole)
+        mesh = self.logits.device_mesh
+        shard = exact[:, mesh.get_local_rank() * -(-exact.shape[1] // mesh.size()) :][:, : local.shape[1]]
+        squares = torch.stack([(local - shard).square().sum(), shard.square().sum()])
         dist.all_reduce(squares)
         return float((squares[0] / squares[1]).sqrt())
 
 
 def times(problem: Problem, steps: Sequence[Step], rounds: int) -> list[float]:
-    """The median in ms of each, of the slowest process; every round takes each of them."""
-    on_gpus = problem.target.is_cuda
-    found = torch.zeros(rounds, len(steps), dtype=torch.float64)
+    """Return the median in ms of each step, of the slowest process; every round takes each of them."""
+    device = problem.target.device
+    table = torch.zeros(rounds, len(steps), dtype=torch.float64)
     for round in range(-2, rounds):  # two to warm up
         for number, step in enumerate(steps):
             dist.barrier()
-            if on_gpus:
-                seconds = by_events(lambda step=step: problem.step(step), 1)  # type: ignore[misc]
-            else:
-                seconds = by_the_clock(lambda step=step: problem.step(step))  # type: ignore[misc]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            took = seconds(partial(problem.step, step), device)
             if round >= 0:
-                found[round, number] = seconds
-    found = found.to(problem.target.device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return [1e3 * statistics.median(column) for column in found.t().tolist()]
-
-
-def peak(problem: Problem, step: Step) -> int:
-    """The most bytes that a GPU holds beyond the logits."""
-    torch.cuda.synchronize()
-    problem.logits.grad = None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    problem.step(step)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+                table[round, number] = took
+    table = table.to(device)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX)
+    return [1e3 * statistics.median(column) for column in table.t().tolist()]
 
 
 def compare(shape: tuple[int, int], dtype: torch.dtype, mesh: Any, rounds: int, say: Callable[[str], None]) -> bool:
-    """Checks and times everybody at one shape. Is fastloss right?"""
+    """Check and time all contenders at one shape; return False if fastloss is wrong."""
     rows, classes = shape
-    say(
-        f"({rows}, {classes}) {str(dtype).removeprefix('torch.')}, {classes / mesh.size():g} classes for each process"
-    )
+    say(f"({rows}, {classes}) {name_of(dtype)}, {classes / mesh.size():g} classes for each process")
     small = Problem.random(min(rows, CHECKED_ROWS), classes, dtype, mesh, seed=1)
     errors = {name: small.error(step) for name, step in CONTENDERS.items()}
-    bar = _TIMES_PLAIN * max(errors[GATHERED], torch.finfo(dtype).eps)
-    right = {name: error <= bar for name, error in errors.items()}
-    sent = {name: sent_by(lambda step=step: small.step(step)) for name, step in CONTENDERS.items()}  # type: ignore[misc]
+    bar = _TIMES_GATHERED * max(errors[GATHERED], torch.finfo(dtype).eps)
+    sent = {name: sent_by(partial(small.step, step)) for name, step in CONTENDERS.items()}
     problem = Problem.random(rows, classes, dtype, mesh)
-    names = [name for name in CONTENDERS if right[name]]
-    took = dict(zip(names, times(problem, [CONTENDERS[name] for name in names], rounds), strict=True))
+    right = {name: step for name, step in CONTENDERS.items() if errors[name] <= bar}
+    took = dict(zip(right, times(problem, list(right.values()), rounds), strict=True))
     for name, error in errors.items():
         line = f"  {name:26} error {error:.1e}"
         line += f"  {sent[name].collectives} collectives  {sent[name].bytes / len(small.target):10.1f} bytes a row"
-        if not right[name]:
-            say(f"{line}  WRONG: more than {_TIMES_PLAIN:g} x that of the gathered form")
+        if name not in right:
+            say(f"{line}  WRONG: more than {_TIMES_GATHERED:g} x that of the gathered form")
             continue
         line += f"  {took[name]:9.3f} ms"
         if OURS in took:
             line += f"  ratio {took[OURS] / took[name]:6.3f}"
         if problem.target.is_cuda:
-            line += f"  {peak(problem, CONTENDERS[name]) / 1e6:9.1f} MB"
+            problem.logits.grad = None
+            step = partial(right[name], problem.logits, problem.target)
+            line += f"  {peak_bytes(step, problem.target.device) / 1e6:9.1f} MB"
         say(line)
-    return all(right[name] for name in CONTENDERS if name.startswith("fastloss"))
+    return all(name in right for name in CONTENDERS if name.startswith("fastloss"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables; exit code 1 if fastloss is wrong."""
     parser = argparse.ArgumentParser(prog="benchmarks.parallel", description=__doc__)
     parser.add_argument("--shape", action="append", metavar="ROWS,CLASSES", help="may be given again")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32", "float64"])
     parser.add_argument("--rounds", type=int, default=20, help="calls of each (default 20)")
     arguments = parser.parse_args(argv)
-
-    from torch.distributed.device_mesh import init_device_mesh
-
     if "RANK" not in os.environ:
         parser.error("several processes are needed: torchrun --nproc-per-node 2 -m benchmarks.parallel")
     on_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -197,12 +171,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         shapes = [tuple(map(int, shape.split(","))) for shape in arguments.shape]
     say(header(f"{mesh.size()} processes, {'NCCL' if on_gpus else 'gloo'}", circumstances(device)))
     say("forward + backward; ratio: fastloss's time on a DTensor over the other's")
-    start, right = time.monotonic(), True
-    for rows, classes in shapes:
-        right &= compare((rows, classes), dtype, mesh, arguments.rounds, say)
+    start = time.monotonic()
+    right = [compare((rows, classes), dtype, mesh, arguments.rounds, say) for rows, classes in shapes]
     say(f"in {time.monotonic() - start:.0f} s")
     dist.destroy_process_group()
-    return 0 if right else 1
+    return 0 if all(right) else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A GPU's record in one command: ``python -m benchmarks.record``.
 
 Inside eight minutes it runs the tests that wait for a GPU, a memory checker over a few of them where one is
-installed, and the suite's chosen shapes with every contender; it writes ``benchmarks/results/<gpu>-<date>.json`` and
-``.md``, after each part anew, so that an interrupted run keeps what it has finished. ``python -m benchmarks.tables``
+installed, and the chosen shapes with every contender. It writes ``benchmarks/results/<gpu>-<date>.json`` and ``.md``
+anew after each part, so that an interrupted run keeps the parts that it has finished. ``python -m benchmarks.tables``
 puts the newest record into README.md.
 """
 
@@ -22,24 +22,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import fastloss
 from fastloss.backends import choice
 from fastloss.bench.measure import Row, measure
-from fastloss.bench.workloads import LOSS_OPS, Shape, Workload
-from fastloss.measuring.contenders import contenders_of
+from fastloss.bench.workloads import Shape, Workload
+from fastloss.measuring.clock import Step, medians
+from fastloss.measuring.contenders import LOSS_OPS, contenders_of, eager, ours
+from fastloss.measuring.inputs import loss_inputs
 from fastloss.measuring.machine import first_line
+from fastloss.measuring.reference import operation
 
-from .measure import ROOT, by_events, captured, circumstances, medians
+from .shared import ROOT, captured, circumstances, markdown
 
 MINUTES = 8.0
 # Of the time, at most: the tests, the memory checker; the rest is the measurements'.
@@ -48,7 +49,7 @@ _TESTS_SHARE, _CHECKER_SHARE = 0.35, 0.15
 CHECKED = ("labels_out_of_range", "layouts_sizes_and_offsets", "gradients_change_their_layout")
 CHECKERS = ("compute-sanitizer",)
 _CHECKER_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")  # beside those of PATH
-_LAST_WORDS = 15.0  # seconds that interrupted tests have to say what they know
+_LAST_WORDS = 15.0  # seconds that interrupted tests have to print their failures
 
 LANGUAGE = tuple(Shape((1 << 28) // v // 64 * 64 + 64, v) for v in (32000, 50257, 128256, 262144))  # N·V ≥ 2²⁸
 VISION = tuple(Shape(4096, c) for c in (10, 100, 1000))
@@ -56,11 +57,12 @@ HEAD = Shape(8192, 128256, 4096)
 OPTIMIZER = (Shape(161, 158740), Shape(12, 4194304), Shape(2000, 256))
 _TINY = (Shape(64, 10), Shape(32, 9000))
 _TINY_HEAD = Shape(300, 9000, 16)
+_IN_GRAPHS = ("fastloss in a graph", "torch in a graph", "fastloss", "torch")
 
 
 @dataclass
 class Record:
-    """What was found so far."""
+    """The results so far."""
 
     device: str
     circumstances: str
@@ -75,96 +77,93 @@ class Record:
 
     @property
     def is_good(self) -> bool:
-        """Was every part finished, and nothing of fastloss's wrong?"""
+        """Return True if every part was finished and fastloss was wrong in none."""
         codes = [part.get("exit_code", 0) for part in (self.tests, self.memory_checker)]
         wrong = [row for row in self.rows if row.contender == "fastloss" and row.status in ("wrong", "failed")]
         errors = [graph for graph in self.graphs if "error" in graph]
         return self.finished and not wrong and not errors and all(code in (0, 5) for code in codes)  # 5: no test
 
     def write(self, path: Path) -> None:
-        """As JSON, and as Markdown beside it."""
-        found = {**vars(self), "rows": [row.as_dict() for row in self.rows]}
-        path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        """Write JSON, and Markdown beside it."""
+        record = {**vars(self), "rows": [row.as_dict() for row in self.rows]}
+        path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
 
     def markdown(self) -> str:
-        """For people: how it was made, then a table."""
+        """Return how the record was made, and its tables."""
         lines = [f"# {self.device}", "", f"`python -m benchmarks.record` {self.circumstances}.", ""]
         lines += [f"- {name}: {version}" for name, version in {**self.versions, **self.contenders}.items()]
-        for name, found in (("tests", self.tests), ("memory checker", self.memory_checker)):
-            lines += [f"- {name}: {found.get('summary', 'not reached')}"]
-            lines += [f"  - {failure}" for failure in found.get("failures", ())]
+        for name, part in (("tests", self.tests), ("memory checker", self.memory_checker)):
+            lines += [f"- {name}: {part.get('summary', 'not reached')}"]
+            lines += [f"  - {failure}" for failure in part.get("failures", ())]
         lines += [f"- no time was left for {', '.join(self.left_out)}"] if self.left_out else []
         lines += [] if self.finished else ["- the run was not finished"]
-        lines += [
-            "",
-            "| | shape | dtype | contender | ms | host, ms | GB/s | of a copy | peak, MB |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [_line(row) for row in self.rows if row.status not in ("absent", "unfit")]
+        head = ["", "shape", "dtype", "contender", "ms", "host, ms", "GB/s", "of a copy", "peak, MB"]
+        rows = [_cells(row) for row in self.rows if row.status not in ("absent", "unfit")]
+        lines += ["", *markdown(head, rows)]
         if self.graphs:
-            names = ("fastloss in a graph", "torch in a graph", "fastloss", "torch")
-            head = ["loss, accuracy, gradient, float32", *(f"{name}, ms" for name in names)]
-            lines += ["", f"| {' | '.join([*head, 'the first over the last'])} |", f"|{'---|' * 6}"]
-            for graph in self.graphs:
-                if "error" in graph:
-                    lines.append(f"| {graph['shape']} | {_in_a_cell(graph['error'])} | | | | |")
-                    continue
-                times = [_in_a_cell(graph[name]) for name in names]
-                ratio = f"{graph[names[0]] / graph[names[-1]]:.3f}"
-                lines.append(f"| {' | '.join([graph['shape'], *times, ratio])} |")
+            times = [f"{name}, ms" for name in _IN_GRAPHS]
+            head = ["loss, accuracy, gradient, float32", *times, "the first over the last"]
+            lines += ["", *markdown(head, map(_cells_of_graph, self.graphs))]
         return "\n".join(lines) + "\n"
 
 
-def _in_a_cell(found: float | str) -> str:
-    """A time, or why there is none."""
-    return found.replace("|", "/") if isinstance(found, str) else f"{found:.4f}"
-
-
-def _line(row: Row) -> str:
+def _cells(row: Row) -> list[str]:
     cells = [row.op, row.shape, row.dtype, row.contender]
     if not row.timed:
-        return f"| {' | '.join(cells)} | {row.status}: {_in_a_cell(row.reason)} | | | | |"
-    speed, share, peak = row.gigabytes_per_second, row.share_of_copy, row.peak_bytes
-    cells += [f"{row.milliseconds:.4f}", "" if row.host_milliseconds is None else f"{row.host_milliseconds:.4f}"]
-    if row.teraflops is not None and row.times_products is not None:
-        cells += [
-            f"{row.teraflops:.4g} Tflop/s",
-            f"{row.times_products:.3f} of 3 products",
-        ]
-        return f"| {' | '.join([*cells, '' if peak is None else f'{peak / 1e6:.1f}'])} |"
-    cells += [
-        "" if speed is None else f"{speed:.0f}",
-        "" if share is None else f"{share:.0%}",
-        "" if peak is None else f"{peak / 1e6:.1f}",
+        return [*cells, f"{row.status}: {_cell(row.reason)}", "", "", "", ""]
+    return [
+        *cells,
+        _cell(row.milliseconds),
+        _cell(row.host_milliseconds),
+        _cell(row.teraflops, ".4g", " Tflop/s") or _cell(row.gigabytes_per_second, ".0f"),
+        _cell(row.times_products, ".3f", " of 3 products") or _cell(row.share_of_copy, ".0%"),
+        _cell(None if row.peak_bytes is None else row.peak_bytes / 1e6, ".1f"),
     ]
-    return f"| {' | '.join(cells)} |"
+
+
+def _cells_of_graph(graph: dict[str, Any]) -> list[str]:
+    if "error" in graph:
+        return [graph["shape"], _cell(graph["error"]), *[""] * len(_IN_GRAPHS)]
+    times = [graph[name] for name in _IN_GRAPHS]
+    return [graph["shape"], *map(_cell, times), _cell(times[0] / times[-1], ".3f")]
+
+
+def _cell(value: float | str | None, form: str = ".4f", unit: str = "") -> str:
+    """Return a number, the reason that there is none, or nothing."""
+    if isinstance(value, str):
+        return value.replace("|", "/")
+    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def workloads(device: torch.device) -> list[Workload]:
-    """The shapes of the bars, most important first: what an interruption leaves out is at the end."""
-    if device.type != "cuda":
-        chosen = [Workload(op, shape, torch.float32) for op in (*LOSS_OPS, "sgd") for shape in _TINY]
-        return [*chosen, Workload("linear", _TINY_HEAD, torch.float32)]
+    """Return the shapes of the bars, most important first: an interruption leaves out the last ones."""
     narrow, wide = torch.bfloat16, torch.float32
-    chosen = [Workload("forward+backward", shape, narrow) for shape in LANGUAGE]
-    chosen += [Workload("sgd", shape, wide) for shape in OPTIMIZER]
-    chosen += [Workload("linear", HEAD, narrow)]
-    chosen += [Workload("forward", shape, narrow) for shape in LANGUAGE]
-    chosen += [Workload("loss+accuracy", shape, narrow) for shape in LANGUAGE]
-    chosen += [Workload("loss+accuracy", shape, wide) for shape in VISION]
-    chosen += [Workload("accuracy", LANGUAGE[2], narrow), Workload("forward+backward", LANGUAGE[2], narrow, "soft")]
-    return [*chosen, Workload("host", Shape(64, 1000), wide)]
+    if device.type != "cuda":
+        chosen = [Workload(op, shape, wide) for op in (*LOSS_OPS, "sgd") for shape in _TINY]
+        return [*chosen, Workload("linear", _TINY_HEAD, wide)]
+    groups: list[tuple[str, Sequence[Shape], torch.dtype]] = [
+        ("forward+backward", LANGUAGE, narrow),
+        ("sgd", OPTIMIZER, wide),
+        ("linear", [HEAD], narrow),
+        ("forward", LANGUAGE, narrow),
+        ("loss+accuracy", LANGUAGE, narrow),
+        ("loss+accuracy", VISION, wide),
+        ("accuracy", [LANGUAGE[2]], narrow),
+    ]
+    chosen = [Workload(op, shape, dtype) for op, shapes, dtype in groups for shape in shapes]
+    soft = Workload("forward+backward", LANGUAGE[2], narrow, "soft")
+    return [*chosen, soft, Workload("host", Shape(64, 1000), wide)]
 
 
 def gpu_tests() -> list[str]:
-    """The files with tests that wait for a GPU: to collect the others takes longer than to run some of these."""
+    """Return the files with tests that wait for a GPU; to collect the others takes longer than to run these."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
 def run_tests(seconds: float, *, python: Sequence[str] = (sys.executable,), only: str = "") -> dict[str, Any]:
-    """pytest's last line, its exit code, and the failures; all of its output is in a temporary file.
+    """Return pytest's last line, its exit code and the failures; all of its output stays in a temporary file.
 
     Compiling the kernels takes most of the time: where pytest-xdist is installed, several processes share it.
     """
@@ -172,218 +171,141 @@ def run_tests(seconds: float, *, python: Sequence[str] = (sys.executable,), only
     if importlib.util.find_spec("xdist") is not None and len(python) == 1:
         command += ["-n", str(max(1, min(14, (os.cpu_count() or 2) - 2))), "--dist", "worksteal"]
     command += gpu_tests()
-    start = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that all that it starts can be ended with it
-    )
-    finished = True
-    try:
-        output, _ = process.communicate(timeout=max(seconds, 1.0))
-    except subprocess.TimeoutExpired:
-        finished = False
-        process.send_signal(signal.SIGINT)  # it still says what has failed so far
+    start, code = time.monotonic(), None
+    with tempfile.NamedTemporaryFile(prefix="fastloss-tests-", suffix=".log", delete=False) as log:
+        # In a session of its own, so that all processes that it starts can be ended with it.
+        tests = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            output, _ = process.communicate(timeout=_LAST_WORDS)
+            code = tests.wait(max(seconds, 1.0))
         except subprocess.TimeoutExpired:
-            _end(process)
-            output, _ = process.communicate()
-    finally:
-        _end(process)
-    with tempfile.NamedTemporaryFile("w", prefix="fastloss-tests-", suffix=".log", delete=False) as log:
-        log.write(output)
-        print(f"what the tests printed: {log.name}", flush=True)
-    lines = output.strip().splitlines() or [""]
-    took = f"{time.monotonic() - start:.0f} s"
+            tests.send_signal(signal.SIGINT)  # it still prints the failures so far
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                tests.wait(_LAST_WORDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # none is left
+                os.killpg(tests.pid, signal.SIGKILL)
+            tests.wait()
+    print(f"what the tests printed: {log.name}", flush=True)
+    lines = Path(log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
     last = lines[-1].strip("= ")
     return {
         "command": " ".join([Path(command[0]).name, *command[1:]]),
-        "exit_code": process.returncode if finished else None,
-        "summary": last if finished else f"not finished after {took}: {last}",
+        "exit_code": code,
+        "summary": last if code is not None else f"not finished after {time.monotonic() - start:.0f} s: {last}",
         "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
     }
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Kill what is left of its session, its workers too."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def memory_checker() -> str | None:
-    """Where one is installed."""
-    folders = os.pathsep.join(filter(None, (os.environ.get("PATH"), *_CHECKER_FOLDERS)))
-    return next(filter(None, (shutil.which(name, path=folders) for name in CHECKERS)), None)
-
-
 def check_memory(seconds: float) -> dict[str, Any]:
-    """A few of the tests under a memory checker."""
-    found = memory_checker()
-    if found is None:
+    """Run a few of the tests under a memory checker, where one is installed."""
+    folders = os.pathsep.join(filter(None, (os.environ.get("PATH"), *_CHECKER_FOLDERS)))
+    installed = list(filter(None, (shutil.which(name, path=folders) for name in CHECKERS)))
+    if not installed:
         return {"summary": f"none is installed ({', '.join(CHECKERS)})"}
-    checker = [found, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
+    checker = [installed[0], "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
     return run_tests(seconds, python=[*checker, sys.executable], only=" or ".join(CHECKED))
 
 
-def contest_of_graphs(shape: Shape, device: torch.device) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Loss, top-1 and top-5 accuracy, and gradient, by fastloss and by eager PyTorch; a call gives the gradient."""
-    logits = torch.randn(shape.rows, shape.classes, device=device, requires_grad=True)
-    target = torch.randint(shape.classes, (shape.rows,), device=device)
-
-    def ours() -> Tensor:
-        loss, _ = fastloss.cross_entropy_with_accuracy(logits, target, topk=(1, 5))
-        return torch.autograd.grad(loss, logits)[0]
-
-    def eager() -> Tensor:
-        hits = logits.detach().topk(min(5, shape.classes), 1).indices == target[:, None]
-        _ = hits[:, 0].float().mean(), hits.any(1).float().mean()
-        return torch.autograd.grad(F.cross_entropy(logits, target), logits)[0]
-
-    return ours, eager
+def contest_of_graphs(shape: Shape, device: torch.device) -> list[Step]:
+    """Return calls by fastloss and by eager PyTorch: the loss, its gradient, and top-1 and top-5 accuracy."""
+    inputs = loss_inputs(shape.rows, shape.classes, torch.float32, device, seed=0)
+    return [partial(operation(functions(), "loss+accuracy"), *inputs) for functions in (ours, eager)]
 
 
 def under_a_graph(shape: Shape, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Each of the two from a CUDA graph, and called without one: milliseconds; or why PyTorch has no graph."""
-    found: dict[str, Any] = {"shape": str(shape)}
+    """Return the milliseconds of both, from a CUDA graph and without one, or why PyTorch has no graph."""
+    result: dict[str, Any] = {"shape": str(shape)}
     try:
-        ours, eager = contest_of_graphs(shape, device)
-        turns = {"fastloss in a graph": captured(ours).replay, "fastloss": ours, "torch": eager}
+        fast, plain = contest_of_graphs(shape, device)
+        calls = {"fastloss in a graph": captured(fast).replay, "fastloss": fast, "torch": plain}
         try:
-            turns["torch in a graph"] = captured(eager).replay
+            calls["torch in a graph"] = captured(plain).replay
         except Exception as error:
-            found["torch in a graph"] = first_line(error)
-        times = medians([partial(_turn, call) for call in turns.values()], seconds)
+            result["torch in a graph"] = first_line(error)
+        times = medians(list(calls.values()), device, budget=seconds, block=20)
     except Exception as error:
         return {"shape": str(shape), "error": first_line(error)}
-    return found | dict(zip(turns, times, strict=True))
-
-
-def _turn(call: Callable[[], object]) -> list[float]:
-    return [by_events(call, 20)]
+    return result | {name: 1e3 * time for name, time in zip(calls, times, strict=True)}
 
 
 def _versions(device: torch.device) -> dict[str, str]:
-    found = {"fastloss": fastloss.__version__, "torch": torch.__version__}
-    found["triton"] = choice.triton_version() or "not installed"
+    triton = choice.triton_version() or "not installed"
+    versions = {"fastloss": fastloss.__version__, "torch": torch.__version__, "triton": triton}
     if device.type == "cuda":
-        found["CUDA"] = str(torch.version.cuda or torch.version.hip)
-        found["driver"] = _driver()
-    return found
+        versions |= {"CUDA": str(torch.version.cuda or torch.version.hip), "driver": "unknown"}
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
+            versions["driver"] = subprocess.check_output(query, text=True, timeout=30).split()[0]
+    return versions
 
 
-def _driver() -> str:
-    try:
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
-
-
-def file_name(device: torch.device) -> str:
-    """``nvidia-h100-80gb-hbm3-2026-01-31``."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{datetime.date.today()}"
+def _make(record: Record, device: torch.device, options: argparse.Namespace) -> Iterator[str]:
+    """Add to the record; after each part, yield what is printed of it."""
+    seconds = 60 * options.minutes
+    end = time.monotonic() + seconds
+    if options.no_tests:
+        record.tests = record.memory_checker = {"summary": "left out (--no-tests)"}
+    else:
+        record.tests = run_tests(seconds * _TESTS_SHARE)
+        yield "\n".join([f"tests: {record.tests['summary']}", *record.tests["failures"]])
+        left_out = {"summary": "left out (--no-checker)"}
+        record.memory_checker = left_out if options.no_checker else check_memory(seconds * _CHECKER_SHARE)
+        yield f"memory checker: {record.memory_checker['summary']}"
+    for shape in VISION if device.type == "cuda" else ():
+        record.graphs.append(under_a_graph(shape, device, 2.0))
+        yield f"under a CUDA graph: {record.graphs[-1]}"
+    chosen = workloads(device)
+    for done, workload in enumerate(chosen):
+        left = end - time.monotonic()
+        if left < 0:
+            record.left_out = [str(each) for each in chosen[done:]]
+            yield f"out of time: {len(record.left_out)} workloads are left out"
+            return
+        new = measure(workload, contenders_of(workload.op), device, budget=left / (len(chosen) - done) / 4)
+        record.rows += new
+        timed = [f"{row.contender} {row.milliseconds:.3f} ms" for row in new if row.timed]
+        yield f"{workload}: {', '.join(timed) or 'nothing timed'}"
+    record.finished = True
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the record; exit code 1 if a part of it failed or was cut off, 2 without a GPU, 130 if interrupted."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__)
-    parser.add_argument(
-        "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: tiny shapes, to try the command"
-    )
+    devices = ("cuda", "cpu")
+    parser.add_argument("--device", default="cuda", choices=devices, help="cpu: tiny shapes, to try the command")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="in all (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="the folder")
     parser.add_argument("--no-tests", action="store_true", help="measurements alone")
     parser.add_argument("--no-checker", action="store_true", help="tests, but none under a memory checker")
     options = parser.parse_args(arguments)
+    error = None
     if options.device == "cuda" and not torch.cuda.is_available():
-        print(
-            "benchmarks.record: needs a GPU, and torch finds none (--device cpu tries the command)", file=sys.stderr
-        )
+        error = "needs a GPU, and torch finds none (--device cpu tries the command)"
+    elif not 0 <= options.minutes < math.inf:
+        error = f"--minutes is {options.minutes}; expected 0 or more"
+    elif not options.output.is_dir():
+        error = f"--output is {str(options.output)!r}; expected a folder that exists"
+    if error is not None:
+        print(f"benchmarks.record: {error}", file=sys.stderr)
         return 2
-    if not 0 <= options.minutes < math.inf:
-        print(f"benchmarks.record: --minutes is {options.minutes}; expected 0 or more", file=sys.stderr)
-        return 2
-    if not options.output.is_dir():
-        print(
-            f"benchmarks.record: --output is {str(options.output)!r}; expected a folder that exists", file=sys.stderr
-        )
-        return 2
-    device, end = torch.device(options.device), time.monotonic() + 60 * options.minutes
-    chosen = workloads(device)
-    asked = {each.name: each for workload in chosen for each in contenders_of(workload.op)}
-    path = options.output / f"{file_name(device)}.json"
-    record = Record(
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        circumstances(device),
-        _versions(device),
-        {name: each.presence() for name, each in asked.items()},
-    )
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")  # nvidia-h100-80gb-hbm3-2026-01-31
+    path = options.output / f"{slug}-{datetime.date.today()}.json"
+    contenders = {each.name: each.presence() for workload in workloads(device) for each in contenders_of(workload.op)}
+    record = Record(name, circumstances(device), _versions(device), contenders)
     try:
-        _make(
-            record,
-            path,
-            chosen,
-            device,
-            end,
-            tests=not options.no_tests,
-            checker=not options.no_checker,
-            minutes=options.minutes,
-        )
+        for words in _make(record, device, options):
+            record.write(path)
+            print(words, flush=True)
     except KeyboardInterrupt:
         record.write(path)
         print(f"interrupted; what was finished is in {path}")
         return 130
+    record.write(path)
     onward = "; python -m benchmarks.tables puts it into README.md" if device.type == "cuda" else ""
     print(f"written: {path} and {path.with_suffix('.md').name}{onward}")
     return int(not record.is_good)
-
-
-def _make(
-    record: Record,
-    path: Path,
-    chosen: Sequence[Workload],
-    device: torch.device,
-    end: float,
-    *,
-    tests: bool,
-    checker: bool,
-    minutes: float,
-) -> None:
-    record.tests = {} if tests else {"summary": "left out (--no-tests)"}
-    if not (tests and checker):
-        record.memory_checker = {"summary": "left out (--no-checker)" if tests else "left out (--no-tests)"}
-    if tests:
-        record.tests = run_tests(60 * minutes * _TESTS_SHARE)
-        print(f"tests: {record.tests['summary']}", *record.tests["failures"], sep="\n", flush=True)
-        record.write(path)
-    if tests and checker:
-        record.memory_checker = check_memory(60 * minutes * _CHECKER_SHARE)
-        print(f"memory checker: {record.memory_checker['summary']}", flush=True)
-        record.write(path)
-    graphs = VISION if device.type == "cuda" else ()
-    for shape in graphs:
-        record.graphs.append(under_a_graph(shape, device, 2.0))
-        print(f"under a CUDA graph: {record.graphs[-1]}", flush=True)
-    for done, workload in enumerate(chosen):
-        left = end - time.monotonic()
-        if left < 0:
-            record.left_out = [str(each) for each in chosen[done:]]
-            record.write(path)
-            print(f"out of time: {len(record.left_out)} workloads are left out", flush=True)
-            return
-        share = left / (len(chosen) - done)
-        new = measure(workload, contenders_of(workload.op), device, budget=share / 4)
-        record.rows += new
-        record.write(path)
-        timed = [f"{row.contender} {row.milliseconds:.3f} ms" for row in new if row.timed]
-        print(f"{workload}: {', '.join(timed) or 'nothing timed'}", flush=True)
-    record.finished = True
-    record.write(path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the collectives cost on 2 to 16384 GPUs, on paper: ``python -m benchmarks.scale``.
+"""The cost of the collectives on 2 to 16384 GPUs, on paper: ``python -m benchmarks.scale``.
 
-How many there are and what they send is counted: the calls are made, by the first process of a group whose others are
-not there. How long that takes is a model: a latency by the number of steps, and the bytes by the bandwidth.
+Their number and their bytes are counted: the first process of a group makes the calls, and the others are not there.
+Their time is a model: a latency by the number of steps, and the bytes by the bandwidth.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fastloss
 
 from .parallel import Step, by_loss_parallel, on_a_dtensor
+from .shared import markdown
 from .wire import Sent, sent_by
 
 GPUS_IN_A_NODE = 8
@@ -51,7 +55,7 @@ LONG = Protocol(tree=(0.0, 28.0, 28.0), ring=(8.4, 3.4, 14.0), proxy=3.0)  # Sim
 
 
 def ring(ranks: int, nodes: int, rounds: int, protocol: Protocol = SHORT) -> float:
-    """µs until a ring has gone round: once to gather or to scatter, twice to sum."""
+    """Return the µs until a ring has gone round: once to gather or to scatter, twice to sum."""
     start, near, far = protocol.ring
     if nodes == 1:
         return start + rounds * (ranks - 1) * near
@@ -60,28 +64,28 @@ def ring(ranks: int, nodes: int, rounds: int, protocol: Protocol = SHORT) -> flo
 
 
 def tree(ranks: int, nodes: int, protocol: Protocol = SHORT) -> float:
-    """µs until a sum has gone up a tree and down again."""
+    """Return the µs until a sum has gone up a tree and down again."""
     start, near, far = protocol.tree
     return start + 2 * ((ranks // nodes - 1) * near + int(math.log2(nodes)) * far)
 
 
 def nodes_of(ranks: int) -> int:
-    """Processes fill their nodes."""
+    """Return the number of nodes, which processes fill one after the other."""
     return -(-ranks // GPUS_IN_A_NODE)
 
 
 def bandwidth(ranks: int) -> float:
-    """GB/s at which each process of whole nodes sends."""
+    """Return the GB/s at which each process of whole nodes sends."""
     return NVLINK if nodes_of(ranks) == 1 else min(NVLINK, ADAPTER * GPUS_IN_A_NODE)
 
 
 def gathering(sent: Sent, ranks: int) -> float:
-    """µs of all-gathers."""
+    """Return the µs of all-gathers."""
     return sent.collectives * ring(ranks, nodes_of(ranks), 1) + sent.bytes / bandwidth(ranks) / 1e3
 
 
 def summing(sent: Sent, ranks: int) -> float:
-    """µs of all-reduces."""
+    """Return the µs of all-reduces."""
     nodes = nodes_of(ranks)
     latency = min(ring(ranks, nodes, 2), tree(ranks, nodes))
     return sent.collectives * latency + sent.bytes / bandwidth(ranks) / 1e3
@@ -92,10 +96,7 @@ def summing(sent: Sent, ranks: int) -> float:
 
 @contextmanager
 def first_of(ranks: int) -> Iterator[Any]:
-    """A mesh of so many processes, of which only the first is there: what it sends goes nowhere."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
+    """Make a mesh of processes of which only the first is there; what it sends goes nowhere."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         yield init_device_mesh("cpu", (ranks,))
@@ -104,9 +105,7 @@ def first_of(ranks: int) -> Iterator[Any]:
 
 
 def of_a_row(step: Step, ranks: int, rows: int = 16) -> Sent:
-    """For a row whose classes are shared by all processes, forward and backward in bfloat16."""
-    from torch.distributed.tensor import DTensor, Shard
-
+    """Count for a row whose classes all processes share, forward and backward in bfloat16."""
     with first_of(ranks) as mesh:
         logits = DTensor.from_local(torch.zeros(rows, 2, dtype=torch.bfloat16), mesh, [Shard(1)], run_check=False)
         target = torch.zeros(rows, dtype=torch.int64)
@@ -115,21 +114,17 @@ def of_a_row(step: Step, ranks: int, rows: int = 16) -> Sent:
 
 
 def of_a_mean(ranks: int) -> Sent:
-    """For the mean over rows that are shared by all processes, forward and backward."""
-    from torch.distributed.tensor import DTensor, Shard
-
+    """Count for the mean over rows that all processes share, forward and backward."""
     with first_of(ranks) as mesh:
         logits = DTensor.from_local(torch.zeros(4, 2), mesh, [Shard(0)], run_check=False).requires_grad_()
         target = DTensor.from_local(torch.zeros(4, dtype=torch.int64), mesh, [Shard(0)], run_check=False)
         sent = sent_by(lambda: fastloss.cross_entropy(logits, target).backward())
-    a_look = 8 * 2 * (ranks - 1) / ranks  # on a CPU, the processes tell each other of labels out of bounds
-    return Sent(sent.collectives - 1, sent.bytes - a_look)
+    check = 8 * 2 * (ranks - 1) / ranks  # of labels out of bounds, which the processes make on a CPU alone
+    return Sent(sent.collectives - 1, sent.bytes - check)
 
 
 def of_a_norm(ranks: int) -> Sent:
-    """For the norm of gradients that are sharded over all processes, within ``SGD.step``."""
-    from torch.distributed.tensor import DTensor, Shard
-
+    """Count for the norm of gradients that are sharded over all processes, within ``SGD.step``."""
     with first_of(ranks) as mesh:
         local = [DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)], run_check=False) for _ in range(8)]
         params = [nn.Parameter(p) for p in local]
@@ -139,7 +134,7 @@ def of_a_norm(ranks: int) -> Sent:
 
 
 def of_sharding(ranks: int, parameters: float, gathered: int = 2, scattered: int = 4) -> float:
-    """Bytes that FSDP2 has a process send in a step: parameters for forward and for backward, and gradients."""
+    """Return the bytes that a process sends in a step of FSDP2: parameters forward and backward, and gradients."""
     return (2 * gathered + scattered) * parameters * (ranks - 1) / ranks
 
 
@@ -147,78 +142,53 @@ def of_sharding(ranks: int, parameters: float, gathered: int = 2, scattered: int
 
 
 def sharing_the_classes() -> list[str]:
-    """A loss whose classes are shared by some processes."""
-    lines = _head(
-        *("processes", "fastloss: collectives, bytes a row", "µs", "`loss_parallel`: collectives, bytes a row", "µs"),
-        *("gathered logits: bytes a row", "µs", "visits to the logits, µs"),
-    )
+    """Return a table of a loss whose classes some processes share."""
+    head = ["processes", "fastloss: collectives, bytes a row", "µs"]
+    head += ["`loss_parallel`: collectives, bytes a row", "µs", "gathered logits: bytes a row", "µs"]
+    rows = []
     for ranks in SHARING:
-        ours, theirs = of_a_row(on_a_dtensor, ranks), of_a_row(by_loss_parallel, ranks)
+        cells = [f"{ranks}"]
+        for step, time in ((on_a_dtensor, gathering), (by_loss_parallel, summing)):
+            sent = of_a_row(step, ranks)
+            batch = Sent(sent.collectives, sent.bytes * ROWS)
+            cells += [f"{sent.collectives}, {sent.bytes:,.0f}", f"{time(batch, ranks):,.0f}"]
         logits = 2 * CLASSES * (ranks - 1) / ranks
         visits = 3 * ROWS * CLASSES / ranks * 2 / MEMORY / 1e3
-        lines.append(
-            _line(
-                f"{ranks}",
-                f"{ours.collectives}, {ours.bytes:,.0f}",
-                f"{gathering(_times(ours, ROWS), ranks):,.0f}",
-                f"{theirs.collectives}, {theirs.bytes:,.0f}",
-                f"{summing(_times(theirs, ROWS), ranks):,.0f}",
-                f"{logits:,.0f}",
-                f"{gathering(Sent(1, logits * ROWS), ranks):,.0f}",
-                f"{visits:,.1f}",
-            )
-        )
-    return lines
+        rows.append([*cells, f"{logits:,.0f}", f"{gathering(Sent(1, logits * ROWS), ranks):,.0f}", f"{visits:,.1f}"])
+    return markdown([*head, "visits to the logits, µs"], rows)
 
 
 def sharing_the_rows() -> list[str]:
-    """What else a step sends, where the rows are shared by all processes."""
+    """Return a table of the other collectives of a step, where all processes share the rows."""
     compute = 6 * PARAMETERS * ROWS / COMPUTE / 1e12 * 1e3
-    lines = _head(
-        *("processes", "mean: collectives, bytes", "µs", "`max_norm`: collectives, bytes", "µs"),
-        *("both, of a step's arithmetic", "FSDP2: GB", "ms", f"HSDP, {SHARDS} shards: GB", "ms"),
-    )
+    head = ["processes", "mean: collectives, bytes", "µs", "`max_norm`: collectives, bytes", "µs"]
+    head += ["both, of a step's arithmetic", "FSDP2: GB", "ms", f"HSDP, {SHARDS} shards: GB", "ms"]
+    rows = []
     for ranks in PROCESSES:
-        mean, norm = of_a_mean(ranks), of_a_norm(ranks)
-        both = summing(mean, ranks) + summing(norm, ranks)
+        sums = of_a_mean(ranks), of_a_norm(ranks)
+        times = [summing(sent, ranks) for sent in sums]
+        cells = [f"{ranks}"]
+        for sent, time in zip(sums, times, strict=True):
+            cells += [f"{sent.collectives}, {sent.bytes:.0f}", f"{time:.0f}"]
         flat, sharded = of_sharding(ranks, PARAMETERS), of_sharding(min(ranks, SHARDS), PARAMETERS)
         copies = max(1, ranks // SHARDS)
         summed = 2 * 4 * PARAMETERS / SHARDS * (copies - 1) / copies
         hsdp = _sharded_ms(min(ranks, SHARDS), sharded)
         if copies > 1:  # each process with those of the other copies that have its shards: one of a node
             hsdp += summed / ADAPTER / 1e6 + (LAYERS + 1) * tree(copies, copies, LONG) / 1e3
-        lines.append(
-            _line(
-                f"{ranks}",
-                f"{mean.collectives}, {mean.bytes:.0f}",
-                f"{summing(mean, ranks):.0f}",
-                f"{norm.collectives}, {norm.bytes:.0f}",
-                f"{summing(norm, ranks):.0f}",
-                f"{100 * both / 1e3 / compute:.3f} %",
-                f"{flat / 1e9:.1f}",
-                f"{_sharded_ms(ranks, flat):,.0f}",
-                f"{(sharded + summed) / 1e9:.1f}",
-                f"{hsdp:,.0f}",
-            )
-        )
-    return [*lines, "", f"A step's arithmetic: 6 x {PARAMETERS:.3g} x {ROWS} operations, {compute:.0f} ms."]
+        cells += [
+            f"{100 * sum(times) / 1e3 / compute:.3f} %",
+            f"{flat / 1e9:.1f}",
+            f"{_sharded_ms(ranks, flat):,.0f}",
+        ]
+        rows.append([*cells, f"{(sharded + summed) / 1e9:.1f}", f"{hsdp:,.0f}"])
+    words = f"A step's arithmetic: 6 x {PARAMETERS:.3g} x {ROWS} operations, {compute:.0f} ms."
+    return [*markdown(head, rows), "", words]
 
 
 def _sharded_ms(ranks: int, sent: float) -> float:
-    """Two all-gathers and a reduce-scatter for each layer, and for what is outside of them, one after the other."""
+    """Return the ms of two all-gathers and a reduce-scatter for each layer, and for the other parameters."""
     return sent / bandwidth(ranks) / 1e6 + 3 * (LAYERS + 1) * ring(ranks, nodes_of(ranks), 1, LONG) / 1e3
-
-
-def _times(sent: Sent, rows: int) -> Sent:
-    return Sent(sent.collectives, sent.bytes * rows)
-
-
-def _head(*cells: str) -> list[str]:
-    return [_line(*cells), _line(*["---"] * len(cells))]
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {"classes": sharing_the_classes, "rows": sharing_the_rows}

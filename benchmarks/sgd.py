@@ -7,8 +7,8 @@ and momentum, and these are the bytes counted, whatever a contender moves.
 
 Contenders take turns of ten steps in one process, each on tensors and random gradients of its own, and medians are
 compared; the copy takes its turns among them. Gradients stay where they are from step to step. Before it is timed
-each contender makes a few steps with ever new gradients, and its parameters are compared with those of float64: one
-that is off by more than rounding explains is marked WRONG, and nobody is compared with it.
+each contender makes a few steps with ever new gradients, and its parameters are compared with those of float64: a
+contender that is off by more than rounding explains is marked WRONG and not compared with.
 
 The host's time a tensor is, on a CPU, that of a step on as many tensors of one element. On a GPU it is the time until
 step() returns; nothing is waited for. With ``--launches``, where there is no GPU, it is that of the kernels' path, up
@@ -19,36 +19,28 @@ others, which lie elsewhere.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-import shlex
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import fastloss
+from fastloss.measuring.clock import Step, in_turns, medians, repeated, seconds
 from fastloss.measuring.contenders import SGD_OPTIONS
+from fastloss.measuring.inputs import resnet50_shapes
+from fastloss.measuring.limits import Copy
+from fastloss.measuring.machine import OtherPrograms
 from fastloss.measuring.sgd import MakeOptimizer, Shape, ready_step, step_errors
 
-from .measure import (
-    Budget,
-    by_events,
-    by_the_clock,
-    circumstances,
-    cpu_seconds,
-    header,
-    medians,
-    others_share,
-    verdict,
-)
+from .shared import CPU, closing, header, name_of, parsed_by, parser_of, verdict, write_record
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _COPIED_BYTES = 100_000_000
-
 OURS = "fastloss.SGD"
 CONTENDERS: dict[str, MakeOptimizer] = {
     OURS: partial(fastloss.SGD, **SGD_OPTIONS),
@@ -67,118 +59,59 @@ _BARS = {
 _HOST_BAR = 1.0  # microseconds a tensor
 
 
-class Kind(NamedTuple):
-    """Of tensors."""
-
-    dtype: torch.dtype
-    device: torch.device
-
-
-class Variant(NamedTuple):
-    """A form of fastloss.SGD."""
+class Form(NamedTuple):
+    """A form of an optimizer."""
 
     name: str
+    make: MakeOptimizer
     dtype: torch.dtype
     bytes: int  # that a step must move for each parameter
-    options: dict[str, Any]
+    max_norm: float | None = None
+
+
+def _variant(name: str, bytes: int, max_norm: float | None = None, **options: Any) -> Form:
+    dtype = getattr(torch, name.partition(",")[0])
+    return Form(name, partial(fastloss.SGD, **SGD_OPTIONS, max_norm=max_norm, **options), dtype, bytes, max_norm)
 
 
 _MAX_NORM = 1.0  # random gradients are far longer
 VARIANTS = [
-    Variant("float32", torch.float32, 20, {}),
-    Variant("float32, max_norm, clipped", torch.float32, 24, {"max_norm": _MAX_NORM}),
-    Variant("float32, max_norm, not clipped", torch.float32, 24, {"max_norm": 1e9}),
-    Variant("bfloat16", torch.bfloat16, 10, {}),
-    Variant("bfloat16, max_norm, clipped", torch.bfloat16, 12, {"max_norm": _MAX_NORM}),
-    Variant("bfloat16, momentum_dtype=float32", torch.bfloat16, 14, {"momentum_dtype": torch.float32}),
-    Variant("bfloat16, master_weights", torch.bfloat16, 18, {"master_weights": True}),
-    Variant("bfloat16, kahan_sum", torch.bfloat16, 14, {"kahan_sum": True}),
-    Variant("bfloat16, stochastic_rounding", torch.bfloat16, 10, {"stochastic_rounding": True}),
+    _variant("float32", 20),
+    _variant("float32, max_norm, clipped", 24, _MAX_NORM),
+    _variant("float32, max_norm, not clipped", 24, 1e9),
+    _variant("bfloat16", 10),
+    _variant("bfloat16, max_norm, clipped", 12, _MAX_NORM),
+    _variant("bfloat16, momentum_dtype=float32", 14, momentum_dtype=torch.float32),
+    _variant("bfloat16, master_weights", 18, master_weights=True),
+    _variant("bfloat16, kahan_sum", 14, kahan_sum=True),
+    _variant("bfloat16, stochastic_rounding", 10, stochastic_rounding=True),
 ]
 
-
-# --------------------------------------------------------------------------------------------------------- the sets
-
-
-def resnet50() -> list[Shape]:
-    """ResNet-50 (He et al., "Deep Residual Learning for Image Recognition", 2015) for 1000 classes."""
-
-    def convolution(wide: int, narrow: int, size: int) -> list[Shape]:
-        return [(wide, narrow, size, size), (wide,), (wide,)]  # with its batch norm
-
-    shapes = convolution(64, 3, 7)
-    channels = 64
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        width = 64 << stage
-        for block in range(blocks):
-            shapes += (
-                convolution(width, channels, 1) + convolution(width, width, 3) + convolution(4 * width, width, 1)
-            )
-            if block == 0:
-                shapes += convolution(4 * width, channels, 1)
-            channels = 4 * width
-    return [*shapes, (1000, channels), (1000,)]
-
-
-def _scaled(shapes: Sequence[Shape], scale: int) -> list[Shape]:
-    return [(max(1, shape[0] // scale), *shape[1:]) for shape in shapes]
-
-
-# Each takes the number by which the set is to be smaller.
-SETS: dict[str, Callable[[int], list[Shape]]] = {
-    "resnet50": lambda scale: _scaled(resnet50(), scale),
-    "large": lambda scale: _scaled([(2000, 2000)] * 10 + [(2500, 2000)] * 2, scale),
-    "small": lambda scale: [(256,)] * max(2, 2000 // scale),
+SETS: dict[str, list[Shape]] = {
+    "resnet50": resnet50_shapes(),
+    "large": [*[(2000, 2000)] * 10, *[(2500, 2000)] * 2],
+    "small": [(256,)] * 2000,
 }
 
 
-# ----------------------------------------------------------------------------------------------------------- timing
+def shrunk(name: str, scale: int) -> list[Shape]:
+    """Return a set's shapes with the first dimension divided by ``scale``; of "small" there are fewer instead."""
+    if name == "small":
+        return SETS[name][: max(2, len(SETS[name]) // scale)]
+    return [(max(1, shape[0] // scale), *shape[1:]) for shape in SETS[name]]
 
 
-def _turn(call: Callable[[], object], block: int, device: torch.device) -> list[float]:
-    if device.type == "cuda":
-        return [by_events(call, block)]
-    return [by_the_clock(call) for _ in range(block)]
+def _elements(shapes: Sequence[Shape]) -> int:
+    return sum(map(math.prod, shapes))
 
 
-def _host_turn(call: Callable[[], object], block: int, device: torch.device) -> list[float]:
-    if device.type != "cuda":
-        return [by_the_clock(call) for _ in range(block)]
-    times = []
-    for _ in range(block):
-        torch.cuda.synchronize(device)  # else the call may wait for room in a full queue
-        times.append(by_the_clock(call))
-    return times
-
-
-class Timed(NamedTuple):
-    """Medians, in ms, of the contenders' steps; and what a copy's bytes come to, read and written, in GB/s."""
-
-    steps: list[float]
-    copied: float
-
-
-def _timed(calls: Sequence[Callable[[], object]], device: torch.device, budget: Budget, scale: int) -> Timed:
-    source = torch.randn(_COPIED_BYTES // 4 // scale, device=device)
-    target = torch.zeros_like(source)
-    copy: Callable[[], object] = partial(target.copy_, source)
-    turns = [partial(_turn, call, budget.block, device) for call in (*calls, copy)]
-    *steps, copying = medians(turns, budget.seconds)
-    return Timed(steps, 2 * source.nbytes / copying / 1e6)
-
-
-def _host_times(calls: Sequence[Callable[[], object]], device: torch.device, budget: Budget) -> list[float]:
-    """Of a step, in microseconds."""
-    turns = [partial(_host_turn, call, budget.block, device) for call in calls]
-    return [1e3 * median for median in medians(turns, budget.seconds / 4)]
-
-
-# ----------------------------------------------------------------------------------------------------------- tables
+def _of_one_element(shapes: Sequence[Shape]) -> list[Shape]:
+    return [tuple(1 for _ in shape) for shape in shapes]
 
 
 @dataclass
 class Line:
-    """What is printed of a contender; its speed counts the bytes that a step must move."""
+    """The printed line of a contender; its speed counts the bytes that a step must move."""
 
     name: str
     ms: float
@@ -199,24 +132,24 @@ class Line:
         return sum((value := values[name]) is not None and value > bar for name, bar in self.bars.items())
 
     def __str__(self) -> str:
-        parts = [
-            f"{self.name:32} {self.ms:9.3f} ms  {self.speed:8.2f} GB/s  {self.speed / self.copied:5.0%} of a copy",
-        ]
+        line = f"{self.name:32} {self.ms:9.3f} ms  {self.speed:8.2f} GB/s  {self.speed / self.copied:5.0%} of a copy"
         if self.host is not None:
-            parts.append(f"host {self.host:7.3f} us a tensor {verdict(self.host, self.bars.get('host'))}".rstrip())
+            line += f"  host {self.host:7.3f} us a tensor {verdict(self.host, self.bars.get('host'))}".rstrip()
         if self.wrong:
-            parts.append(f"WRONG: off by {self.deviation:.3g} x what rounding explains")
+            line += f"  WRONG: off by {self.deviation:.3g} x what rounding explains"
         elif self.ratio is not None:
-            parts.append(f"ratio {self.ratio:5.3f} {verdict(self.ratio, self.bars.get('ratio'))}".rstrip())
-        return "  ".join(parts)
+            line += f"  ratio {self.ratio:5.3f} {verdict(self.ratio, self.bars.get('ratio'))}".rstrip()
+        return line
 
 
 @dataclass
 class Run:
-    """The options of a run, and what it has printed."""
+    """The options of a run, and the lines that it has printed."""
 
-    kind: Kind
-    budget: Budget
+    dtype: torch.dtype
+    device: torch.device
+    seconds: float
+    block: int
     scale: int
     printed: list[str] = field(default_factory=list)
 
@@ -224,179 +157,131 @@ class Run:
         print(line, flush=True)
         self.printed.append(str(line))
 
+    def lines(self, forms: Sequence[Form], shapes: Sequence[Shape]) -> list[Line]:
+        """Check and time the steps of all forms, and a copy in turn with them."""
+        off: dict[str, float] = {}
+        for dtype, max_norm in dict.fromkeys((form.dtype, form.max_norm) for form in forms):
+            alike = [form for form in forms if (form.dtype, form.max_norm) == (dtype, max_norm)]
+            errors = step_errors([form.make for form in alike], shapes, dtype, self.device, max_norm=max_norm)
+            off.update((form.name, error.of_rounding) for form, error in zip(alike, errors, strict=True))
+        copy, elements = Copy(self.device, _COPIED_BYTES), _elements(shapes)
+        steps = [ready_step(form.make, shapes, form.dtype, self.device) for form in forms]
+        *times, copying = medians([*steps, copy.step], self.device, budget=self.seconds, block=self.block)
+        copied = copy.gigabytes_per_second(copying)
+        return [
+            Line(form.name, 1e3 * time, elements * form.bytes / time / 1e9, copied, off[form.name])
+            for form, time in zip(forms, times, strict=True)
+        ]
+
     def contest(self, name: str) -> list[Line]:
-        """All contenders on one set."""
-        shapes, (dtype, device) = SETS[name](self.scale), self.kind
-        floats, size = sum(map(math.prod, shapes)), 5 * dtype.itemsize
-        makes = list(CONTENDERS.values())
-        off = [errors.of_rounding for errors in step_errors(makes, shapes, *self.kind)]
-        calls = [ready_step(make, shapes, *self.kind) for make in makes]
-        times, copied = _timed(calls, device, self.budget, self.scale)
-        if device.type != "cuda":
-            calls = [ready_step(make, [(1,) * len(shape) for shape in shapes], *self.kind) for make in makes]
-        hosts = _host_times(calls, device, self.budget)
-        is_held = dtype == torch.float32 and self.scale == 1
-        lines = []
-        for contender, ms, host, mine in zip(CONTENDERS, times, hosts, off, strict=True):
-            line = Line(contender, ms, floats * size / ms / 1e6, copied, mine, host / len(shapes))
-            if contender != OURS and not line.wrong:
-                line.ratio = times[0] / ms
-            if is_held and contender == OURS:
+        """Check, time and print all contenders on one set."""
+        shapes, size = shrunk(name, self.scale), 5 * self.dtype.itemsize
+        lines = self.lines([Form(each, make, self.dtype, size) for each, make in CONTENDERS.items()], shapes)
+        few = shapes if self.device.type == "cuda" else _of_one_element(shapes)
+        steps = [ready_step(make, few, self.dtype, self.device) for make in CONTENDERS.values()]
+        hosts = in_turns(steps, self.until_return, budget=max(self.seconds / 4, 1e-9), least=-(-5 // self.block))
+        is_held = self.dtype == torch.float32 and self.scale == 1
+        words = f"{_elements(shapes) / 1e6:.2f} M {name_of(self.dtype)}, {size} bytes each"
+        self.say(f"{name}: {len(shapes)} tensors, {words}; a copy moves {lines[0].copied:.2f} GB/s")
+        for line, times in zip(lines, hosts, strict=True):
+            line.host = 1e6 * statistics.median(itertools.chain(*times)) / len(shapes)
+            if line.name != OURS and not line.wrong:
+                line.ratio = lines[0].ms / line.ms
+            if is_held and line.name == OURS:
                 line.bars["host"] = _HOST_BAR
-            if is_held and device.type == "cpu" and (name, contender) in _BARS:
-                line.bars["ratio"] = _BARS[name, contender]
-            lines.append(line)
-        self.say(
-            f"{name}: {len(shapes)} tensors, {floats / 1e6:.2f} M {_named(dtype)}, {size} bytes each; "
-            f"a copy moves {copied:.2f} GB/s"
-        )
-        for line in lines:
+            if is_held and self.device.type == "cpu" and (name, line.name) in _BARS:
+                line.bars["ratio"] = _BARS[name, line.name]
             self.say(line)
         return lines
 
+    def until_return(self, step: Step) -> list[float]:
+        """Return the seconds until ``step`` returns, of a block of calls."""
+        times = []
+        for _ in range(self.block):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # else the call may wait for room in a full queue
+            times.append(seconds(step, CPU))
+        return times
+
     def launches(self, name: str) -> int:
-        """The host's time alone, with gradients that stay and with others; 1 if the bar is missed."""
-        shapes = [(1,) * len(shape) for shape in SETS[name](self.scale)]
-        options = self.kind._asdict()
-        params, *sets = ([torch.randn(shape, **options) for shape in shapes] for _ in range(3))
+        """Time the host alone, with gradients that stay and with others; return 1 if the bar is missed."""
+        shapes = _of_one_element(shrunk(name, self.scale))
+        params, *gradients = ([torch.randn(shape, dtype=self.dtype) for shape in shapes] for _ in range(3))
         step = CONTENDERS[OURS](params).step
 
-        def give() -> None:
-            for param, grad in zip(params, sets[0], strict=True):
-                param.grad = grad
-            sets.reverse()
+        def move() -> None:
+            gradients.reverse()
+            for param, gradient in zip(params, gradients[0], strict=True):
+                param.grad = gradient
 
-        def moved() -> list[float]:
-            give()
-            return [by_the_clock(step)]
+        def turn(prepare: Step) -> list[float]:
+            prepare()
+            return self.until_return(step)
 
-        give()
-        for _ in range(3):
-            step()
-        stay = partial(_host_turn, step, self.budget.block, self.kind.device)
-        host, elsewhere = (1e3 * median / len(shapes) for median in medians([stay, moved], self.budget.seconds))
+        move()
+        repeated(step, 3)
+        stayed, after_moves = in_turns([lambda: None, move], turn, budget=max(self.seconds, 1e-9))
+        host = 1e6 * statistics.median(itertools.chain(*stayed)) / len(shapes)
+        moved = 1e6 * statistics.median(times[0] for times in after_moves) / len(shapes)
         bar = _HOST_BAR if self.scale == 1 else None
-        self.say(
-            f"{name + ':':10} {len(shapes):5} tensors  host {host:7.3f} us a tensor {verdict(host, bar)}".rstrip()
-            + f"  {elsewhere:7.3f} where gradients have moved"
-        )
+        words = f"{name + ':':10} {len(shapes):5} tensors  host {host:7.3f} us a tensor {verdict(host, bar)}".rstrip()
+        self.say(f"{words}  {moved:7.3f} where gradients have moved")
         return int(bar is not None and host > bar)
 
     def variants(self, name: str) -> list[Line]:
-        """Fastloss alone, in all its forms, on one set."""
-        shapes, device = SETS[name](self.scale), self.kind.device
-        floats = sum(map(math.prod, shapes))
-        makes = [partial(fastloss.SGD, **SGD_OPTIONS, **variant.options) for variant in VARIANTS]
-        kinds = [Kind(variant.dtype, device) for variant in VARIANTS]
-        off = [0.0 for _ in VARIANTS]
-        alike: dict[Any, list[int]] = {}  # those that have one float64 run in common
-        for number, (variant, kind) in enumerate(zip(VARIANTS, kinds, strict=True)):
-            alike.setdefault((kind, variant.options.get("max_norm")), []).append(number)
-        for (kind, max_norm), numbers in alike.items():
-            found = step_errors([makes[number] for number in numbers], shapes, *kind, max_norm=max_norm)
-            for number, errors in zip(numbers, found, strict=True):
-                off[number] = errors.of_rounding
-        calls = [ready_step(make, shapes, *kind) for make, kind in zip(makes, kinds, strict=True)]
-        times, copied = _timed(calls, device, self.budget, self.scale)
-        self.say(
-            f"variants, {name}: {len(shapes)} tensors, {floats / 1e6:.2f} M parameters; "
-            f"a copy moves {copied:.2f} GB/s"
-        )
-        lines = []
-        for variant, ms, mine in zip(VARIANTS, times, off, strict=True):
-            lines.append(Line(variant.name, ms, floats * variant.bytes / ms / 1e6, copied, mine))
-            self.say(f"{lines[-1]}  at {variant.bytes} bytes each")
+        """Check, time and print fastloss alone, in all its forms, on one set."""
+        shapes = shrunk(name, self.scale)
+        lines = self.lines(VARIANTS, shapes)
+        words = f"{len(shapes)} tensors, {_elements(shapes) / 1e6:.2f} M parameters"
+        self.say(f"variants, {name}: {words}; a copy moves {lines[0].copied:.2f} GB/s")
+        for line, form in zip(lines, VARIANTS, strict=True):
+            self.say(f"{line}  at {form.bytes} bytes each")
         return lines
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-# ---------------------------------------------------------------------------------------------------------- command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables; exit code 1 if a bar is missed or fastloss is wrong."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parsed = _parsed(arguments)
-    kind = Kind(_DTYPES[parsed.dtype], torch.device(parsed.device))
-    run = Run(kind, Budget(parsed.seconds, parsed.block), parsed.scale)
-    where = "launches that start nothing" if parsed.launches else parsed.device
-    run.say(header(f"{torch.get_num_threads()} threads", where, parsed.dtype))
-    if parsed.scale != 1:
-        run.say(f"sets of a {parsed.scale}th of their size: no bars")
-    before = cpu_seconds()
-    names = [parsed.set] if parsed.set else list(SETS)
-    if parsed.launches:
+    options = _parsed(arguments)
+    device = torch.device(options.device)
+    run = Run(getattr(torch, options.dtype), device, options.seconds, options.block, options.scale)
+    where = "launches that start nothing" if options.launches else options.device
+    run.say(header(f"{torch.get_num_threads()} threads", where, options.dtype))
+    if options.scale != 1:
+        run.say(f"sets of a {options.scale}th of their size: no bars")
+    names, wrong = [options.set] if options.set else list(SETS), 0
+    others = OtherPrograms()
+    if options.launches:
         from .no_gpu import pretend
 
         pretend()
-        missed = sum(run.launches(name) for name in names)
-        run.say(f"{missed} bars missed; others used {others_share(before):.0%} of the CPU time")
-        return 1 if missed else 0
-    tables = [run.contest(name) for name in names]
-    ours = [table[0] for table in tables]
-    if parsed.variants:
-        alone = [run.variants(name) for name in names]
-        ours += [line for table in alone for line in table]
-    missed = sum(line.missed for table in tables for line in table)
-    wrong = sum(line.wrong for line in ours)
-    found = f"{missed} bars missed; " + (f"fastloss WRONG in {wrong} lines; " if wrong else "")
-    run.say(f"{found}others used {others_share(before):.0%} of the CPU time")
-    if parsed.output is not None:
-        parsed.output.write_text(_record(run, arguments), encoding="utf-8")
-    return 1 if missed or wrong else 0
+        missed = sum(map(run.launches, names))
+    else:
+        tables = list(map(run.contest, names))
+        alone = list(map(run.variants, names)) if options.variants else []
+        missed = sum(line.missed for line in itertools.chain(*tables))
+        wrong = sum(line.wrong for line in itertools.chain((ours for ours, *_ in tables), *alone))
+    run.say(closing(missed, others, f"fastloss WRONG in {wrong} lines; " if wrong else ""))
+    if options.output is not None:
+        words = f"Medians of turns of {options.block} steps in one process. "
+        words += "A line's ratio is fastloss's time over this contender's."
+        write_record(options.output, "SGD beside torch's", "sgd", arguments, device, words, run.printed)
+    return int(missed > 0 or wrong > 0)
 
 
-def _parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sgd", description=__doc__, allow_abbrev=False)
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = parser_of("sgd", __doc__, seconds=10.0, each="table", output=True)
     parser.add_argument("--set", choices=SETS, help="only this one")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time for each table (default: %(default)s)")
     parser.add_argument("--block", type=int, default=10, help="steps in a turn (default: %(default)s)")
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(default: cuda where there is one; here: %(default)s)",
-    )
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
     parser.add_argument("--variants", action="store_true", help="and fastloss alone, with clipping and in 16 bits")
     parser.add_argument("--launches", action="store_true", help="the kernels' host side alone, without a GPU")
     parser.add_argument("--scale", type=int, default=1, help="make the sets so many times smaller; no bars then")
-    parser.add_argument("--output", type=Path, help="write a record in Markdown to this file")
-    parsed = parser.parse_args(arguments)
-    if not 0 <= parsed.seconds < math.inf:
-        parser.error(f"argument --seconds: {parsed.seconds} is not a time")
-    for name in ("block", "scale"):
-        if getattr(parsed, name) < 1:
-            parser.error(f"argument --{name}: must be 1 or more, got {getattr(parsed, name)}")
-    if parsed.launches:
-        if parsed.variants or parsed.output is not None:
+    options = parsed_by(parser, arguments)
+    if options.launches:
+        if options.variants or options.output is not None:
             parser.error("argument --launches: goes with neither --variants nor --output")
-        parsed.device = "cpu"
-    if parsed.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: torch finds no cuda here (choose cpu)")
-    if parsed.output is not None and (parsed.output.is_dir() or not parsed.output.parent.is_dir()):
-        parser.error(f"argument --output: no file can be written at {parsed.output}")
-    return parsed
-
-
-def _record(run: Run, arguments: list[str]) -> str:
-    """The record: how it was made and what was printed. Where it lies is not part of it."""
-    shown, following = [], iter(arguments)
-    for argument in following:
-        if argument == "--output":
-            next(following)
-        elif not argument.startswith("--output="):
-            shown.append(argument)
-    command = shlex.join(["python", "-m", "benchmarks.sgd", *shown])
-    block = run.budget.block
-    text = (
-        f"`{command}` {circumstances(run.kind.device)}. Medians of turns of {block} steps in one process. A line's "
-        "ratio is fastloss's time over this contender's."
-    )
-    return "\n".join(["# SGD beside torch's", "", text, "", "```", *run.printed, "```", ""])
+        options.device = "cpu"
+    return options
 
 
 if __name__ == "__main__":

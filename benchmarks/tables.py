@@ -1,7 +1,7 @@
 """The tables of README.md and docs/, from the records: ``python -m benchmarks.tables``.
 
-What stands between a line ``<!-- numbers: RECORD -->`` (or ``<!-- numbers: RECORD PART -->``) and the next empty line
-is made from that record in benchmarks/results and written there; ``--check`` only compares.
+The lines between ``<!-- numbers: RECORD -->`` (or ``<!-- numbers: RECORD PART -->``) and the next empty line are made
+from that record in benchmarks/results; ``--check`` only compares.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .measure import ROOT
+from .shared import ROOT, markdown
 
 # The newest record of a GPU, benchmarks/results/<gpu>-<date>.json, which `python -m benchmarks.record` writes.
 GPU = "benchmarks/results/<gpu>-<date>.json"
@@ -42,40 +42,31 @@ _LINEAR = re.compile(
 _RATIO = re.compile(r"ratio +(\S+)")
 _BYTES = re.compile(r"at (\d+) bytes each")
 
-_OURS = "fastloss.SGD"
 _PEERS = ("fused=True", "foreach=True", "foreach=False")
 
 
 def cross_entropy(record: Sequence[str]) -> str:
     """Forward and backward of cross-entropy beside torch's operator and the compiler."""
     rows: dict[str, dict[str, str]] = {}
-    for line in record:
-        if found := _PEER.match(line):
-            row = rows.setdefault(found["shape"], {"fastloss": found["ours"]})
-            row[found["peer"]] = f"{found['theirs']} | {found['ratio']}"
-    return _table(
-        ["forward + backward", "fastloss", "`F.cross_entropy`", "ratio", "torch.compile", "ratio"],
-        [
-            [shape, row["fastloss"], row["F.cross_entropy"], row.get("torch.compile", "– | –")]
-            for shape, row in rows.items()
-        ],
-    )
+    for line in filter(None, map(_PEER.match, record)):
+        row = rows.setdefault(line["shape"], {"fastloss": line["ours"], "torch.compile": "– | –"})
+        row[line["peer"]] = f"{line['theirs']} | {line['ratio']}"
+    head = ["forward + backward", "fastloss", "`F.cross_entropy`", "ratio", "torch.compile", "ratio"]
+    names = ("fastloss", "F.cross_entropy", "torch.compile")
+    return _table(head, [[shape, *(row[name] for name in names)] for shape, row in rows.items()])
 
 
 def sgd(record: Sequence[str]) -> str:
     """A step beside each of torch's."""
     rows = []
     for heading, lines in _sets(record):
-        ours = lines.get(_OURS)
-        if ours is None:
-            continue
-        row = [f"{heading['set']}: {heading['count']}, {heading['floats']}"]
-        row += [ours["host"], ours["ms"], ours["speed"], ours["share"] + _wrong(ours)]
-        for peer in _PEERS:
-            line = lines[f"torch {peer}"]
-            ratio = _RATIO.search(line["rest"])
-            row += [line["ms"], ratio[1] if ratio else "wrong"]
-        rows.append(row)
+        if ours := lines.get("fastloss.SGD"):
+            row = [f"{heading['set']}: {heading['count']}, {heading['floats']}"]
+            row += [ours["host"], ours["ms"], ours["speed"], ours["share"] + _wrong(ours)]
+            for line in (lines[f"torch {peer}"] for peer in _PEERS):
+                ratio = _RATIO.search(line["rest"])
+                row += [line["ms"], ratio[1] if ratio else "wrong"]
+            rows.append(row)
     head = ["tensors, parameters", "host, µs a tensor", "fastloss", "bytes", "of a copy's"]
     return _table([*head, *(name for peer in _PEERS for name in (f"`{peer}`", "ratio"))], rows)
 
@@ -84,11 +75,10 @@ def variants(record: Sequence[str]) -> str:
     """Fastloss alone, in all its forms."""
     rows = []
     for heading, lines in _sets(record):
+        name = heading["set"].removeprefix("variants, ")
         for line in lines.values():
             if size := _BYTES.search(line["rest"]):
-                name = heading["set"].removeprefix("variants, ")
-                speed = [line["speed"], line["share"] + _wrong(line)]
-                rows.append([name, line["name"], size[1], line["ms"], *speed])
+                rows.append([name, line["name"], size[1], line["ms"], line["speed"], line["share"] + _wrong(line)])
     return _table(["tensors", "form", "bytes a parameter", "a step", "bytes", "of a copy's"], rows)
 
 
@@ -98,107 +88,15 @@ def linear(record: Sequence[str]) -> str:
     for line in record:
         if heading := _LINEAR_SHAPE.match(line):
             rows.append([heading["shape"]])
-        elif rows and (found := _LINEAR.match(line)):
-            rows[-1].append(found["ms"])
-            rows[-1] += [found["memory"]] if found["memory"] else []
-            rows[-1] += [found["ratio"], found["saved"]] if found["ratio"] else []
+        elif rows and (loss := _LINEAR.match(line)):
+            rows[-1] += filter(None, (loss[name] for name in ("ms", "memory", "ratio", "saved")))
     head = ["(N, D) x V", "fastloss", "memory", "of the faster other", "of the plain form's memory"]
     head += ["`F.cross_entropy(F.linear)`", "memory", "`F.linear_cross_entropy`", "memory", "three bare products"]
     return _table(head, rows)
 
 
-TABLES: dict[tuple[str, str | None], Callable[[Sequence[str]], str]] = {
-    ("benchmarks/results/cpu.md", None): cross_entropy,
-    ("benchmarks/results/linear-cpu.md", None): linear,
-    ("benchmarks/results/sgd-cpu.md", None): sgd,
-    ("benchmarks/results/sgd-cpu.md", "variants"): variants,
-}
-
-
-def newest_gpu_record(folder: Path) -> Path | None:
-    """By the date in its name; the CPU's are none."""
-    dated = [(found["date"], path) for path in folder.glob("*.json") if (found := _DATED.fullmatch(path.name))]
-    return max((each for each in dated if not each[1].name.startswith("cpu-")), default=(None, None))[1]
-
-
-# What a record's tables are of: operations whose contenders are the same.
-_OPS = (("forward+backward", "forward", "loss+accuracy", "accuracy", "host"), ("linear",), ("sgd",))
-
-
-def gpu(path: Path) -> str:
-    """Each chosen shape: fastloss, its share of the limit, how long the others take; and the host's times.
-
-    The limit is a copy's bandwidth; of linear_cross_entropy it is the time of three bare products. The host's times,
-    which older records do not have, are fastloss's and, of the others, eager PyTorch's. A comment, at which a table
-    ends too, stands between tables: what is replaced ends with the first empty line.
-    """
-    record = json.loads(path.read_text(encoding="utf-8"))
-    tables = [_of_ops(record, ops) for ops in _OPS if any(row["op"] in ops for row in record["rows"])]
-    return f"{record['device']}, {record['circumstances']}:\n" + "<!-- -->\n".join(tables)
-
-
-def _of_ops(record: dict[str, Any], ops: Sequence[str]) -> str:
-    by_workload: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
-    for row in sorted((row for row in record["rows"] if row["op"] in ops), key=lambda row: ops.index(row["op"])):
-        dtype = row["dtype"] + (", soft" if row["target"] == "soft" else "")
-        key = (str(row["op"]), str(row["shape"]), dtype)
-        by_workload.setdefault(key, {})[row["contender"]] = row
-    found = [row for rows in by_workload.values() for row in rows.values()]
-    timed = {row["contender"] for row in found if row["status"] == "timed"}
-    others = [name for name in record["contenders"] if name in timed and name != "fastloss"]
-    hosts = [
-        n for n in ("fastloss", "torch") if any(r["contender"] == n and r.get("host_milliseconds") for r in found)
-    ]
-
-    def cell(row: dict[str, Any] | None) -> str:
-        if row is None or row["status"] in ("absent", "unfit"):
-            return "–"
-        return f"{row['milliseconds']:.3f}" if row["status"] == "timed" else str(row["status"])
-
-    def host(row: dict[str, Any] | None) -> str:
-        found = row.get("host_milliseconds") if row else None
-        return "–" if found is None else f"{found:.3f}"
-
-    rows = []
-    for key, of_contender in by_workload.items():
-        ours = of_contender.get("fastloss")
-        share = ours.get("share_of_copy") if ours else None
-        if ours and ours.get("times_products"):
-            share = 1 / ours["times_products"]
-        rows.append(
-            [
-                *key,
-                *(cell(ours), f"{share:.0%}" if share else "–"),
-                *(cell(of_contender.get(other)) for other in others),
-                *(host(of_contender.get(name)) for name in hosts),
-            ]
-        )
-    head = ["ms", "N x V", "dtype", "fastloss", "of the limit", *others, *(f"host: {name}" for name in hosts)]
-    return _table(head, rows)
-
-
-def filled(text: str, root: Path) -> str:
-    """The document with its tables as the records under ``root`` have them."""
-
-    def place(found: re.Match[str]) -> str:
-        record, part = found[2], found[3]
-        if record == GPU:
-            newest = newest_gpu_record(root / "benchmarks" / "results")
-            return found[1] + (NO_GPU if newest is None else gpu(newest))
-        make = TABLES.get((record, part))
-        if make is None:
-            known = "; ".join([GPU, *(" ".join(filter(None, key)) for key in TABLES)])
-            raise ValueError(f"no table is made from {record} {part or ''}; known: {known}")
-        path = root / record
-        if not path.exists():
-            return f"{found[1]}{NOT_RECORDED}\n"
-        return found[1] + make(path.read_text(encoding="utf-8").splitlines())
-
-    return _PLACE.sub(place, text)
-
-
 def _sets(record: Sequence[str]) -> list[tuple[re.Match[str], dict[str, re.Match[str]]]]:
-    """Each line that names a set, and the lines below it by their contenders' names."""
+    """Return each line that names a set, and the lines below it by their contenders' names."""
     sets: list[tuple[re.Match[str], dict[str, re.Match[str]]]] = []
     for line in record:
         if heading := _SET.match(line):
@@ -213,11 +111,84 @@ def _wrong(line: re.Match[str]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return f"{NOT_RECORDED}\n"
-    lines = [f"| {' | '.join(row)} |\n" for row in (head, *rows)]
-    lines.insert(1, f"|{'---|' * len(head)}\n")
-    return "".join(lines)
+    return "".join(f"{line}\n" for line in markdown(head, rows)) if rows else f"{NOT_RECORDED}\n"
+
+
+TABLES: dict[tuple[str, str | None], Callable[[Sequence[str]], str]] = {
+    ("benchmarks/results/cpu.md", None): cross_entropy,
+    ("benchmarks/results/linear-cpu.md", None): linear,
+    ("benchmarks/results/sgd-cpu.md", None): sgd,
+    ("benchmarks/results/sgd-cpu.md", "variants"): variants,
+}
+
+
+def newest_gpu_record(folder: Path) -> Path | None:
+    """Return the record with the latest date in its name, those of CPUs aside."""
+    dated = [(name["date"], path) for path in folder.glob("*.json") if (name := _DATED.fullmatch(path.name))]
+    return max((each for each in dated if not each[1].name.startswith("cpu-")), default=(None, None))[1]
+
+
+# The operations of each of a record's tables: their contenders are the same.
+_OPS = (("forward+backward", "forward", "loss+accuracy", "accuracy", "host"), ("linear",), ("sgd",))
+
+
+def gpu(path: Path) -> str:
+    """Return tables of each chosen shape: fastloss, its share of the limit, the others' times and the host's times.
+
+    The limit is a copy's bandwidth; of linear_cross_entropy it is the time of three bare products. The host's times,
+    which older records do not have, are fastloss's and, of the others, eager PyTorch's. A comment, at which a table
+    ends too, stands between tables: the lines that are replaced end with the first empty line.
+    """
+    record = json.loads(path.read_text(encoding="utf-8"))
+    tables = [_of_ops(record, ops) for ops in _OPS if any(row["op"] in ops for row in record["rows"])]
+    return f"{record['device']}, {record['circumstances']}:\n" + "<!-- -->\n".join(tables)
+
+
+def _of_ops(record: dict[str, Any], ops: Sequence[str]) -> str:
+    rows = sorted((row for row in record["rows"] if row["op"] in ops), key=lambda row: ops.index(row["op"]))
+    by_workload: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        dtype = row["dtype"] + (", soft" if row["target"] == "soft" else "")
+        by_workload.setdefault((row["op"], row["shape"], dtype), {})[row["contender"]] = row
+    timed = {row["contender"] for row in rows if row["status"] == "timed"}
+    others = [name for name in record["contenders"] if name in timed and name != "fastloss"]
+    with_host = {row["contender"] for row in rows if row.get("host_milliseconds")}
+    hosts = [name for name in ("fastloss", "torch") if name in with_host]
+
+    def cell(row: dict[str, Any]) -> str:
+        if row.get("status", "absent") in ("absent", "unfit"):
+            return "–"
+        return f"{row['milliseconds']:.3f}" if row["status"] == "timed" else str(row["status"])
+
+    def host(row: dict[str, Any]) -> str:
+        return "–" if row.get("host_milliseconds") is None else f"{row['host_milliseconds']:.3f}"
+
+    lines = []
+    for workload, by_contender in by_workload.items():
+        ours, *theirs = (by_contender.get(name, {}) for name in ("fastloss", *others))
+        share = 1 / ours["times_products"] if ours.get("times_products") else ours.get("share_of_copy")
+        line = [*workload, cell(ours), f"{share:.0%}" if share else "–", *map(cell, theirs)]
+        lines.append(line + [host(by_contender.get(name, {})) for name in hosts])
+    head = ["ms", "N x V", "dtype", "fastloss", "of the limit", *others, *(f"host: {name}" for name in hosts)]
+    return _table(head, lines)
+
+
+def filled(text: str, root: Path) -> str:
+    """Return the document with its tables made from the records under ``root``."""
+
+    def table(place: re.Match[str]) -> str:
+        record, part = place[2], place[3]
+        if record == GPU:
+            newest = newest_gpu_record(root / "benchmarks" / "results")
+            return NO_GPU if newest is None else gpu(newest)
+        if (record, part) not in TABLES:
+            known = "; ".join([GPU, *(" ".join(filter(None, key)) for key in TABLES)])
+            raise ValueError(f"no table is made from {record} {part or ''}; known: {known}")
+        path = root / record
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return TABLES[record, part](lines)
+
+    return _PLACE.sub(lambda place: place[1] + table(place), text)
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:

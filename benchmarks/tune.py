@@ -24,8 +24,9 @@ from torch import Tensor
 
 from fastloss.backends import choice as backends
 from fastloss.backends.contract import LossOptions
+from fastloss.measuring.clock import repeated, seconds
 
-from .measure import by_events, captured, header
+from .shared import captured, header
 
 FORMS = {
     "gradient": (True, LossOptions()),
@@ -176,7 +177,7 @@ def by_graph(call: Callable[[], Any], block: int) -> float:
     """The seconds that a GPU takes for a call when the host does not hold it up."""
     graph = captured(lambda: [call() for _ in range(block)])
     graph.replay()
-    return min(by_events(graph.replay, 1) for _ in range(3)) / block
+    return min(seconds(graph.replay, torch.device("cuda")) for _ in range(3)) / block
 
 
 def main() -> int:
@@ -214,7 +215,7 @@ def main() -> int:
             break
         logits, target = make(rows, classes)
         bytes_moved = logits.nbytes * (2 if form.startswith("gradient") else 1)
-        copied = min(by_events(lambda: sink.copy_(source), 5) for _ in range(3))
+        copied = min(seconds(lambda: repeated(lambda: sink.copy_(source), 5), source.device) for _ in range(3)) / 5
         copy = 2 * source.nbytes / copied
         long = classes not in [v for _, v in SHORT]
         residents = (*(SHARES if form.startswith("gradient") and classes > 1 << 17 else ()), *RESIDENT)

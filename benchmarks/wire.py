@@ -1,4 +1,4 @@
-"""What collectives send: how many there are, and the bytes of each process."""
+"""The collectives of a call: their number, and the bytes that each process sends."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Sent", "sent_by"]
 
 
 class Sent(NamedTuple):
-    """By one process."""
+    """The collectives and bytes of one process."""
 
     collectives: int
     bytes: float
 
 
 def sent_by(call: Callable[[], object]) -> Sent:
-    """What the collectives send that ``call`` makes, in its backward passes too."""
+    """Count the collectives of ``call`` and their bytes, those of its backward passes too."""
     with _Wire() as wire:
         call()
     return Sent(wire.collectives, wire.bytes)
@@ -42,8 +42,7 @@ class _Wire(CommDebugMode):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if self.get_total_counts() > before:
             name, ranks = func._schema.name, _group(args).size()
-            tensors = [t for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
-            whole = max(t.numel() * t.element_size() for t in tensors)
+            whole = max(tensor.nbytes for tensor in tree_leaves((args, out)) if isinstance(tensor, Tensor))
             twice = 2 if "reduce" in name and "scatter" not in name else 1
             self.collectives += 1
             self.bytes += twice * whole * (ranks - 1) / ranks
@@ -51,12 +50,12 @@ class _Wire(CommDebugMode):
 
 
 def _group(args: Any) -> Any:
-    """The group of a collective: its last argument's name, or, in torch.distributed's own, an object among them."""
+    """Return a collective's group: its last argument's name or, in torch.distributed's own, an object among them."""
     for arg in args:
         if isinstance(arg, torch.ScriptObject):
             try:
                 return dist.ProcessGroup.unbox(arg)
             except RuntimeError:  # another object
                 continue
-    names = [arg for arg in args if isinstance(arg, str)]
-    return dist.distributed_c10d._resolve_process_group(names[-1])  # type: ignore[arg-type]
+    name = [arg for arg in args if isinstance(arg, str)][-1]
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]

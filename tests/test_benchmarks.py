@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastloss.measuring.clock import medians
+
 ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.skipif(
@@ -42,14 +44,14 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """As a user runs it, on the backend that serves by default."""
+    """Import a program as a user runs it, on the backend that serves by default."""
     monkeypatch.delenv("FASTLOSS_BACKEND", raising=False)
     monkeypatch.syspath_prepend(str(ROOT))
     return importlib.import_module(f"benchmarks.{name}")
 
 
 def by_set(lines: list[str]) -> dict[str, list[str]]:
-    """The lines of each table under the name that its first line gives."""
+    """Return the lines of each table under the name that its first line gives."""
     tables: dict[str, list[str]] = {}
     for line in lines:
         if heading := re.match(r"((?:variants, )?\w+): \d+ tensors, ", line):
@@ -83,10 +85,10 @@ def test_sgd_marks_a_contender_that_is_wrong(
     sgd: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One whose learning rate is a thousandth too high, and one that makes NaN; the others are as right as before."""
-    off = {**sgd.OPTIONS, "lr": 1.001 * sgd.OPTIONS["lr"]}
+    off = {**sgd.SGD_OPTIONS, "lr": 1.001 * sgd.SGD_OPTIONS["lr"]}
     monkeypatch.setitem(sgd.CONTENDERS, "torch, off", partial(torch.optim.SGD, **off))
     monkeypatch.setitem(sgd.CONTENDERS, "torch, NaN", partial(torch.optim.SGD, lr=float("nan")))
-    assert sgd.main([*TINY, "--set", "large"]) == 0  # it is torch's affair
+    assert sgd.main([*TINY, "--set", "large"]) == 0  # only a wrong fastloss is an error
     steps = [STEP.fullmatch(line) for line in by_set(capsys.readouterr().out.splitlines())["large"]]
     wrong = {step["name"]: step["wrong"] for step in steps if step}
     assert [name for name in wrong if wrong[name]] == ["torch, off", "torch, NaN"]
@@ -96,7 +98,7 @@ def test_sgd_marks_a_contender_that_is_wrong(
 def test_sgd_fails_if_fastloss_is_wrong(
     sgd: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    off = {**sgd.OPTIONS, "momentum": 0.899}
+    off = {**sgd.SGD_OPTIONS, "momentum": 0.899}
     monkeypatch.setitem(sgd.CONTENDERS, sgd.OURS, partial(torch.optim.SGD, **off))
     assert sgd.main([*TINY, "--set", "small"]) == 1
     assert "fastloss WRONG in 1 lines" in capsys.readouterr().out.splitlines()[-1]
@@ -113,21 +115,20 @@ def test_sgd_in_bfloat16_counts_its_bytes(sgd: Any, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("name", ["mom", "decay", "nesterov"])
 def test_sgd_check_sees_small_mistakes(sgd: Any, name: str) -> None:
     changed = {"mom": {"momentum": 0.9001}, "decay": {"weight_decay": 0.9e-4}, "nesterov": {"nesterov": True}}[name]
-    makes = [partial(torch.optim.SGD, **{**sgd.OPTIONS, **change}) for change in ({}, changed)]
-    kind = sgd.Kind(torch.float32, torch.device("cpu"))
-    right, wrong = sgd.deviations(makes, [(300, 7), (64,), (1, 1)], kind)
-    assert right < 1 < wrong
+    makes = [partial(torch.optim.SGD, **{**sgd.SGD_OPTIONS, **change}) for change in ({}, changed)]
+    right, wrong = sgd.step_errors(makes, [(300, 7), (64,), (1, 1)], torch.float32, torch.device("cpu"))
+    assert right.of_rounding < 1 < wrong.of_rounding
 
 
 def test_sgd_check_knows_clipping(sgd: Any) -> None:
-    makes = [partial(sgd.fastloss.SGD, **sgd.OPTIONS, max_norm=max_norm) for max_norm in (1.0, 1.01, None)]
-    kind = sgd.Kind(torch.float32, torch.device("cpu"))
-    right, *wrong = sgd.deviations(makes, [(300, 7), (64,)], kind, max_norm=1.0)
+    makes = [partial(sgd.fastloss.SGD, **sgd.SGD_OPTIONS, max_norm=max_norm) for max_norm in (1.0, 1.01, None)]
+    found = sgd.step_errors(makes, [(300, 7), (64,)], torch.float32, torch.device("cpu"), max_norm=1.0)
+    right, *wrong = (errors.of_rounding for errors in found)
     assert right < 1 < min(wrong)
 
 
 def test_sgd_sets_are_those_that_the_bars_are_for(sgd: Any) -> None:
-    sizes = {name: [torch.Size(shape).numel() for shape in make(1)] for name, make in sgd.SETS.items()}
+    sizes = {name: [torch.Size(shape).numel() for shape in sgd.shrunk(name, 1)] for name in sgd.SETS}
     assert {name: (len(size), sum(size)) for name, size in sizes.items()} == {
         "resnet50": (161, 25_557_032),  # as torchvision.models.resnet50 has them
         "large": (12, 50_000_000),
@@ -149,28 +150,6 @@ def test_sgd_counts_missed_bars(sgd: Any) -> None:
     assert line(0.6, 0.9, deviation=float("nan")).wrong
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--set", "huge"], ["'huge'", "resnet50", "large", "small"]),
-        (["--dtype", "float8"], ["'float8'", "float32", "bfloat16"]),
-        (["--device", "tpu"], ["'tpu'", "cpu", "cuda"]),
-        (["--block", "0"], ["--block", "1 or more"]),
-        (["--scale", "0"], ["--scale", "1 or more"]),
-        (["--seconds", "nan"], ["--seconds", "nan"]),
-        (["--seconds", "-1"], ["--seconds", "-1"]),
-        (["--output", "nowhere/at/all.md"], ["--output", "nowhere"]),
-        (["--launches", "--variants"], ["--launches", "--variants"]),
-    ],
-)
-def test_sgd_refuses(sgd: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        sgd.main([*TINY, *arguments])
-    assert exit_.value.code == 2
-    *_, message = capsys.readouterr().err.splitlines()
-    assert all(word in message for word in words), message
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_sgd_refuses_a_gpu_that_is_not_there() -> None:
@@ -183,10 +162,10 @@ def test_sgd_refuses_a_gpu_that_is_not_there() -> None:
 # -------------------------------------------------------------------------------------------- linear_cross_entropy
 
 
-def test_linear_prints_everybody_and_marks_the_inexact(
+def test_linear_prints_every_contender_and_marks_the_inexact(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Never how fast: the exit code depends on that, and on memory, which has little to do with such a shape."""
+    """Times are not asserted, nor the exit code, which depends on them and on the memory of so small a shape."""
     linear = benchmark("linear", monkeypatch)
     names = [*linear.contenders(), "off"]
     found = {**linear.contenders(), "off": lambda x, w, target: 1.001 * linear.plain(x, w, target)}
@@ -200,10 +179,11 @@ def test_linear_prints_everybody_and_marks_the_inexact(
     assert shape == "(300, 8) x 700 float32"
     assert [line.split("  ")[0] for line in lines] == names
     for line in lines:
-        assert re.search(r"\d+\.\d\d ms +\d+\.\d\d of the products +\d+\.\d MB  error \d\.\de-\d\d", line), line
-        assert ("INEXACT" in line) == line.startswith("off")
-    assert re.search(r"of the faster other \d\.\d{3} ≤ 1\.00 (ok|MISSED)", lines[0])
-    assert re.search(r"of the plain form's memory \d\.\d{3} ≤ 0\.25 (ok|MISSED)", lines[0])
+        assert re.search(r"\d+\.\d\d ms +\d+\.\d\d of the products +-?\d+\.\d MB  error \d\.\de-\d\d", line), line
+        if not line.startswith("F.linear_cross_entropy"):  # torch's own may be, on another machine
+            assert ("INEXACT" in line) == line.startswith("off")
+    assert re.search(r"of the faster other \d+\.\d{3} ≤ 1\.00 (ok|MISSED)", lines[0])
+    assert re.search(r"of the plain form's memory \d+\.\d{3} ≤ 0\.25 (ok|MISSED)", lines[0])
     assert products.startswith("three products")
     missed = sum(line.count("MISSED") for line in lines)
     assert last.startswith(f"{missed} bars missed")
@@ -216,39 +196,57 @@ def test_linear_prints_everybody_and_marks_the_inexact(
     assert "≤" not in capsys.readouterr().out  # another shape has no bars
 
 
+# ------------------------------------------------------------------------------------------------- medians, options
+
+
+def test_medians_are_of_single_calls_in_turns_of_blocks() -> None:
+    calls: list[str] = []
+    steps = [partial(calls.append, "a"), partial(calls.append, "b")]
+    assert len(medians(steps, torch.device("cpu"), budget=0.0, block=3, least=5)) == 2
+    assert "".join(calls) == "aaabbb" + "bbbaaa"  # every other round goes backwards; 5 calls need two
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("program", "arguments", "words"),
     [
-        (["--shape", "0", "8", "70"], r"--shape is \[0, 8, 70\]; expected three numbers of at least 1"),
-        (["--seconds", "nan"], "--seconds is nan; expected 0 or more"),
+        ("sgd", ["--set", "huge"], ["'huge'", "resnet50", "large", "small"]),
+        ("sgd", ["--dtype", "float8"], ["'float8'", "float32", "bfloat16"]),
+        ("sgd", ["--device", "tpu"], ["'tpu'", "cpu", "cuda"]),
+        ("sgd", ["--block", "0"], ["--block", "1 or more"]),
+        ("sgd", ["--scale", "0"], ["--scale", "1 or more"]),
+        ("sgd", ["--seconds", "nan"], ["--seconds", "nan"]),
+        ("sgd", ["--seconds", "-1"], ["--seconds", "-1"]),
+        ("sgd", ["--output", "nowhere/at/all.md"], ["--output", "nowhere"]),
+        ("sgd", ["--launches", "--variants"], ["--launches", "--variants"]),
+        ("linear", ["--shape", "0", "8", "70"], ["--shape is [0, 8, 70]; expected three numbers of at least 1"]),
+        ("linear", ["--seconds", "nan"], ["--seconds is nan; expected 0 or more"]),
         (
+            "linear",
             ["--output", "nowhere/linear.md"],
-            "--output is 'nowhere/linear.md'; expected a file in a folder that exists",
+            ["--output is 'nowhere/linear.md'; expected a file in a folder that exists"],
         ),
+        ("cpu", ["--block", "0"], ["--block is 0; expected 1 or more"]),
+        ("cpu", ["--block", "-1"], ["--block is -1; expected 1 or more"]),
+        ("cpu", ["--seconds", "nan"], ["--seconds is nan; expected 0 or more"]),
+        ("host", ["--seconds", "-1"], ["--seconds is -1.0; expected 0 or more"]),
     ],
 )
-def test_linear_refuses_before_it_measures(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_program_refuses_before_it_measures(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    program: str,
+    arguments: list[str],
+    words: list[str],
 ) -> None:
     with pytest.raises(SystemExit) as error:
-        benchmark("linear", monkeypatch).main(["--device", "cpu", *arguments])
+        benchmark(program, monkeypatch).main(arguments)
     assert error.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
-
-
-# ------------------------------------------------------------------------------------------------------ losses, host
-
-
-@pytest.mark.parametrize("block", ["0", "-1"])
-def test_cpu_refuses_turns_without_a_call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], block: str
-) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        benchmark("cpu", monkeypatch).main(["--block", block, "--seconds", "0"])
-    assert exit_.value.code == 2
     out, err = capsys.readouterr()
-    assert err.splitlines()[-1].endswith(f"--block is {block}; expected 1 or more")
+    assert all(word in err.splitlines()[-1] for word in words), err
     assert not out
+
+
+# -------------------------------------------------------------------------------------------------------------- host
 
 
 @pytest.mark.parametrize(("bar", "missed"), [(1e9, 0), (0.0, 3)])
@@ -288,7 +286,7 @@ def test_tables_are_made_from_a_record(
     assert before.count(tables.NOT_RECORDED) == 2
     assert tables.main(["--check"], tmp_path) == 0
 
-    wrong = partial(torch.optim.SGD, **{**sgd.OPTIONS, "lr": 0.2})
+    wrong = partial(torch.optim.SGD, **{**sgd.SGD_OPTIONS, "lr": 0.2})
     monkeypatch.setitem(sgd.CONTENDERS, "torch foreach=True", wrong)
     sgd.main([*TINY, "--variants", "--output", str(record)])
     text = record.read_text(encoding="utf-8")

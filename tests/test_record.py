@@ -1,4 +1,4 @@
-"""The record of a GPU: what is written, what an interruption leaves, and how the README shows it."""
+"""The record of a GPU: its files, what an interruption leaves of them, and its tables in the README."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,13 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Any:
     workloads = importlib.import_module("fastloss.bench.workloads")
     tiny = [workloads.Workload("sgd", workloads.Shape(n, 10), torch.float32) for n in (2, 3)]
     monkeypatch.setattr(module, "workloads", lambda device: tiny)
+    monkeypatch.setattr(module, "measure", partial(short, module.measure))
     return module
+
+
+def short(measure: Any, *arguments: Any, budget: float) -> Any:
+    """Measure for a moment: the minutes are many, for machines that are busy."""
+    return measure(*arguments, budget=min(budget, 0.1))
 
 
 @pytest.fixture
@@ -57,8 +64,8 @@ def test_a_folder_that_is_not_there(record: Any, capsys: pytest.CaptureFixture[s
     assert "expected a folder that exists" in capsys.readouterr().err
 
 
-def test_everybody_is_in_the_record(record: Any, tmp_path: Path) -> None:
-    assert record.main(["--device", "cpu", "--minutes", "0.2", "--no-tests", "--output", str(tmp_path)]) == 0
+def test_every_contender_is_in_the_record(record: Any, tmp_path: Path) -> None:
+    assert record.main(["--device", "cpu", "--minutes", "10", "--no-tests", "--output", str(tmp_path)]) == 0
     found, text = written(tmp_path)
     assert found["finished"]
     assert found["versions"]["torch"] == torch.__version__
@@ -81,7 +88,7 @@ def test_an_interrupted_run_keeps_what_it_finished(
         return measure(workload, *arguments, **options)
 
     monkeypatch.setattr(record, "measure", interrupted)
-    assert record.main(["--device", "cpu", "--minutes", "0.2", "--no-tests", "--output", str(tmp_path)]) == 130
+    assert record.main(["--device", "cpu", "--minutes", "10", "--no-tests", "--output", str(tmp_path)]) == 130
     found, text = written(tmp_path)
     assert {row["shape"] for row in found["rows"]} == {"2x10"}
     assert not found["finished"]
@@ -111,9 +118,12 @@ time.sleep(300)
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at /proc")
 def test_tests_that_do_not_end_are_ended_with_their_workers(record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "_LAST_WORDS", 0.5)
-    found = record.run_tests(3.0, python=[sys.executable, "-c", STUBBORN])
-    worker = re.fullmatch(r"not finished after \d+ s: worker (\d+)", found["summary"])
-    assert worker, found
+    for seconds in (2.0, 10.0, 60.0):  # a busy machine takes long to start the worker
+        found = record.run_tests(seconds, python=[sys.executable, "-c", STUBBORN])
+        if worker := re.fullmatch(r"not finished after \d+ s: worker (\d+)", found["summary"]):
+            break
+    else:
+        pytest.fail(str(found))
     status = Path("/proc", worker[1], "stat")
     for _ in range(100):
         if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
@@ -125,7 +135,7 @@ def test_tests_that_do_not_end_are_ended_with_their_workers(record: Any, monkeyp
 
 @pytest.mark.slow
 def test_the_gpu_tests_are_asked_for_by_file(record: Any) -> None:
-    """And by no other; what the memory checker runs is among them, for losses and for SGD."""
+    """No other file is; the tests of the memory checker are among them, for losses and for SGD."""
     files = record.gpu_tests()
     assert "tests/test_gpu.py" in files
     assert "tests/test_linear.py" not in files
@@ -182,15 +192,17 @@ def test_out_of_time(record: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("classes", [3, 10])
 def test_what_is_captured_in_graphs(record: Any, classes: int) -> None:
-    """Both contenders' gradients, of labels and logits as the record has them."""
+    """Both contenders agree in loss, gradient and accuracies, of labels and logits as the record has them."""
     workloads = importlib.import_module("fastloss.bench.workloads")
     ours, eager = record.contest_of_graphs(workloads.Shape(64, classes), torch.device("cpu"))
     torch.testing.assert_close(ours(), eager())
 
 
 @pytest.mark.parametrize("error", [None, "ours | both", "eager | it"])
-def test_who_has_no_graph_says_why(record: Any, monkeypatch: pytest.MonkeyPatch, error: str | None) -> None:
-    """PyTorch's leaves the others their times; without fastloss's there is nothing to compare."""
+def test_a_contender_without_a_graph_has_a_reason(
+    record: Any, monkeypatch: pytest.MonkeyPatch, error: str | None
+) -> None:
+    """Without PyTorch's graph the others keep their times; without fastloss's there is nothing to compare."""
     workloads = importlib.import_module("fastloss.bench.workloads")
     calls = {"ours": lambda: 2e-3, "eager": lambda: 8e-3}
 
@@ -201,7 +213,7 @@ def test_who_has_no_graph_says_why(record: Any, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(record, "contest_of_graphs", lambda shape, device: tuple(calls.values()))
     monkeypatch.setattr(record, "captured", captured)
-    monkeypatch.setattr(record, "by_events", lambda call, block: call())
+    monkeypatch.setattr(record, "medians", lambda calls, device, budget, block: [call() for call in calls])
     graph = record.under_a_graph(workloads.Shape(64, 10), torch.device("cuda"), 0.0)
     made = record.Record("H100", "at commit abc", {}, {}, graphs=[graph], finished=True)
     head, _, line = [line for line in made.markdown().splitlines() if line.startswith("|")][-3:]
@@ -224,7 +236,7 @@ def test_no_memory_checker(record: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
 def test_a_memory_checker_is_found_and_run(record: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One that is not in PATH; its last line and its exit code are what it found."""
+    """It is not in PATH; its last line and its exit code are in the record."""
     checker = tmp_path / "compute-sanitizer"
     checker.write_text("#!/bin/sh\necho \"$@\"\necho '========= ERROR SUMMARY: 1 error'\nexit 9\n")
     checker.chmod(0o755)
@@ -281,7 +293,7 @@ def test_the_readme_shows_the_hosts_times_where_a_record_has_them(tables: Any, t
 
 @pytest.mark.parametrize("op", ["forward", "linear"])
 def test_a_records_lines_have_as_many_cells(record: Any, op: str) -> None:
-    """Whatever became of a contender, of every operation; a GPU's time and the host's."""
+    """A wrong and a timed contender, of each operation, with a GPU's time and the host's."""
     workloads, measure = (importlib.import_module(f"fastloss.bench.{name}") for name in ("workloads", "measure"))
     contender = importlib.import_module("fastloss.measuring.contenders").CONTENDERS["fastloss"]
     workload = workloads.Workload(op, workloads.Shape(8, 9, 4), torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Past one GPU: the cost model and what it counts, and the benchmark of losses whose classes processes share."""
+"""Past one GPU: the model of costs, the bytes that it counts, and the benchmark of losses with shared classes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch 2.13 has newer names for these, torch 2.11 has not
 def test_bytes_of_known_collectives(benchmarks: Any) -> None:
-    """Each of R processes sends (R − 1) / R of what is gathered or scattered, and twice that of what is summed."""
+    """Each of R processes sends (R − 1) / R of a gathered or scattered tensor, and twice that of a summed one."""
     import torch.distributed as dist
     import torch.distributed._functional_collectives as functional
 
@@ -59,7 +59,7 @@ def test_bytes_of_known_collectives(benchmarks: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of FSDP, about views and hooks
 def test_bytes_of_fully_sharded_parameters(benchmarks: Any) -> None:
-    """The formula is what FSDP2 sends, here in float32: parameters twice, and gradients once."""
+    """FSDP2 sends the formula's bytes, here in float32: parameters twice, and gradients once."""
     from torch.distributed.fsdp import fully_shard
 
     with benchmarks.scale.first_of(8) as mesh:
@@ -73,8 +73,8 @@ def test_bytes_of_fully_sharded_parameters(benchmarks: Any) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 8, 64])
-def test_what_a_row_sends(benchmarks: Any, ranks: int) -> None:
-    """Two float64 numbers from each process to each other, whatever the number of classes, and never the logits."""
+def test_bytes_of_a_row(benchmarks: Any, ranks: int) -> None:
+    """Each process sends two float64 numbers to each other one, for any number of classes, and never the logits."""
     sent = benchmarks.scale.of_a_row(benchmarks.parallel.on_a_dtensor, ranks)
     assert sent == (1, 16 * (ranks - 1))
     assert benchmarks.scale.of_a_mean(ranks) == (2, pytest.approx(2 * 24 * (ranks - 1) / ranks))
@@ -155,7 +155,9 @@ def mesh(tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", ["fastloss, DTensor", "fastloss, group", "loss_parallel"])
-def test_who_is_wrong_is_not_timed(benchmarks: Any, mesh: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_wrong_contender_is_not_timed(
+    benchmarks: Any, mesh: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """A gradient that is off by a hundredth; the program fails if it is fastloss's."""
 
     def wrong(logits: Any, target: Tensor) -> None:

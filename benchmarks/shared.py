@@ -1,0 +1,129 @@
+"""The options, bars, tables and records of the programs."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+import fastloss
+from fastloss.info import processor
+from fastloss.measuring.machine import OtherPrograms, description
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+def parser_of(
+    name: str, doc: str | None, *, seconds: float, each: str, device: bool = True, output: bool = False
+) -> argparse.ArgumentParser:
+    """Return a parser for ``python -m benchmarks.NAME``: ``--seconds`` for ``each``, a device, a record's file."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc, allow_abbrev=False)
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"time for each {each} (default: %(default)s)")
+    if device:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="(default here: %(default)s)")
+    if output:
+        parser.add_argument("--output", type=Path, help="write a record there, in Markdown")
+    return parser
+
+
+def parsed_by(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, and refuse values that no program can work with."""
+    options = parser.parse_args(arguments)
+    for name, least in (("seconds", 0), ("block", 1), ("scale", 1)):
+        value = getattr(options, name, least)
+        if not least <= value < math.inf:
+            parser.error(f"--{name} is {value}; expected {least} or more")
+    if getattr(options, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is 'cuda', and torch finds no GPU here")
+    output = getattr(options, "output", None)
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        parser.error(f"--output is {str(output)!r}; expected a file in a folder that exists")
+    return options
+
+
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Capture the call in a CUDA graph, after three calls on another stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return ``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def verdict(value: float, bar: float | None) -> str:
+    """Say what the bar is and whether the value meets it; nothing without a bar."""
+    return "" if bar is None else f"≤ {bar:.2f} {'ok' if value <= bar else 'MISSED'}"
+
+
+def header(*details: str) -> str:
+    """Return the first line of a program's output."""
+    return ", ".join([f"fastloss {fastloss.__version__}", f"torch {torch.__version__}", *details])
+
+
+def closing(missed: int, others: OtherPrograms, more: str = "") -> str:
+    """Return the last line of a program's output."""
+    return f"{missed} bars missed; {more}others used {others.share():.0%} of the CPU time"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    first, *others = ("| " + " ".join(f"{cell} |".lstrip() for cell in cells) for cells in (head, *rows))
+    return [first, f"|{'---|' * len(head)}", *others]
+
+
+def write_record(
+    path: Path,
+    title: str,
+    name: str,
+    arguments: Sequence[str] | None,
+    device: torch.device,
+    words: str,
+    lines: list[str],
+) -> None:
+    """Write how the lines were made, and the lines. The record does not say where it lies."""
+    shown, remaining = [], iter(sys.argv[1:] if arguments is None else arguments)
+    for argument in remaining:
+        if argument == "--output":
+            next(remaining)
+        elif not argument.startswith("--output="):
+            shown.append(argument)
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *shown])
+    text = [f"# {title}", "", f"`{command}` {circumstances(device)}. {words}", "", "```", *lines, "```", ""]
+    path.write_text("\n".join(text), encoding="utf-8")
+
+
+def circumstances(device: torch.device) -> str:
+    """Name the code and the machine that a record was made with."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = f"commit {git('rev-parse', '--short', 'HEAD')}"
+        sources = ("fastloss", "kernels", "benchmarks", ":!benchmarks/results")
+        commit += " and changes" if git("status", "--porcelain", "--", *sources) else ""
+    except (OSError, subprocess.CalledProcessError):
+        commit = "an unknown commit"
+    cores = f"{os.cpu_count()} cores" + (f" of {processor()}" if device.type == "cuda" else "")
+    return f"at {commit}, {datetime.date.today()}, on {cores}, {description(device)}"
