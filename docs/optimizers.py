@@ -15,9 +15,11 @@ seeds: a second run on the same machine prints the same.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,13 +161,8 @@ def train(
 ) -> Run:
     """One run, from the weights and with the batches that ``seed`` decides."""
     torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Linear(scans.train.shape[1], HIDDEN),
-        nn.ReLU(),
-        nn.Linear(HIDDEN, HIDDEN),
-        nn.ReLU(),
-        nn.Linear(HIDDEN, 10),
-    ).to(dtype)
+    hidden = [nn.Linear(scans.train.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU()]
+    model = nn.Sequential(*hidden, nn.Linear(HIDDEN, 10)).to(dtype)
     optimizer = build(model.parameters(), rate)
     steps_an_epoch = len(scans.train) // BATCH
     scheduler = SCHEDULES[schedule](optimizer, steps_an_epoch * epochs)
@@ -203,36 +200,35 @@ def _bytes_a_parameter(model: nn.Module, optimizer: Optimizer) -> tuple[int, int
 Advance = Callable[[], None]
 
 
+def repeated(
+    build: Build, rate: float, scans: Scans, seeds: Sequence[int], done: Advance, **options: Any
+) -> list[Run]:
+    """Train once for each seed."""
+    runs = []
+    for seed in seeds:
+        runs.append(train(build, rate, scans, seed=seed, **options))
+        done()
+    return runs
+
+
 def sweep(scans: Scans, seeds: Sequence[int], epochs: int, done: Advance) -> dict[str, dict[float, list[Run]]]:
-    """Every contender at each of its rates."""
-    found: dict[str, dict[float, list[Run]]] = {}
-    for contender in CONTENDERS:
-        found[contender.name] = {}
-        for rate in contender.rates:
-            runs = found[contender.name][rate] = []
-            for seed in seeds:
-                runs.append(train(contender.build, rate, scans, seed=seed, epochs=epochs))
-                done()
-    return found
+    """Train every contender at each of its rates."""
+    return {
+        name: {rate: repeated(build, rate, scans, seeds, done, epochs=epochs) for rate in rates}
+        for name, build, rates, _ in CONTENDERS
+    }
 
 
-def chosen_rates(found: dict[str, dict[float, list[Run]]]) -> dict[str, float]:
-    """The rate of the least loss on the scans that were kept."""
-    return {name: min(of_rate, key=lambda rate: _loss_kept(of_rate[rate])) for name, of_rate in found.items()}
+def chosen_rates(results: dict[str, dict[float, list[Run]]]) -> dict[str, float]:
+    """Return the rate of the least loss on the scans that were kept for the choice."""
+    return {name: min(by_rate, key=lambda rate: _judged_loss(by_rate[rate])) for name, by_rate in results.items()}
 
 
 def compare(
     rates: dict[str, float], scans: Scans, seeds: Sequence[int], epochs: int, done: Advance
 ) -> dict[str, list[Run]]:
-    """Every contender at its own rate."""
-    runs: dict[str, list[Run]] = {contender.name: [] for contender in CONTENDERS}
-    for seed in seeds:
-        for contender in CONTENDERS:
-            runs[contender.name].append(
-                train(contender.build, rates[contender.name], scans, seed=seed, epochs=epochs)
-            )
-            done()
-    return runs
+    """Train every contender at its own rate."""
+    return {name: repeated(build, rates[name], scans, seeds, done, epochs=epochs) for name, build, _, _ in CONTENDERS}
 
 
 class Scheduled(NamedTuple):
@@ -245,57 +241,42 @@ class Scheduled(NamedTuple):
 
 
 def schedules(rate: float, scans: Scans, seeds: Sequence[int], epochs: int, done: Advance) -> list[Scheduled]:
-    """Every schedule with and without clipping, at the chosen rate and at a higher one."""
-    found = []
-    for at in (rate, HIGHER * rate):
-        for max_norm in (None, MAX_NORM):
-
-            def build(params: Iterable[nn.Parameter], lr: float, max_norm: float | None = max_norm) -> Optimizer:
-                return fastloss.SGD(params, lr, momentum=MOMENTUM, max_norm=max_norm)
-
-            for schedule in SCHEDULES:
-                runs = []
-                for seed in seeds:
-                    runs.append(train(build, at, scans, seed=seed, epochs=epochs, schedule=schedule))
-                    done()
-                found.append(Scheduled(at, schedule, max_norm, runs))
-    return found
+    """Train under every schedule with and without clipping, at the chosen rate and at a higher one."""
+    results = []
+    for each, max_norm, schedule in itertools.product((rate, HIGHER * rate), (None, MAX_NORM), SCHEDULES):
+        build = partial(fastloss.SGD, momentum=MOMENTUM, max_norm=max_norm)
+        runs = repeated(build, each, scans, seeds, done, epochs=epochs, schedule=schedule)
+        results.append(Scheduled(each, schedule, max_norm, runs))
+    return results
 
 
 def sixteen_bits(scans: Scans, seeds: Sequence[int], epochs: int, done: Advance) -> dict[str, list[Run]]:
-    """SGD with momentum at a small constant rate, for each way to store."""
-    found: dict[str, list[Run]] = {}
-    for stored in STORED:
-
-        def build(params: Iterable[nn.Parameter], lr: float, stored: Stored = stored) -> Optimizer:
-            return fastloss.SGD(params, lr, momentum=MOMENTUM, **stored.options)
-
-        found[stored.name] = []
-        for seed in seeds:
-            found[stored.name].append(
-                train(build, SMALL_RATE, scans, seed=seed, epochs=epochs, schedule="constant", dtype=stored.dtype)
-            )
-            done()
-    return found
+    """Train by SGD with momentum at a small constant rate, for each way to store."""
+    results = {}
+    for name, dtype, options, *_ in STORED:
+        build = partial(fastloss.SGD, momentum=MOMENTUM, **options)
+        settings = {"epochs": epochs, "schedule": "constant", "dtype": dtype}
+        results[name] = repeated(build, SMALL_RATE, scans, seeds, done, **settings)
+    return results
 
 
 def buffers_of_a_constant(momentum: float) -> list[float]:
-    """Where the momentum buffer ends that is given a gradient of 1 over and over, in bfloat16 and in float32."""
-    found = []
+    """Return the last value of a momentum buffer whose gradient is always 1, in bfloat16 and in float32."""
+    results = []
     for dtype in (None, torch.float32):
         param = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
         param.grad = torch.ones_like(param)
         optimizer = fastloss.SGD([param], 1e-3, momentum=momentum, momentum_dtype=dtype)
         for _ in range(round(12 / (1 - momentum))):
             optimizer.step()
-        found.append(optimizer.state[param]["momentum_buffer"].item())
-    return found
+        results.append(optimizer.state[param]["momentum_buffer"].item())
+    return results
 
 
 # --------------------------------------------------------------------------------------------------------- tables
 
 
-def _loss_kept(runs: Sequence[Run]) -> float:
+def _judged_loss(runs: Sequence[Run]) -> float:
     return statistics.fmean(run.judged_losses[-1] for run in runs)
 
 
@@ -318,12 +299,12 @@ def _table(name: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> N
     print()
 
 
-def print_sweep(found: dict[str, dict[float, list[Run]]], rates: dict[str, float]) -> None:
+def print_sweep(results: dict[str, dict[float, list[Run]]], rates: dict[str, float]) -> None:
     rows = []
-    for name, of_rate in found.items():
+    for name, by_rate in results.items():
         cells = []
-        for rate, runs in of_rate.items():
-            text = f"{rate:g}: {_loss_kept(runs):.3f}"
+        for rate, runs in by_rate.items():
+            text = f"{rate:g}: {_judged_loss(runs):.3f}"
             cells.append(f"**{text}**" if rate == rates[name] else text)
         rows.append([name, *cells])
     _table("sweep", ["optimizer", *["rate: loss"] * 5], rows)
@@ -343,7 +324,7 @@ def print_comparison(runs: dict[str, list[Run]], rates: dict[str, float]) -> Non
     _table("comparison", ["optimizer", "learning rate", "training loss", "test loss", "test accuracy"], rows)
 
 
-def print_schedules(found: Sequence[Scheduled]) -> None:
+def print_schedules(results: Sequence[Scheduled]) -> None:
     rows = [
         [
             f"{each.rate:g}",
@@ -352,7 +333,7 @@ def print_schedules(found: Sequence[Scheduled]) -> None:
             _spread([run.losses[-1] for run in each.runs], 4),
             _accuracy(each.runs),
         ]
-        for each in found
+        for each in results
     ]
     _table("schedules", ["learning rate", "max_norm", "schedule", "training loss", "test accuracy"], rows)
 
@@ -470,14 +451,14 @@ def _run(output: Path, epochs: int, seeds: Sequence[int], fewer_seeds: int) -> N
             return lambda: bar.advance(number)
 
         trials = sum(len(contender.rates) for contender in CONTENDERS) * fewer_seeds
-        found = sweep(for_sweep, tried, epochs, task("sweep", trials))
-        rates = chosen_rates(found)
+        tried_rates = sweep(for_sweep, tried, epochs, task("sweep", trials))
+        rates = chosen_rates(tried_rates)
         compared = compare(rates, scans, seeds, epochs, task("comparison", len(CONTENDERS) * len(seeds)))
         rate = rates[CONTENDERS[1].name]
         fewer = range(fewer_seeds)
         scheduled = schedules(rate, scans, fewer, epochs, task("schedules", 4 * len(SCHEDULES) * fewer_seeds))
         narrow = sixteen_bits(scans, fewer, LONGER * epochs, task("16 bits", len(STORED) * fewer_seeds))
-    print_sweep(found, rates)
+    print_sweep(tried_rates, rates)
     print_comparison(compared, rates)
     print_schedules(scheduled)
     print_sixteen_bits(narrow)
