@@ -11,7 +11,6 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -31,14 +30,8 @@ OPS = {
     "test_host": ("host",),
 }
 _COPIES = 5  # that the bandwidth is the median of
-
-
-class Contest(NamedTuple):
-    """A workload, made ready for all of its contenders, and the bandwidth of a copy at that time."""
-
-    prepared: Prepared
-    copy_gigabytes_per_second: float
-    clock: Clock
+# A workload that is ready for all of its contenders, a copy's GB/s at that time, and the clock.
+Contest = tuple[Prepared, float, Clock]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,7 +80,7 @@ def contest(request: pytest.FixtureRequest) -> Iterator[Contest]:
     copy = copy or Copy(DEVICE)
     copy.step()
     copied = copy.gigabytes_per_second(statistics.median(clock(copy.step).device for _ in range(_COPIES)))
-    yield Contest(prepared, copied, clock)
+    yield prepared, copied, clock
     prepared.steps.clear()
     gc.collect()
     if DEVICE.type == "cuda":

@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -72,50 +71,41 @@ CONTENDERS: dict[str, Step] = {
 }
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Logits ``(rows, classes)``, cut up by class, and labels that all processes have."""
-
-    logits: Any
-    target: Tensor
-
-    @staticmethod
-    def random(rows: int, classes: int, dtype: torch.dtype, mesh: Any, seed: int = 0) -> Problem:
-        """Make each process's own shard, since the whole may not fit."""
-        device, rank, shard = mesh.device_type, mesh.get_local_rank(), -(-classes // mesh.size())
-        generator = torch.Generator(device).manual_seed(seed * 1000 + rank)
-        width = max(0, min(shard, classes - rank * shard))
-        local = torch.randn(rows, width, generator=generator, device=device).mul_(3).to(dtype)
-        shape, stride = torch.Size([rows, classes]), (classes, 1)
-        logits = DTensor.from_local(local, mesh, [Shard(1)], run_check=False, shape=shape, stride=stride)
-        generator = torch.Generator(device).manual_seed(seed)
-        target = torch.randint(classes, (rows,), generator=generator, device=device)
-        target[::7] = -100
-        return Problem(logits.requires_grad_(), target)
-
-    def error(self, step: Step) -> float:
-        """Return the norm of the gradient's error over that of the float64 gradient, over all processes."""
-        gradient = step(self.logits, self.target)
-        local = gradient.redistribute(placements=self.logits.placements).to_local().double()
-        whole = self.logits.detach().full_tensor().double().requires_grad_()
-        (exact,) = torch.autograd.grad(F.cross_entropy(whole, self.target), whole)
-        mesh = self.logits.device_mesh
-        shard = exact[:, mesh.get_local_rank() * -(-exact.shape[1] // mesh.size()) :][:, : local.shape[1]]
-        squares = torch.stack([(local - shard).square().sum(), shard.square().sum()])
-        dist.all_reduce(squares)
-        return float((squares[0] / squares[1]).sqrt())
+def random_inputs(
+    rows: int, classes: int, dtype: torch.dtype, mesh: DeviceMesh, *, seed: int = 0
+) -> tuple[Any, Tensor]:
+    """Return logits ``(rows, classes)``, of which each process makes its own shard, and labels that all have."""
+    device, rank, shard = mesh.device_type, mesh.get_local_rank(), -(-classes // mesh.size())
+    generator = torch.Generator(device).manual_seed(seed * 1000 + rank)
+    width = max(0, min(shard, classes - rank * shard))
+    local = torch.randn(rows, width, generator=generator, device=device).mul_(3).to(dtype)
+    shape, stride = torch.Size([rows, classes]), (classes, 1)
+    logits = DTensor.from_local(local, mesh, [Shard(1)], run_check=False, shape=shape, stride=stride)
+    target = torch.randint(classes, (rows,), generator=torch.Generator(device).manual_seed(seed), device=device)
+    target[::7] = -100
+    return logits.requires_grad_(), target
 
 
-def times(problem: Problem, steps: Sequence[Step], rounds: int) -> list[float]:
+def error_of(step: Step, logits: Any, target: Tensor) -> float:
+    """Return the norm of the gradient's error over that of the float64 gradient, over all processes."""
+    local = step(logits, target).redistribute(placements=logits.placements).to_local().double()
+    whole = logits.detach().full_tensor().double().requires_grad_()
+    exact, mesh = _gradient(F.cross_entropy(whole, target), whole), logits.device_mesh
+    shard = exact[:, mesh.get_local_rank() * -(-exact.shape[1] // mesh.size()) :][:, : local.shape[1]]
+    squares = torch.stack([(local - shard).square().sum(), shard.square().sum()])
+    dist.all_reduce(squares)
+    return float((squares[0] / squares[1]).sqrt())
+
+
+def times(steps: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> list[float]:
     """Return the median in ms of each step, of the slowest process; every round takes each of them."""
-    device = problem.target.device
     table = torch.zeros(rounds, len(steps), dtype=torch.float64)
     for round in range(-2, rounds):  # two to warm up
         for number, step in enumerate(steps):
             dist.barrier()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            took = seconds(partial(step, problem.logits, problem.target), device)
+            took = seconds(step, device)
             if round >= 0:
                 table[round, number] = took
     table = table.to(device)
@@ -127,25 +117,24 @@ def compare(shape: tuple[int, int], dtype: torch.dtype, mesh: Any, rounds: int, 
     """Check and time all contenders at one shape; return False if fastloss is wrong."""
     rows, classes = shape
     say(f"({rows}, {classes}) {name_of(dtype)}, {classes / mesh.size():g} classes for each process")
-    small = Problem.random(min(rows, CHECKED_ROWS), classes, dtype, mesh, seed=1)
-    errors = {name: small.error(step) for name, step in CONTENDERS.items()}
+    few = random_inputs(min(rows, CHECKED_ROWS), classes, dtype, mesh, seed=1)
+    errors = {name: error_of(step, *few) for name, step in CONTENDERS.items()}
     bar = _TIMES_GATHERED * max(errors[GATHERED], torch.finfo(dtype).eps)
-    sent = {name: sent_by(partial(step, small.logits, small.target)) for name, step in CONTENDERS.items()}
-    problem = Problem.random(rows, classes, dtype, mesh)
-    right = {name: step for name, step in CONTENDERS.items() if errors[name] <= bar}
-    took = dict(zip(right, times(problem, list(right.values()), rounds), strict=True))
+    sent = {name: sent_by(partial(step, *few)) for name, step in CONTENDERS.items()}
+    inputs = random_inputs(rows, classes, dtype, mesh)
+    right = {name: partial(step, *inputs) for name, step in CONTENDERS.items() if errors[name] <= bar}
+    took = dict(zip(right, times(list(right.values()), rounds, inputs[1].device), strict=True))
     for name, error in errors.items():
         line = f"  {name:26} error {error:.1e}"
-        line += f"  {sent[name].collectives} collectives  {sent[name].bytes / len(small.target):10.1f} bytes a row"
+        line += f"  {sent[name].collectives} collectives  {sent[name].bytes / len(few[1]):10.1f} bytes a row"
         if name not in right:
             say(f"{line}  WRONG: more than {_TIMES_GATHERED:g} x that of the gathered form")
             continue
         line += f"  {took[name]:9.3f} ms"
         if OURS in took:
             line += f"  ratio {took[OURS] / took[name]:6.3f}"
-        if problem.target.is_cuda:
-            step = partial(right[name], problem.logits, problem.target)
-            line += f"  {peak_bytes(step, problem.target.device) / 1e6:9.1f} MB"
+        if inputs[1].is_cuda:
+            line += f"  {peak_bytes(right[name], inputs[1].device) / 1e6:9.1f} MB"
         say(line)
     return all(name in right for name in CONTENDERS if name.startswith("fastloss"))
 
