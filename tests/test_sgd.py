@@ -767,20 +767,6 @@ def test_gradient_that_is_negated_when_read(place: Place) -> None:
     twins.compare()
 
 
-def test_negated_gradient_under_a_grad_scaler(place: Place) -> None:
-    params = [nn.Parameter(torch.ones(3, device=place.device)) for _ in range(3)]
-    for param in params:
-        param.grad = torch.full_like(param, 6.0)
-    params[1].grad = torch._neg_view(torch.full_like(params[1], -6.0))
-    assert params[1].grad.is_neg()
-    optimizer = SGD(params, lr=0.1)
-    optimizer.grad_scale = torch.tensor(4.0, device=place.device)  # type: ignore[attr-defined]
-    optimizer.step()
-    for param in params:
-        torch.testing.assert_close(param, torch.full_like(param, 0.85))
-        torch.testing.assert_close(param.grad, torch.full_like(param, 1.5))
-
-
 # ------------------------------------------------------------------------------------------------------ state dicts
 
 

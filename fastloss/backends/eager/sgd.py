@@ -465,9 +465,7 @@ def _unscale(grads: list[Tensor], grad_scale: Tensor) -> None:
     for some in of_dtype.values():
         multiply(some, inverse)
     if plain is not grads:
-        for grad, value in zip(grads, plain, strict=True):
-            if grad is not value:
-                grad.copy_(value)  # torch's operator for lists takes no negated ones
+        foreach_copy_(grads, plain)
 
 
 def multiply(grads: list[Tensor], factor: Tensor) -> None:
