@@ -55,8 +55,8 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def loop_rows_longer_than(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     choice.load("triton")
-    # Not an attribute of the package: `launch` is found there by its full name alone.
-    monkeypatch.setattr(sys.modules["fastloss.kernels.launch"], "LONGEST_TILE", classes)
+    # The clone's `kernels` are no attribute of the package: its modules are found by their full names alone.
+    monkeypatch.setattr(sys.modules["fastloss.kernels.tiles"], "LONGEST_TILE", classes)
 
 
 def labels(place: Place, *shape: int, classes: int) -> Tensor:
