@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import fastloss
-from fastloss.info import processor
+from fastloss.measuring.info import processor
 from fastloss.measuring.machine import OtherPrograms, description
 
 ROOT = Path(__file__).resolve().parents[1]

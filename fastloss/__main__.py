@@ -75,7 +75,7 @@ def _png(text: str) -> Path:
 
 
 def _info(_: argparse.Namespace) -> int:
-    from . import info
+    from .measuring import info
 
     info.show()
     return 0

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fastloss.backends.contract import FLAG_ELEMENTS, Addresses, SGDBatch, SGDControls, SGDRule, check_gradients
-from fastloss.torch_private import materialized
+from fastloss.backends.torch_private import materialized
 
 from .arguments import compiled_in
 from .launch import Launch, alike, on_device, scratch

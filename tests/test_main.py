@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import fastloss
-from fastloss import demo, info
+from fastloss import demo
 from fastloss.__main__ import main
 from fastloss.backends import choice
+from fastloss.measuring import info
 
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({modules!r})); "
 MAIN = "from fastloss.__main__ import main; sys.exit(main({arguments!r}))"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as optimizers
 
 import fastloss
-from fastloss import torch_private
+from fastloss.backends import torch_private
 
 ROOT = Path(__file__).resolve().parents[1]
 PRIVATE = re.compile(r"torch\._(?!_)|from torch\._|Tensor\._(?!_)|\b(profiler|optimizers?|of_torch)\._(?!_)")

@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..backends import choice
 from ..measuring import machine
+from ..measuring.info import reason
 from ..measuring.inputs import resnet50_shapes
 from ..measuring.tables import TIMES, bytes_in_words, notes, plain_table
 from .language_model import CLASSES, LanguageModel
@@ -30,7 +30,7 @@ def heading(device: torch.device) -> RenderableType:
     return Group(
         Text("fastloss beside plain PyTorch", style="bold"),
         Text(machine.description(device), style="dim"),
-        Text(f"backend  {choice.reason(device)}", style="dim"),
+        Text(f"backend  {reason(device)}", style="dim"),
     )
 
 

@@ -16,8 +16,8 @@ from torch.autograd.profiler import profile
 
 import fastloss
 
-from .. import info
 from ..backends import choice
+from . import info
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 

@@ -20,7 +20,7 @@ from ..backends.eager.rounding import (
     without_infinities,
 )
 from ..backends.eager.sgd import multiply
-from ..torch_private import sparse_values
+from ..backends.torch_private import sparse_values
 
 __all__ = ["norm", "step", "unscale"]
 

@@ -14,8 +14,8 @@ from torch.optim.optimizer import Optimizer
 
 from ..backends import choice
 from ..backends.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
+from ..backends.torch_private import step_is_observed
 from ..ranks.placements import is_dtensor, local
-from ..torch_private import step_is_observed
 from . import plain
 from .checkpoint import check_loaded, restore_dtypes
 from .shards import Shards, ShardSums, local_as, shards_of

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.torch_private import flattened_meshes, root_mesh
 from ..ranks.placements import is_dtensor, local
-from ..torch_private import flattened_meshes, root_mesh
 
 __all__ = ["ShardSums", "Shards", "local_as", "shards_of"]
 

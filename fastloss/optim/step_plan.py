@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Addresses, SGDBatch
+from ..backends.torch_private import tensor_guard
 from ..ranks.placements import is_dtensor, local
-from ..torch_private import tensor_guard
 from .shards import Shards, ShardSums
 
 __all__ = ["SERVED_DTYPES", "Batch", "StepPlan", "gradients", "layouts_of", "overlapping", "serves"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...torch_private import transforms_are_active
+from ..torch_private import transforms_are_active
 
 __all__ = ["compensated", "round_stochastically", "round_to_nearest", "true_master", "without_infinities"]
 

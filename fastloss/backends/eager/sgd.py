@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ...torch_private import (
+from ..contract import Addresses, SGDBatch, SGDControls, SGDRule, check_gradients, compute_dtype
+from ..torch_private import (
     foreach_copy_,
     foreach_mul,
     foreach_mul_,
@@ -31,7 +32,6 @@ from ...torch_private import (
     materialized,
     unscale_,
 )
-from ..contract import Addresses, SGDBatch, SGDControls, SGDRule, check_gradients, compute_dtype
 from .rounding import compensated, round_stochastically, true_master, without_infinities
 from .workers import for_each
 

@@ -10,9 +10,9 @@ import torch
 
 import fastloss
 
-from .backends import choice
+from ..backends import choice
 
-__all__ = ["facts", "processor", "show"]
+__all__ = ["facts", "processor", "reason", "show"]
 
 
 def show() -> None:
@@ -47,13 +47,13 @@ def facts() -> list[tuple[str, str]]:
     cpu = torch.device("cpu")
     rows += [
         ("CPU", f"{processor()}, {torch.get_num_threads()} threads used by torch"),
-        ("backend on the CPU", _reason(cpu)),
+        ("backend on the CPU", reason(cpu)),
     ]
     devices = _accelerators()
     if not devices:
         rows.append(("GPU", "none that torch can use"))
     for device in devices:
-        rows += [(f"GPU {device}", _name(device)), (f"backend on {device}", _reason(device))]
+        rows += [(f"GPU {device}", _name(device)), (f"backend on {device}", reason(device))]
     return rows
 
 
@@ -78,7 +78,7 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _reason(device: torch.device) -> str:
+def reason(device: torch.device) -> str:
     """Return :func:`fastloss.backends.choice.reason`, or its error about ``FASTLOSS_BACKEND``."""
     try:
         return choice.reason(device)
