@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,8 @@ def gpu(path: Path) -> str:
     """
     record = json.loads(path.read_text(encoding="utf-8"))
     tables = [_of_ops(record, ops) for ops in _OPS if any(row["op"] in ops for row in record["rows"])]
-    return f"{record['device']}, {record['circumstances']}:\n" + "<!-- -->\n".join(tables)
+    sentence = textwrap.fill(f"{record['device']}, {record['circumstances']}:", 116, break_on_hyphens=False)
+    return sentence + "\n" + "<!-- -->\n".join(tables)
 
 
 def _of_ops(record: dict[str, Any], ops: Sequence[str]) -> str:
