@@ -39,7 +39,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastloss.backends.contract import ExternalLabel, LossOptions, SGDBatch, SGDControls, SGDRule
+from fastloss.backends.contract import (
+    ExternalLabel,
+    LossInputs,
+    LossOptions,
+    SGDBatch,
+    SGDControls,
+    SGDRule,
+    WantedGradients,
+)
 
 from .sass import Loop, hot_loops, tile_loops, wide_loads
 
@@ -392,24 +400,23 @@ def cases(
 def _hard_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
     from fastloss import kernels
 
-    def backward(forward: Any, weight: torch.Tensor | None, options: LossOptions) -> Any:
+    def backward(forward: Any, inputs: LossInputs) -> Any:
         saved = forward(gradient=False).saved
-        one = meta(*target.shape if options.reduction == "none" else (), dtype=logits.dtype)
-        return kernels.cross_entropy_backward(one, logits, target, weight, options, saved, inplace=False)
+        one = meta(*target.shape if inputs.options.reduction == "none" else (), dtype=logits.dtype)
+        return kernels.cross_entropy_backward(one, inputs, saved, inplace=False)
 
     for form, options in OPTIONS.items():
-        weight = _weight_of(form, logits, meta)
-        arguments = (logits, target, weight, options)
-        forward = partial(kernels.cross_entropy_forward, *arguments, loss_dtype=logits.dtype, inplace=False)
+        inputs = LossInputs(logits, target, _weight_of(form, logits, meta), options)
+        forward = partial(kernels.cross_entropy_forward, inputs, loss_dtype=logits.dtype, inplace=False)
         yield f"{form} forward", partial(forward, gradient=False)
         if options.reduction != "none":  # whose gradient waits for the upstream one
             yield f"{form} forward+gradient", partial(forward, gradient=True)
-        yield f"{form} backward", partial(backward, forward, weight, options)
+        yield f"{form} backward", partial(backward, forward, inputs)
     yield (
         "chunk of a larger batch",
         partial(
             kernels.cross_entropy_forward,
-            *(logits, target, None, LossOptions(reduction="sum", topk=(1,))),
+            LossInputs(logits, target, None, LossOptions(reduction="sum", topk=(1,))),
             loss_dtype=torch.float32,
             gradient=True,
             inplace=True,
@@ -423,19 +430,19 @@ def _hard_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., 
 def _soft_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
     from fastloss import kernels
 
-    def backward(forward: Any, weight: torch.Tensor | None, options: LossOptions) -> Any:
-        saved = forward(gradient=False, target_gradient=False).saved
-        arguments = (meta(dtype=logits.dtype), logits, logits, weight, options, saved)
-        return kernels.soft_cross_entropy_backward(*arguments, gradient=True, target_gradient=False, inplace=False)
+    def backward(forward: Any, inputs: LossInputs) -> Any:
+        saved = forward(WantedGradients(False, False)).saved
+        return kernels.soft_cross_entropy_backward(
+            meta(dtype=logits.dtype), inputs, saved, WantedGradients(True, False)
+        )
 
     for form, options in SOFT.items():
-        weight = _weight_of(form, logits, meta)
-        arguments = (logits, logits, weight, options)
-        forward = partial(kernels.soft_cross_entropy_forward, *arguments, loss_dtype=logits.dtype, inplace=False)
-        yield f"{form} forward", partial(forward, gradient=False, target_gradient=False)
-        yield f"{form} forward+gradient", partial(forward, gradient=True, target_gradient=False)
-        yield f"{form} forward+gradients", partial(forward, gradient=True, target_gradient=True)
-        yield f"{form} backward", partial(backward, forward, weight, options)
+        inputs = LossInputs(logits, logits, _weight_of(form, logits, meta), options)
+        forward = partial(kernels.soft_cross_entropy_forward, inputs, loss_dtype=logits.dtype)
+        yield f"{form} forward", partial(forward, WantedGradients(False, False))
+        yield f"{form} forward+gradient", partial(forward, WantedGradients(True, False))
+        yield f"{form} forward+gradients", partial(forward, WantedGradients(True, True))
+        yield f"{form} backward", partial(backward, forward, inputs)
 
 
 def _statistics_cases(
@@ -445,11 +452,12 @@ def _statistics_cases(
 
     row = meta(target.numel(), dtype=torch.float64)
     for form, options in STATISTICS.items():
-        every, arguments = "every" in form, (logits, target, _weight_of(form, logits, meta), options)
+        every, inputs = "every" in form, LossInputs(logits, target, _weight_of(form, logits, meta), options)
         wanted = {"entropy": every, "predicted": every, "every_row": every}
-        yield f"{form} forward", partial(kernels.row_statistics_forward, *arguments, **wanted)
+        yield f"{form} forward", partial(kernels.row_statistics_forward, inputs, **wanted)
         upstreams = (row, row, row if every else None, row if options.label_smoothing else None)
-        yield f"{form} backward", partial(kernels.row_statistics_backward, upstreams, *arguments, row, row)
+        backward = partial(kernels.row_statistics_backward, inplace=False)
+        yield f"{form} backward", partial(backward, upstreams, inputs, row, row)
 
 
 def _shard_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
@@ -462,12 +470,12 @@ def _shard_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[...,
     for form, options in SHARDS.items():
         weight = _weight_of(form, logits, meta)
         wanted = {"entropy": False, "predicted": False, "every_row": False}
-        hard, soft = (logits, target, weight, options), (logits, logits, weight, options)
-        yield f"{form} forward", partial(kernels.row_statistics_forward, *hard, **wanted, ranked=elsewhere)
-        yield f"{form} soft forward", partial(kernels.soft_statistics_forward, *soft, ranked=elsewhere)
+        hard, soft = (LossInputs(logits, labels, weight, options) for labels in (target, logits))
+        yield f"{form} forward", partial(kernels.row_statistics_forward, hard, **wanted, ranked=elsewhere)
+        yield f"{form} soft forward", partial(kernels.soft_statistics_forward, soft, ranked=elsewhere)
         upstreams = (row, row, None, row if options.label_smoothing else None)
-        which = {"gradient": True, "target_gradient": False}
-        yield f"{form} soft backward", partial(kernels.soft_statistics_backward, upstreams, *soft, row, row, **which)
+        numbers = row, row, WantedGradients(True, False)
+        yield f"{form} soft backward", partial(kernels.soft_statistics_backward, upstreams, soft, *numbers)
 
 
 def _weight_of(form: str, logits: torch.Tensor, meta: Callable[..., torch.Tensor]) -> torch.Tensor | None:

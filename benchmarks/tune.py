@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastloss.backends import choice as backends
-from fastloss.backends.contract import LossOptions
+from fastloss.backends.contract import LossInputs, LossOptions
 from fastloss.measuring.clock import repeated, seconds
 
 from .shared import captured, header
@@ -118,9 +118,8 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
         # Alike for any grid: else each would be compiled anew.
         tables.Tiles.added_at_once = property(lambda tiles: 128 * tiles.warps)
         try:
-            return module.cross_entropy_forward(
-                logits[:, :, None], target, None, options, loss_dtype=logits.dtype, gradient=gradient, inplace=False
-            )
+            inputs = LossInputs(logits[:, :, None], target, None, options)
+            return module.cross_entropy_forward(inputs, loss_dtype=logits.dtype, gradient=gradient, inplace=False)
         finally:
             module.plan, tables.Tiles.added_at_once = tables.plan, added_at_once
             launch.forget()

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.backends.contract import Forward, LossOptions, compute_dtype
+from fastloss.backends.contract import Forward, LossInputs, LossOptions, compute_dtype
 
 from .arguments import (
     Form,
@@ -75,17 +75,10 @@ _WEIGH_PARTS = 64  # the same for any number of rows, so that a batch of another
 
 
 def cross_entropy_forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    *,
-    loss_dtype: torch.dtype,
-    gradient: bool,
-    inplace: bool,
-    divisor: Tensor | None = None,
+    inputs: LossInputs, *, loss_dtype: torch.dtype, gradient: bool, inplace: bool, divisor: Tensor | None = None
 ) -> Forward:
     """See :class:`fastloss.backends.contract.Backend`. One launch; two for a mean with a gradient over many rows."""
+    logits, target, weight, options = inputs
     outer, _, inner = logits.shape
     rows, device, k = outer * inner, logits.device, len(options.topk)
     mean, none = options.reduction == "mean", options.reduction == "none"
@@ -178,17 +171,9 @@ def _prepare_weighing(weight: Tensor | None, rows: int, classes: int, ignore_ind
     return Prepared(Launch(_weigh_kernel, (_WEIGH_PARTS,), constants), numbers)
 
 
-def cross_entropy_backward(
-    upstream: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    saved: Sequence[Tensor],
-    *,
-    inplace: bool,
-) -> Tensor:
+def cross_entropy_backward(upstream: Tensor, inputs: LossInputs, saved: Sequence[Tensor], *, inplace: bool) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
+    logits, target, weight, options = inputs
     row_max, row_sum, *scale = saved
     result = logits if inplace else torch.empty_like(logits)
     key = (

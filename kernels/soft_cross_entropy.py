@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.backends.contract import LossOptions, SoftForward
+from fastloss.backends.contract import LossInputs, SoftForward, WantedGradients
 
 from .arguments import (
     Form,
@@ -120,83 +120,62 @@ class GroupSums(NamedTuple):
 
 
 def soft_cross_entropy_forward(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    *,
-    loss_dtype: torch.dtype,
-    gradient: bool,
-    target_gradient: bool,
-    inplace: bool,
-    divisor: float = 1.0,
+    inputs: LossInputs, wanted: WantedGradients, *, loss_dtype: torch.dtype, divisor: float = 1.0
 ) -> SoftForward:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
+    input, target, _, options = inputs
     rows, device = input.shape[0] * input.shape[2], input.device
     none = options.reduction == "none"
-    result = (input if inplace else torch.empty_like(input)) if gradient else None
-    target_result = torch.empty_like(target) if target_gradient else None
-    tiles = _plan(input, target, result, target_result, options)
+    results = wanted.tensors(inputs)
+    tiles = _plan(inputs, *results)
     loss = torch.empty(rows if none else (), dtype=loss_dtype, device=device)
     # A backward pass follows only where no gradient is written now: it needs m, s and A.
     saved = SavedRows()
-    if options.from_logits and not (gradient or target_gradient):
+    if options.from_logits and not (wanted.input or wanted.target):
         dtype = _compute_dtype(input, target)
         saved = SavedRows(*(torch.empty(rows, dtype=dtype, device=device) for _ in range(3)))
     with on_device(input):
         sums = None if none else torch.empty(tiles.grid, dtype=torch.float64, device=device)
         totals = Totals(loss, sums, None if none else counter(device))
-        tensors = _tensors(input, target, weight, result, target_result)
-        numbers = _numbers(input, options, divisor)
-        constants = _constants(input, target, weight, options, tiles)
+        tensors = _tensors(inputs, *results)
+        numbers = _numbers(inputs, divisor)
+        constants = _constants(inputs, tiles)
         if options.from_logits:
             kernel = _forward_loop if tiles.looped else _forward_tile
             launch(kernel, (tiles.grid,), (*tensors, saved, totals, *numbers), constants)
         else:
             launch(_probabilities, (tiles.grid,), (*tensors, None, 0, totals, *numbers[:-2]), constants)
-    return SoftForward(loss, result, target_result, () if saved.m is None else tuple(saved))
+    return SoftForward(loss, *results, () if saved.m is None else tuple(saved))
 
 
 def soft_cross_entropy_backward(
-    upstream: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    saved: Sequence[Tensor],
-    *,
-    gradient: bool,
-    target_gradient: bool,
-    inplace: bool,
+    upstream: Tensor, inputs: LossInputs, saved: Sequence[Tensor], wanted: WantedGradients
 ) -> tuple[Tensor | None, Tensor | None]:
     """See :class:`fastloss.backends.contract.Backend`. One launch; none if neither gradient is asked for."""
-    result = (input if inplace else torch.empty_like(input)) if gradient else None
-    target_result = torch.empty_like(target) if target_gradient else None
-    if result is None and target_result is None:
+    if not (wanted.input or wanted.target):
         return None, None
-    tiles = _plan(input, target, result, target_result, options)
-    tensors = _tensors(input, target, weight, result, target_result)
+    input, options, results = inputs.input, inputs.options, wanted.tensors(inputs)
+    tiles = _plan(inputs, *results)
+    tensors = _tensors(inputs, *results)
     upstream_and_stride = upstream, upstream.stride(0) if upstream.dim() else 0
-    numbers = _numbers(input, options)
+    numbers = _numbers(inputs)
     with on_device(input):
         if options.from_logits:
             # Each program takes one tile of some rows and some classes: it needs no whole row.
             cols = min(tiles.cols, max(16, _BACKWARD_TILE // tiles.rows))
             tiles, blocks = in_blocks(tiles._replace(cols=cols, warps=4), classes=input.shape[1])
             arguments = (*tensors, *upstream_and_stride, SavedRows(*saved), *numbers)
-            constants = _constants(input, target, weight, options, tiles)
-            launch(_backward, (tiles.number, blocks), arguments, constants)
+            launch(_backward, (tiles.number, blocks), arguments, _constants(inputs, tiles))
         else:
             arguments = (*tensors, *upstream_and_stride, Totals(), *numbers[:-2])
-            launch(_probabilities, (tiles.grid,), arguments, _constants(input, target, weight, options, tiles))
-    return result, target_result
+            launch(_probabilities, (tiles.grid,), arguments, _constants(inputs, tiles))
+    return results
 
 
-def _plan(
-    input: Tensor, target: Tensor, result: Tensor | None, target_result: Tensor | None, options: LossOptions
-) -> Tiles:
+def _plan(inputs: LossInputs, *results: Tensor | None) -> Tiles:
     """Return the input's tiles for programs that read the target too."""
-    written = [t for t in (result, target_result) if t is not None]
+    input, target, _, options = inputs
+    written = [t for t in results if t is not None]
     tiles = plan(input, written[0] if written else None)
     classes = input.shape[1]
     vec = vector_width(input, target, *written, classes=classes)
@@ -224,27 +203,25 @@ def _compute_dtype(input: Tensor, target: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (input.dtype, target.dtype) else torch.float32
 
 
-def _tensors(
-    input: Tensor, target: Tensor, weight: Tensor | None, result: Tensor | None, target_result: Tensor | None
-) -> tuple[Any, ...]:
+def _tensors(inputs: LossInputs, result: Tensor | None, target_result: Tensor | None) -> tuple[Any, ...]:
     """Return the kernels' first arguments: rows, classes, inner, x, t, g, h and the class weights."""
+    input, target, weight, _ = inputs
     outer, classes, inner = input.shape
     tensors = strided(input), strided(target), strided(result, input), strided(target_result, target), weight
     return outer * inner, classes, inner, *tensors
 
 
-def _numbers(input: Tensor, options: LossOptions, divisor: float = 1.0) -> tuple[float, ...]:
+def _numbers(inputs: LossInputs, divisor: float = 1.0) -> tuple[float, ...]:
     """Return the kernels' last arguments: 1−ε, ε/C, the scale, λ and the softcap."""
-    outer, classes, inner = input.shape
+    options, (outer, classes, inner) = inputs.options, inputs.input.shape
     eps = options.label_smoothing
     scale = 1.0 / max(outer * inner, 1) if options.reduction == "mean" else 1.0 / divisor
     return 1.0 - eps, eps / max(classes, 1), scale, options.lse_square_scale, options.softcap or 1.0
 
 
-def _constants(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, tiles: Tiles
-) -> dict[str, object]:
+def _constants(inputs: LossInputs, tiles: Tiles) -> dict[str, object]:
     """Return the constants that a kernel is compiled for. Numbers that vary from call to call are not among them."""
+    input, target, weight, options = inputs
     form = Form(
         HAS_WEIGHT=weight is not None,
         SMOOTHING=options.label_smoothing != 0,

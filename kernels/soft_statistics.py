@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.backends.contract import ExternalLabel, LossOptions, SoftRowStatistics
+from fastloss.backends.contract import ExternalLabel, LossInputs, SoftRowStatistics, WantedGradients
 
 from .arguments import Form, Strided, compiled_in, inside, pointers, row_offsets, strided, tile_rows
 from .launch import launch, on_device
@@ -66,15 +66,9 @@ class _GroupSums(NamedTuple):
     rank: Any  # the number of classes before the label that is ranked
 
 
-def soft_statistics_forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    *,
-    ranked: ExternalLabel | None = None,
-) -> SoftRowStatistics:
+def soft_statistics_forward(inputs: LossInputs, *, ranked: ExternalLabel | None = None) -> SoftRowStatistics:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
+    logits, target, weight, options = inputs
     outer, classes, inner = logits.shape
     rows, smoothing = outer * inner, options.label_smoothing != 0
     tiles = _plan(logits, target)
@@ -92,7 +86,7 @@ def soft_statistics_forward(
             _soft_statistics,
             (tiles.number,),
             (rows, classes, inner, strided(logits), strided(target), weight, out, label, options.softcap or 1.0),
-            _constants(logits, target, weight, options, tiles._replace(looped=True)),
+            _constants(inputs, tiles._replace(looped=True)),
         )
     if weighted_sum is not None and near is not None:
         weighted_sum += (classes if weight is None else weight.sum(dtype=torch.float64)) * near
@@ -100,22 +94,12 @@ def soft_statistics_forward(
 
 
 def soft_statistics_backward(
-    upstreams: Sequence[Tensor | None],
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    lse: Tensor,
-    mass: Tensor,
-    *,
-    gradient: bool,
-    target_gradient: bool,
-    inplace: bool = False,
+    upstreams: Sequence[Tensor | None], inputs: LossInputs, lse: Tensor, mass: Tensor, wanted: WantedGradients
 ) -> tuple[Tensor | None, Tensor | None]:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
+    logits, target, weight, options = inputs
     outer, classes, inner = logits.shape
-    of_logits = (logits if inplace else torch.empty_like(logits)) if gradient else None
-    of_target = torch.empty_like(target) if target_gradient else None
+    of_logits, of_target = wanted.tensors(inputs)
     of_lse, of_nll, of_mass, of_sum = (None if u is None else u.contiguous() for u in upstreams)
     level = torch.zeros_like(lse) if of_lse is None else of_lse
     if of_nll is not None:
@@ -131,7 +115,7 @@ def soft_statistics_backward(
             _soft_statistics_gradient,
             (tiles.number, blocks),
             (outer * inner, classes, inner, *tensors, lse, of_row, options.softcap or 1.0),
-            _constants(logits, target, weight, options, tiles),
+            _constants(inputs, tiles),
         )
     return of_logits, of_target
 
@@ -147,9 +131,8 @@ def _plan(logits: Tensor, target: Tensor, *results: Tensor) -> Tiles:
     return tiles
 
 
-def _constants(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, tiles: Tiles
-) -> dict[str, object]:
+def _constants(inputs: LossInputs, tiles: Tiles) -> dict[str, object]:
+    logits, target, weight, options = inputs
     wide = torch.float64 in (logits.dtype, target.dtype)
     tile = tiles.tile(torch.float64 if wide else torch.float32)
     form = compiled_in(Form(HAS_WEIGHT=weight is not None, SOFTCAP=options.softcap is not None))

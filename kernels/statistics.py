@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.backends.contract import ExternalLabel, LossOptions, RowStatistics
+from fastloss.backends.contract import ExternalLabel, LossInputs, LossOptions, RowStatistics
 
 from .arguments import Form, Strided, compiled_in, inside, pointers, row_offsets, strided, tile_rows
 from .launch import launch, on_device
@@ -46,17 +46,10 @@ _NO_CLASS = tl.constexpr(0x7FFFFFFF)
 
 
 def row_statistics_forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    *,
-    entropy: bool,
-    predicted: bool,
-    every_row: bool,
-    ranked: ExternalLabel | None = None,
+    inputs: LossInputs, *, entropy: bool, predicted: bool, every_row: bool, ranked: ExternalLabel | None = None
 ) -> RowStatistics:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
+    logits, target, weight, options = inputs
     outer, classes, inner = logits.shape
     rows = outer * inner
     tiles = plan(logits)
@@ -96,17 +89,10 @@ def row_statistics_forward(
 
 
 def row_statistics_backward(
-    upstreams: Sequence[Tensor | None],
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    lse: Tensor,
-    entropy: Tensor | None,
-    *,
-    inplace: bool = False,
+    upstreams: Sequence[Tensor | None], inputs: LossInputs, lse: Tensor, entropy: Tensor | None, *, inplace: bool
 ) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
+    logits, target, weight, options = inputs
     outer, classes, inner = logits.shape
     result = logits if inplace else torch.empty_like(logits)
     tiles = plan(logits, result)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastloss.backends.choice as backends
 from benchmarks.no_gpu import pretend
-from fastloss.backends.contract import LossOptions, SGDBatch, SGDControls, SGDRule
+from fastloss.backends.contract import LossInputs, LossOptions, SGDBatch, SGDControls, SGDRule, WantedGradients
 
 Started = tuple[object, ...]
 started: list[Started] = []
@@ -64,12 +64,11 @@ def calls() -> dict[str, Callable[[], object]]:
         def loss(
             options: LossOptions, gradient: bool, loss_dtype: torch.dtype, x: Tensor = logits, y: Tensor = target
         ) -> None:
-            kernels.cross_entropy_forward(
-                x, y, None, options, loss_dtype=loss_dtype, gradient=gradient, inplace=False
-            )
+            inputs = LossInputs(x, y, None, options)
+            kernels.cross_entropy_forward(inputs, loss_dtype=loss_dtype, gradient=gradient, inplace=False)
 
         def backward(upstream: Tensor, numbers: Tensor, x: Tensor = logits, y: Tensor = target) -> None:
-            kernels.cross_entropy_backward(upstream, x, y, None, none, (numbers, numbers), inplace=False)
+            kernels.cross_entropy_backward(upstream, LossInputs(x, y, None, none), (numbers, numbers), inplace=False)
 
         def add(what: str, call: Callable[..., object], *arguments: object, name: str = name) -> None:
             found[f"{what} {name}"] = functools.partial(call, *arguments)
@@ -95,14 +94,14 @@ def calls() -> dict[str, Callable[[], object]]:
         add("loss and gradient", loss, plain, True, torch.float32, logits, target, name=name)
         add("loss", loss, plain, False, torch.float32, logits, target, name=name)
         add("accuracy", kernels.accuracy, logits, target, (1,), -100, "mean", name=name)
-        of_soft = functools.partial(kernels.soft_cross_entropy_forward, target_gradient=False, inplace=False)
-        of_soft = functools.partial(of_soft, loss_dtype=torch.float32, gradient=True)
+        of_soft = functools.partial(kernels.soft_cross_entropy_forward, loss_dtype=torch.float32)
         for form in (plain, LossOptions(reduction="sum")):
-            add(f"soft loss and gradient, {form.reduction}", of_soft, logits, soft, None, form, name=name)
+            inputs, wanted = LossInputs(logits, soft, None, form), WantedGradients(True, False)
+            add(f"soft loss and gradient, {form.reduction}", of_soft, inputs, wanted, name=name)
         of_rows = functools.partial(kernels.row_statistics_forward, predicted=False, every_row=False)
-        for wanted in (False, True):
-            more = functools.partial(of_rows, entropy=wanted)
-            add(f"entropy {wanted}", more, logits, target, None, plain, name=name)
+        for entropy in (False, True):
+            more = functools.partial(of_rows, entropy=entropy)
+            add(f"entropy {entropy}", more, LossInputs(logits, target, None, plain), name=name)
     return found | steps()
 
 

@@ -25,7 +25,7 @@ from fastloss import (
     use_backend,
 )
 from fastloss.backends import choice
-from fastloss.backends.contract import LossOptions
+from fastloss.backends.contract import LossInputs, LossOptions
 from fastloss.backends.view import as_rows
 
 pytestmark = pytest.mark.gpu
@@ -591,10 +591,7 @@ def test_the_hook_sees_compilations(kernels: Place, monkeypatch: pytest.MonkeyPa
     logits = torch.randn(3, 9, 2, device=kernels.device, dtype=torch.float64)
     target = torch.zeros(3, 2, device=kernels.device, dtype=torch.int32)
     choice.load("triton").cross_entropy_forward(
-        logits,
-        target.flatten(),
-        None,
-        LossOptions(topk=(1, 2, 3, 4, 5, 6, 7)),
+        LossInputs(logits, target.flatten(), None, LossOptions(topk=(1, 2, 3, 4, 5, 6, 7))),
         loss_dtype=torch.float64,
         gradient=False,
         inplace=False,

@@ -33,7 +33,7 @@ from fastloss import (
     use_backend,
 )
 from fastloss.backends import choice
-from fastloss.backends.contract import LossOptions
+from fastloss.backends.contract import LossInputs, LossOptions
 from fastloss.backends.view import as_rows
 
 BLOCK = 8192  # classes that a looped row of aligned 16- and 32-bit logits is visited by at a time
@@ -487,13 +487,9 @@ def test_bug_09_gradient_written_past_2_31(form: Place) -> None:
     target = labels(form, 3, classes=40)
     near = logits.clone(memory_format=torch.contiguous_format)
     upstream = far_apart(form, (3,), (FAR,))
-    served, options = choice.load(form.name), LossOptions(reduction="none")
-    forward = served.cross_entropy_forward(
-        as_rows(logits), target, None, options, loss_dtype=logits.dtype, gradient=False, inplace=False
-    )
-    gradient = served.cross_entropy_backward(
-        upstream, as_rows(logits), target, None, options, forward.saved, inplace=True
-    )
+    served, inputs = choice.load(form.name), LossInputs(as_rows(logits), target, None, LossOptions(reduction="none"))
+    forward = served.cross_entropy_forward(inputs, loss_dtype=logits.dtype, gradient=False, inplace=False)
+    gradient = served.cross_entropy_backward(upstream, inputs, forward.saved, inplace=True)
     assert gradient.data_ptr() == logits.data_ptr()
     exact, theirs = (
         reference.value_and_gradient(
@@ -735,7 +731,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from fastloss import kernels
-from fastloss.backends.contract import LossOptions
+from fastloss.backends.contract import LossInputs, LossOptions
 
 TARGET = make_backend(GPUTarget("cuda", 90, 32))
 seen = []
@@ -752,13 +748,13 @@ def compiled_for(shape, reduction, dtype, **values):
     logits = torch.empty(shape, dtype=dtype, device="meta")
     target = torch.empty(shape[0] * shape[2], dtype=torch.int64, device="meta")
     upstream = torch.empty((target.numel(),) if reduction == "none" else (), dtype=dtype, device="meta")
-    before = len(seen)
+    inputs, before = LossInputs(logits, target, None, options), len(seen)
     written = reduction != "none"
     forward = lambda gradient: kernels.cross_entropy_forward(
-        logits, target, None, options, loss_dtype=dtype, gradient=gradient, inplace=False)
+        inputs, loss_dtype=dtype, gradient=gradient, inplace=False)
     if written:
         forward(True)
-    kernels.cross_entropy_backward(upstream, logits, target, None, options, forward(False).saved, inplace=False)
+    kernels.cross_entropy_backward(upstream, inputs, forward(False).saved, inplace=False)
     kernels.accuracy(logits, target, options.topk, options.ignore_index, reduction)
     return seen[before:]
 
@@ -873,10 +869,8 @@ def test_bug_16_label_out_of_range_makes_its_row_nan(
         reference.loss, logits, replaced, weight, torch.ones(5, device=device), reduction="none"
     )
 
-    options = LossOptions(reduction="none", topk=(1, 5))
-    forward = served.cross_entropy_forward(
-        view, target, weight, options, loss_dtype=torch.float32, gradient=False, inplace=False
-    )
+    inputs = LossInputs(view, target, weight, LossOptions(reduction="none", topk=(1, 5)))
+    forward = served.cross_entropy_forward(inputs, loss_dtype=torch.float32, gradient=False, inplace=False)
     assert forward.loss.isnan().tolist() == [False, False, True, False, False]
     torch.testing.assert_close(forward.loss[good], exact[good])
     for k, right in zip((1, 5), forward.accuracy, strict=True):
@@ -888,7 +882,7 @@ def test_bug_16_label_out_of_range_makes_its_row_nan(
             assert float(value[4]) == 0
 
     upstream = torch.ones(5, device=device)
-    written = served.cross_entropy_backward(upstream, view, target, weight, options, forward.saved, inplace=True)
+    written = served.cross_entropy_backward(upstream, inputs, forward.saved, inplace=True)
     assert written.data_ptr() == logits.data_ptr()
     assert bool(logits[bad].isnan().all())
     torch.testing.assert_close(logits[good], gradient[good])
@@ -897,10 +891,8 @@ def test_bug_16_label_out_of_range_makes_its_row_nan(
 
     memory.copy_(untouched)
     for reduction in ("sum", "mean"):
-        options = LossOptions(reduction=reduction, topk=(1, 5))
-        forward = served.cross_entropy_forward(
-            view, target, weight, options, loss_dtype=torch.float32, gradient=True, inplace=False
-        )
+        inputs = LossInputs(view, target, weight, LossOptions(reduction=reduction, topk=(1, 5)))
+        forward = served.cross_entropy_forward(inputs, loss_dtype=torch.float32, gradient=True, inplace=False)
         assert bool(forward.loss.isnan())
         assert all(bool(value.isnan()) for value in forward.accuracy)
         assert all(bool(v.isnan()) for v in served.accuracy(view, target, (1, 5), -100, reduction))

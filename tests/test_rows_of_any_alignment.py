@@ -11,7 +11,7 @@ from places import Place
 from torch import Tensor
 
 from fastloss.backends import choice
-from fastloss.backends.contract import LossOptions
+from fastloss.backends.contract import LossInputs, LossOptions
 
 ROWS = 11
 OPTIONS = {
@@ -53,9 +53,11 @@ def test_as_the_eager_backend(
     assert plan_of(logits, logits, ranked=bool(options.topk)).ends
     how: dict[str, Any] = {"loss_dtype": torch.float32, "gradient": True}
     right = choice.load("eager").cross_entropy_forward(
-        logits.cpu(), target.cpu(), None, options, inplace=False, **how
+        LossInputs(logits.cpu(), target.cpu(), None, options), inplace=False, **how
     )
-    found = choice.load("triton").cross_entropy_forward(logits, target, None, options, inplace=inplace, **how)
+    found = choice.load("triton").cross_entropy_forward(
+        LossInputs(logits, target, None, options), inplace=inplace, **how
+    )
     torch.testing.assert_close(found.loss.cpu(), right.loss, rtol=2e-6, atol=0.0)
     for mine, other in zip(found.accuracy, right.accuracy, strict=True):
         assert mine.item() == other.item()
@@ -74,8 +76,8 @@ def test_without_a_gradient_and_a_row_at_a_time(kernels: Place) -> None:
     logits[5, 3] = torch.nan
     options = LossOptions(reduction="none", topk=(1, 3), label_smoothing=0.1)
     how: dict[str, Any] = {"loss_dtype": torch.float32, "gradient": False, "inplace": False}
-    right = choice.load("eager").cross_entropy_forward(logits.cpu(), target.cpu(), None, options, **how)
-    found = choice.load("triton").cross_entropy_forward(logits, target, None, options, **how)
+    right = choice.load("eager").cross_entropy_forward(LossInputs(logits.cpu(), target.cpu(), None, options), **how)
+    found = choice.load("triton").cross_entropy_forward(LossInputs(logits, target, None, options), **how)
     torch.testing.assert_close(found.loss.cpu(), right.loss, rtol=2e-6, atol=0.0, equal_nan=True)
     for mine, other in zip(found.accuracy, right.accuracy, strict=True):
         assert mine.cpu().equal(other)
@@ -106,8 +108,8 @@ def test_labels_in_the_ends_of_a_row(kernels: Place, classes: int, dtype: torch.
     assert plan_of(logits, logits if gradient else None, ranked=True).ends
     options = LossOptions(reduction="none", topk=(1, 3, 9, classes // 2, classes - 8, classes - 1))
     how: dict[str, Any] = {"loss_dtype": torch.float32, "gradient": gradient, "inplace": False}
-    right = choice.load("eager").cross_entropy_forward(logits.cpu(), target.cpu(), None, options, **how)
-    found = choice.load("triton").cross_entropy_forward(logits, target, None, options, **how)
+    right = choice.load("eager").cross_entropy_forward(LossInputs(logits.cpu(), target.cpu(), None, options), **how)
+    found = choice.load("triton").cross_entropy_forward(LossInputs(logits, target, None, options), **how)
     torch.testing.assert_close(found.loss.cpu(), right.loss, rtol=2e-6, atol=0.0)
     for mine, other in zip(found.accuracy, right.accuracy, strict=True):
         assert mine.cpu().equal(other)
@@ -125,7 +127,7 @@ def test_nothing_is_written_beside_a_row(kernels: Place) -> None:
     assert plan_of(logits, logits).ends
     target = torch.tensor([0, 8996, 17, 4000, -100], device=kernels.device)
     choice.load("triton").cross_entropy_forward(
-        logits, target, None, LossOptions(), loss_dtype=torch.float32, gradient=True, inplace=True
+        LossInputs(logits, target, None, LossOptions()), loss_dtype=torch.float32, gradient=True, inplace=True
     )
     assert wide[:, 8997:].equal(before[:, 8997:])
     assert not (wide[:4, :8997] == before[:4, :8997]).any()
@@ -144,5 +146,5 @@ def test_a_label_that_is_nan(kernels: Place, dtype: torch.dtype) -> None:
     options = LossOptions(reduction="none", topk=(1, 2, 3))
     how: dict[str, Any] = {"loss_dtype": torch.float32, "gradient": False, "inplace": False}
     assert plan_of(logits, None, ranked=True).ends
-    found = choice.load("triton").cross_entropy_forward(logits, target, None, options, **how)
+    found = choice.load("triton").cross_entropy_forward(LossInputs(logits, target, None, options), **how)
     assert torch.stack(found.accuracy).tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]

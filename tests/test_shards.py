@@ -14,7 +14,7 @@ from places import Place
 from torch import Tensor
 
 from fastloss.backends import choice
-from fastloss.backends.contract import ExternalLabel, LossOptions
+from fastloss.backends.contract import ExternalLabel, LossInputs, LossOptions, WantedGradients
 
 # (outer, classes, inner): several rows a program, one in registers, one block by block, rows that are neighbours.
 SHAPES = [(7, 37, 1), (2, 1000, 1), (2, 8200, 1), (3, 20, 5), (2, 130, 70)]
@@ -59,9 +59,9 @@ def test_ranks_of_labels_elsewhere(place: Place, shape: tuple[int, ...], dtype: 
         expected = ranks(x, label)
         target = torch.zeros(len(expected), dtype=torch.int64, device=place.device)
         parts = backend.row_statistics_forward(
-            *(x, target, None, LossOptions()), entropy=False, predicted=False, every_row=False, ranked=label
+            LossInputs(x, target, None, LossOptions()), entropy=False, predicted=False, every_row=False, ranked=label
         )
-        soft = backend.soft_statistics_forward(x, torch.ones_like(x), None, LossOptions(), ranked=label)
+        soft = backend.soft_statistics_forward(LossInputs(x, torch.ones_like(x), None, LossOptions()), ranked=label)
         for found in (backend.label_ranks(x, label), parts.rank, soft.rank):
             assert found.dtype == torch.int64
             assert torch.equal(found < most_k, expected < most_k)
@@ -100,7 +100,7 @@ def test_numbers_of_soft_targets(
     t = torch.softmax(4 * torch.randn(shape), 1).to(place.device, dtype)
     weight = (torch.rand(shape[1]) + 0.5).to(place.device, dtype) if weighted else None
     backend, arithmetic = served(place), torch.promote_types(dtype, torch.float32)
-    found = backend.soft_statistics_forward(x, t, weight, options)
+    found = backend.soft_statistics_forward(LossInputs(x, t, weight, options))
     exact, theirs = (numbers(x, t, weight, options, d) for d in (torch.float64, arithmetic))
     whole = list(found[:3])
     if options.label_smoothing:  # what a loss makes of it, Σ w (lse − z), which has no cancellation
@@ -121,10 +121,8 @@ def test_numbers_of_soft_targets(
     for inplace in (False, True):
         logits = x.clone()
         of_input, of_target = backend.soft_statistics_backward(
-            *(given, logits, t, weight, options, found.lse, found.mass),
-            gradient=True,
-            target_gradient=True,
-            inplace=inplace,
+            *(given, LossInputs(logits, t, weight, options), found.lse, found.mass),
+            WantedGradients(True, True, inplace),
         )
         assert (of_input.data_ptr() == logits.data_ptr()) == inplace
         for name, mine, truth, other in zip(("input", "target"), (of_input, of_target), *gradients, strict=True):
@@ -142,7 +140,7 @@ def test_numbers_of_labels(
     weight = (torch.rand(shape[1]) + 0.5).to(place.device, dtype) if weighted else None
     target = torch.randint(shape[1], (shape[0] * shape[2],), device=place.device)
     found = served(place).row_statistics_forward(
-        *(x, target, weight, options), entropy=False, predicted=False, every_row=False
+        LossInputs(x, target, weight, options), entropy=False, predicted=False, every_row=False
     )
     arithmetic = torch.promote_types(dtype, torch.float32)
     hot = torch.zeros_like(x).scatter_(1, target.view(shape[0], 1, shape[2]), 1.0)
@@ -160,14 +158,14 @@ def test_numbers_of_labels(
 
 def test_gradients_that_are_not_asked_for(place: Place) -> None:
     x, t = torch.randn(4, 20, 1, device=place.device), torch.rand(4, 20, 1, device=place.device)
-    backend, options = served(place), LossOptions()
-    found = backend.soft_statistics_forward(x, t, None, options)
+    backend, inputs = served(place), LossInputs(x, t, None, LossOptions())
+    found = backend.soft_statistics_forward(inputs)
     one = torch.ones(4, dtype=torch.float64, device=place.device)
     upstreams = (None, one, None, None)
-    how = (upstreams, x, t, None, options, found.lse, found.mass)
-    both = backend.soft_statistics_backward(*how, gradient=True, target_gradient=True)
-    first = backend.soft_statistics_backward(*how, gradient=True, target_gradient=False)
-    second = backend.soft_statistics_backward(*how, gradient=False, target_gradient=True)
+    arguments = (upstreams, inputs, found.lse, found.mass)
+    both = backend.soft_statistics_backward(*arguments, WantedGradients(True, True))
+    first = backend.soft_statistics_backward(*arguments, WantedGradients(True, False))
+    second = backend.soft_statistics_backward(*arguments, WantedGradients(False, True))
     assert first[1] is None
     assert second[0] is None
     assert torch.equal(first[0], both[0])
@@ -179,10 +177,11 @@ def test_the_gradient_of_labels_over_the_logits(place: Place, softcap: float | N
     """In place it is the same, bit for bit."""
     x, target = torch.randn(3, 8200, 1, device=place.device), torch.tensor([1, 8199, 7], device=place.device)
     backend, options = served(place), LossOptions(label_smoothing=0.1, softcap=softcap)
-    found = backend.row_statistics_forward(x, target, None, options, entropy=False, predicted=False, every_row=False)
+    inputs = LossInputs(x, target, None, options)
+    found = backend.row_statistics_forward(inputs, entropy=False, predicted=False, every_row=False)
     upstreams = tuple(torch.randn(3, dtype=torch.float64, device=place.device) for _ in range(3))
-    how = ((*upstreams[:2], None, upstreams[2]), x, target, None, options, found.lse, None)
-    apart = backend.row_statistics_backward(*how)
-    over = backend.row_statistics_backward(*how, inplace=True)
+    arguments = ((*upstreams[:2], None, upstreams[2]), inputs, found.lse, None)
+    apart = backend.row_statistics_backward(*arguments, inplace=False)
+    over = backend.row_statistics_backward(*arguments, inplace=True)
     assert over.data_ptr() == x.data_ptr()
     assert torch.equal(over, apart)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastloss
 from fastloss import LossStatistics, cross_entropy, cross_entropy_with_statistics
 from fastloss.backends import choice
-from fastloss.backends.contract import LossOptions
+from fastloss.backends.contract import LossInputs, LossOptions
 from fastloss.loss import routes
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -426,7 +426,7 @@ def test_parts_that_are_off_cost_no_operation() -> None:
     for entropy, predicted, smoothing in asked:
         with _Count() as count:
             eager.row_statistics_forward(
-                *(input.unsqueeze(2), target, None, LossOptions(label_smoothing=smoothing)),
+                LossInputs(input.unsqueeze(2), target, None, LossOptions(label_smoothing=smoothing)),
                 entropy=entropy,
                 predicted=predicted,
                 every_row=True,

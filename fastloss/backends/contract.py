@@ -28,6 +28,7 @@ __all__ = [
     "Backend",
     "ExternalLabel",
     "Forward",
+    "LossInputs",
     "LossOptions",
     "RowStatistics",
     "SGDBatch",
@@ -35,6 +36,7 @@ __all__ = [
     "SGDRule",
     "SoftForward",
     "SoftRowStatistics",
+    "WantedGradients",
     "check_gradients",
     "compute_dtype",
     "may_keep_memory",
@@ -62,6 +64,29 @@ class LossOptions:
     def hides_softmax(self) -> bool:
         """Return True if the softmax does not follow from the gradient."""
         return self.softcap is not None or self.lse_square_scale != 0 or not self.from_logits
+
+
+class LossInputs(NamedTuple):
+    """What every visit of a loss to its logits takes, in the canonical view."""
+
+    input: Tensor  # (outer, classes, inner), floating-point: logits, or probabilities without options.from_logits
+    target: Tensor  # (rows,) int64, int32 or uint8; soft: (outer, classes, inner), floating-point
+    weight: Tensor | None  # (classes,), floating-point, contiguous: w
+    options: LossOptions
+
+
+class WantedGradients(NamedTuple):
+    """Which gradients a visit with soft targets writes, and where."""
+
+    input: bool
+    target: bool
+    inplace: bool = False  # the input's gradient is written over the input
+
+    def tensors(self, inputs: LossInputs) -> tuple[Tensor | None, Tensor | None]:
+        """Return the tensors to write to, laid out as the input and the target; None for one that is not wanted."""
+        input, target = inputs[:2]
+        of_input = (input if self.inplace else torch.empty_like(input)) if self.input else None
+        return of_input, torch.empty_like(target) if self.target else None
 
 
 class Forward(NamedTuple):
@@ -123,10 +148,7 @@ class Backend(Protocol):
 
     def cross_entropy_forward(
         self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
+        inputs: LossInputs,
         *,
         loss_dtype: torch.dtype,
         gradient: bool,
@@ -142,33 +164,15 @@ class Backend(Protocol):
         ...
 
     def cross_entropy_backward(
-        self,
-        upstream: Tensor,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
-        saved: Sequence[Tensor],
-        *,
-        inplace: bool,
+        self, upstream: Tensor, inputs: LossInputs, saved: Sequence[Tensor], *, inplace: bool
     ) -> Tensor:
         """Return the gradient from the logits; ``upstream`` is ``()``, or ``(rows,)`` for reduction "none"."""
         ...
 
     def soft_cross_entropy_forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
-        *,
-        loss_dtype: torch.dtype,
-        gradient: bool,
-        target_gradient: bool,
-        inplace: bool,
-        divisor: float = 1.0,
+        self, inputs: LossInputs, wanted: WantedGradients, *, loss_dtype: torch.dtype, divisor: float = 1.0
     ) -> SoftForward:
-        """Return the loss of soft targets t, with u = (1−ε) t + ε/C, and the gradients that are asked for.
+        """Return the loss of soft targets t, with u = (1−ε) t + ε/C, and the gradients that are wanted.
 
         Of logits:        L = Σ_c w_c u_c (lse − z_c) + λ lse² Σ_c w_c t_c;  "mean" divides by the number of rows. Of
         probabilities: L = −Σ_c w_c u_c log y_c (``options.from_logits`` is False), where 0 · log y is 0.
@@ -178,27 +182,14 @@ class Backend(Protocol):
         ...
 
     def soft_cross_entropy_backward(
-        self,
-        upstream: Tensor,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
-        saved: Sequence[Tensor],
-        *,
-        gradient: bool,
-        target_gradient: bool,
-        inplace: bool,
+        self, upstream: Tensor, inputs: LossInputs, saved: Sequence[Tensor], wanted: WantedGradients
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients from the input and the target; ``upstream`` is ``()``, or ``(rows,)`` for "none"."""
         ...
 
     def row_statistics_forward(
         self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
+        inputs: LossInputs,
         *,
         entropy: bool,
         predicted: bool,
@@ -217,14 +208,11 @@ class Backend(Protocol):
     def row_statistics_backward(
         self,
         upstreams: Sequence[Tensor | None],
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
+        inputs: LossInputs,
         lse: Tensor,
         entropy: Tensor | None,
         *,
-        inplace: bool = False,
+        inplace: bool,
     ) -> Tensor:
         """Return the gradient from the logits x. ``upstreams`` are of lse, z_y, H and Σ_c w_c z_c, or None.
 
@@ -236,13 +224,7 @@ class Backend(Protocol):
         ...
 
     def soft_statistics_forward(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
-        *,
-        ranked: ExternalLabel | None = None,
+        self, inputs: LossInputs, *, ranked: ExternalLabel | None = None
     ) -> SoftRowStatistics:
         """Return the numbers of each row with soft targets, as :meth:`row_statistics_forward` does."""
         ...
@@ -250,16 +232,10 @@ class Backend(Protocol):
     def soft_statistics_backward(
         self,
         upstreams: Sequence[Tensor | None],
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
+        inputs: LossInputs,
         lse: Tensor,
         mass: Tensor,
-        *,
-        gradient: bool,
-        target_gradient: bool,
-        inplace: bool = False,
+        wanted: WantedGradients,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients from both tensors. ``upstreams`` are of lse, nll, mass and Σ_c w_c z_c, or None.
 

@@ -256,7 +256,7 @@ class Losses:
             values = self.backend.accuracy(z.unsqueeze(2), t.argmax(1), part.topk, -1, part.reduction)
             right = torch.stack(values)
         result = visit(
-            *(z, t, self.weight, part, self.backend),
+            *(self.backend, z, t, self.weight, part),
             torch.promote_types(dtype, torch.float32) if part.is_reduced else dtype,
             gradient=of_logits,
             target_gradient=needs.target,
@@ -274,7 +274,7 @@ class Losses:
         part = dataclasses.replace(self.call.options, reduction="none", topk=())
         of_logits = any(needs[:3])
         return gradients_from_input(
-            *(upstream, z, t, self.weight, part, self.backend, saved),
+            *(self.backend, upstream, z, t, self.weight, part, saved),
             gradient=of_logits,
             target_gradient=needs.target,
             inplace=of_logits,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backends.contract import Backend, LossOptions, compute_dtype
+from ..backends.contract import Backend, LossInputs, LossOptions, WantedGradients, compute_dtype
 from ..backends.view import as_rows
 from . import composite
 
@@ -58,7 +58,7 @@ def fused_cross_entropy(
             rows give their part of a mean over more rows. ``()`` in float64; beside class probabilities a float.
     """
     if not ((input.requires_grad or target.requires_grad) and torch.is_grad_enabled()):
-        result = visit(input, target, weight, options, backend, loss_dtype, gradient=False)
+        result = visit(backend, input, target, weight, options, loss_dtype, gradient=False)
         return _divided(result.loss, divisor), result.accuracy
     base = input._base if input._is_view() else None
     if (
@@ -86,11 +86,11 @@ class Visit(NamedTuple):
 
 
 def visit(
+    backend: Backend,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     options: LossOptions,
-    backend: Backend,
     loss_dtype: torch.dtype,
     *,
     gradient: bool,
@@ -99,10 +99,9 @@ def visit(
     divisor: Any = None,
 ) -> Visit:
     """Run the backend's forward pass. The arguments are as in :func:`fused_cross_entropy`."""
-    logits = as_rows(input)
     if not target.is_floating_point():
         result = backend.cross_entropy_forward(
-            *(logits, target, weight, options),
+            LossInputs(as_rows(input), target, weight, options),
             loss_dtype=loss_dtype,
             gradient=gradient,
             inplace=inplace,
@@ -110,23 +109,21 @@ def visit(
         )
         return Visit(result.loss, result.accuracy, _like(result.gradient, input), None, result.saved, result.scale)
     soft = backend.soft_cross_entropy_forward(
-        *(logits, as_rows(target), weight, options),
+        LossInputs(as_rows(input), as_rows(target), weight, options),
+        WantedGradients(gradient, target_gradient, inplace),
         loss_dtype=loss_dtype,
-        gradient=gradient,
-        target_gradient=target_gradient,
-        inplace=inplace,
         divisor=1.0 if divisor is None else divisor,
     )
     return Visit(soft.loss, (), _like(soft.gradient, input), _like(soft.target_gradient, target), soft.saved, None)
 
 
 def gradients_from_input(
+    backend: Backend,
     upstream: Tensor,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     options: LossOptions,
-    backend: Backend,
     saved: Sequence[Tensor],
     *,
     gradient: bool = True,
@@ -134,16 +131,12 @@ def gradients_from_input(
     inplace: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Run the backend's backward pass; return the gradients of ``input`` and ``target``."""
-    logits = as_rows(input)
     if not target.is_floating_point():
-        of_input = backend.cross_entropy_backward(upstream, logits, target, weight, options, saved, inplace=inplace)
-        return of_input.view(input.shape), None
-    of_logits, of_target = backend.soft_cross_entropy_backward(
-        *(upstream, logits, as_rows(target), weight, options, saved),
-        gradient=gradient,
-        target_gradient=target_gradient,
-        inplace=inplace,
-    )
+        inputs = LossInputs(as_rows(input), target, weight, options)
+        return backend.cross_entropy_backward(upstream, inputs, saved, inplace=inplace).view(input.shape), None
+    inputs = LossInputs(as_rows(input), as_rows(target), weight, options)
+    wanted = WantedGradients(gradient, target_gradient, inplace)
+    of_logits, of_target = backend.soft_cross_entropy_backward(upstream, inputs, saved, wanted)
     return _like(of_logits, input), _like(of_target, target)
 
 
@@ -175,7 +168,7 @@ class _CrossEntropy(Function):
         ctx.overwrites = inplace and ctx.written
         ctx.from_logits = not ctx.overwrites and (not ctx.written or options.hides_softmax or of_target)
         loss, accuracy, gradient, target_gradient, saved, scale = visit(
-            *(input, target, weight, options, backend, loss_dtype),
+            *(backend, input, target, weight, options, loss_dtype),
             gradient=ctx.written and of_input,
             target_gradient=ctx.written and of_target,
             inplace=ctx.overwrites,
@@ -215,8 +208,9 @@ class _CrossEntropy(Function):
             of_input, of_target = ctx.needs_input_grad[:2]
             inplace = ctx.inplace and not _graph_is_kept()
             gradients = gradients_from_input(
+                ctx.backend,
                 of_loss if ctx.divisor is None else of_loss / ctx.divisor,
-                *(input, target, weight, ctx.options, ctx.backend, saved),
+                *(input, target, weight, ctx.options, saved),
                 gradient=of_input,
                 target_gradient=of_target,
                 inplace=inplace,

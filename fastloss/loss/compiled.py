@@ -97,7 +97,7 @@ def forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) ->
         checks.check_labels(target, input.shape[class_dim(input)], options.ignore_index)
     with forgetful():
         loss, accuracy, of_input, of_target, saved, _ = visit(
-            *(input, target, weight, options, choice.load(name), loss_dtype),
+            *(choice.load(name), input, target, weight, options, loss_dtype),
             gradient=written and (input_needs or not soft),
             target_gradient=written and target_needs,
         )
@@ -151,7 +151,7 @@ def backward(upstream: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     # Probabilities as input: neither backend saves numbers of them.
     backend = choice.backend_that_saved(len(saved)) if options.from_logits else choice.load(choice.choose(input))
     of_input, of_target = gradients_from_input(
-        *(upstream.contiguous(), input, target, weight, options, backend),
+        *(backend, upstream.contiguous(), input, target, weight, options),
         (*saved, scale) if scale.dim() == 0 else saved,
         gradient=input_needs,
         target_gradient=target_needs,

@@ -31,7 +31,16 @@ from torch.autograd import Function
 
 from .. import checks
 from ..backends import choice
-from ..backends.contract import Backend, ExternalLabel, LossOptions, RowStatistics, SoftRowStatistics, compute_dtype
+from ..backends.contract import (
+    Backend,
+    ExternalLabel,
+    LossInputs,
+    LossOptions,
+    RowStatistics,
+    SoftRowStatistics,
+    WantedGradients,
+    compute_dtype,
+)
 from ..backends.view import as_labels, as_rows, class_dim, row_shape
 from ..ranks import collectives, placements
 from ..ranks.collectives import Layout, all_reduce, all_reduce_detached, gather
@@ -398,6 +407,10 @@ class _Shard:
         # The labels of a visit are this rank's, -100 where a row is ignored.
         self.of_visit = dataclasses.replace(options, ignore_index=-100)
 
+    def inputs(self, input: Tensor, target: Tensor) -> LossInputs:
+        """Return what a visit to this rank's logits takes; ``target`` is in the canonical view."""
+        return LossInputs(as_rows(input), target, self.visit_weight(), self.of_visit)
+
     def visit_weight(self) -> Tensor | None:
         """Return the weights of this rank's classes, without a graph."""
         return None if self.own_weight is None else self.own_weight.detach()
@@ -428,9 +441,7 @@ class _LabelShard(_Shard):
         own: Numbers
         if input.numel():
             switches = {"entropy": False, "predicted": False, "every_row": False}
-            rows = self.backend.row_statistics_forward(
-                as_rows(input), self.local, self.visit_weight(), self.of_visit, **switches, ranked=self.label
-            )
+            rows = self.backend.row_statistics_forward(self.inputs(input, self.local), **switches, ranked=self.label)
             own = rows.lse, torch.where(self.is_own, rows.label_logit, 0.0), rows.weighted_sum, rows.rank
         else:
             own = self.without_classes(input, 1)
@@ -452,9 +463,8 @@ class _LabelShard(_Shard):
             return torch.zeros_like(input), None
         of_lse, of_label, of_sum = upstreams
         of_label = None if of_label is None else torch.where(self.is_own, of_label, 0.0)
-        of_rows, weight = (of_lse, of_label, None, of_sum), self.visit_weight()
         gradient = self.backend.row_statistics_backward(
-            of_rows, as_rows(input), self.local, weight, self.of_visit, numbers[0], None, inplace=inplace
+            (of_lse, of_label, None, of_sum), self.inputs(input, self.local), numbers[0], None, inplace=inplace
         )
         return gradient.view(input.shape), None
 
@@ -489,9 +499,7 @@ class _SoftShard(_Shard):
         """See :meth:`_LabelShard.numbers`."""
         own: Numbers
         if input.numel():
-            own = self.backend.soft_statistics_forward(
-                as_rows(input), as_rows(target), self.visit_weight(), self.of_visit, ranked=self.label
-            )
+            own = self.backend.soft_statistics_forward(self.inputs(input, as_rows(target)), ranked=self.label)
         else:
             own = self.without_classes(input, 2)
         own_lse, nll, mass, *sums = self.gathered(own)
@@ -513,10 +521,8 @@ class _SoftShard(_Shard):
         if not input.numel():
             return torch.zeros_like(input), torch.zeros_like(target) if needs[1] else None
         of_input, of_target = self.backend.soft_statistics_backward(
-            *(upstreams, as_rows(input), as_rows(target), self.visit_weight(), self.of_visit, numbers[0], numbers[2]),
-            gradient=needs[0],
-            target_gradient=needs[1],
-            inplace=inplace,
+            *(upstreams, self.inputs(input, as_rows(target)), numbers[0], numbers[2]),
+            WantedGradients(*needs, inplace),
         )
         return (
             None if of_input is None else of_input.view(input.shape),

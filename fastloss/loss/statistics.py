@@ -26,7 +26,7 @@ from torch.nn import _reduction as legacy
 
 from .. import checks
 from ..backends import choice
-from ..backends.contract import Backend, LossOptions, RowStatistics, compute_dtype
+from ..backends.contract import Backend, LossInputs, LossOptions, RowStatistics, compute_dtype
 from ..backends.view import as_labels, as_rows, class_dim, row_shape
 from . import composite, routes
 from .autograd import is_differentiable
@@ -296,7 +296,7 @@ def _row_statistics(
     backend = choice.load(choice.choose(input))
     switches: dict[str, Any] = {"entropy": entropy, "predicted": predicted, "every_row": every_row}
     if not (input.requires_grad and torch.is_grad_enabled()):
-        return backend.row_statistics_forward(as_rows(input), target, weight, options, **switches)
+        return backend.row_statistics_forward(LossInputs(as_rows(input), target, weight, options), **switches)
     return RowStatistics(*_RowStatistics.apply(input, target, weight, options, backend, switches))
 
 
@@ -315,7 +315,7 @@ class _RowStatistics(Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
-        rows = backend.row_statistics_forward(as_rows(input), target, weight, options, **switches)
+        rows = backend.row_statistics_forward(LossInputs(as_rows(input), target, weight, options), **switches)
         if rows.predicted is not None:
             ctx.mark_non_differentiable(rows.predicted)
         ctx.save_for_backward(input, target, weight, rows.lse, rows.entropy)
@@ -330,9 +330,8 @@ class _RowStatistics(Function):
         input, target, weight, lse, entropy = ctx.saved_tensors
         if is_differentiable(upstreams):
             return (_differentiable_gradient(input, target, weight, ctx.options, upstreams), *nothing)
-        gradient = ctx.backend.row_statistics_backward(
-            upstreams, as_rows(input), target, weight, ctx.options, lse, entropy
-        )
+        inputs = LossInputs(as_rows(input), target, weight, ctx.options)
+        gradient = ctx.backend.row_statistics_backward(upstreams, inputs, lse, entropy, inplace=False)
         return (gradient.view(input.shape), *nothing)
 
 

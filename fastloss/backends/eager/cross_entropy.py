@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..contract import Forward, LossOptions, compute_dtype
+from ..contract import Forward, LossInputs, compute_dtype
 from .accuracy import TargetRanks, inside_label, reduce_accuracy
 from .chunks import Chunk, Value, chunks, row_dtype
 from .sweep import LN_2, Piece, capped, sweep
@@ -36,18 +36,10 @@ __all__ = ["cross_entropy_backward", "cross_entropy_forward", "rescale"]
 
 
 def cross_entropy_forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    *,
-    loss_dtype: torch.dtype,
-    gradient: bool,
-    inplace: bool,
-    divisor: Tensor | None = None,
+    inputs: LossInputs, *, loss_dtype: torch.dtype, gradient: bool, inplace: bool, divisor: Tensor | None = None
 ) -> Forward:
     """See :class:`fastloss.backends.contract.Backend`."""
-    rows = _Rows(logits, target, weight, options)
+    logits, options, rows = inputs.input, inputs.options, _Rows(inputs)
     scale = rows.mean_scale() if options.reduction == "mean" else 1.0
     slope = scale
     if divisor is not None:
@@ -73,21 +65,12 @@ def cross_entropy_forward(
     return Forward(loss.to(loss_dtype, copy=True), accuracy, result, saved=(), scale=mean_scale)
 
 
-def cross_entropy_backward(
-    upstream: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    saved: Sequence[Tensor],
-    *,
-    inplace: bool,
-) -> Tensor:
+def cross_entropy_backward(upstream: Tensor, inputs: LossInputs, saved: Sequence[Tensor], *, inplace: bool) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`; nothing is saved, the softmax is computed again."""
-    rows = _Rows(logits, target, weight, options)
+    logits, reduction, rows = inputs.input, inputs.options.reduction, _Rows(inputs)
     upstream = upstream.to(rows.dtype)
-    scale: Value = upstream.reshape(rows.shape) if options.reduction == "none" else upstream
-    if options.reduction == "mean":
+    scale: Value = upstream.reshape(rows.shape) if reduction == "none" else upstream
+    if reduction == "mean":
         scale = scale * rows.mean_scale()
     result = logits if inplace else torch.empty_like(logits)
     _sweep(logits, rows, result, scale, ranks=None)
@@ -110,7 +93,8 @@ class _Rows:
     Rows are few beside logits: their numbers are float64 where the device has it, and rounded once, at the end.
     """
 
-    def __init__(self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
+    def __init__(self, inputs: LossInputs) -> None:
+        logits, target, weight, options = inputs
         outer, classes, inner = logits.shape
         eps = options.label_smoothing
         self.options = options

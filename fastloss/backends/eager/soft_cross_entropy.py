@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..contract import LossOptions, SoftForward, compute_dtype
+from ..contract import LossInputs, SoftForward, WantedGradients, compute_dtype
 from .chunks import Chunk, Scratch, Value, row_dtype
 from .sweep import LN_2, Piece, chunk_buffer, sweep
 
@@ -32,46 +32,28 @@ __all__ = ["soft_cross_entropy_backward", "soft_cross_entropy_forward"]
 
 
 def soft_cross_entropy_forward(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    *,
-    loss_dtype: torch.dtype,
-    gradient: bool,
-    target_gradient: bool,
-    inplace: bool,
-    divisor: float = 1.0,
+    inputs: LossInputs, wanted: WantedGradients, *, loss_dtype: torch.dtype, divisor: float = 1.0
 ) -> SoftForward:
     """See :class:`fastloss.backends.contract.Backend`."""
-    scale = _mean_scale(input) if options.reduction == "mean" else 1.0
-    results = _results(input, target, gradient, target_gradient, inplace)
-    losses = _SoftLoss(input, target, weight, options, scale / divisor, *results).compute()
-    loss = losses.flatten() if options.reduction == "none" else losses.sum() * scale
+    reduction, results = inputs.options.reduction, wanted.tensors(inputs)
+    scale = _mean_scale(inputs.input) if reduction == "mean" else 1.0
+    losses = _SoftLoss(inputs, scale / divisor, *results).compute()
+    loss = losses.flatten() if reduction == "none" else losses.sum() * scale
     # A copy in any case: an autograd.Function must not return a view.
     return SoftForward(loss.to(loss_dtype, copy=True), *results, saved=())
 
 
 def soft_cross_entropy_backward(
-    upstream: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    saved: Sequence[Tensor],
-    *,
-    gradient: bool,
-    target_gradient: bool,
-    inplace: bool,
+    upstream: Tensor, inputs: LossInputs, saved: Sequence[Tensor], wanted: WantedGradients
 ) -> tuple[Tensor | None, Tensor | None]:
     """See :class:`fastloss.backends.contract.Backend`; nothing is saved, the softmax is computed again."""
+    input, reduction, results = inputs.input, inputs.options.reduction, wanted.tensors(inputs)
     scale = upstream.to(compute_dtype(input.dtype))
-    if options.reduction == "none":
+    if reduction == "none":
         scale = scale.reshape(input.shape[0], 1, input.shape[2])
-    elif options.reduction == "mean":
+    elif reduction == "mean":
         scale = scale * _mean_scale(input)
-    results = _results(input, target, gradient, target_gradient, inplace)
-    _SoftLoss(input, target, weight, options, scale, *results).compute()
+    _SoftLoss(inputs, scale, *results).compute()
     return results
 
 
@@ -81,26 +63,13 @@ def _mean_scale(input: Tensor) -> float:
     return 1.0 / rows if rows else float("nan")
 
 
-def _results(
-    input: Tensor, target: Tensor, gradient: bool, target_gradient: bool, inplace: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    of_input = (input if inplace else torch.empty_like(input)) if gradient else None
-    return of_input, torch.empty_like(target) if target_gradient else None
-
-
 class _SoftLoss:
     """Computes every row's loss, and the gradients times ``scale``; both tensors are read once."""
 
     def __init__(
-        self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
-        scale: Value,
-        gradient: Tensor | None,
-        target_gradient: Tensor | None,
+        self, inputs: LossInputs, scale: Value, gradient: Tensor | None, target_gradient: Tensor | None
     ) -> None:
+        input, target, weight, options = inputs
         self.input, self.target, self.options, self.scale = input, target, options, scale
         self.gradient, self.target_gradient = gradient, target_gradient
         self.dtype = torch.promote_types(compute_dtype(input.dtype), compute_dtype(target.dtype))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..contract import ExternalLabel, LossOptions, SoftRowStatistics, compute_dtype
+from ..contract import ExternalLabel, LossInputs, SoftRowStatistics, WantedGradients, compute_dtype
 from .chunks import Chunk, Scratch
 from .statistics import sweep_softmax, visit_rows
 from .sweep import LOG2_E
@@ -23,34 +23,18 @@ from .sweep import LOG2_E
 __all__ = ["soft_statistics_backward", "soft_statistics_forward"]
 
 
-def soft_statistics_forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    *,
-    ranked: ExternalLabel | None = None,
-) -> SoftRowStatistics:
+def soft_statistics_forward(inputs: LossInputs, *, ranked: ExternalLabel | None = None) -> SoftRowStatistics:
     """See :class:`fastloss.backends.contract.Backend`."""
-    dtype = torch.promote_types(compute_dtype(logits.dtype), compute_dtype(target.dtype))
-    numbers = visit_rows(("lse", "nll", "mass"), logits, target, weight, options, ranked, dtype)
+    dtype = torch.promote_types(compute_dtype(inputs.input.dtype), compute_dtype(inputs.target.dtype))
+    numbers = visit_rows(("lse", "nll", "mass"), inputs, ranked, dtype, soft=True)
     return SoftRowStatistics(**{**dict.fromkeys(SoftRowStatistics._fields), **numbers})
 
 
 def soft_statistics_backward(
-    upstreams: Sequence[Tensor | None],
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    lse: Tensor,
-    mass: Tensor,
-    *,
-    gradient: bool,
-    target_gradient: bool,
-    inplace: bool = False,
+    upstreams: Sequence[Tensor | None], inputs: LossInputs, lse: Tensor, mass: Tensor, wanted: WantedGradients
 ) -> tuple[Tensor | None, Tensor | None]:
     """See :class:`fastloss.backends.contract.Backend`."""
+    logits, target, weight, options = inputs
     rows = (logits.shape[0], 1, logits.shape[2])
     dtype = torch.promote_types(compute_dtype(logits.dtype), compute_dtype(target.dtype))
     zero = lse.new_zeros(rows)
@@ -59,8 +43,7 @@ def soft_statistics_backward(
     of_nll, of_mass, of_sum = (number.to(dtype) for number in (of_nll, of_mass, of_sum))
     some_sum = upstreams[3] is not None
     w = None if weight is None else weight.to(dtype).view(1, -1, 1)
-    of_logits = (logits if inplace else torch.empty_like(logits)) if gradient else None
-    of_target = torch.empty_like(target) if target_gradient else None
+    of_logits, of_target = wanted.tensors(inputs)
 
     def work(chunk: Chunk, log_p: Tensor) -> None:
         minus_nll = -chunk.of(of_nll)

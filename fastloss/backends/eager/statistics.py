@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import ExternalLabel, LossOptions, RowStatistics, compute_dtype
+from ..contract import ExternalLabel, LossInputs, RowStatistics, compute_dtype
 from .accuracy import inside_label, rank_of, run_maxima
 from .chunks import Chunk, Scratch, chunks, row_dtype
 from .sweep import LOG2_E, Piece, capped, sweep
@@ -36,39 +36,27 @@ _LOG_OF_0 = -1e3
 
 
 def row_statistics_forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    *,
-    entropy: bool,
-    predicted: bool,
-    every_row: bool,
-    ranked: ExternalLabel | None = None,
+    inputs: LossInputs, *, entropy: bool, predicted: bool, every_row: bool, ranked: ExternalLabel | None = None
 ) -> RowStatistics:
     """See :class:`fastloss.backends.contract.Backend`; every row is visited."""
+    logits = inputs.input
     dtype = compute_dtype(logits.dtype)
-    z_y = capped(logits.gather(1, _label(logits, target, options)).to(dtype), options.softcap)
+    z_y = capped(logits.gather(1, _label(inputs)).to(dtype), inputs.options.softcap)
     names = [name for name, wanted in (("lse", True), ("entropy", entropy), ("predicted", predicted)) if wanted]
-    numbers = visit_rows(names, logits, None, weight, options, ranked, dtype)
+    numbers = visit_rows(names, inputs, ranked, dtype, soft=False)
     numbers["label_logit"] = z_y.to(row_dtype(z_y.device)).flatten()
     return RowStatistics(**{**dict.fromkeys(RowStatistics._fields), **numbers})
 
 
 def visit_rows(
-    names: Iterable[str],
-    logits: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    options: LossOptions,
-    ranked: ExternalLabel | None,
-    dtype: torch.dtype,
+    names: Iterable[str], inputs: LossInputs, ranked: ExternalLabel | None, dtype: torch.dtype, *, soft: bool
 ) -> dict[str, Any]:
-    """Compute numbers of each row in one sweep over the logits and the soft targets, if there are any.
+    """Compute numbers of each row in one sweep over the logits and, if ``soft``, the targets.
 
     Returns those named, which are fields of the contract's row statistics, ``(rows,)`` each; and ``weighted_sum`` and
     ``rank`` where the options and ``ranked`` ask for them.
     """
+    logits, target, weight, options = inputs
     outer, classes, inner = logits.shape
     rows, cap, device, wide = (outer, 1, inner), options.softcap, logits.device, row_dtype(logits.device)
     numbers = {name: logits.new_empty(rows, dtype=torch.int64 if name == "predicted" else wide) for name in names}
@@ -98,9 +86,9 @@ def visit_rows(
         maximum.masked_fill_(maximum == -torch.inf, 0)
         below = torch.sub(z, maximum, out=buffer)
         if "weighted_sum" in results:
-            below_sum = _weighted_sum(below, class_weight, exact=target is not None).to(wide)
+            below_sum = _weighted_sum(below, class_weight, exact=soft).to(wide)
             results["weighted_sum"].copy_(below_sum + total_weight * maximum.to(wide))
-        if target is not None:
+        if soft:
             u = Scratch("target", dtype, device).like(x).copy_(chunk.of(target))
             if class_weight is not None:
                 u.mul_(class_weight.view(1, -1, 1))
@@ -113,7 +101,7 @@ def visit_rows(
         if "entropy" in results:
             mean = e.mul_(below.clamp_(min=_LOG_OF_0)).sum(1, keepdim=True) / total
             results["entropy"].copy_(log_total - mean)
-        if target is not None:
+        if soft:
             results["mass"].copy_(mass)
             results["nll"].copy_(mass * log_total - dot)
 
@@ -136,17 +124,10 @@ def _weighted_sum(z: Tensor, class_weight: Tensor | None, *, exact: bool) -> Ten
 
 
 def row_statistics_backward(
-    upstreams: Sequence[Tensor | None],
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    lse: Tensor,
-    entropy: Tensor | None,
-    *,
-    inplace: bool = False,
+    upstreams: Sequence[Tensor | None], inputs: LossInputs, lse: Tensor, entropy: Tensor | None, *, inplace: bool
 ) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`; the softmax is computed again."""
+    logits, _, weight, options = inputs
     rows, dtype = (logits.shape[0], 1, logits.shape[2]), compute_dtype(logits.dtype)
     of_lse, of_label, of_entropy, of_sum = (None if u is None else u.reshape(rows) for u in upstreams)
     idle = torch.ones(rows, dtype=torch.bool, device=logits.device)  # rows without a gradient, whatever they hold
@@ -159,7 +140,7 @@ def row_statistics_backward(
         level = level - of_entropy * entropy.view(rows)  # p (g_lse − g_H H − g_H log p)
         of_entropy = of_entropy.to(dtype)
     level = level.to(dtype)
-    label = None if of_label is None else _label(logits, target, options)
+    label = None if of_label is None else _label(inputs)
     of_label = None if of_label is None else of_label.to(dtype)
     class_weight = None if weight is None else weight.to(dtype).view(1, -1, 1)
     of_sum = None if of_sum is None else of_sum.to(dtype)
@@ -205,11 +186,11 @@ def sweep_softmax(
     sweep(logits, dtype, softcap, with_log_p, gradient, zero_rows=zero_rows, reads_once=True)
 
 
-def _label(logits: Tensor, target: Tensor, options: LossOptions) -> Tensor:
+def _label(inputs: LossInputs) -> Tensor:
     """Return labels that can be used as an index, ``(outer, 1, inner)``; 0 for a row without one."""
-    outer, classes, inner = logits.shape
-    target = target.view(outer, 1, inner).long()
-    return inside_label(target, target != options.ignore_index, classes)[0]
+    outer, classes, inner = inputs.input.shape
+    target = inputs.target.view(outer, 1, inner).long()
+    return inside_label(target, target != inputs.options.ignore_index, classes)[0]
 
 
 def _first_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
