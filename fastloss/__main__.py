@@ -81,21 +81,24 @@ def _info(_: argparse.Namespace) -> int:
     return 0
 
 
+def _lacks(command: str, packages: list[str], extra: str) -> bool:
+    """Return True if packages are missing, and print how to install them."""
+    if packages:
+        print(f'fastloss: {command} needs {", ".join(packages)}: pip install "fastloss[{extra}]"', file=sys.stderr)
+    return bool(packages)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from . import demo
 
-    missing = demo.missing_extras()
-    if missing:
-        print(f'fastloss: the demo needs {", ".join(missing)}: pip install "fastloss[demo]"', file=sys.stderr)
+    if _lacks("the demo", demo.missing_extras(), "demo"):
         return 2
     demo.run(demo.Settings(output=options.output, seed=options.seed))
     return 0
 
 
 def _bench(options: argparse.Namespace) -> int:
-    missing = bench.missing_extras()
-    if missing:
-        print(f'fastloss: bench needs {", ".join(missing)}: pip install "fastloss[bench]"', file=sys.stderr)
+    if _lacks("bench", bench.missing_extras(), "bench"):
         return 2
     try:
         settings = bench.settings_from(options)

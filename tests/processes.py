@@ -28,7 +28,21 @@ def together(script: str, count: int, folder: Path, *arguments: str, limit: floa
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
     folder.mkdir(parents=True, exist_ok=True)
+    codes = exit_codes(script, count, folder, *arguments, limit=limit, until_one_fails=True)
+    if not (folder / "results.pt").exists() or any(code != 0 for code in codes):
+        pytest.fail(f"the processes ended with {codes}\n{logs(folder)}")
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+def exit_codes(
+    script: str, count: int, folder: Path, *arguments: str, limit: float, until_one_fails: bool = False
+) -> list[int | None]:
+    """Return the exit codes of so many processes, None for one that had to be killed.
+
+    What they print is in ``folder / "RANK.log"``.
+    """
     environment, processes = _environment(), []
+    codes: list[int | None] = []
     try:
         for rank in range(count):
             with open(folder / f"{rank}.log", "w", encoding="utf-8") as log:
@@ -36,18 +50,23 @@ def together(script: str, count: int, folder: Path, *arguments: str, limit: floa
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
         end = time.monotonic() + limit
         while time.monotonic() < end and any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes):
+            if until_one_fails and any(process.poll() for process in processes):
                 break
             time.sleep(0.1)
     finally:
         for process in processes:
-            if process.poll() is None:
+            codes.append(process.poll())
+            if codes[-1] is None:
                 process.kill()
             process.wait()
-    if not (folder / "results.pt").exists() or any(process.returncode for process in processes):
-        logs = [(folder / f"{rank}.log").read_text(encoding="utf-8")[-3000:] for rank in range(count)]
-        pytest.fail("\n".join(["the processes did not come to their end", *logs]))
-    return torch.load(folder / "results.pt", weights_only=False)
+    return codes
+
+
+def logs(folder: Path) -> str:
+    """Return the end of what each process has printed."""
+    return "\n".join(
+        f"{log.name}:\n{log.read_text(encoding='utf-8')[-3000:]}" for log in sorted(folder.glob("*.log"))
+    )
 
 
 def torchrun(count: int, *command: str, limit: float = LIMIT) -> str:

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+# Options that torch's operator lacks, alone and together.
+NOT_IN_TORCH: list[dict[str, float]] = [
+    {"lse_square_scale": 0.01},
+    {"softcap": 5.0},
+    {"lse_square_scale": 0.1, "softcap": 2.0, "label_smoothing": 0.2},
+]
 
 
 def loss(
@@ -75,6 +82,31 @@ def value_and_gradient(
     result = function(x, target, weight, **options)
     (gradient,) = torch.autograd.grad(result, x, upstream.to(result.dtype).expand_as(result))
     return result.detach(), gradient
+
+
+def exact_value_and_gradient(
+    input: Tensor, target: Tensor, weight: Tensor | None, upstream: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The same of :func:`loss` in float64."""
+    wide = None if weight is None else weight.double()
+    return value_and_gradient(loss, input.double(), target, wide, upstream.double(), **options)
+
+
+def trained(
+    model: nn.Module, batches: list[tuple[Tensor, Tensor]], options: dict[str, Any]
+) -> tuple[torch.optim.SGD, list[float]]:
+    """Train by torch's optimizer; return that, and the norms of the gradients if ``options`` have a ``max_norm``."""
+    options = dict(options)
+    max_norm = options.pop("max_norm", None)
+    optimizer = torch.optim.SGD(model.parameters(), **options)
+    norms = []
+    for input, target in batches:
+        optimizer.zero_grad()
+        F.mse_loss(model(input), target).backward()
+        if max_norm is not None:
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+        optimizer.step()
+    return optimizer, norms
 
 
 def assert_no_worse(

@@ -71,7 +71,31 @@ def test_every_recipe_is_run_here() -> None:
     ]
 
 
+def lightning_trainer(folder: Path, **options: Any) -> Any:
+    """Return a Trainer on the CPU that writes no checkpoints and prints nothing."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return pytest.importorskip("lightning").Trainer(
+        accelerator="cpu", default_root_dir=folder, enable_model_summary=False, **quiet, **options
+    )
+
+
 # ----------------------------------------------------------------------------- Hugging Face
+
+
+def llama(classes: int, length: int, **options: Any) -> Any:
+    """Return a causal language model of one narrow layer, unless ``options`` say otherwise."""
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        **options,
+    }
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=classes, max_position_embeddings=length, **sizes)
+    )
 
 
 @pytest.mark.slow
@@ -82,16 +106,7 @@ def test_hugging_face_trainer(tmp_path: Path, fused: list[tuple[int, ...]]) -> N
     pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")
     steps, batch, length, classes = 4, 4, 48, 2048
-    config = transformers.LlamaConfig(
-        vocab_size=classes,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=length,
-    )
-    first = transformers.LlamaForCausalLM(config)
+    first = llama(classes, length)
     tokens = torch.randint(classes, (2 * steps * batch, length))
     labels = tokens.clone()
     for row, counted in zip(labels, torch.randint(5, length, (len(labels),)).tolist(), strict=True):
@@ -138,19 +153,8 @@ def test_a_causal_language_model_without_its_logits(tied: bool) -> None:
     """Each step's loss and accuracy, and the weights at the end, are those of the model's own loss; with padding, and
     with a head that is the embedding too.
     """
-    transformers = pytest.importorskip("transformers")
     steps, rows, length, classes = 5, 4, 24, 512
-    config = transformers.LlamaConfig(
-        vocab_size=classes,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=length,
-        tie_word_embeddings=tied,
-    )
-    first = transformers.LlamaForCausalLM(config)
+    first = llama(classes, length, num_hidden_layers=2, tie_word_embeddings=tied)
     assert (first.lm_head.weight is first.model.embed_tokens.weight) is tied
     batches = []
     for _ in range(steps):
@@ -204,16 +208,7 @@ def test_lightning(tmp_path: Path, fused: list[tuple[int, ...]], monkeypatch: py
 
     def run(name: str) -> tuple[list[dict[str, float]], dict[str, float], nn.Module]:
         log = Log()
-        trainer = lightning.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            default_root_dir=tmp_path / name,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[log],
-        )
+        trainer = lightning_trainer(tmp_path / name, max_epochs=epochs, callbacks=[log])
         names = recipe("PyTorch Lightning")(
             trainer=trainer,
             body=copy.deepcopy(first),
@@ -311,16 +306,7 @@ def test_sgd_in_hugging_face_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")
     steps, batch, length, classes = 6, 2, 16, 64
-    config = transformers.LlamaConfig(
-        vocab_size=classes,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=length,
-    )
-    first = transformers.LlamaForCausalLM(config)
+    first = llama(classes, length)
     with torch.no_grad():
         first.lm_head.weight.mul_(10)
     tokens = torch.randint(classes, (2 * steps * batch, length))
@@ -377,16 +363,7 @@ def test_sgd_in_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     def run(name: str) -> tuple[Log, nn.Module, Any]:
         log = Log()
-        trainer = lightning.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            default_root_dir=tmp_path / name,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[log],
-        )
+        trainer = lightning_trainer(tmp_path / name, max_epochs=1, callbacks=[log])
         body = copy.deepcopy(first)
         recipe("SGD in PyTorch Lightning")(trainer=trainer, body=body, training_data=loader)
         return log, body, trainer.optimizers[0]
@@ -407,18 +384,12 @@ def test_sgd_in_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_lightning_leaves_clipping_to_sgd(tmp_path: Path) -> None:
     """What the recipe says of Lightning's own clipping under automatic mixed precision."""
-    lightning = pytest.importorskip("lightning")
     data = torch.utils.data.TensorDataset(torch.randn(8, 12), torch.randint(7, (8,)))
-    trainer = lightning.Trainer(
+    trainer = lightning_trainer(
+        tmp_path,
         max_epochs=1,
-        accelerator="cpu",
         precision="bf16-mixed",  # Lightning gives a CPU no other; the plugin is that of 16-mixed
         gradient_clip_val=1.0,
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         recipe("SGD in PyTorch Lightning")(

@@ -85,14 +85,7 @@ def test_no_worse_than_torch(
     logits, target = make(kernels, shape, dtype)
     weight = torch.rand(shape[1], device=kernels.device).to(dtype) if options.pop("weighted", False) else None
     upstream = upstream_for(target, options.get("reduction", "mean"), dtype)
-    exact = reference.value_and_gradient(
-        reference.loss,
-        logits.double(),
-        target,
-        None if weight is None else weight.double(),
-        upstream.double(),
-        **options,
-    )
+    exact = reference.exact_value_and_gradient(logits, target, weight, upstream, **options)
     theirs = reference.value_and_gradient(reference.loss, logits, target, weight, upstream, **options)
 
     def with_accuracy(*arguments: Any, **options: Any) -> Tensor:
@@ -184,6 +177,31 @@ def test_more_than_2_31_logits(kernels: Place, shape: tuple[int, ...], dtype: to
 # ----------------------------------------------------------------------------- streams and graphs
 
 
+# Rows whole in registers and block by block, of each layout, dtype and reduction.
+of_each_form = pytest.mark.parametrize(
+    ("shape", "dtype", "reduction"),
+    [
+        ((4096, 10), torch.float32, "mean"),
+        ((512, 1000), torch.bfloat16, "mean"),
+        ((512, 1000), torch.float16, "mean"),
+        ((130, 32000), torch.bfloat16, "sum"),
+        ((8, 19, 4099), torch.float32, "none"),
+        ((65, 50257), torch.float16, "sum"),
+        ((8, 19, 4099), torch.bfloat16, "none"),
+    ],
+    ids=str,
+)
+
+
+def peak(device: torch.device, step: Callable[[], Any]) -> int:
+    """The most bytes that ``step`` takes beside those that were taken before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def captured(step: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
     """A CUDA graph of ``step``: its replay, and the tensors that the replay fills."""
     side = torch.cuda.Stream()
@@ -198,17 +216,7 @@ def captured(step: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list
     return graph.replay, results
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "reduction"),
-    [
-        ((4096, 10), torch.float32, "mean"),
-        ((512, 1000), torch.bfloat16, "mean"),
-        ((512, 1000), torch.float16, "mean"),
-        ((130, 32000), torch.bfloat16, "sum"),
-        ((8, 19, 4099), torch.float32, "none"),
-    ],
-    ids=str,
-)
+@of_each_form
 def test_cuda_graph(kernels: Place, shape: tuple[int, ...], dtype: torch.dtype, reduction: str) -> None:
     """Forward, backward and accuracy are captured once and replayed on new numbers, over and over."""
     logits, target = make(kernels, shape, dtype)
@@ -341,16 +349,7 @@ def test_backward_from_another_stream(
         assert torch.equal(gradient, expected)
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "reduction"),
-    [
-        ((4096, 10), torch.float32, "mean"),
-        ((512, 1000), torch.float16, "mean"),
-        ((130, 32000), torch.bfloat16, "sum"),
-        ((8, 19, 4099), torch.float32, "none"),
-    ],
-    ids=str,
-)
+@of_each_form
 def test_the_second_of_two_gpus(kernels: Place, shape: tuple[int, ...], dtype: torch.dtype, reduction: str) -> None:
     """Tensors on a GPU that is not the current one: launched there, with results there, equal bit for bit; and no
     memory taken on the current one.
@@ -397,16 +396,7 @@ def no_host_sync() -> Iterator[Callable[[], None]]:
     torch.cuda.set_sync_debug_mode(before)
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "reduction"),
-    [
-        ((512, 1000), torch.bfloat16, "mean"),
-        ((4096, 10), torch.float32, "mean"),
-        ((65, 50257), torch.float16, "sum"),
-        ((8, 19, 4099), torch.bfloat16, "none"),
-    ],
-    ids=str,
-)
+@of_each_form
 def test_the_host_does_not_wait(
     kernels: Place, shape: tuple[int, ...], dtype: torch.dtype, reduction: str, no_host_sync: Callable[[], None]
 ) -> None:
@@ -524,11 +514,7 @@ def test_memory_is_one_gradient(
 
     def extra(step: Callable[[], Any]) -> int:
         step()  # compiles, and keeps what is kept between calls
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated(kernels.device)
-        torch.cuda.reset_peak_memory_stats(kernels.device)
-        step()
-        return torch.cuda.max_memory_allocated(kernels.device) - before
+        return peak(kernels.device, step)
 
     def train() -> None:
         x = logits.detach().requires_grad_()
@@ -700,11 +686,7 @@ def test_linear_holds_one_chunk(kernels: Place, dtype: torch.dtype, how: dict[st
     def extra(step: Callable[[], Any]) -> int:
         step()
         hidden.grad = head.grad = None
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated(kernels.device)
-        torch.cuda.reset_peak_memory_stats(kernels.device)
-        step()
-        return torch.cuda.max_memory_allocated(kernels.device) - before
+        return peak(kernels.device, step)
 
     def train() -> None:
         linear_cross_entropy(hidden, head, target, chunk_size=chunk, **how).sum().backward()

@@ -20,7 +20,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from drawing import drawn
 from places import Place
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -348,14 +348,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_any_call(place: Place) -> None:
-    @settings(
-        max_examples=80 if place.name == "eager" else 25,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        derandomize=True,
-        database=None,
-    )
-    @given(cases())
+    @drawn(cases(), examples=80 if place.name == "eager" else 25)
     def any_call(drawn: dict[str, Any]) -> None:
         names = ("features", "classes", "dtype", "soft", "bias", "weighted")
         case = make(place, *drawn["shape"], **{name: drawn[name] for name in names})
@@ -1448,19 +1441,15 @@ def test_state_dicts_are_exchanged_with_torch(
 
 
 def test_the_module_is_kept_whole(place: Place) -> None:
-    module = LinearCrossEntropyLoss(
-        4,
-        7,
-        bias=True,
-        weight=torch.rand(7),
-        reduction="none",
-        ignore_index=3,
-        label_smoothing=0.1,
-        lse_square_scale=0.01,
-        softcap=5.0,
-        shift=True,
-        chunk_size=2,
-    ).to(place.device)
+    options: dict[str, Any] = {
+        "reduction": "none",
+        "ignore_index": 3,
+        "label_smoothing": 0.1,
+        "lse_square_scale": 0.01,
+        "softcap": 5.0,
+        "shift": True,
+    }
+    module = LinearCrossEntropyLoss(4, 7, bias=True, weight=torch.rand(7), **options, chunk_size=2).to(place.device)
     for option in (
         "num_classes=7",
         "reduction='none'",
@@ -1477,12 +1466,7 @@ def test_the_module_is_kept_whole(place: Place) -> None:
         target,
         linear_bias=module.linear.bias,
         weight=module.weight,
-        reduction="none",
-        ignore_index=3,
-        label_smoothing=0.1,
-        lse_square_scale=0.01,
-        softcap=5.0,
-        shift=True,
+        **options,
     )
     for again in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert repr(again) == repr(module)

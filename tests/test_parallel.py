@@ -5,15 +5,11 @@ What each has computed is in files; the reference is computed here, in float64, 
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import ranks as worker
 import reference
@@ -25,37 +21,6 @@ from torch import Tensor
 import fastloss
 from fastloss.backends import choice
 
-HERE = Path(__file__).resolve().parent
-
-
-def run_together(script: str, ranks: int, folder: Path, *arguments: str, limit: float) -> list[int | None]:
-    """The exit codes of so many processes, None for one that had to be killed; what they print is in ``RANK.log``."""
-    path = os.pathsep.join([str(Path(fastloss.__file__).resolve().parents[1]), str(HERE)])
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    processes = []
-    codes: list[int | None] = []
-    try:
-        for rank in range(ranks):
-            with open(folder / f"{rank}.log", "w", encoding="utf-8") as log:
-                command = [sys.executable, str(HERE / script), str(rank), str(ranks), str(folder), *arguments]
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        end = time.monotonic() + limit
-        while time.monotonic() < end and any(process.poll() is None for process in processes):
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            codes.append(process.poll())
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-    return codes
-
-
-def logs(folder: Path) -> str:
-    return "\n".join(
-        f"{log.name}:\n{log.read_text(encoding='utf-8')[-3000:]}" for log in sorted(folder.glob("*.log"))
-    )
-
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=["2 ranks", "4 ranks"])
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
@@ -63,9 +28,9 @@ def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
     folder = tmp_path_factory.mktemp("together")
-    codes = run_together("ranks.py", request.param, folder, limit=worker.LIMIT)
+    codes = processes.exit_codes("ranks.py", request.param, folder, limit=worker.LIMIT)
     if any(codes):
-        pytest.fail(f"the processes ended with {codes}\n{logs(folder)}")
+        pytest.fail(f"the processes ended with {codes}\n{processes.logs(folder)}")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
 
 
@@ -329,9 +294,9 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[s
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
     folder = tmp_path_factory.mktemp("failures")
-    codes = run_together("ranks.py", 3, folder, "fail", limit=60)
+    codes = processes.exit_codes("ranks.py", 3, folder, "fail", limit=60)
     if codes != [0, 0, 7]:
-        pytest.fail(f"the processes ended with {codes}\n{logs(folder)}")
+        pytest.fail(f"the processes ended with {codes}\n{processes.logs(folder)}")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(3)]
 
 

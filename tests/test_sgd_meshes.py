@@ -12,10 +12,9 @@ from typing import Any
 import meshes
 import processes
 import pytest
+import reference
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 import fastloss
 
@@ -40,16 +39,8 @@ def four(saved_by_two: Path) -> dict[str, Any]:
 
 def alone(options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[float]]:
     """In one process, by torch's optimizer in float64: parameters, momentum buffers and norms."""
-    model, options = meshes.network(), dict(options)
-    max_norm = options.pop("max_norm", None)
-    optimizer = torch.optim.SGD(model.parameters(), **options)
-    norms = []
-    for input, target in meshes.batches():
-        optimizer.zero_grad()
-        F.mse_loss(model(input), target).backward()
-        if max_norm is not None:
-            norms.append(float(clip_grad_norm_(model.parameters(), max_norm)))
-        optimizer.step()
+    model = meshes.network()
+    optimizer, norms = reference.trained(model, meshes.batches(), options)
     params = list(model.parameters())
     return [p.detach() for p in params], [optimizer.state[p]["momentum_buffer"] for p in params], norms
 

@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from drawing import drawn
 from places import Place
 from torch import Tensor
 
@@ -550,15 +550,11 @@ def happen(
 def test_any_run_of_any_options(place: Place, examples: int) -> None:
     """Dtypes and options mixed, clipped, scaled: what the backends do is what the operators do, but for rounding."""
 
-    @settings(
-        max_examples=examples if place.name == "eager" else examples // 4,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        derandomize=True,
-        database=None,
-    )
-    @given(
-        drawn_options(), st.lists(drawn_tensor, min_size=1, max_size=4), st.lists(drawn_event, min_size=2, max_size=8)
+    @drawn(
+        drawn_options(),
+        st.lists(drawn_tensor, min_size=1, max_size=4),
+        st.lists(drawn_event, min_size=2, max_size=8),
+        examples=examples if place.name == "eager" else examples // 4,
     )
     def check(options: dict[str, Any], tensors: list[Any], events: list[Any]) -> None:
         torch.manual_seed(len(events))

@@ -15,6 +15,7 @@ from typing import Any
 
 import processes
 import pytest
+import reference
 import sharded
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,12 @@ def batch(place: Place, number: int, dtype: torch.dtype = torch.float32) -> tupl
     generator = torch.Generator().manual_seed(number)
     input = torch.randn(8, 6, generator=generator).to(place.device, dtype)
     return input, torch.randn(8, 3, generator=generator).to(place.device, dtype)
+
+
+def train(model: nn.Module, optimizer: Any, input: Tensor, target: Tensor) -> None:
+    optimizer.zero_grad()
+    F.mse_loss(model(input), target).backward()
+    optimizer.step()
 
 
 def close(mine: Any, other: Any, **tolerance: Any) -> None:
@@ -335,16 +342,7 @@ def shared(request: pytest.FixtureRequest, together: dict[str, Any]) -> dict[str
 def alone(options: dict[str, Any]) -> tuple[list[Tensor], list[float]]:
     """The network of ``sharded.py`` in one process, with torch's optimizer in float64."""
     model = sharded.network()
-    options = dict(options)
-    max_norm = options.pop("max_norm", None)
-    optimizer = torch.optim.SGD(model.parameters(), **options)
-    norms = []
-    for input, target in sharded.batches():
-        optimizer.zero_grad()
-        F.mse_loss(model(input), target).backward()
-        if max_norm is not None:
-            norms.append(float(clip_grad_norm_(model.parameters(), max_norm)))
-        optimizer.step()
+    _, norms = reference.trained(model, sharded.batches(), options)
     return [p.detach() for p in model.parameters()], norms
 
 
@@ -499,10 +497,7 @@ def test_averaged_weights(place: Place, average: Any) -> None:
         optimizer = optimizer_class(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
         schedule = swa_utils.SWALR(optimizer, swa_lr=0.02, anneal_epochs=3)
         for number in range(5):
-            input, target = batch(place, number)
-            optimizer.zero_grad()
-            F.mse_loss(model(input), target).backward()
-            optimizer.step()
+            train(model, optimizer, *batch(place, number))
             averaged.update_parameters(model)
             schedule.step()
         swa_utils.update_bn([batch(place, number)[0] for number in range(3)], averaged)
@@ -526,9 +521,7 @@ def test_ema_by_avg_fn_and_swapped_weights(place: Place) -> None:
         seen = []
         for number in range(4):
             input, target = batch(place, number)
-            optimizer.zero_grad()
-            F.mse_loss(model(input), target).backward()
-            optimizer.step()
+            train(model, optimizer, input, target)
             averaged.update_parameters(model)
             pairs = list(zip(model.parameters(), averaged.module.parameters(), strict=True))
             for _ in range(2):
