@@ -23,8 +23,8 @@ from .tile_helpers import (
     ks_of,
     labels,
     last_to_end,
-    nans_before,
     rank_in_tile,
+    rank_with_nans,
     rows_to_read,
     store_ranks,
 )
@@ -112,11 +112,7 @@ def _ranks_of_tile(
                 mask = read[:, None] & inside(cols, classes, T)[None, :]
                 x = tl.load(places, mask=mask, other=-float("inf")).to(T.ACC)
                 group_rank += before_label(x, x_label, cols, full, label, T.GROUP, T.ROWS, T.COLS)
-        rank = tl.sum(group_rank, axis=1)
-        is_nan = counted & (x_label != x_label)
-        if tl.max(is_nan.to(tl.int32), axis=0) > 0:
-            nans = nans_before(logits.ptr, base, label, is_nan, logits.stride_class, T.VEC, T.COLS)
-            rank = tl.where(is_nan, nans, rank)
+        rank = rank_with_nans(tl.sum(group_rank, axis=1), x_label, label, counted, logits, base, T)
     else:
         cols = tl.arange(0, T.COLS)
         places = pointers(logits, base, cols, T)

@@ -59,11 +59,13 @@ from .tile_helpers import (
     ks_of,
     label_logit,
     labels,
-    nans_before,
     rank_held,
+    rank_with_nans,
     rows_to_read,
+    softcapped,
     store_ranks,
     tanh,
+    weighted_sums,
 )
 from .tiles import ALL_REGISTERS, FUSED, Tiles, arithmetic, in_blocks, plan, power_of_2, without_spills
 
@@ -386,19 +388,9 @@ def _visit(
     SPLIT: tl.constexpr = [T.ROWS, T.COLS // T.GROUP, T.GROUP]
     if F.K > 0:
         rank_group += before_label(x, x_label, cols, start, label, T.GROUP, T.ROWS, T.COLS)
-    z = x
-    if F.SOFTCAP:
-        t, _ = tanh(x / cap[:, None], T.ACC)
-        z = t * cap[:, None]
-        if MASKED:
-            z = tl.where(mask, z, -float("inf"))
+    z = softcapped(x, mask, cap, MASKED, T, F)
     if F.SMOOTHING:
-        weighted = z - r[:, None]
-        if F.HAS_WEIGHT:
-            weighted *= tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(T.ACC)[None, :]
-        if MASKED:
-            weighted = tl.where(mask, weighted, 0.0)
-        wz_group += tl.sum(tl.reshape(weighted, SPLIT), axis=2)
+        wz_group += weighted_sums(z, r, weight_ptr, cols, classes, mask, MASKED, T, F)
     z = tl.reshape(z, SPLIT)
     m_new = tl.maximum(m_group, tl.max(z, axis=2))
     m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
@@ -550,10 +542,7 @@ def _forward_loop(
                 tied = (x_ends == x_label[:, None]) & (end_cols[None, :] < label[:, None])
                 before = at_ends[None, :] & (~(x_ends <= x_label[:, None]) | tied)
                 rank += tl.sum(before.to(tl.int32), axis=1)
-            is_nan = counted & (x_label != x_label)
-            if tl.max(is_nan.to(tl.int32), axis=0) > 0:
-                nans = nans_before(logits.ptr, begin, label, is_nan, logits.stride_class, T.VEC, T.COLS)
-                rank = tl.where(is_nan, nans, rank)
+            rank = rank_with_nans(rank, x_label, label, counted, logits, begin, T)
             if F.REDUCTION == "none":
                 store_ranks(out.right, rank, row, rows, in_range, counted, weight == weight, ks, F.K)
             else:

@@ -54,7 +54,7 @@ from .arguments import (
     tile_rows,
 )
 from .launch import counter, launch, on_device
-from .tile_helpers import LOG2_E, fp64, last_to_end, tanh
+from .tile_helpers import LOG2_E, fp64, last_to_end, softcapped, tanh
 from .tiles import ALL_REGISTERS, Tiles, in_blocks, in_cache, plan, power_of_2, vector_width
 
 __all__ = ["narrowed", "soft_cross_entropy_backward", "soft_cross_entropy_forward"]
@@ -434,11 +434,7 @@ def _visit(
     z = tl.load(pointers(x, at.x, cols, T), mask=mask, other=-float("inf"), eviction_policy=policy).to(T.ACC)
     target = tl.load(pointers(t, at.t, cols, T), mask=mask, other=0.0, eviction_policy=policy).to(T.ACC)
     SPLIT: tl.constexpr = [T.ROWS, T.COLS // T.GROUP, T.GROUP]
-    if F.SOFTCAP:
-        tanh_x, _ = tanh(z / scalars.cap[:, None], T.ACC)
-        z = tanh_x * scalars.cap[:, None]
-        if MASKED:
-            z = tl.where(mask, z, -float("inf"))
+    z = softcapped(z, mask, scalars.cap, MASKED, T, F)
     wu, wt, _ = _weighted(target, cols, classes, weight_ptr, scalars, MASKED, F)
     z, wu = tl.reshape(z, SPLIT), tl.reshape(wu, SPLIT)
     m_new = tl.maximum(sums.m, tl.max(z, axis=2))

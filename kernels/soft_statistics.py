@@ -29,7 +29,7 @@ from .arguments import Form, Strided, compiled_in, inside, pointers, row_offsets
 from .launch import launch, on_device
 from .soft_cross_entropy import narrowed
 from .statistics import Ranked, load_label
-from .tile_helpers import LOG2_E, LOG_OF_0, before_label, finite, fp64, nans_before, tanh
+from .tile_helpers import LOG2_E, LOG_OF_0, before_label, finite, fp64, rank_with_nans, softcapped, tanh
 from .tiles import ALL_REGISTERS, Tiles, in_blocks, plan, vector_width
 
 __all__ = ["soft_statistics_backward", "soft_statistics_forward"]
@@ -169,9 +169,7 @@ def _visit(
     wt = tl.load(places, mask=mask, other=0.0, eviction_policy="evict_first").to(T.ACC)
     if out.rank is not None:
         rank_group += before_label(z, x_label, cols, start, position, T.GROUP, T.ROWS, T.COLS)
-    if F.SOFTCAP:
-        t, _ = tanh(z / cap[:, None], T.ACC)
-        z = tl.where(mask, t * cap[:, None], -float("inf"))
+    z = softcapped(z, mask, cap, True, T, F)
     if F.HAS_WEIGHT:
         w = tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(T.ACC)[None, :]
         wt *= w
@@ -246,11 +244,7 @@ def _soft_statistics(
     if out.weighted_sum is not None:
         tl.store(out.weighted_sum + row, tl.sum(sums.wz, axis=1).to(tl.float64), mask=in_range)
     if out.rank is not None:
-        rank = tl.sum(sums.rank, axis=1)
-        is_nan = in_range & (x_label != x_label)
-        if tl.max(is_nan.to(tl.int32), axis=0) > 0:
-            nans = nans_before(logits.ptr, base, position, is_nan, logits.stride_class, T.VEC, T.COLS)
-            rank = tl.where(is_nan, nans, rank)
+        rank = rank_with_nans(tl.sum(sums.rank, axis=1), x_label, position, in_range, logits, base, T)
         tl.store(out.rank + row, rank.to(tl.int64), mask=in_range)
 
 

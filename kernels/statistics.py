@@ -33,10 +33,12 @@ from .tile_helpers import (
     finite,
     fp64,
     labels,
-    nans_before,
     rank_in_tile,
+    rank_with_nans,
     rows_to_read,
+    softcapped,
     tanh,
+    weighted_sums,
 )
 from .tiles import ALL_REGISTERS, in_blocks, plan
 
@@ -316,19 +318,9 @@ def _visit(
         best_group = tl.maximum(best_group, best)
     if out.rank is not None:
         rank_group += before_label(x, x_label, cols, start, position, T.GROUP, T.ROWS, T.COLS)
-    z = x
-    if F.SOFTCAP:
-        t, _ = tanh(x / cap[:, None], T.ACC)
-        z = t * cap[:, None]
-        if MASKED:
-            z = tl.where(mask, z, -float("inf"))
+    z = softcapped(x, mask, cap, MASKED, T, F)
     if out.weighted_sum is not None:
-        weighted = z - near[:, None]
-        if F.HAS_WEIGHT:
-            weighted *= tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(T.ACC)[None, :]
-        if MASKED:
-            weighted = tl.where(mask, weighted, 0.0)
-        wz_group += tl.sum(tl.reshape(weighted, SPLIT), axis=2)
+        wz_group += weighted_sums(z, near, weight_ptr, cols, classes, mask, MASKED, T, F)
     z = tl.reshape(z, SPLIT)
     m_new = tl.maximum(m_group, tl.max(z, axis=2))
     m = tl.where(m_new == -float("inf"), 0.0, m_new)
@@ -399,11 +391,7 @@ def _statistics_loop(
     if out.weighted_sum is not None:
         wz = tl.sum(state.wz, axis=1)
     if out.rank is not None:
-        rank = tl.sum(state.rank, axis=1)
-        is_nan = read & (x_label != x_label)
-        if tl.max(is_nan.to(tl.int32), axis=0) > 0:
-            nans = nans_before(logits.ptr, base, position, is_nan, logits.stride_class, T.VEC, T.COLS)
-            rank = tl.where(is_nan, nans, rank)
+        rank = rank_with_nans(tl.sum(state.rank, axis=1), x_label, position, read, logits, base, T)
         tl.store(out.rank + row, rank.to(tl.int64), mask=in_range)
     if out.predicted is not None:
         best = tl.max(state.best, axis=1)

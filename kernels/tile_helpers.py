@@ -192,6 +192,38 @@ def nans_before(logits_ptr, base, label, of_rows, x_class, VEC: tl.constexpr, CO
 
 
 @triton.jit
+def rank_with_nans(rank, x_label, label, counted, logits: Strided, base, T: tl.constexpr):
+    """Return the ranks that are the sums of :func:`before_label`, right for labels whose logits are NaN too."""
+    is_nan = counted & (x_label != x_label)
+    if tl.max(is_nan.to(tl.int32), axis=0) > 0:
+        nans = nans_before(logits.ptr, base, label, is_nan, logits.stride_class, T.VEC, T.COLS)
+        rank = tl.where(is_nan, nans, rank)
+    return rank
+
+
+@triton.jit
+def softcapped(x, mask, cap, MASKED: tl.constexpr, T: tl.constexpr, F: tl.constexpr):
+    """Return the logits z of a block x of inputs; −inf, as x has it, where a ``MASKED`` block has no class."""
+    if F.SOFTCAP:
+        t, _ = tanh(x / cap[:, None], T.ACC)
+        x = t * cap[:, None]
+        if MASKED:
+            x = tl.where(mask, x, -float("inf"))
+    return x
+
+
+@triton.jit
+def weighted_sums(z, near, weight_ptr, cols, classes, mask, MASKED: tl.constexpr, T: tl.constexpr, F: tl.constexpr):
+    """Return Σ_c w_c (z_c − near) over each group of a block's classes."""
+    weighted = z - near[:, None]
+    if F.HAS_WEIGHT:
+        weighted *= tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(T.ACC)[None, :]
+    if MASKED:
+        weighted = tl.where(mask, weighted, 0.0)
+    return tl.sum(tl.reshape(weighted, [T.ROWS, T.COLS // T.GROUP, T.GROUP]), axis=2)
+
+
+@triton.jit
 def ks_of(ks, K: tl.constexpr, K_PAD: tl.constexpr):
     """Return the ks as a vector, padded with 0 (at which no row is right), and the greatest of them."""
     index = tl.arange(0, K_PAD)

@@ -3,10 +3,10 @@
 Both offer the functions of :class:`Backend` with these signatures and meanings, and the same tests run over both.
 Neither knows autograd, argument checks or shapes beyond one canonical view:
 
-- ``logits`` is ``(outer, classes, inner)``, with any strides. A *row* is one ``logits[o, :, i]``, and row number
-  ``o * inner + i``. ``(N, C)`` becomes ``(N, C, 1)``; ``(N, C, d1, …)`` becomes ``(N, C, d1·…)``.
+- The input, of logits or probabilities, is ``(outer, classes, inner)``, with any strides. A *row* is one
+  ``input[o, :, i]``, and row number ``o * inner + i``. ``(N, C)`` becomes ``(N, C, 1)``; ``(N, C, d1, …)`` becomes ``(N, C, d1·…)``.
 - ``target`` is ``(rows,)``, contiguous, int64 / int32 / uint8. A *soft* target holds one value per class, and is
-  ``(outer, classes, inner)`` like the logits, in any floating-point dtype and any strides.
+  ``(outer, classes, inner)`` like the input, in any floating-point dtype and any strides.
 - A result with one element per row is ``(rows,)``; reduced, it is ``()``.
 """
 
@@ -67,7 +67,7 @@ class LossOptions:
 
 
 class LossInputs(NamedTuple):
-    """What every visit of a loss to its logits takes, in the canonical view."""
+    """The tensors and options that every function of a loss takes, in the canonical view."""
 
     input: Tensor  # (outer, classes, inner), floating-point: logits, or probabilities without options.from_logits
     target: Tensor  # (rows,) int64, int32 or uint8; soft: (outer, classes, inner), floating-point
@@ -76,11 +76,11 @@ class LossInputs(NamedTuple):
 
 
 class WantedGradients(NamedTuple):
-    """Which gradients a visit with soft targets writes, and where."""
+    """The gradients that a function with soft targets writes, and the place of the input's."""
 
     input: bool
     target: bool
-    inplace: bool = False  # the input's gradient is written over the input
+    inplace: bool = False  # over the input
 
     def tensors(self, inputs: LossInputs) -> tuple[Tensor | None, Tensor | None]:
         """Return the tensors to write to, laid out as the input and the target; None for one that is not wanted."""

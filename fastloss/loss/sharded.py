@@ -408,7 +408,7 @@ class _Shard:
         self.of_visit = dataclasses.replace(options, ignore_index=-100)
 
     def inputs(self, input: Tensor, target: Tensor) -> LossInputs:
-        """Return what a visit to this rank's logits takes; ``target`` is in the canonical view."""
+        """Return the arguments of a visit to this rank's logits; ``target`` is in the canonical view."""
         return LossInputs(as_rows(input), target, self.visit_weight(), self.of_visit)
 
     def visit_weight(self) -> Tensor | None:
