@@ -522,7 +522,7 @@ class _SoftShard(_Shard):
             return torch.zeros_like(input), torch.zeros_like(target) if needs[1] else None
         of_input, of_target = self.backend.soft_statistics_backward(
             *(upstreams, self.inputs(input, as_rows(target)), numbers[0], numbers[2]),
-            WantedGradients(*needs, inplace),
+            WantedGradients(needs[0], needs[1], inplace),
         )
         return (
             None if of_input is None else of_input.view(input.shape),
