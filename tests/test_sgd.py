@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from drawing import drawn
+from hypothesis import HealthCheck, given, settings
 from places import Place
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
@@ -1545,11 +1545,14 @@ def happen(twins: Twins, name: str, details: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("examples", [200])
 def test_any_run(place: Place, examples: int) -> None:
-    @drawn(
-        st.lists(drawn_group(), min_size=1, max_size=5),
-        st.lists(drawn_event(), min_size=2, max_size=9),
-        examples=examples if place.name == "eager" else examples // 25,
+    @settings(
+        max_examples=examples if place.name == "eager" else examples // 25,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
     )
+    @given(st.lists(drawn_group(), min_size=1, max_size=5), st.lists(drawn_event(), min_size=2, max_size=9))
     def check(groups: list[dict[str, Any]], events: list[tuple[str, dict[str, Any]]]) -> None:
         torch.manual_seed(len(events))
         group, *further = groups
