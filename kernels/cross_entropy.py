@@ -88,30 +88,33 @@ def cross_entropy_forward(
     weighed = None if divisor is None else divisor.view(1)
     key = (
         *(logits.shape, logits.stride(), device, options, loss_dtype, None if result is None else result.stride()),
+        inplace,
         *map(alike, (logits, target, weight, result, weighed)),
     )
     prepared, weigh = _forward.get(key, lambda: _prepare(logits, weight, result, weighed, options))
 
     loss = torch.empty(rows if none else (), dtype=loss_dtype, device=device)
     right = torch.empty((k, rows) if none else (k,), dtype=torch.float32, device=device)
-    scale = torch.empty((), dtype=torch.float64, device=device) if mean else None
-    row_max = row_sum = None
+    scale = row_max = row_sum = nll = None
     if not gradient:  # the backward pass will need m and the sum
+        scale = torch.empty((), dtype=torch.float64, device=device) if mean else None
         row_max = torch.empty(rows, dtype=compute_dtype(logits.dtype), device=device)
         row_sum = torch.empty_like(row_max)
+    elif not inplace:
+        nll = torch.empty(rows, dtype=compute_dtype(logits.dtype), device=device)
     with on_device(logits):
         partial = Partial(*((None, None, None) if none else scratch(device, prepared.programs, prepared.counts)))
         if weigh is not None:
             weighed = torch.empty(_WEIGH_PARTS, dtype=torch.float64, device=device)
             weigh(target, weight, weighed)
-        out = Results(loss, right, scale, row_max, row_sum)
+        out = Results(loss, right, scale, row_max, row_sum, nll)
         prepared(strided(logits), target, weight, strided(result, like=logits), out, partial, weighed)
     return Forward(
         loss,
         right.unbind(0) if k else (),
         result,
-        saved=tuple(t for t in (row_max, row_sum, None if gradient else scale) if t is not None),
-        scale=scale if gradient else None,
+        saved=tuple(t for t in (row_max, row_sum, scale) if t is not None),
+        nll=nll,
     )
 
 
@@ -307,6 +310,8 @@ def _forward_tile(
         if out.row_max is not None:
             tl.store(out.row_max + row, m, mask=in_range)
             tl.store(out.row_sum + row, s, mask=in_range)
+        if out.nll is not None:
+            tl.store(out.nll + row, tl.log(s) + (m - z_label), mask=in_range)
         if gradient.ptr is not None:
             level, hit, spread = (level * scale / s).to(T.ACC), (hit * scale).to(T.ACC), (spread * scale).to(T.ACC)
             g = slope(e, cols, level, spread, weight_ptr, col_mask, F)
@@ -570,6 +575,8 @@ def _forward_loop(
         if out.row_max is not None:
             tl.store(out.row_max + row, m, mask=in_range)
             tl.store(out.row_sum + row, s, mask=in_range)
+        if out.nll is not None:
+            tl.store(out.nll + row, tl.log(s) + (m - z_label), mask=in_range)
         if gradient.ptr is not None:
             g_begin = row_offsets(gradient, outer, within, T)
             g_base = g_begin

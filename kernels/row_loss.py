@@ -21,9 +21,10 @@ class Results(NamedTuple):
 
     loss: Any  # () or, for "none", (rows,)
     right: Any  # (K,) or (K, rows): accuracies
-    scale: Any  # (): 1 / Σ w_y, for "mean"
+    scale: Any  # (): 1 / Σ w_y, for "mean" and a backward pass; or None
     row_max: Any  # (rows,): m, kept for a backward pass; or None
     row_sum: Any  # (rows,): Σ exp(z − m), likewise
+    nll: Any  # (rows,): −log p_y, kept for derivatives of the gradient; or None
 
 
 class Partial(NamedTuple):
@@ -194,7 +195,8 @@ def end_launch(
         if MEAN:
             total = tl.sum(totals, axis=0)
             loss = tl.where(total == 0.0, float("nan"), loss / total)
-            tl.store(out.scale, 1.0 / total)
+            if out.scale is not None:
+                tl.store(out.scale, 1.0 / total)
         tl.store(out.loss, loss.to(T.ACC))
         if F.K > 0:
             add_up_counts(partial.counts, out.right, F.K, F.K_PAD, T.G_PAD, MEAN)

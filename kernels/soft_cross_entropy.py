@@ -64,11 +64,12 @@ _BACKWARD_TILE = 2048
 
 
 class SavedRows(NamedTuple):
-    """The numbers per row that the forward saves for a backward pass: ``(rows,)`` each, or None."""
+    """The numbers per row that the forward saves for the derivatives: ``(rows,)`` each, or None."""
 
     m: Any = None
     s: Any = None
     level: Any = None  # A
+    loss: Any = None  # for derivatives of the gradient
 
 
 class Totals(NamedTuple):
@@ -134,6 +135,8 @@ def soft_cross_entropy_forward(
     if options.from_logits and not (wanted.input or wanted.target):
         dtype = _compute_dtype(input, target)
         saved = SavedRows(*(torch.empty(rows, dtype=dtype, device=device) for _ in range(3)))
+    elif options.from_logits and wanted.input and not wanted.inplace:
+        saved = SavedRows(loss=torch.empty(rows, dtype=_compute_dtype(input, target), device=device))
     with on_device(input):
         sums = None if none else torch.empty(tiles.grid, dtype=torch.float64, device=device)
         totals = Totals(loss, sums, None if none else counter(device))
@@ -145,7 +148,7 @@ def soft_cross_entropy_forward(
             launch(kernel, (tiles.grid,), (*tensors, saved, totals, *numbers), constants)
         else:
             launch(_probabilities, (tiles.grid,), (*tensors, None, 0, totals, *numbers[:-2]), constants)
-    return SoftForward(loss, *results, () if saved.m is None else tuple(saved))
+    return SoftForward(loss, *results, () if saved.m is None else tuple(saved[:3]), saved.loss)
 
 
 def soft_cross_entropy_backward(
@@ -317,7 +320,9 @@ def _add_loss(loss_sum, loss, totals, row, in_range, F: tl.constexpr):
 
 
 @triton.jit
-def _save(saved, row, in_range, m, s, level):
+def _save(saved, row, in_range, m, s, level, loss):
+    if saved.loss is not None:
+        tl.store(saved.loss + row, loss.to(s.dtype), mask=in_range)
     if saved.m is not None:
         tl.store(saved.m + row, m, mask=in_range)
         tl.store(saved.s + row, s, mask=in_range)
@@ -389,7 +394,7 @@ def _forward_tile(
             wt_sum = tl.sum(wt, axis=1)
         loss, log_s, level, tail = _row_results(s, m, wud, wu_sum, wt_sum, in_range, scalars.z_scale, F)
         loss_sum = _add_loss(loss_sum, loss, totals, row, in_range, F)
-        _save(saved, row, in_range, m, s, level)
+        _save(saved, row, in_range, m, s, level, loss)
         scale_acc = scalars.scale.to(T.ACC)
         if g.ptr is not None:
             slope = e * (level * scalars.scale / s).to(T.ACC)[:, None] - wu * scale_acc[:, None]
@@ -555,7 +560,7 @@ def _forward_loop(
             wt_sum = tl.sum(sums.wt, axis=1)
         loss, log_s, level, tail = _row_results(s, m, wud, wu_sum, wt_sum, in_range, scalars.z_scale, F)
         loss_sum = _add_loss(loss_sum, loss, totals, row, in_range, F)
-        _save(saved, row, in_range, m, s, level)
+        _save(saved, row, in_range, m, s, level, loss)
         if WRITTEN:
             at = Rows(in_range, base, t_base, row_offsets(g, outer, within, T), row_offsets(h, outer, within, T))
             level, tail = (level * scalars.scale / s).to(T.ACC), (tail * scalars.scale).to(T.ACC)

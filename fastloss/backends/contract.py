@@ -97,7 +97,7 @@ class Forward(NamedTuple):
     accuracy: tuple[Tensor, ...]  # one () or (rows,) float32 for each k of options.topk
     gradient: Tensor | None  # d(loss)/d(logits) at an upstream gradient of 1, laid out as logits
     saved: tuple[Tensor, ...]  # for this backend's `cross_entropy_backward`
-    scale: Tensor | None  # (): 1 / (sum of the counted rows' weights); given with a gradient for "mean"
+    nll: Tensor | None = None  # −log p_y, a number per row; given with a gradient that is not in place
 
 
 class SoftForward(NamedTuple):
@@ -107,6 +107,7 @@ class SoftForward(NamedTuple):
     gradient: Tensor | None  # d(loss)/d(input) at an upstream gradient of 1, laid out as the input
     target_gradient: Tensor | None  # d(loss)/d(target), laid out as the target
     saved: tuple[Tensor, ...]  # for this backend's `soft_cross_entropy_backward`
+    row_loss: Tensor | None = None  # −Σ_c w_c u_c log p_c per row; given with a gradient of logits, not in place
 
 
 class RowStatistics(NamedTuple):

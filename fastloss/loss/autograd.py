@@ -11,8 +11,15 @@ b),
     H V = s A (p ∘ V − p ⟨p, V⟩),     p = (G / s + b) / A
 
 (A and b as in ``backends/eager/cross_entropy.py``; for class probabilities S and w u). It is written in
-differentiable operators, so that the third derivative follows. Where p does not follow from G (softcap, z-loss), the
-logits are saved for these derivatives.
+differentiable operators, so that the third derivative follows.
+
+Where b_c is far greater than p_c, as at the label, G / s + b cancels, and G was rounded. So the forward pass keeps
+one number per row that gives p there: −log p_y of class indices, the row's loss −Σ_c b_c log p_c of class
+probabilities. The latter gives p at the class of the greatest b_c, if the others' p are exact enough (with one-hot
+targets, smoothed or not, they are). Of rows with several great b_c, as mixup makes them, p there is only as exact as
+G: where p_c is a thousandth of b_c, to a third in bfloat16, and to 10⁻⁵ in float32. Exact ones would need the logits.
+
+Where p does not follow from G (softcap, z-loss), the logits are saved for these derivatives.
 
 *Computed in backward, from the logits* (reduction "none"; float16, where a gradient divided by N before the loss
 scale arrives would flush to zero). Derivatives past the first go through :mod:`fastloss.loss.composite`.
@@ -82,7 +89,7 @@ class Visit(NamedTuple):
     gradient: Tensor | None  # of the input, in its shape
     target_gradient: Tensor | None
     saved: tuple[Tensor, ...]
-    scale: Tensor | None
+    of_rows: Tensor | None  # −log p_y or, of class probabilities, the loss of each row
 
 
 def visit(
@@ -107,14 +114,15 @@ def visit(
             inplace=inplace,
             divisor=divisor if gradient else None,
         )
-        return Visit(result.loss, result.accuracy, _like(result.gradient, input), None, result.saved, result.scale)
+        return Visit(result.loss, result.accuracy, _like(result.gradient, input), None, result.saved, result.nll)
     soft = backend.soft_cross_entropy_forward(
         LossInputs(as_rows(input), as_rows(target), weight, options),
         WantedGradients(gradient, target_gradient, inplace),
         loss_dtype=loss_dtype,
         divisor=1.0 if divisor is None else divisor,
     )
-    return Visit(soft.loss, (), _like(soft.gradient, input), _like(soft.target_gradient, target), soft.saved, None)
+    gradients = _like(soft.gradient, input), _like(soft.target_gradient, target)
+    return Visit(soft.loss, (), *gradients, soft.saved, soft.row_loss)
 
 
 def gradients_from_input(
@@ -167,7 +175,7 @@ class _CrossEntropy(Function):
         ctx.written = options.is_reduced and torch.float16 not in (input.dtype, target.dtype)
         ctx.overwrites = inplace and ctx.written
         ctx.from_logits = not ctx.overwrites and (not ctx.written or options.hides_softmax or of_target)
-        loss, accuracy, gradient, target_gradient, saved, scale = visit(
+        loss, accuracy, gradient, target_gradient, saved, of_rows = visit(
             *(backend, input, target, weight, options, loss_dtype),
             gradient=ctx.written and of_input,
             target_gradient=ctx.written and of_target,
@@ -181,10 +189,8 @@ class _CrossEntropy(Function):
             # An alias of the input shares its version, so that a later write over the gradient is noticed.
             ctx.save_for_backward(input.detach(), target_gradient)
             return (loss, None, *accuracy)
-        if isinstance(divisor, Tensor):
-            scale = divisor.reciprocal()
         logits = input if ctx.from_logits else None
-        ctx.save_for_backward(logits, target, weight, gradient, target_gradient, scale, *saved)
+        ctx.save_for_backward(logits, target, weight, gradient, target_gradient, of_rows, *saved)
         return (loss, gradient, *accuracy)
 
     @staticmethod
@@ -199,7 +205,7 @@ class _CrossEntropy(Function):
                     "use inplace=False with create_graph=True"
                 )
             return (*handed_over(ctx.backend, ctx.saved_tensors, of_loss), *nothing)
-        input, target, weight, gradient, target_gradient, scale, *saved = ctx.saved_tensors
+        input, target, weight, gradient, target_gradient, of_rows, *saved = ctx.saved_tensors
         if differentiable and ctx.from_logits:
             return (*_differentiable_gradients(ctx, input, target, weight, of_loss), *nothing)
         if not ctx.written:
@@ -222,11 +228,8 @@ class _CrossEntropy(Function):
             return (*handed_over(ctx.backend, (gradient, target_gradient), of_loss), *nothing)
         total = None if of_loss is None else gradient * of_loss
         if of_gradient is not None:
-            if target.is_floating_point():
-                slopes = _soft_slopes(gradient, target, weight, ctx)
-            else:
-                slopes = _hard_slopes(gradient, target, weight, ctx.options, scale)
-            second = _second(gradient, of_gradient, *slopes)
+            find = _soft_row_terms if target.is_floating_point() else _hard_row_terms
+            second = _second(gradient, of_gradient, find(gradient, target, weight, ctx), of_rows)
             total = second if total is None else total + second
         return (total, None, *nothing)
 
@@ -252,25 +255,36 @@ def is_differentiable(upstreams: Sequence[Tensor | None]) -> bool:
     )
 
 
-def _hard_slopes(
-    gradient: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A, b and s of class indices in G = s (A p − b), as at the top of this file. A is 0 in ignored rows."""
-    dtype = compute_dtype(gradient.dtype)
+class _RowTerms(NamedTuple):
+    """The terms of G = s (A p − b), as at the top of this file."""
+
+    level: Tensor  # A; 0 in ignored rows
+    b: Tensor
+    s: Tensor | float
+    label: Tensor | None  # None: class probabilities
+
+
+def _hard_row_terms(gradient: Tensor, target: Tensor, weight: Tensor | None, ctx: Any) -> _RowTerms:
+    dtype, options = compute_dtype(gradient.dtype), ctx.options
     outer, classes, inner = as_rows(gradient).shape
     target = target.view(outer, 1, inner).long()
     counted = target != options.ignore_index
     label = target * (counted & (target >= 0) & (target < classes))
     w = torch.ones(classes, dtype=dtype, device=gradient.device) if weight is None else weight.to(dtype)
-    eps = options.label_smoothing
-    hit, spread = w[label] * counted * (1 - eps), counted.to(dtype) * (eps / classes)
+    w_y, eps = w[label] * counted, options.label_smoothing
+    spread = counted.to(dtype) * (eps / classes)
+    hit = w_y * (1 - eps)
     b = (spread * w.view(1, -1, 1)).scatter_add(1, label, hit)
-    s = torch.ones((), dtype=dtype, device=gradient.device) if scale is None else scale.to(dtype)
-    return hit + spread * w.sum(), b, s
+    s: Tensor | float = 1.0
+    if ctx.divisor is not None:
+        s = ctx.divisor.reciprocal().to(dtype)
+    elif options.reduction == "mean":
+        s = w_y.sum().reciprocal()
+    return _RowTerms(hit + spread * w.sum(), b, s, label)
 
 
-def _soft_slopes(gradient: Tensor, target: Tensor, weight: Tensor | None, ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A, b and s of class probabilities: b_c = w_c u_c, and A is their sum."""
+def _soft_row_terms(gradient: Tensor, target: Tensor, weight: Tensor | None, ctx: Any) -> _RowTerms:
+    """Return the terms of class probabilities: b_c = w_c u_c, and A is their sum."""
     dtype = compute_dtype(gradient.dtype)
     b = as_rows(target).to(dtype)
     outer, classes, inner = b.shape
@@ -279,18 +293,45 @@ def _soft_slopes(gradient: Tensor, target: Tensor, weight: Tensor | None, ctx: A
     if weight is not None:
         b = b * weight.to(dtype).view(1, -1, 1)
     s = 1.0 / (outer * inner) if ctx.options.reduction == "mean" else 1.0 / (ctx.divisor or 1.0)
-    return b.sum(1, keepdim=True), b, torch.full((), s, dtype=dtype, device=gradient.device)
+    return _RowTerms(b.sum(1, keepdim=True), b, s, None)
 
 
-def _second(gradient: Tensor, v: Tensor, level: Tensor, b: Tensor, s: Tensor) -> Tensor:
+def _second(gradient: Tensor, v: Tensor, terms: _RowTerms, of_rows: Tensor) -> Tensor:
     """Return H V, from G, in differentiable operators, as at the top of this file."""
     dtype = compute_dtype(gradient.dtype)
     g, v = as_rows(gradient).to(dtype), as_rows(v).to(dtype)
+    level, b, s, label = terms
     # A row of weight 0 has G = 0 and H = 0 for any p.
     known = level != 0
     p = torch.where(known, (g / s + b) / torch.where(known, level, 1.0), 0.0)
+    of_rows = of_rows.view(level.shape).to(dtype)
+    with torch.no_grad():
+        if label is None:
+            error = torch.finfo(gradient.dtype).eps * (g / s / level).abs()
+            label, p_label = _most_likely(p, b, of_rows, error)
+        else:
+            p_label = (-of_rows).exp()
+        exact = torch.where(known, p.scatter(1, label, p_label), 0.0)
+    p = exact + (p - p.detach())  # the value of the one, the derivative of the other
     result = s * p * level * (v - (p * v).sum(1, keepdim=True))
     return result.view(gradient.shape).to(gradient.dtype)
+
+
+def _most_likely(p: Tensor, b: Tensor, loss: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the class of each row's greatest b_c, and its p: by the row's loss, or as it is where that is as exact.
+
+    Args:
+        p: ``(outer, classes, inner)``, computed from G.
+        b: of that shape.
+        loss: −Σ_c b_c log p_c, ``(outer, 1, inner)``.
+        error: of ``p``.
+    """
+    label = b.argmax(1, keepdim=True)
+    at_label, others = b.gather(1, label), b.scatter(1, label, 0)
+    least = p.clamp(min=torch.finfo(p.dtype).tiny)
+    by_loss = (-(loss + torch.xlogy(others, least).sum(1, keepdim=True)) / at_label).exp()
+    error_by_loss = by_loss / at_label * (others * error / least).sum(1, keepdim=True)
+    return label, torch.where(error_by_loss < error.gather(1, label), by_loss, p.gather(1, label))
 
 
 def _differentiable_gradients(

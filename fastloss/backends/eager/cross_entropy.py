@@ -48,7 +48,7 @@ def cross_entropy_forward(
     result = None
     if gradient:
         result = logits if inplace else torch.empty_like(logits)
-    losses = _sweep(logits, rows, result, slope, ranks=ranks)
+    losses, nll = _sweep(logits, rows, result, slope, ranks=ranks)
 
     loss = losses.flatten() if options.reduction == "none" else losses.sum()
     if isinstance(scale, Tensor):
@@ -58,11 +58,8 @@ def cross_entropy_forward(
     accuracy: tuple[Tensor, ...] = ()
     if ranks is not None:
         accuracy = reduce_accuracy(ranks.right, rows.counted, rows.invalid, options.reduction)
-    mean_scale = None
-    if gradient and options.reduction == "mean":
-        mean_scale = scale if isinstance(scale, Tensor) else loss.new_full((), scale)
     # A copy in any case: an autograd.Function must not return a view.
-    return Forward(loss.to(loss_dtype, copy=True), accuracy, result, saved=(), scale=mean_scale)
+    return Forward(loss.to(loss_dtype, copy=True), accuracy, result, (), nll if gradient and not inplace else None)
 
 
 def cross_entropy_backward(upstream: Tensor, inputs: LossInputs, saved: Sequence[Tensor], *, inplace: bool) -> Tensor:
@@ -138,8 +135,8 @@ class _Rows:
 
 def _sweep(
     logits: Tensor, rows: _Rows, gradient: Tensor | None, scale: Value, *, ranks: TargetRanks | None
-) -> Tensor:
-    """Return every row's loss, and write the gradient times ``scale``.
+) -> tuple[Tensor, Tensor]:
+    """Return every row's loss and −log p_y, and write the gradient times ``scale``.
 
     ``scale`` is a number, a scalar tensor, or a value per row. ``gradient`` may be ``logits`` itself.
     """
@@ -162,7 +159,7 @@ def _sweep(
     if not mends_at_once and sums.any_underflowed(sums.p_y):
         for_each(chunks(logits.shape, dtype), sums.mend_underflow, logits.device)
     nll, lse = sums.nll_and_lse(Chunk((0, logits.shape[0]), (0, logits.shape[2])))
-    return rows.loss(nll, lse, sums.uniform)
+    return rows.loss(nll, lse, sums.uniform), nll
 
 
 class _RowSums:
