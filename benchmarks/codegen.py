@@ -8,11 +8,11 @@ spilled bytes, and the disassembly shows how wide the accesses to device memory 
 (see ``sass.py``) costs: instructions and special-function operations an element, and the share of an H100's issue
 slots that they take if its accesses go at the full bandwidth of its memory. No GPU is needed, and none is asked.
 
-The exit code is 1 if something spills or doesn't compile; if aligned logits, or parameters, are not loaded by 128-bit
-accesses, or a loop over blocks has any that is narrower; if a product is taken from itself (see
-:func:`rounding_errors`); or if a kernel is over its budget, or has none of the loops that its budget is for. (Class
-weights may be read narrow where the logits' neighbours in memory are rows, as one number serves a line of the tile,
-and beside a shard of the classes, which begins anywhere.)
+The exit code is 1 if something spills, doesn't compile, or needs more shared memory than the target has; if aligned
+logits, or parameters, are not loaded by 128-bit accesses, or a loop over blocks has any that is narrower; if a
+product is taken from itself (see :func:`rounding_errors`); or if a kernel is over its budget, or has none of the
+loops that its budget is for. (Class weights may be read narrow where the logits' neighbours in memory are rows, as
+one number serves a line of the tile, and beside a shard of the classes, which begins anywhere.)
 """
 
 from __future__ import annotations
@@ -49,14 +49,19 @@ from fastloss.backends.contract import (
     WantedGradients,
 )
 
+from .no_gpu import SHARED_BYTES
 from .sass import Loop, hot_loops, tile_loops, wide_loads
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# The most shared memory that a program can have there.
+SHARED = {name: SHARED_BYTES.get(target.arch, 65536) for name, target in TARGETS.items()}
 # The GPU that grids are planned for: an H100. Each of its processors issues four warps' instructions a cycle.
 PROCESSORS, L2_BYTES = 132, 50 << 20
 INSTRUCTIONS_PER_SECOND = PROCESSORS * 4 * 32 * 1.755e9
@@ -92,7 +97,7 @@ class Compiled:
     target: str
     registers: int | None = None
     spills: int | None = None  # bytes
-    shared: int | None = None  # bytes
+    shared: int = 0  # bytes
     widths: dict[str, int] = field(default_factory=dict)  # "LDG.128" → how many stand in the code
     loops: list[Loop] = field(default_factory=list)
     elements: int = 1  # that a thread takes in a round of those
@@ -130,6 +135,8 @@ class Compiled:
         if self.error:
             return [self.error]
         found = [f"spills {self.spills} bytes"] if self.spills else []
+        most_shared = SHARED[self.target]
+        found += [f"{self.shared} bytes of shared memory, over {most_shared}"] if self.shared > most_shared else []
         # From tile to tile there are numbers of rows.
         narrow = sum(loop.narrow for loop in self.loops) if self.by_block and not self.may_be_narrow else 0
         found += [f"{narrow} narrow accesses in hot loops"] if narrow else []
@@ -632,8 +639,12 @@ def main(arguments: list[str] | None = None) -> int:
     if parsed.jobs < 1:
         print(f"benchmarks.codegen: --jobs is {parsed.jobs}; expected 1 or more", file=sys.stderr)
         return 2
-    pretend_to_be_an_h100()
-    work = distinct(chosen(parsed.quick, parsed.only), parsed.target or list(TARGETS))
+    work = []
+    targets = parsed.target or list(TARGETS)
+    for shared_bytes in sorted({SHARED[name] for name in targets}, reverse=True):
+        pretend_to_be_an_h100(shared_bytes)
+        launches = chosen(parsed.quick, parsed.only)
+        work += distinct(launches, [name for name in targets if SHARED[name] == shared_bytes])
     if not work:
         print(f"benchmarks.codegen: --only is {parsed.only!r}; no label contains it", file=sys.stderr)
         return 2
@@ -653,10 +664,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def pretend_to_be_an_h100() -> None:
-    """Grids are planned for it from now on."""
-    from fastloss.kernels import tiles
+def pretend_to_be_an_h100(shared_bytes: int = SHARED["sm_90"]) -> None:
+    """From now on, plan grids for an H100, and tiles for so much shared memory a program."""
+    from fastloss.kernels import launch, tiles
 
+    launch.forget()
+    tiles._shared_bytes = lambda device: shared_bytes  # type: ignore[assignment]
     tiles._processors = lambda device: PROCESSORS  # type: ignore[assignment]
     tiles._l2_bytes = lambda device: L2_BYTES  # type: ignore[assignment]
 

@@ -15,29 +15,34 @@ from triton.runtime import driver
 
 from fastloss.backends import choice
 
-__all__ = ["pretend"]
+__all__ = ["SHARED_BYTES", "pretend"]
 
-# An H100's.
-_CAPABILITY, _PROCESSORS, _SHARED_BYTES, _L2_BYTES = 90, 132, 232448, 50 << 20
+# The most shared memory of a program, by compute capability, in bytes: CUDA C++ Programming Guide, "Compute
+# Capabilities", table "Technical Specifications".
+SHARED_BYTES = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+_PROCESSORS, _L2_BYTES = 132, 50 << 20  # an H100's
 
 # Told of each launch: its source, and the arguments that follow the stream and the function.
 Started = Callable[[Any, tuple[int, ...], tuple[Any, ...]], None]
 
 
 class _Utilities:
+    def __init__(self, capability: int) -> None:
+        self.shared_bytes = SHARED_BYTES[capability]
+
     def load_binary(self, *_: object) -> tuple[object, ...]:
         return object(), 1, 32, 0, 1024  # module, function, registers, spills, the most threads
 
     def unload_module(self, module: object) -> None: ...
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": _SHARED_BYTES}
+        return {"max_shared_mem": self.shared_bytes}
 
 
 class _Driver:
-    utils = _Utilities()
+    def __init__(self, started: Started, capability: int) -> None:
+        self.utils, self.capability = _Utilities(capability), capability
 
-    def __init__(self, started: Started) -> None:
         class Launcher:
             def __init__(self, source: Any, metadata: Any) -> None:
                 self.source = source
@@ -54,11 +59,16 @@ class _Driver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", _CAPABILITY, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
 
-def pretend(started: Started = lambda *_: None) -> None:
-    """From now on, serve this process's tensors by the kernels, as a GPU's would be. Its Triton is no interpreter."""
+def pretend(started: Started = lambda *_: None, capability: int = 90) -> None:
+    """From now on, serve this process's tensors by the kernels, as a GPU's would be. Its Triton is no interpreter.
+
+    Args:
+        started: told of each launch.
+        capability: of the GPU, 10 times its version; a launch that needs more shared memory than it has is an error.
+    """
     os.environ["FASTLOSS_BACKEND"] = "triton"
     choice.load("triton")
     launch: Any = sys.modules["fastloss.kernels.launch"]
@@ -66,4 +76,5 @@ def pretend(started: Started = lambda *_: None) -> None:
     tiles._processors, tiles._l2_bytes = lambda device: _PROCESSORS, lambda device: _L2_BYTES
     launch._lasting_stream = lambda device: 0
     choice._obstacle_to_triton = lambda device: None
-    driver.set_active(_Driver(started))  # type: ignore[arg-type]
+    tiles._shared_bytes = lambda device: SHARED_BYTES[capability]
+    driver.set_active(_Driver(started, capability))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from .arguments import Tile, compiled_in
 
@@ -138,7 +139,7 @@ _MANY_ROWS_OF_32_BITS = {
     ),
 }
 # Whole rows with a gradient, of more than 8192 classes and up to so many bytes: the next two rows, or the next one,
-# are on their way into shared memory meanwhile. By (warps, stages).
+# are on their way into shared memory meanwhile, as far as it has room. By (warps, stages).
 _STAGED_BYTES, _STAGED_BYTES_RANKED = 65536, 32768
 # Rows in blocks of ``classes``, without a gradient: small blocks, three of them on their way.
 _READ_ONCE = Rule(4096, 4096, 4, 16, 0, stages=3)
@@ -229,14 +230,16 @@ def _plan_by_tables(
         ends = ends and (gradient is None or gradient.stride() == logits.stride())
         if vec < widest and not ends:
             return None
-        staged = _STAGED_BYTES_RANKED if ranked else _STAGED_BYTES
-        looped = gradient is None or cols * itemsize > staged or ends
+        row_bytes, most = cols * itemsize, _STAGED_BYTES_RANKED if ranked else _STAGED_BYTES
+        stages = 3 if not ranked or row_bytes < 8 * 4096 else 2
+        # All stages but one lie in shared memory, beside a few numbers.
+        stages = min(stages, 1 + (_shared_bytes(logits.device) - 1) // row_bytes)
+        looped = gradient is None or row_bytes > most or ends or stages < 2
         if looped:
             rule = _rule_of_long_rows(logits, gradient is not None, ranked, smoothed)
             cols, vec = rule.classes, widest
         else:
-            warps = max(1, cols * itemsize // 4096)
-            rule = Rule(cols, cols, warps, 16, 128, stages=3 if not ranked or warps < 8 else 2)
+            rule = Rule(cols, cols, max(1, row_bytes // 4096), 16, 128, stages)
     tile_rows = 1 if cols > LONGEST_TILE or looped else max(1, min(rule.logits // cols, 64))
     if few:
         tile_rows = min(tile_rows, power_of_2(rows))
@@ -346,6 +349,14 @@ def _l2_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    """Return the most shared memory that a program can have: 64 KB to 227 KB."""
+    if device.type != "cuda":
+        return 1 << 30
+    return int(driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 @functools.cache

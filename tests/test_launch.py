@@ -39,6 +39,34 @@ def test_ready_launches_start_what_triton_would(tmp_path: Path) -> None:
     assert "launches of" in without_gpu(tmp_path, "tests.fake_gpu")
 
 
+FORMS = ["plain forward+gradient", "accuracy forward+gradient", "smoothing", "softcap", "none", "backward", "soft"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [*FORMS, "statistics", "shard", "chunk", "rescale", "accuracy alone", "sgd "])
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 120])
+def test_no_launch_needs_more_shared_memory_than_the_gpu_has(tmp_path: Path, capability: int, form: str) -> None:
+    """Programs have 64 KB of it, 99, 163 or 227, by the GPU."""
+    assert "calls fit" in without_gpu(tmp_path, "tests.fake_gpu", str(capability), form)
+
+
+@pytest.mark.parametrize(
+    ("shared", "stages"), [(65536, [2, 1]), (101376, [3, 2]), (166912, [3, 3]), (232448, [3, 3])]
+)
+def test_rows_on_their_way_lie_in_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, shared: int, stages: list[int]
+) -> None:
+    """Rows of 32 KB and of 64 KB; where no row fits beside the one in registers, blocks of them are visited."""
+    choice.load("triton")
+    tiles: Any = sys.modules["fastloss.kernels.tiles"]
+    monkeypatch.setattr(tiles, "_shared_bytes", lambda device: shared)
+    rows = [(torch.bfloat16, 16384), (torch.bfloat16, 32768), (torch.float32, 16384)]
+    for (dtype, classes), expected in zip(rows, (*stages, stages[1]), strict=True):
+        logits = torch.empty(4096, classes, 1, dtype=dtype, device="meta")
+        chosen = tiles.plan(logits, logits, plain=True)
+        assert (chosen.stages, chosen.looped) == (expected, expected == 1)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_no_launch_is_shared_by_calls_that_differ(
