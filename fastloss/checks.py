@@ -180,6 +180,13 @@ def check_weight_dtype(input: Tensor, weight: object) -> None:
         raise RuntimeError("fastloss: weight requires grad, and the loss is not differentiable in it; detach it")
 
 
+def check_strided(**tensors: object) -> None:
+    """Check that none of the tensors is sparse."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+            raise RuntimeError(f"fastloss: {name} has layout {tensor.layout}; expected {torch.strided}")
+
+
 def check_no_gradient(weight: object) -> None:
     """Check that class weights of a loss over several ranks require no gradient."""
     if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():

@@ -6,6 +6,7 @@ against one process in float64.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import zlib
@@ -456,12 +457,15 @@ def counted(case: Case, rank: int, ranks: int, group: Any) -> tuple[int, list[tu
     return mode.get_total_counts(), listener.heard
 
 
-FAILURES = ("rows", "options", "labels", "arguments", "label", "label, rows", "weight", "linear", "dead")
+FAILURES = (
+    *("rows", "options", "labels", "arguments", "label", "label, rows", "weight", "linear"),
+    *("reduction", "dtype", "need", "sparse", "mesh", "dead"),
+)
 
 
 def failing(name: str, rank: int, group: Any) -> None:
     """A call that does not fit on one rank, the last one."""
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     import fastloss
@@ -488,6 +492,18 @@ def failing(name: str, rank: int, group: Any) -> None:
         fastloss.cross_entropy(x, t, torch.ones(4 * group.size() - last), group=group)
     elif name == "linear":
         fastloss.linear_cross_entropy(torch.zeros(6, 3), torch.zeros(4, 3 - last), t, group=group)
+    elif name == "reduction":
+        fastloss.cross_entropy(x, t, reduction="avg" if last else "mean", group=group)
+    elif name == "dtype":
+        fastloss.cross_entropy(x.long() if last else x, t, group=group)
+    elif name == "need":
+        hidden = torch.zeros(6, 3, requires_grad=not last)
+        fastloss.linear_cross_entropy(hidden, torch.zeros(4, 3, requires_grad=True), t, group=group)
+    elif name == "sparse":
+        fastloss.cross_entropy(x.detach().to_sparse() if last else x, t, group=group)
+    elif name == "mesh":
+        mesh = DeviceMesh("cpu", list(range(group.size() - 1)))
+        fastloss.cross_entropy(distribute_tensor(x.detach(), mesh, [Shard(1)]), t % 4)
     elif name == "dead":
         if last:
             os._exit(7)
@@ -513,6 +529,82 @@ def fail(rank: int, ranks: int, folder: Path) -> None:
     os._exit(0)  # the group can't be left in order: one rank is dead
 
 
+def serve(rank: int, ranks: int, folder: Path) -> None:
+    """Calls on DTensors that torch gets wrong or refuses, and what is right: from the whole tensors."""
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    import fastloss
+    from fastloss.backends import choice
+
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=ranks)
+    mesh, group = init_device_mesh("cpu", (ranks,)), dist.group.WORLD
+    torch.manual_seed(0)
+    hidden, head, weight = torch.randn(2, 6, 4), torch.randn(8, 4), torch.rand(8)
+    logits, labels = hidden @ head.T, torch.randint(0, 8, (2, 6))
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    flat, ignored = logits.flatten(0, 1), labels.flatten().clone()
+    ignored[:5] = -100
+    x, h, t = (distribute_tensor(each, mesh, [Shard(0)]) for each in (flat, hidden.flatten(0, 1), ignored))
+    w, of_classes = (distribute_tensor(each, mesh, [Replicate()]) for each in (head, weight))
+    calls: dict[str, tuple[Any, dict[str, Any]]] = {
+        "cross_entropy": (lambda **how: fastloss.cross_entropy(x, t, **how), {}),
+        "weighted": (lambda **how: fastloss.cross_entropy(x, t, of_classes, **how), {"weight": weight}),
+        "smoothed": (lambda **how: fastloss.cross_entropy(x, t, **how), {"label_smoothing": 0.1}),
+        "linear": (lambda **how: fastloss.linear_cross_entropy(h, w, t, **how), {}),
+        "statistics": (lambda **how: fastloss.cross_entropy_with_statistics(x, t, **how).loss, {}),
+        "statistics, z-loss": (
+            lambda **how: fastloss.cross_entropy_with_statistics(x, t, lse_square_scale=0.0, z_loss=True, **how).loss,
+            {},
+        ),
+    }
+    for name, (call, options) in calls.items():
+        how = {key: value for key, value in options.items() if key != "weight"}
+        right = F.cross_entropy(flat, ignored, **options)
+        found[f"ignored, {name}"] = call(**how).full_tensor(), right
+        torch._dynamo.reset()
+        compiled = torch.compile(functools.partial(call, **how), backend="aot_eager")
+        found[f"ignored, {name}, compiled"] = compiled().full_tensor(), right
+
+    for backend in ("eager", "triton") if choice.triton_version() else ("eager",):
+        with fastloss.use_backend(backend):
+            late = DTensor.from_local(flat / ranks, mesh, [Partial()]).requires_grad_()
+            z = late.redistribute(placements=[Replicate()], async_op=True)
+            right = F.cross_entropy(flat, labels.flatten())
+            found[f"under way, {backend}"] = fastloss.cross_entropy(z, labels.flatten()).full_tensor(), right
+            part = torch.nn.Parameter(distribute_tensor(head, mesh, [Shard(0)]))
+            rows = DTensor.from_local(hidden[0], mesh, [Shard(0)])
+            gathered = part.redistribute(placements=[Replicate()], async_op=True)
+            F.linear(rows, gathered).to_local().square().sum().backward()
+            assert part.grad is not None
+            right = head - 0.1 * part.grad.full_tensor()  # type: ignore[attr-defined]
+            fastloss.SGD([part], lr=0.1).step()
+            found[f"a gradient under way, {backend}"] = part.detach().full_tensor(), right  # type: ignore[attr-defined]
+
+    whole, shard = hidden.flatten(0, 1), head.chunk(ranks)[rank]
+    right = F.cross_entropy(flat, labels.flatten())
+    with torch.inference_mode():
+        loss = fastloss.linear_cross_entropy(whole, shard, labels.flatten(), group=group)
+        found["inference, group"] = loss.clone(), right
+        loss = fastloss.linear_cross_entropy(whole, distribute_tensor(head, mesh, [Shard(0)]), labels.flatten())
+        found["inference, DTensor"] = loss.to_local().clone(), right  # type: ignore[attr-defined]
+
+    d, h, t = (distribute_tensor(each, mesh, [Shard(1)]).flatten(0, 1) for each in (logits, hidden, labels))
+    for reduction in ("mean", "sum", "none"):
+        right = F.cross_entropy(flat, labels.flatten(), reduction=reduction)
+        results = {
+            "cross_entropy": fastloss.cross_entropy(d, t, reduction=reduction),
+            "linear": fastloss.linear_cross_entropy(h, w, t, reduction=reduction),
+        }
+        for name, loss in results.items():
+            found[f"flattened, {name}, {reduction}"] = loss.full_tensor(), right  # type: ignore[attr-defined]
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    program = fail if sys.argv[4:] == ["fail"] else main
+    program = {"fail": fail, "serve": serve}.get(sys.argv[4] if sys.argv[4:] else "", main)
     program(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -312,6 +312,11 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[s
         ("label, rows", r"IndexError.*on another of the 3 ranks", r"IndexError.*target\[0\] is 4"),
         ("weight", r"RuntimeError.*differ in their options", None),
         ("linear", r"RuntimeError.*rank 2 of the group refused", r"RuntimeError.*with the same D"),
+        ("reduction", r"RuntimeError.*rank 2 of the group refused", r"ValueError.*'avg' is not a valid"),
+        ("dtype", r"RuntimeError.*rank 2 of the group refused", r"NotImplementedError.*torch.int64"),
+        ("need", r"RuntimeError.*differ in their options.* or need of input's gradient", None),
+        ("sparse", r"RuntimeError.*rank 2 of the group refused", r"RuntimeError.*input has layout torch.sparse_coo"),
+        ("mesh", r"^: $", r"RuntimeError.*this process \(rank 2\) is none of its ranks"),
     ],
 )
 def test_what_is_wrong_on_one_rank_is_an_error_on_all(
@@ -320,6 +325,18 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(
     for rank, errors in enumerate(failures):
         pattern = last if last and rank == 2 else others
         assert re.search(pattern, ": ".join(errors[name])), f"rank {rank}: {errors[name]}"
+
+
+@pytest.mark.slow
+def test_dtensors_that_torch_gets_wrong_or_refuses(tmp_path: Path) -> None:
+    """Ranks with unequal numbers of ignored labels, collectives under way, inference mode, flattened sequences."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    codes = run_together("ranks.py", 2, tmp_path, "serve", limit=worker.LIMIT)
+    assert codes == [0, 0], logs(tmp_path)
+    for rank in range(2):
+        for name, (found, right) in torch.load(tmp_path / f"{rank}.pt").items():
+            torch.testing.assert_close(found, right, msg=lambda message, name=name: f"{name}: {message}")
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from .. import checks
 from ..backends import choice
 from ..loss import routes
 from ..loss.functional import LossAndAccuracy
+from ..loss.sharded import refuse
 from ..ranks import placements
 from . import compiled, sharded
 from .arguments import Arguments, check_shapes, checked_chunking, dtype_of_logits, shifted_labels
@@ -106,14 +107,18 @@ def linear_cross_entropy(
         >>> head.grad.shape
         torch.Size([3, 2])
     """
-    options = checks.checked_options(
-        ignore_index=-100 if ignore_index is None else ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        lse_square_scale=lse_square_scale,
-        softcap=softcap,
-    )
-    chunking = checked_chunking(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
+    try:
+        options = checks.checked_options(
+            ignore_index=-100 if ignore_index is None else ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            softcap=softcap,
+        )
+        chunking = checked_chunking(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
+    except Exception:
+        refuse(group, input)
+        raise
     arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
     return _loss_and_accuracies(arguments, group)[0]
 
@@ -152,16 +157,20 @@ def linear_cross_entropy_with_accuracy(
         >>> linear_cross_entropy_with_accuracy(hidden, head, torch.tensor([2, 0]))
         LossAndAccuracy(loss=tensor(1.0035), accuracy=tensor(0.5000))
     """
-    ks = checks.checked_topk(topk)
-    options = checks.checked_options(
-        ignore_index=-100 if ignore_index is None else ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        lse_square_scale=lse_square_scale,
-        softcap=softcap,
-        topk=ks,
-    )
-    chunking = checked_chunking(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
+    try:
+        ks = checks.checked_topk(topk)
+        options = checks.checked_options(
+            ignore_index=-100 if ignore_index is None else ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            softcap=softcap,
+            topk=ks,
+        )
+        chunking = checked_chunking(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
+    except Exception:
+        refuse(group, input)
+        raise
     arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
     loss, values = _loss_and_accuracies(arguments, group)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])

@@ -26,7 +26,15 @@ from .. import checks
 from ..backends import choice
 from ..backends.contract import Backend
 from ..backends.view import as_labels
-from ..loss.sharded import Numbers, RowReduction, ShardedLoss, check_labels_together, right_rows, sharded_loss
+from ..loss.sharded import (
+    Numbers,
+    RowReduction,
+    ShardedLoss,
+    check_labels_together,
+    refuse,
+    right_rows,
+    sharded_loss,
+)
 from ..ranks import collectives, placements
 from ..ranks.collectives import Layout, all_reduce_detached, gather, replicated
 from . import chunks
@@ -41,28 +49,30 @@ __all__ = ["linear_loss_over_ranks"]
 def linear_loss_over_ranks(arguments: Arguments, group: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the loss and the accuracies of DTensors, or of a group's shards of the classes."""
     input, linear_weight, target, linear_bias, weight, options, shift, chunking = arguments
-    checks.check_no_gradient(weight)
     by_mesh = any(map(placements.is_dtensor, (input, linear_weight)))
     if by_mesh and group is not None:
         raise ValueError("fastloss: group is given beside a DTensor, whose mesh says which ranks have what")
     group = None if by_mesh else collectives.checked_group(group)
+    if not by_mesh:
+        input, target = collectives.waited(input), collectives.waited(target)
+        arguments = arguments._replace(input=input, target=target)
     look = isinstance(input, Tensor) and choice.may_look(input)
-    soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() == input.dim()
-    error = None
     try:
+        checks.check_no_gradient(weight)
+        checks.check_logits(input)
+        soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() == input.dim()
         _check_tensors(arguments, soft=soft)
         if chunking["accumulate_grad"] and (by_mesh or not linear_weight.is_leaf):
             raise RuntimeError(
                 "fastloss: accumulate_grad=True beside a linear_weight that is a DTensor or not a leaf; pass a "
                 "parameter with group=, or accumulate_grad=False"
             )
-    except Exception as raised:
-        error = raised
+    except Exception:
+        refuse(group, input)  # of DTensors all ranks know it: these checks are of the whole tensors
+        raise
     plan = None
     x: Any
     if by_mesh:
-        if error is not None:  # all ranks know it: these checks are of the whole tensors
-            raise error
         plan = placements.plan_linear(input, linear_weight, target, linear_bias, soft)
         if shift and any(p.is_shard() and p.dim == len(plan.row_shape) - 1 for p in plan.of_rows):
             raise ValueError(
@@ -74,12 +84,15 @@ def linear_loss_over_ranks(arguments: Arguments, group: Any) -> tuple[Tensor, tu
     else:
         layout = collectives.agreed_layout(
             group,
-            len(linear_weight) if error is None else 0,
-            input.shape[:-1].numel() if error is None else 0,
+            len(linear_weight),
+            input.shape[:-1].numel(),
             device=input.device,
-            same=(options, input.shape, input.dtype, soft, shift, chunking, getattr(weight, "shape", None)),
+            # Backward adds up the input's gradient over the ranks.
+            same=(
+                *(options, input.shape, input.dtype, soft, shift, chunking, getattr(weight, "shape", None)),
+                torch.is_grad_enabled() and input.requires_grad,
+            ),
             labels=None if soft else target,
-            error=error,
             look=look,
         )
         x, w, b, t = input, linear_weight, linear_bias, target
@@ -187,9 +200,12 @@ class _SharedLosses(Losses):
         options, labels = self.call.options, None if t.is_floating_point() else t
         shard = sharded_loss(z, t, self.weight, options, self.layout, self.backend, ranked=bool(options.topk))
         *numbers, rank = shard.numbers(z, t)
-        values, upstreams = _differentiated(shard, tuple(numbers), self._scale(total, z))
+        if any(needs):
+            values, upstreams = _differentiated(shard, tuple(numbers), self._scale(total, z))
+            of_target = self._gradients(shard, upstreams, z, t, tuple(numbers), needs)
+        else:  # nor could it be differentiated in inference mode
+            values, of_target = shard.values(tuple(numbers)), None
         right = None if rank is None else right_rows(rank, labels, options, self.layout.classes)
-        of_target = self._gradients(shard, upstreams, z, t, tuple(numbers), needs)
         return ChunkLoss(values, right, tuple(number for number in numbers if number is not None), of_target)
 
     def finished(self, loss: Tensor, total: Tensor | float | None) -> Tensor:
@@ -221,8 +237,6 @@ class _SharedLosses(Losses):
         self, shard: ShardedLoss, upstreams: Numbers, z: Tensor, t: Tensor, numbers: Numbers, needs: Needs
     ) -> Tensor | None:
         """Write the gradient over the logits z, and return that of the probabilities, ``(n, C_r)``, or None."""
-        if not any(needs):
-            return None
         of_logits = any(needs[:3])
         _, of_target = shard.gradients(upstreams, z, t, numbers, (of_logits, needs.target), inplace=of_logits)
         return of_target

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..backends.contract import LossOptions, compute_dtype
 from ..backends.view import class_dim
+from ..ranks import placements
 
 __all__ = ["accuracy", "by_class", "cross_entropy", "labels_of", "reduced", "row_weight"]
 
@@ -25,8 +26,10 @@ def cross_entropy(
     plain = not options.hides_softmax
     if dtype is None:
         dtype = torch.promote_types(input.dtype, target.dtype) if soft else input.dtype
+    # Of sharded rows torch takes the mean of the ranks' own means, however many rows each rank counts.
+    over_ranks = options.reduction == "mean" and not soft and placements.is_dtensor(input)
     # A loss of several operators is computed in float32, and rounded once.
-    logits = input if plain else input.to(compute_dtype(input.dtype))
+    logits = input if plain and not over_ranks else input.to(compute_dtype(input.dtype))
     if not options.from_logits:
         return _of_probabilities(logits, target, weight, options).to(dtype)
     if options.softcap is not None:
@@ -40,10 +43,12 @@ def cross_entropy(
         target,
         weight,
         ignore_index=-100 if soft else options.ignore_index,
-        reduction=options.reduction,
+        reduction="sum" if over_ranks else options.reduction,
         label_smoothing=options.label_smoothing,
     )
-    if plain:
+    if over_ranks:
+        loss = loss / row_weight(target, weight, logits.dtype, options)[1].sum()
+    elif plain:
         return loss
     if options.lse_square_scale:
         loss = loss + _z_loss(logits, target, weight, options)

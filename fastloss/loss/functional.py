@@ -12,6 +12,7 @@ from torch.nn import _reduction as legacy
 
 from .. import checks
 from . import routes
+from .sharded import refuse
 
 __all__ = ["LossAndAccuracy", "accuracy", "cross_entropy", "cross_entropy_with_accuracy"]
 
@@ -91,6 +92,9 @@ def cross_entropy(
         logits under autocast, as torch has it; beside class probabilities of a wider dtype, in that). No row counted:
         NaN for "mean", 0 for "sum".
 
+    Second derivatives are as exact as torch's; but of "mean" and "sum" beside rows of class probabilities of which
+    several are great (mixup), only as exact as the gradient is in its dtype. Those of "none" are exact.
+
     Raises:
         TypeError, ValueError, RuntimeError: arguments that don't fit, as torch raises them.
         IndexError: a label out of bounds, on a CPU. On a GPU the row's loss is NaN instead, since a look would
@@ -136,14 +140,18 @@ def cross_entropy(
             )
         except (RuntimeError, ValueError, IndexError, TypeError):
             pass  # The checks below raise this package's own error, if it has one, or else torch's again.
-    options = checks.checked_options(
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        lse_square_scale=lse_square_scale,
-        softcap=softcap,
-        from_logits=from_logits,
-    )
+    try:
+        options = checks.checked_options(
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            softcap=softcap,
+            from_logits=from_logits,
+        )
+    except Exception:
+        refuse(group, input)
+        raise
     return routes.loss_and_accuracies(input, target, weight, options, inplace, group)[0]
 
 
@@ -180,16 +188,20 @@ def cross_entropy_with_accuracy(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
-    ks = checks.checked_topk(topk)
-    options = checks.checked_options(
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        lse_square_scale=lse_square_scale,
-        softcap=softcap,
-        topk=ks,
-        from_logits=from_logits,
-    )
+    try:
+        ks = checks.checked_topk(topk)
+        options = checks.checked_options(
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            softcap=softcap,
+            topk=ks,
+            from_logits=from_logits,
+        )
+    except Exception:
+        refuse(group, input)
+        raise
     loss, values = routes.loss_and_accuracies(input, target, weight, options, inplace, group)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
 
@@ -234,8 +246,12 @@ def accuracy(
         >>> accuracy(scores, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), topk=(1, 2))
         (tensor(0.5000), tensor(1.))
     """
-    checks.check_logits(input)
-    ks = checks.checked_topk(topk)
-    options = checks.checked_options(ignore_index=ignore_index, reduction=reduction, topk=ks)
+    try:
+        checks.check_logits(input)
+        ks = checks.checked_topk(topk)
+        options = checks.checked_options(ignore_index=ignore_index, reduction=reduction, topk=ks)
+    except Exception:
+        refuse(group, input)
+        raise
     values = routes.accuracies(input, target, options, group)
     return values if isinstance(topk, Sequence) else values[0]

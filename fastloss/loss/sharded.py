@@ -55,6 +55,7 @@ __all__ = [
     "accuracies_over_ranks",
     "check_labels_together",
     "loss_over_ranks",
+    "refuse",
     "right_rows",
     "sharded_loss",
 ]
@@ -124,8 +125,8 @@ def _part_of_rank(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, group: Any, *, only_accuracy: bool
 ) -> _Part:
     """Check the arguments, together with the other ranks, and return this rank's part of them."""
-    checks.check_no_gradient(weight)
     if placements.is_dtensor(input):
+        checks.check_no_gradient(weight)
         if group is not None:
             raise ValueError("fastloss: group is given beside a DTensor, whose mesh says which ranks have what")
         checks.check_logits(input)
@@ -136,16 +137,19 @@ def _part_of_rank(
             check_labels_together(t, layout, options.ignore_index)
         return _Part(x, t, None if dense else as_labels(t), placements.whole(weight), options, layout, plan)
     group = collectives.checked_group(group)
-    checks.check_logits(input)
-    look, error, dense = choice.may_look(input), None, True
     try:
+        input, target = collectives.waited(input), collectives.waited(target)
+        checks.check_no_gradient(weight)
+        checks.check_logits(input)
+        checks.check_strided(input=input, target=target)
         # The weight is of all classes, whose number is known only when the ranks have exchanged theirs.
         dense = _check_target(input, target, None, options, only_accuracy)
         if not dense:
             checks.check_weight_dtype(input, weight)
-    except Exception as raised:
-        error = raised
-    shape = row_shape(input)
+    except Exception:
+        refuse(group, input)
+        raise
+    shape, look = row_shape(input), choice.may_look(input)
     layout = collectives.agreed_layout(
         group,
         input.shape[class_dim(input)],
@@ -153,7 +157,6 @@ def _part_of_rank(
         device=input.device,
         same=(options, shape, input.dtype, dense, only_accuracy, getattr(weight, "shape", None)),
         labels=None if dense else target,
-        error=error,
         look=look,
     )
     if look:
@@ -161,6 +164,16 @@ def _part_of_rank(
         if not dense:
             checks.check_labels(target, int(layout.classes), options.ignore_index)
     return _Part(input, target, None if dense else as_labels(target), weight, options, layout, None)
+
+
+def refuse(group: Any, input: object) -> None:
+    """Let the other ranks of a call with ``group=`` know, on a CPU, that this one refuses its arguments."""
+    if group is None:
+        return
+    if not isinstance(input, Tensor):
+        collectives.refuse_together(group, torch.device("cpu"))
+    elif choice.may_look(input):
+        collectives.refuse_together(group, input.device)
 
 
 def _check_target(

@@ -10,6 +10,7 @@ is each rank's own. :func:`all_reduce` makes a replicated tensor of a sharded on
 from __future__ import annotations
 
 import math
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ __all__ = [
     "checked_group",
     "gather",
     "raise_together",
+    "refuse_together",
     "replicated",
+    "waited",
 ]
 
 
@@ -70,6 +73,27 @@ def all_reduce(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
 def replicated(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
     """Identity in forward; all-reduce of the gradient in backward (Megatron's copy_to_tensor_parallel_region)."""
     return cast(Tensor, _Replicated.apply(tensor, groups)) if groups else tensor
+
+
+def waited(tensor: Tensor) -> Tensor:
+    """Wait for the tensor of a collective under way, an ``AsyncCollectiveTensor``; return others as they are."""
+    if type(tensor) is Tensor:
+        return tensor
+    functional = sys.modules.get("torch.distributed._functional_collectives")
+    if functional is None or not isinstance(tensor, functional.AsyncCollectiveTensor):
+        return tensor
+    return cast(Tensor, _Waited.apply(tensor))
+
+
+class _Waited(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Any) -> Tensor:
+        result = tensor.wait()
+        return cast(Tensor, result.view_as(result))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:  # type: ignore[override]
+        return upstream
 
 
 class _Sum(Function):
@@ -116,7 +140,6 @@ def agreed_layout(
     device: torch.device,
     same: object,
     labels: Tensor | None,
-    error: Exception | None,
     look: bool,
 ) -> Layout:
     """Exchange the numbers of classes, and on a CPU check that the ranks' calls fit together.
@@ -127,36 +150,43 @@ def agreed_layout(
         device: of the tensors.
         same: what must be equal on all ranks, beside the number of rows; anything with a fixed ``repr``.
         labels: the class indices, which must be equal on all ranks too.
-        error: what was wrong with this rank's own arguments. It is raised here, after the exchange, so that no other
-            rank waits for this one.
         look: the host may look at the numbers of the other ranks. On a GPU it would have to wait. There a shape that
-            differs is found by the collective, and ``error`` is raised before the exchange.
+            differs is found by the collective.
     """
     import torch.distributed as dist
 
     rank = dist.get_rank(group)
     if not look:
-        if error is not None:
-            raise error
         shards = gather(torch.full((), classes, dtype=torch.int64, device=device), group)
         return Layout(shards.sum().double(), shards[:rank].sum(), group, rows=rows)
-    total = 0 if labels is None or error is not None else int(labels.sum(dtype=torch.int64))
-    own = [int(error is not None), classes, rows, zlib.crc32(repr(same).encode()), total]
+    total = 0 if labels is None else int(labels.sum(dtype=torch.int64))
+    own = [0, classes, rows, zlib.crc32(repr(same).encode()), total]
     by_rank: list[list[int]] = gather(torch.tensor(own, dtype=torch.int64, device=device), group).tolist()
-    if error is not None:
-        raise error
     refused = [number for number, (failed, *_) in enumerate(by_rank) if failed]
     if refused:
         raise RuntimeError(
             f"fastloss: rank {refused[0]} of the group refused its arguments, for the reason that its own error gives"
         )
-    for name, column in (("rows", 2), ("options, dtype, class weights or kind of target", 3), ("labels", 4)):
+    alike = "options, dtype, class weights, kind of target or need of input's gradient"
+    for name, column in (("rows", 2), (alike, 3), ("labels", 4)):
         values = [numbers[column] for numbers in by_rank]
         if len(set(values)) > 1:
             listed = f": {', '.join(f'{value} on rank {r}' for r, value in enumerate(values))}" if column == 2 else ""
             raise RuntimeError(f"fastloss: the ranks of the group differ in their {name}{listed}; expected the same")
     sizes = [numbers[1] for numbers in by_rank]
     return Layout(sum(sizes), sum(sizes[:rank]), group, rows=rows, most_classes=max(sizes))
+
+
+def refuse_together(group: object, device: torch.device) -> None:
+    """Take part in the exchange of :func:`agreed_layout` as the rank whose arguments are refused.
+
+    The other ranks raise then, and don't wait. A ``group`` that is none, as one that this process is not in, is left.
+    """
+    import torch.distributed as dist
+
+    there = dist.is_available() and dist.is_initialized() and isinstance(group, dist.ProcessGroup)
+    if there and dist.get_rank(group) >= 0:
+        gather(torch.tensor([1, 0, 0, 0, 0], dtype=torch.int64, device=device), group)
 
 
 def raise_together(error: Exception | None, groups: Sequence[Any], device: torch.device) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .collectives import Layout
+from .collectives import Layout, waited
 
 __all__ = ["Plan", "is_dtensor", "is_uncompiled_dtensor", "local", "plan", "plan_linear", "whole"]
 
@@ -48,7 +48,7 @@ class Plan:
 
 def local(tensor: Any) -> Any:
     """Return a DTensor's part on this rank, whose gradient is placed as the DTensor; another tensor as it is."""
-    return tensor.to_local(grad_placements=tensor.placements) if is_dtensor(tensor) else tensor
+    return waited(tensor.to_local(grad_placements=tensor.placements)) if is_dtensor(tensor) else tensor
 
 
 def _placed(local: Tensor, mesh: Any, of_rows: Sequence[Any], shape: Sequence[int]) -> Tensor:
@@ -78,6 +78,7 @@ def plan(input: Any, target: Tensor, dense: bool) -> Plan:
     Raises:
         ValueError: placements that can't be served. The error names them and some that can.
     """
+    _check_rank(input, "input")
     dim = min(1, input.dim() - 1)
     return _plan(
         f"input is placed as {input.placements}",
@@ -106,6 +107,7 @@ def plan_linear(input: Any, linear_weight: Any, target: Tensor, linear_bias: Any
     if not is_dtensor(linear_weight) or (linear_bias is not None and not is_dtensor(linear_bias)):
         name = "linear_bias" if is_dtensor(linear_weight) else "linear_weight"
         raise ValueError(f"fastloss: {name} is a plain tensor beside DTensors; expected one, placed on their mesh")
+    _check_rank(linear_weight, "linear_weight")
     mesh = linear_weight.device_mesh
     if not is_dtensor(input):
         input = DTensor.from_local(input, mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -120,31 +122,49 @@ def plan_linear(input: Any, linear_weight: Any, target: Tensor, linear_bias: Any
     where = f"input is placed as {input.placements} and linear_weight as {linear_weight.placements}"
     for of_input, of_weight in zip(input.placements, linear_weight.placements, strict=True):
         _checked(of_input, "input", input)
-        _checked(of_weight, "linear_weight", linear_weight)
-        by_features = (of_input.is_shard() and of_input.dim % input.dim() == last) or (
-            of_weight.is_shard() and of_weight.dim % 2 == 1
-        )
-        if by_features or (of_input.is_shard() and of_weight.is_shard()):
+        _checked(of_weight, "linear_weight", linear_weight, strided=False)
+        cut_input, cut_weight = not of_input.is_replicate(), not of_weight.is_replicate()
+        by_features = (cut_input and of_input.dim % input.dim() == last) or (cut_weight and of_weight.dim % 2 == 1)
+        if by_features or (cut_input and cut_weight):
             raise ValueError(
                 f"fastloss: {where}; expected on each dimension of the mesh at most one of the two sharded: input by "
                 "rows, or linear_weight by classes (Shard(0))"
             )
-        placements.append(Shard(last) if of_weight.is_shard() else of_input)
+        placements.append(Shard(last) if cut_weight else of_input)
     classes = int(linear_weight.shape[0])
     shape, here = (*input.shape[:-1], classes), linear_weight.to_local().shape[0]
     return _plan(where, mesh, placements, shape, last, here, target, dense)
 
 
-def _checked(placement: Any, name: str, tensor: Any) -> Any:
-    """Return ``placement`` if it can be served."""
+def _checked(placement: Any, name: str, tensor: Any, *, strided: bool = True) -> Any:
+    """Return ``placement`` if it can be served: ``_StridedShard`` of rows, which a flattened Shard is, if allowed."""
     from torch.distributed.tensor import Shard
 
-    if not placement.is_replicate() and type(placement) is not Shard:
+    served = placement.is_replicate() or type(placement) is Shard or (strided and _is_strided(placement))
+    if not served:
         raise ValueError(
             f"fastloss: {name} is placed as {tensor.placements}, and {placement!r} can't be served; expected "
             f"Replicate() or Shard(dim) on each dimension of the mesh: {name}.redistribute(placements=...)"
         )
     return placement
+
+
+def _check_rank(tensor: Any, name: str) -> None:
+    """Check that this process has a part of the DTensor."""
+    if tensor.device_mesh.get_coordinate() is None:
+        raise RuntimeError(
+            f"fastloss: {name} is on {tensor.device_mesh}, and this process (rank {torch.distributed.get_rank()}) is "
+            "none of its ranks; expected the call on the mesh's ranks alone"
+        )
+
+
+def _is_strided(placement: Any) -> bool:
+    return type(placement).__name__ == "_StridedShard"
+
+
+def _moved(placement: Any, dim: int) -> Any:
+    """Return the same cut of another dimension."""
+    return type(placement)(dim, **({"split_factor": placement.split_factor} if _is_strided(placement) else {}))
 
 
 def _plan(
@@ -161,19 +181,24 @@ def _plan(
 
     ``where`` begins the errors: it names the caller's tensors.
     """
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Replicate
 
     row_groups, class_dims, of_rows, expected = [], [], [], []
     for mesh_dim, placement in enumerate(placements):
-        cut = placement.dim % len(shape) if placement.is_shard() else None
+        cut = None if placement.is_replicate() else placement.dim % len(shape)
         if cut is None:
             of_rows.append(placement)
         elif cut == dim:
+            if _is_strided(placement):
+                raise ValueError(
+                    f"fastloss: {where}, whose classes are cut by {placement!r}; expected Shard({dim}): "
+                    "redistribute(placements=...)"
+                )
             class_dims.append(mesh_dim)
             of_rows.append(Replicate())
         else:
             row_groups.append(mesh.get_group(mesh_dim))
-            of_rows.append(Shard(cut - (cut > dim)))
+            of_rows.append(_moved(placement, cut - (cut > dim)))
         expected.append(placement if dense else of_rows[-1])
     if len(class_dims) > 1:
         raise ValueError(
@@ -192,7 +217,7 @@ def _plan(
     if given.device_mesh != mesh:
         raise ValueError(f"fastloss: target is on {given.device_mesh}; expected {mesh}, input's mesh")
     for has, wants in zip(given.placements, expected, strict=True):
-        if has != wants and not (has.is_replicate() and wants.is_shard()):
+        if has != wants and not (has.is_replicate() and not wants.is_replicate() and not _is_strided(wants)):
             raise ValueError(
                 f"fastloss: target is placed as {given.placements}, and {where}; expected the target as "
                 f"{tuple(expected)}, or with Replicate() in place of a Shard"
