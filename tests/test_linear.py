@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import pickle
 import re
@@ -23,7 +24,9 @@ import torch.nn.functional as F
 from drawing import drawn
 from places import Place
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
 from fastloss import LinearCrossEntropyLoss, linear_cross_entropy, linear_cross_entropy_with_accuracy
@@ -1052,6 +1055,55 @@ def test_activation_checkpointing(place: Place, use_reentrant: bool, accumulate_
     ours = [t.grad for t in (x, w, b, body)]
     expected = torch.autograd.grad(2 * plain((x @ body).tanh(), w, case["target"], linear_bias=b), (x, w, b, body))
     torch.testing.assert_close(ours, list(expected))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_and_batched_gradients_in_a_checkpoint(place: Place, reduction: str) -> None:
+    """It lets each saved tensor be read once."""
+    case = make(place)
+    x, w = leaves(case)
+
+    def loss(x: Tensor) -> Tensor:
+        return linear_cross_entropy(x, w, case["target"], reduction=reduction)
+
+    found = []
+    for function in (loss, lambda x: checkpoint(loss, x, use_reentrant=False)):
+        value = function(x)
+        (first,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), (x, w))
+        eye = torch.eye(value.numel(), device=place.device).view(-1, *value.shape)
+        (batched,) = torch.autograd.grad(function(x), x, eye, is_grads_batched=True)
+        found.append([*second, batched])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_operations_are_counted_without_all_logits(place: Place, reduction: str) -> None:
+    """Counters and other dispatch modes see one operator, whose chunks are as large as without them."""
+    case = make(place, bias=True)
+    params = leaves(case)
+    found, totals, largest = [], [], []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            results = function(*args, **(kwargs or {}))
+            tensors = [t for t in torch.utils._pytree.tree_leaves(results) if isinstance(t, Tensor)]
+            largest.append(max((t.untyped_storage().nbytes() for t in tensors), default=0))
+            return results
+
+    for function in (functools.partial(linear_cross_entropy, chunk_size=2), plain):
+        with FlopCounterMode(display=False) as counter:
+            loss = function(**case, reduction=reduction)
+            found.append((loss.detach(), *torch.autograd.grad(loss.sum(), params)))
+        totals.append(counter.get_total_flops())
+        with Largest():
+            function(**case, reduction=reduction).sum().backward()
+        largest.append(-1)
+    torch.testing.assert_close(*found)
+    again = reduction == "none"  # the logits are computed once more
+    assert totals[0] * 3 == totals[1] * (3 + again)
+    ours, theirs = (max(part) for part in (largest[: largest.index(-1)], largest[largest.index(-1) + 1 : -1]))
+    assert ours < theirs
 
 
 def test_saved_tensors_moved_by_hooks(place: Place) -> None:

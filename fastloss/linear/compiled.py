@@ -20,7 +20,7 @@ from ..loss.compiled import OPTIONS, packed, register_gradients, unpacked
 from . import chunks
 from .chunks import NO_GRADIENTS, Gradients, LinearOptions, Losses, Needs, Tensors
 
-__all__ = ["linear_loss_and_accuracies"]
+__all__ = ["count_operations_in", "linear_loss_and_accuracies"]
 
 _TENSORS = "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight"
 _OPTIONS = (
@@ -35,10 +35,11 @@ def linear_loss_and_accuracies(
     """Return the loss and the accuracies by the operators, ``()`` or ``(rows,)``. The arguments are checked."""
     needs = tensors.needs() if torch.is_grad_enabled() else NO_GRADIENTS
     input, linear_weight, linear_bias, target = tensors
-    loss, accuracy, *_ = forward(
-        *(input, linear_weight, target, linear_bias, weight, *packed(call.options)),
-        *(call.compute_dtype, call.loss_dtype, call.chunk_size, call.memory_budget, call.skip_ignored, list(needs)),
-    )
+    with torch.autocast(input.device.type, enabled=False):
+        loss, accuracy, *_ = forward(
+            *(input, linear_weight, target, linear_bias, weight, *packed(call.options), call.compute_dtype),
+            *(call.loss_dtype, call.chunk_size, call.memory_budget, call.skip_ignored, list(needs)),
+        )
     return loss, tuple(accuracy[i] for i in range(len(call.options.topk)))
 
 
@@ -131,6 +132,30 @@ def _fake_gradients(tensors: Tensors, needs: Needs) -> tuple[Tensor, ...]:
         else tensors.input.new_empty(0)
         for t, needed in zip(tensors, needs, strict=True)
     )
+
+
+def count_operations_in(modes: Sequence[Any]) -> None:
+    """Let those of the dispatch modes that are torch's ``FlopCounterMode`` count the products in these operators."""
+    for mode in modes:
+        registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if isinstance(registry, dict):
+            registry.setdefault(torch.ops.fastloss.linear_cross_entropy, _operations)
+            registry.setdefault(torch.ops.fastloss.linear_cross_entropy_backward, _operations_backward)
+
+
+def _operations(*inputs: Any, out_val: Any = None) -> int:
+    tensors, _, call, needs = _unpacked(inputs)
+    written = chunks.writes_gradients(call, needs, tensors)
+    return _of_a_product(tensors) * (1 + written * (needs.input + needs.linear_weight))
+
+
+def _operations_backward(_: Tensor, *inputs: Any, out_val: Any = None) -> int:
+    tensors, _, _, needs = _unpacked((*inputs[:5], *inputs[6:]))
+    return _of_a_product(tensors) * (1 + needs.input + needs.linear_weight)
+
+
+def _of_a_product(tensors: Tensors) -> int:
+    return 2 * tensors.input.shape[0] * tensors.linear_weight.numel()
 
 
 def _is_written(*inputs: Any) -> bool:

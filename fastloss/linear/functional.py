@@ -205,8 +205,11 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
     call = LinearOptions(options, dtype, checks.loss_dtype(input, t, weight, dtype), **chunking)
     traced = routes.is_traced(input, target) or routes.is_traced(linear_weight, target)
     trained_weight = soft and weight is not None and weight.requires_grad
-    if traced and routes.is_compiled(x, t, weight, options) and type(linear_weight) in routes.FUSED_TYPES:
+    by_operator = traced and type(linear_weight) in routes.FUSED_TYPES
+    modes = routes.watching_modes(x, t, weight, options) if by_operator else []
+    if modes or (by_operator and routes.is_compiled(x, t, weight, options)):
         call = dataclasses.replace(call, accumulate_grad=False)
+        compiled.count_operations_in(modes)
         loss, values = compiled.linear_loss_and_accuracies(Tensors(x, linear_weight, linear_bias, t), weight, call)
     elif traced or rows == 0 or classes == 0 or trained_weight:
         loss, values = routes.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)

@@ -197,8 +197,8 @@ def register_gradients(
     def differentiate(ctx: Any, of_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(
-                "fastloss: the compiled loss has no second derivative, as nothing compiled by AOTAutograd has; "
-                "call it outside of torch.compile with create_graph=True"
+                "fastloss: the loss as an operator, of compilers and dispatch modes, has no second derivative; "
+                "call it outside of torch.compile with create_graph=True, and outside of the mode"
             )
         results: list[Tensor | None] = [None] * (count + 1 + len(ctx.options))
         if of_loss is not None:

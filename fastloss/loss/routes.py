@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .. import checks
 from ..backends import choice
@@ -27,6 +28,7 @@ __all__ = [
     "is_small",
     "is_traced",
     "loss_and_accuracies",
+    "watching_modes",
 ]
 
 # Logits of at most this many elements go to torch's own operator on a CPU, where a fused pass saves less than
@@ -188,9 +190,26 @@ def is_traced(input: Tensor, target: Tensor) -> bool:
 def is_compiled(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> bool:
     """Return True if a compiler traces the call, and this package's operators serve it."""
     return (
-        torch.compiler.is_dynamo_compiling()
-        and not _is_exporting()
-        and type(input) in FUSED_TYPES
+        torch.compiler.is_dynamo_compiling() and not _is_exporting() and _has_operator(input, target, weight, options)
+    )
+
+
+def watching_modes(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> list[Any]:
+    """Return the dispatch modes that see the call's operators, and that this package's operators serve.
+
+    Such modes count, cache or print (``FlopCounterMode``, selective checkpointing). Tracers are none, nor is there
+    any beside a compiler or a transform.
+    """
+    others = torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
+    if others or torch._C._len_torch_dispatch_stack() == 0 or not _has_operator(input, target, weight, options):
+        return []
+    modes = _get_current_dispatch_mode_stack()
+    return [] if any(getattr(mode, "_mode_key", None) is not None for mode in modes) else modes
+
+
+def _has_operator(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> bool:
+    return (
+        type(input) in FUSED_TYPES
         and type(target) in FUSED_TYPES
         and (target.is_floating_point() or options.from_logits)
         and not (target.is_floating_point() and weight is not None and weight.requires_grad)
