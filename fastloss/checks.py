@@ -122,7 +122,8 @@ def checked_options(
 def checked_ignore_index(ignore_index: object) -> int:
     """Return the label to ignore as an int of 64 bits."""
     try:
-        ignored = operator.index(ignore_index)  # type: ignore[arg-type]
+        # A compiler's int, which may vary from call to call, must stay one.
+        ignored = ignore_index if type(ignore_index) is int else operator.index(ignore_index)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"fastloss: ignore_index is {ignore_index!r}; expected an int") from None
     if not -(2**63) <= ignored < 2**63:
@@ -131,6 +132,8 @@ def checked_ignore_index(ignore_index: object) -> int:
 
 
 def _number(value: object, name: str) -> float:
+    if type(value) is float:  # a compiler's float, which may vary from call to call, must stay one
+        return value
     try:
         if isinstance(value, str):
             raise TypeError

@@ -569,6 +569,11 @@ def serve(rank: int, ranks: int, folder: Path) -> None:
         compiled = torch.compile(functools.partial(call, **how), backend="aot_eager")
         found[f"ignored, {name}, compiled"] = compiled().full_tensor(), right
 
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: fastloss.accuracy(x, t, topk=(1, 3)), backend="aot_eager")
+    for k, value, right in zip((1, 3), compiled(), fastloss.accuracy(flat, ignored, topk=(1, 3)), strict=True):
+        found[f"accuracy at {k}, compiled"] = value.full_tensor(), right
+
     for backend in ("eager", "triton") if choice.triton_version() else ("eager",):
         with fastloss.use_backend(backend):
             late = DTensor.from_local(flat / ranks, mesh, [Partial()]).requires_grad_()

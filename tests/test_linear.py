@@ -1437,6 +1437,26 @@ def test_compiled_for_any_number_of_rows(place: Place, fresh_compiler: None) -> 
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("name", ["ignore_index", "chunk_size"])
+def test_two_graphs_serve_all_whole_numbers(fresh_compiler: None, name: str) -> None:
+    """One for the first, and one for any."""
+    graphs = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    case = make(Place("eager", CPU))
+    compiled = torch.compile(lambda number: linear_cross_entropy(**case, **{name: number}), backend=counted)
+    for number in (7, 2, 3, 5, 11, 4):
+        how = {name: number}
+        if name == "ignore_index":
+            case["target"] = case["target"].where(case["target"] >= 0, number)
+        expected = plain(**case, **(how if name == "ignore_index" else {}))
+        torch.testing.assert_close(compiled(number), expected)
+    assert len(graphs) <= 2
+
+
 def test_compiled_has_no_second_derivative(place: Place, fresh_compiler: None) -> None:
     case = make(place)
     x, _ = leaves(case)

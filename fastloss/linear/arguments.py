@@ -41,7 +41,8 @@ def checked_chunking(
         try:
             if isinstance(value, bool):  # meant for another argument
                 raise TypeError
-            chunking[name] = operator.index(value)  # type: ignore[arg-type]
+            # A compiler's int, which may vary from call to call, must stay one.
+            chunking[name] = value if type(value) is int else operator.index(value)  # type: ignore[arg-type]
         except TypeError:
             raise TypeError(f"fastloss: {name} is {value!r}; expected an int, or None") from None
     if chunking.get("chunk_size", 1) < 1:

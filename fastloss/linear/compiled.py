@@ -24,7 +24,7 @@ __all__ = ["count_operations_in", "linear_loss_and_accuracies"]
 
 _TENSORS = "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight"
 _OPTIONS = (
-    f"{OPTIONS}, ScalarType compute_dtype, ScalarType loss_dtype, int? chunk_size, int? memory_budget, "
+    f"{OPTIONS}, ScalarType compute_dtype, ScalarType loss_dtype, SymInt? chunk_size, SymInt? memory_budget, "
     "bool? skip_ignored, bool[] needs"
 )
 

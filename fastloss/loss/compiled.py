@@ -28,7 +28,7 @@ from .autograd import gradients_from_input, visit
 __all__ = ["OPTIONS", "loss_and_accuracies", "packed", "register_gradients", "unpacked"]
 
 OPTIONS = (
-    "int ignore_index, float label_smoothing, str reduction, float lse_square_scale, float? softcap, int[] topk, "
+    "SymInt ignore_index, float label_smoothing, str reduction, float lse_square_scale, float? softcap, int[] topk, "
     "bool from_logits"
 )
 

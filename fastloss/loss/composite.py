@@ -132,6 +132,8 @@ def accuracy(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tenso
         label = torch.where(counted, target, 0).unsqueeze(dim)
         score = input.gather(dim, label)
         index = torch.arange(classes, device=input.device).view([-1] + [1] * (input.dim() - dim - 1))
+        if placements.is_dtensor(input):
+            index = placements.replicated_beside(index, input)
         nan, score_nan = input.isnan(), score.isnan()
         before = torch.where(score_nan, False, nan | (input > score))
         tied = (index < label) & ((input == score) | (nan & score_nan))

@@ -17,7 +17,16 @@ from torch.nn import Parameter
 
 from .collectives import Layout, waited
 
-__all__ = ["Plan", "is_dtensor", "is_uncompiled_dtensor", "local", "plan", "plan_linear", "whole"]
+__all__ = [
+    "Plan",
+    "is_dtensor",
+    "is_uncompiled_dtensor",
+    "local",
+    "plan",
+    "plan_linear",
+    "replicated_beside",
+    "whole",
+]
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -60,6 +69,14 @@ def _placed(local: Tensor, mesh: Any, of_rows: Sequence[Any], shape: Sequence[in
     size = torch.Size(shape)
     stride = torch.empty(size, device="meta").stride()
     return DTensor.from_local(local, mesh, of_rows, run_check=False, shape=size, stride=stride)
+
+
+def replicated_beside(tensor: Tensor, other: Any) -> Tensor:
+    """Return a tensor that is the same on every rank as a DTensor on the mesh of ``other``."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = other.device_mesh
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def whole(tensor: Tensor | None) -> Tensor | None:
