@@ -149,7 +149,7 @@ def _operations(*inputs: Any, out_val: Any = None) -> int:
     return _of_a_product(tensors) * (1 + written * (needs.input + needs.linear_weight))
 
 
-def _operations_backward(_: Tensor, *inputs: Any, out_val: Any = None) -> int:
+def _operations_backward(upstream: Tensor, *inputs: Any, out_val: Any = None) -> int:
     tensors, _, _, needs = _unpacked((*inputs[:5], *inputs[6:]))
     return _of_a_product(tensors) * (1 + needs.input + needs.linear_weight)
 

@@ -265,6 +265,7 @@ class _RowTerms(NamedTuple):
 
 
 def _hard_row_terms(gradient: Tensor, target: Tensor, weight: Tensor | None, ctx: Any) -> _RowTerms:
+    """Return the terms of class indices."""
     dtype, options = compute_dtype(gradient.dtype), ctx.options
     outer, classes, inner = as_rows(gradient).shape
     target = target.view(outer, 1, inner).long()

@@ -177,7 +177,7 @@ def agreed_layout(
     return Layout(sum(sizes), sum(sizes[:rank]), group, rows=rows, most_classes=max(sizes))
 
 
-def refuse_together(group: object, device: torch.device) -> None:
+def refuse_together(group: Any, device: torch.device) -> None:
     """Take part in the exchange of :func:`agreed_layout` as the rank whose arguments are refused.
 
     The other ranks raise then, and don't wait. A ``group`` that is none, as one that this process is not in, is left.
