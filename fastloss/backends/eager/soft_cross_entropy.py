@@ -40,7 +40,7 @@ def soft_cross_entropy_forward(
     losses = _SoftLoss(inputs, scale / divisor, *results).compute()
     loss = losses.flatten() if reduction == "none" else losses.sum() * scale
     # A copy in any case: an autograd.Function must not return a view.
-    row_loss = losses if wanted.input and options.from_logits and not wanted.inplace else None
+    row_loss = losses if wanted.input and inputs.options.from_logits and not wanted.inplace else None
     return SoftForward(loss.to(loss_dtype, copy=True), *results, saved=(), row_loss=row_loss)
 
 
