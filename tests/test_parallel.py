@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import processes
@@ -332,8 +333,8 @@ def test_dtensors_that_torch_gets_wrong_or_refuses(tmp_path: Path) -> None:
     """Ranks with unequal numbers of ignored labels, collectives under way, inference mode, flattened sequences."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
-    codes = run_together("ranks.py", 2, tmp_path, "serve", limit=worker.LIMIT)
-    assert codes == [0, 0], logs(tmp_path)
+    codes = processes.exit_codes("ranks.py", 2, tmp_path, "serve", limit=worker.LIMIT)
+    assert codes == [0, 0], processes.logs(tmp_path)
     for rank in range(2):
         for name, (found, right) in torch.load(tmp_path / f"{rank}.pt").items():
             torch.testing.assert_close(found, right, msg=lambda message, name=name: f"{name}: {message}")
