@@ -22,6 +22,7 @@ from .loss.functional import LossAndAccuracy, accuracy, cross_entropy, cross_ent
 from .loss.statistics import LossStatistics, cross_entropy_with_statistics  # noqa: E402
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss  # noqa: E402
 from .optim import SGD  # noqa: E402
+from .patch import Patch, patch_torch  # noqa: E402
 
 if TYPE_CHECKING:
     from .metrics.accuracy import Accuracy
@@ -35,12 +36,14 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LossAndAccuracy",
     "LossStatistics",
+    "Patch",
     "accuracy",
     "cross_entropy",
     "cross_entropy_with_accuracy",
     "cross_entropy_with_statistics",
     "linear_cross_entropy",
     "linear_cross_entropy_with_accuracy",
+    "patch_torch",
     "use_backend",
 ]
 

@@ -232,7 +232,7 @@ def test_fastloss_works_without_triton(triton: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- who imports whom
 
 # Imports run down this list: a room (a folder of the package, or a file beside them) imports only rooms below it.
-ROOMS = ("__main__", "bench", "demo", "measuring", "__init__", "modules", "metrics", "linear", "loss")
+ROOMS = ("__main__", "bench", "demo", "measuring", "__init__", "patch", "modules", "metrics", "linear", "loss")
 ROOMS += ("optim", "checks", "ranks", "kernels", "backends", "_layout")
 # The same for the files of a room. Kernels have no order.
 FILES = {
