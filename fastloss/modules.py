@@ -1,6 +1,7 @@
-"""The losses as modules of ``torch.nn``."""
+"""The losses as modules of ``torch.nn``.
 
-from __future__ import annotations
+Annotations are evaluated here: TorchScript does not read strings.
+"""
 
 import math
 from typing import Any
@@ -10,11 +11,30 @@ from torch import Tensor, nn
 
 from .linear.functional import linear_cross_entropy
 from .loss.functional import cross_entropy
+from .ranks.collectives import SharedGroup
 
 __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
 
 
-class CrossEntropyLoss(nn.CrossEntropyLoss):
+class _Grouped:
+    """The attribute ``group`` of a module: the process group whose ranks have a shard of the classes each, or None.
+
+    TorchScript leaves it out, as it does ``forward``: a model that holds the module can be scripted.
+    """
+
+    __jit_unused_properties__ = ("group",)
+
+    @property
+    def group(self) -> Any:
+        """The process group, or None."""
+        return self._group.value
+
+    @group.setter
+    def group(self, value: Any) -> None:
+        self._group = SharedGroup(value)
+
+
+class CrossEntropyLoss(_Grouped, nn.CrossEntropyLoss):
     """Computes :func:`fastloss.cross_entropy`; takes the place of ``torch.nn.CrossEntropyLoss``.
 
     Args:
@@ -27,7 +47,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         softcap: bounds the logits by ``softcap * tanh(logits / softcap)``.
         from_logits: if False, the input is probabilities.
         inplace: write the gradient over the logits.
-        group: a process group whose ranks have a shard of the classes each.
+        group: a process group whose ranks have a shard of the classes each. Copies of the module share it. No file
+            holds it: after ``torch.load`` set the attribute ``group``.
 
     Example:
         >>> import torch
@@ -36,12 +57,6 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         >>> loss(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(1.3863)
     """
-
-    lse_square_scale: float
-    softcap: float | None
-    from_logits: bool
-    inplace: bool
-    group: Any
 
     def __init__(
         self,
@@ -65,6 +80,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.inplace = inplace
         self.group = group
 
+    @torch.jit.unused
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss of ``input`` ``(N, C, …)`` and ``target`` ``(N, …)``, or probabilities of its shape."""
         return cross_entropy(
@@ -78,7 +94,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             softcap=self.softcap,
             from_logits=self.from_logits,
             inplace=self.inplace,
-            group=self.group,
+            group=self._group.value,
         )
 
     def extra_repr(self) -> str:
@@ -90,7 +106,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
 
-class LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
+class LinearCrossEntropyLoss(_Grouped, nn.modules.loss._WeightedLoss):
     """Owns a linear map and computes :func:`fastloss.linear_cross_entropy`.
 
     Takes the place of ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13): each loads the other's ``state_dict``.
@@ -146,10 +162,12 @@ class LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
         self.num_classes, self.out_features = num_classes, out_features
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         self.lse_square_scale, self.softcap = lse_square_scale, softcap
+        self.group = options.pop("group", None)
         self.options = options
         features = math.prod(out_features, start=num_classes)
         self.linear = nn.Linear(in_features, features, bias=bias, device=device, dtype=dtype)
 
+    @torch.jit.unused
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss of ``input`` ``(…, D)`` and ``target`` ``(…)``, or class probabilities ``(…, C)``."""
         shape, bias = (self.num_classes, *self.out_features), self.linear.bias
@@ -164,6 +182,7 @@ class LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
             label_smoothing=self.label_smoothing,
             lse_square_scale=self.lse_square_scale,
             softcap=self.softcap,
+            group=self._group.value,
             **self.options,
         )
 

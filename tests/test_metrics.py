@@ -125,6 +125,18 @@ def test_a_label_out_of_bounds(classes: Any) -> None:
     same(metric.compute(), [(2, 3)])
 
 
+def test_a_batch_that_raises_changes_nothing(classes: Any) -> None:
+    """``metric(input, target)`` too, which gives the batch's own value."""
+    metric = classes()
+    metric.update(torch.eye(3), torch.tensor([0, 1, 0]))
+    before = {name: value for name, value in metric.__dict__.items() if name != "_forward_cache"}
+    with pytest.raises(IndexError):
+        metric(torch.eye(3), torch.tensor([0, 1, 3]))
+    assert all(metric.__dict__[name] is value for name, value in before.items())
+    same(metric(torch.eye(3), torch.tensor([0, 1, 2])), [(3, 3)])
+    same(metric.compute(), [(5, 6)])
+
+
 def test_what_it_knows_when_a_label_was_out_of_bounds(classes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the number of such a batch is NaN, and so is everything until the next reset."""
     metric = classes((1, 2))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.view import class_dim
+from ..backends.view import class_dim, wide_labels
 from ..loss.functional import accuracy
 from ..ranks import placements
+from ..ranks.collectives import SharedGroup, checked_group
 
 if TYPE_CHECKING:
     from .standalone import Metric
@@ -78,8 +79,11 @@ class Accuracy(Metric):
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
-    counts: Tensor  # (2 + len(ks),) int64: rows, rows or sums without a value, rows right at each k
-    settings: Tensor  # (1 + len(ks),) int64: ignore_index and the ks
+    __jit_unused_properties__ = (*getattr(Metric, "__jit_unused_properties__", ()), "process_group")
+
+    if TYPE_CHECKING:  # TorchScript takes no annotation of a class that is a string
+        counts: Tensor  # (2 + len(ks),) int64: rows, rows or sums without a value, rows right at each k
+        settings: Tensor  # (1 + len(ks),) int64: ignore_index and the ks
 
     def __init__(
         self,
@@ -96,7 +100,7 @@ class Accuracy(Metric):
             raise ValueError("fastloss.Accuracy: topk is empty; expected an int, or at least one of them")
         self._ignore_index = checks.checked_ignore_index(ignore_index)
         self._is_tuple = isinstance(topk, Sequence)
-        self._group = _Shared(group)
+        self._group = SharedGroup(group)
         # One state needs one collective. The constant settings are a state too, since a MetricCollection merges two
         # metrics whose states are equal after the first batch, as the counts for k = 1 and k = 5 may be.
         zeros = torch.zeros(2 + len(self._ks), dtype=torch.int64)
@@ -133,7 +137,17 @@ class Accuracy(Metric):
 
     @process_group.setter
     def process_group(self, value: Any) -> None:
-        self._process_group = _Shared(value)
+        self._process_group = SharedGroup(value)
+
+    @torch.jit.unused
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Count a batch, and return its own value, on this process. A batch that raises changes nothing."""
+        before = dict(self.__dict__)  # states are replaced, never written to
+        try:
+            return super().forward(*args, **kwargs)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
 
     def _counts_of(self, input: Tensor, target: Any) -> Tensor:
         is_dtensor = placements.is_uncompiled_dtensor(input)  # each process counts the rows that it has
@@ -152,7 +166,7 @@ class Accuracy(Metric):
                 target = target.redistribute(placements=values[0].placements).to_local()
             values = tuple(value.to_local() for value in values)
         if not dense:
-            rows = (target != self._ignore_index).sum()
+            rows = (wide_labels(target) != self._ignore_index).sum()
         else:  # every row counts
             number = values[0].numel() if is_dtensor else target.numel() // target.shape[class_dim(target)]
             rows = torch.full((), number, dtype=torch.int64, device=values[0].device)
@@ -165,7 +179,7 @@ class Accuracy(Metric):
             super()._sync_dist(dist_sync_fn, group)
             return
         self.counts = self.counts.clone()
-        torch.distributed.all_reduce(self.counts, group=group)
+        torch.distributed.all_reduce(self.counts, group=None if group is None else checked_group(group))
 
     def _load_from_state_dict(
         self,
@@ -196,16 +210,6 @@ class Accuracy(Metric):
         """Return the metric's arguments, for ``print``."""
         topk = self._ks if self._is_tuple else self._ks[0]
         return f"topk={topk}, ignore_index={self._ignore_index}"
-
-
-class _Shared:
-    """Holds a process group that copies of a metric share."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __deepcopy__(self, memo: Any) -> _Shared:
-        return self
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -22,6 +22,7 @@ from torch.autograd import Function
 
 __all__ = [
     "Layout",
+    "SharedGroup",
     "agreed_layout",
     "all_reduce",
     "all_reduce_detached",
@@ -44,6 +45,22 @@ class Layout:
     row_groups: tuple[Any, ...] = ()  # the ranks of each of these groups share the rows
     rows: int = 0  # of all ranks together
     most_classes: int | None = None  # of the rank that has the most, where the host knows
+
+
+class SharedGroup:
+    """Holds a module's process group. Copies of the module share it. A file holds that there was one, not which."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: Any) -> SharedGroup:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SharedGroup, (None if self.value is None else _NOT_SAVED,)
+
+
+_NOT_SAVED = "not saved"
 
 
 def gather(tensor: Tensor, group: Any) -> Tensor:
@@ -122,6 +139,11 @@ def checked_group(group: object) -> Any:
     """Return ``group`` if it is a process group that this process is in."""
     import torch.distributed as dist
 
+    if group == _NOT_SAVED:
+        raise RuntimeError(
+            "fastloss: the module was saved with a process group, which no file holds; set its attribute group to "
+            "a group of this program"
+        )
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("fastloss: group is given, but torch.distributed is not initialised: init_process_group")
     if not isinstance(group, dist.ProcessGroup):
