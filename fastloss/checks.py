@@ -16,6 +16,7 @@ from .backends.view import class_dim, row_shape
 
 __all__ = [
     "LABEL_DTYPES",
+    "check_dense_target",
     "check_index_target",
     "check_labels",
     "check_logits",
@@ -31,11 +32,14 @@ __all__ = [
     "is_autocast",
     "is_dense",
     "is_soft",
+    "is_symbolic",
     "loss_dtype",
 ]
 
 _REDUCTIONS = ("none", "mean", "sum")
 LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
+# x / softcap must be a normal number of float32, as small as logits may be.
+_MOST_SOFTCAP = 1e30
 
 
 def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, *, look: bool) -> None:
@@ -60,6 +64,21 @@ def is_dense(input: Tensor, target: object) -> bool:
         return False
     # With one class, a target of shape (1,) is dense if its dtype is none of labels.
     return input.shape != (1,) or target.dtype not in LABEL_DTYPES
+
+
+def check_dense_target(input: Tensor, target: Tensor, *, whole: bool) -> None:
+    """Check that a target with one value per class is not the labels of a binary classifier's scores.
+
+    ``whole``: ``input`` has all classes.
+    """
+    integral = not target.is_floating_point()
+    if (input.dim() == 1 and integral) or (whole and input.shape[class_dim(input)] == 1):
+        classes = "one row of scores" if input.dim() == 1 else "scores of a single class"
+        raise ValueError(
+            f"fastloss: target has dtype {target.dtype} and the shape of input, {tuple(input.shape)}, which is "
+            f"{classes}; expected labels of shape {row_shape(input)}. For the accuracy of a binary classifier pass "
+            "the scores of both classes, torch.stack([-scores, scores], 1), and labels of shape (N,)"
+        )
 
 
 def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype | None = None) -> torch.dtype:
@@ -108,8 +127,11 @@ def checked_options(
     cap = None if softcap is None else _number(softcap, "softcap")
     if not 0.0 <= smoothing <= 1.0:
         raise RuntimeError(f"fastloss: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if cap is not None and not 0.0 < cap < float("inf"):
-        raise ValueError(f"fastloss: softcap is {softcap}; expected a positive finite number, or None for no cap")
+    if cap is not None and not 1.0 / _MOST_SOFTCAP <= cap <= _MOST_SOFTCAP:
+        raise ValueError(
+            f"fastloss: softcap is {softcap}; expected a positive finite number, {1.0 / _MOST_SOFTCAP:g} to "
+            f"{_MOST_SOFTCAP:g}, or None for no cap"
+        )
     if not abs(scale) < float("inf"):
         raise ValueError(f"fastloss: lse_square_scale is {lse_square_scale}; expected a finite number")
     if not from_logits and (cap is not None or scale != 0.0):
@@ -258,6 +280,11 @@ def check_labels(target: Tensor, classes: int, ignore_index: int, *, shifted: bo
             f"fastloss: target{where} is {int(wide[row])}, which is out of bounds: "
             f"expected a class index in [0, {classes}) or ignore_index ({ignore_index})"
         )
+
+
+def is_symbolic(*tensors: object) -> bool:
+    """Return True if one of them stands for a tensor, as in ``torch.fx.symbolic_trace``, which records the call."""
+    return not all(isinstance(t, Tensor) for t in tensors) and torch.overrides.has_torch_function(tensors)
 
 
 def is_autocast(input: Tensor) -> bool:

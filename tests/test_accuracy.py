@@ -8,7 +8,10 @@ import pytest
 import reference
 import torch
 from places import Place
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import fastloss
 from fastloss import LossAndAccuracy, accuracy, cross_entropy, cross_entropy_with_accuracy
 
 KS = (1, 2, 5, 64)
@@ -170,3 +173,51 @@ def test_accuracy_does_not_hang_on_the_default_dtype(place: Place) -> None:
         assert value.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels"),
+    [
+        (torch.tensor([0.9, 0.2, 0.8, 0.1]), torch.tensor([0, 1, 1, 0])),
+        (torch.tensor([0.9, 0.2, 0.8, 0.1]), torch.tensor([False, True, True, False])),
+        (torch.randn(4, 1), torch.tensor([[0], [1], [1], [0]])),
+        (torch.randn(4, 1), torch.tensor([[0.0], [1.0], [1.0], [0.0]])),
+        (torch.randn(4, 1, 2), torch.ones(4, 1, 2)),
+    ],
+    ids=["(N,)", "(N,) bool", "(N, 1)", "(N, 1) float", "maps"],
+)
+def test_scores_of_a_binary_classifier_are_refused(scores: torch.Tensor, labels: torch.Tensor) -> None:
+    """They have the shape of one-hot rows, of which each would be right, or of a single row."""
+    metric = fastloss.Accuracy()
+    for call in (lambda: accuracy(scores, labels), lambda: metric.update(scores, labels)):
+        with pytest.raises(ValueError, match=r"target has dtype .* torch.stack\(\[-scores, scores\], 1\)"):
+            call()
+    assert metric.counts.tolist() == [0, 0, 0]
+
+
+def test_the_advice_for_a_binary_classifier() -> None:
+    scores, labels = torch.tensor([0.9, -0.2, 0.8, -0.1]), torch.tensor([0, 1, 1, 0])
+    assert accuracy(torch.stack([-scores, scores], 1), labels) == 0.5
+
+
+class Labels(torch.Tensor):
+    """A tensor of a dataset that keeps its class, as fastai's and torchvision's do."""
+
+
+class Scores(torch.Tensor):
+    """Its sibling."""
+
+
+@pytest.mark.parametrize("topk", [1, (1, 2)])
+def test_a_label_out_of_bounds_of_any_class_and_under_any_mode(topk: int | tuple[int, ...]) -> None:
+    x, bad, good = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 77]), torch.tensor([0, 1, 2, 3, 4, 0])
+    with pytest.raises(IndexError, match=r"target\[5\] is 77"):
+        accuracy(x, bad.as_subclass(Labels), topk)
+    with FlopCounterMode(display=False), pytest.raises(IndexError, match=r"target\[5\] is 77"):
+        accuracy(x, bad, topk)
+    plain, mixed = accuracy(x, good, topk), accuracy(x, good.as_subclass(Labels), topk)
+    assert plain == mixed
+    with pytest.raises(TypeError):  # as F.cross_entropy's
+        accuracy(x.as_subclass(Scores), good.as_subclass(Labels), topk)
+    with FakeTensorMode() as mode:  # there is no value to look at
+        accuracy(mode.from_tensor(x), mode.from_tensor(bad), topk)

@@ -263,3 +263,51 @@ def test_traces(place: Place) -> None:
     other = torch.randn(6, 5, device=place.device)
     traced = torch.fx.experimental.proxy_tensor.make_fx(lambda x, y: cross_entropy(x, y))(input, target)
     torch.testing.assert_close(traced(other, target), F.cross_entropy(other, target))
+
+
+def negated(tensor: Tensor) -> Tensor:
+    """The same numbers, which memory holds negated: the imaginary part of a conjugate is such a view."""
+    view = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+    assert view.is_neg()
+    return view
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("which", ["input", "weight", "target", "upstream", "inplace"])
+def test_negative_bits(place: Place, which: str, reduction: str, soft: bool) -> None:
+    """Kernels read and write memory, which holds the negative of such a tensor's values."""
+    x, weight, target = torch.randn(3, 33), torch.rand(33), torch.randint(33, (3,))
+    target = torch.rand(3, 33).softmax(1) if soft else target
+    upstream = torch.randn(3) if reduction == "none" else torch.tensor(-2.0)
+    x, weight, target, upstream = (each.to(place.device) for each in (x, weight, target, upstream))
+    results = []
+    for mark in (lambda tensor: tensor, negated):
+        leaf = (mark(x) if which == "input" else x).detach().requires_grad_()
+        logits, t = (
+            mark(leaf * 1) if which == "inplace" else leaf,
+            mark(target) if which == "target" and soft else target,
+        )
+        loss = cross_entropy(
+            logits, t, mark(weight) if which == "weight" else weight, reduction=reduction, inplace=which == "inplace"
+        )
+        loss.backward(mark(upstream) if which == "upstream" else upstream)
+        results.append((loss.detach(), leaf.grad))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_negative_bits_elsewhere(place: Place) -> None:
+    x, target = torch.randn(3, 33, device=place.device), torch.randint(33, (3,), device=place.device)
+    assert fastloss.accuracy(negated(x), x.argmax(1)) == 1
+    head = torch.randn(33, 4, device=place.device)
+    results = []
+    for mark in (lambda tensor: tensor, negated):
+        hidden = (x[:, :4]).clone().requires_grad_()
+        loss = fastloss.linear_cross_entropy(hidden, mark(head), target, reduction="none")
+        (of_hidden,) = torch.autograd.grad(loss, hidden, mark(x[:, 0]))
+        leaf = x.clone().requires_grad_()
+        parts = fastloss.cross_entropy_with_statistics(leaf, target, lse=True, entropy=True)
+        (of_lse,) = torch.autograd.grad((parts.lse, parts.entropy), leaf, (mark(x[:, 1]), mark(x[:, 2])))
+        results.append((of_hidden, of_lse))
+    torch.testing.assert_close(*results)

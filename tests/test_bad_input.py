@@ -581,3 +581,20 @@ def test_accuracy_of_a_single_class(served: str) -> None:
     """Class probabilities of ``input``'s shape stay class probabilities where there is one class."""
     assert float(accuracy(torch.tensor([0.3]), torch.tensor([1.0]))) == 1.0
     assert float(accuracy(torch.tensor([[0.3], [0.2]]), torch.tensor([[1.0], [1.0]]))) == 1.0
+
+
+@pytest.mark.parametrize("softcap", [1e40, 3e38, 1e-40, float("inf")])
+def test_a_softcap_that_float32_does_not_hold(place: Place, softcap: float) -> None:
+    with pytest.raises(ValueError, match=r"softcap is .*; expected a positive finite number, 1e-30 to 1e\+30"):
+        fastloss.cross_entropy(
+            torch.randn(2, 3, device=place.device), torch.zeros(2, device=place.device).long(), softcap=softcap
+        )
+
+
+def test_in_place_over_windows(place: Place) -> None:
+    """Rows that overlap can't each hold their own gradient."""
+    windows = (torch.randn(12, device=place.device).requires_grad_() * 1).unfold(0, 4, 1)
+    with pytest.raises(RuntimeError, match=r"inplace=True needs .* strides \(1, 1\)"):
+        fastloss.cross_entropy(windows, torch.zeros(9, device=place.device).long(), inplace=True)
+    apart = (torch.randn(12, device=place.device).requires_grad_() * 1).unfold(0, 4, 4)
+    fastloss.cross_entropy(apart, torch.zeros(3, device=place.device).long(), inplace=True).backward()

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Backend, LossOptions, compute_dtype
+from ..backends.view import in_memory
 from ..loss.autograd import gradients_from_input, visit
 from ..loss.row_numbers import total_weight
 
@@ -340,7 +341,7 @@ def backward(
         saved: from the forward pass.
         into: the weight's gradient so far, to which its gradient is added chunk by chunk; it is not returned then.
     """
-    total = losses.total(tensors.target)
+    total, upstream = losses.total(tensors.target), in_memory(upstream)
     upstream = upstream if total is None else upstream.double() / total
     upstream = upstream.to(losses.upstream_dtype).expand(len(tensors.input))
     visit = ChunkIterator(tensors, losses.call, needs)

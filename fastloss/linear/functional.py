@@ -9,9 +9,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from .. import checks
 from ..backends import choice
+from ..backends.view import wide_labels
 from ..loss import routes
 from ..loss.functional import LossAndAccuracy
 from ..loss.sharded import refuse
@@ -107,6 +109,8 @@ def linear_cross_entropy(
         >>> head.grad.shape
         torch.Size([3, 2])
     """
+    if checks.is_symbolic(input, linear_weight, target):
+        return handle_torch_function(linear_cross_entropy, (input, linear_weight, target), **locals())
     try:
         options = checks.checked_options(
             ignore_index=-100 if ignore_index is None else ignore_index,
@@ -157,6 +161,8 @@ def linear_cross_entropy_with_accuracy(
         >>> linear_cross_entropy_with_accuracy(hidden, head, torch.tensor([2, 0]))
         LossAndAccuracy(loss=tensor(1.0035), accuracy=tensor(0.5000))
     """
+    if checks.is_symbolic(input, linear_weight, target):
+        return handle_torch_function(linear_cross_entropy_with_accuracy, (input, linear_weight, target), **locals())
     try:
         ks = checks.checked_topk(topk)
         options = checks.checked_options(
@@ -194,7 +200,7 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
     rows = math.prod(lead)
     x = input.reshape(rows, input.shape[-1])
     soft = target.is_floating_point() and target.dim() == input.dim()
-    t = target.reshape(rows, classes) if soft else target.reshape(-1)
+    t = target.reshape(rows, classes) if soft else wide_labels(target.reshape(-1))
     dtype = dtype_of_logits(input)
     logits = input.new_empty((), dtype=dtype).expand(rows, classes)  # without memory, for the checks
     if soft:

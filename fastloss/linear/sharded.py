@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import choice
 from ..backends.contract import Backend
-from ..backends.view import as_labels
+from ..backends.view import as_labels, wide_labels
 from ..loss.sharded import (
     Numbers,
     RowReduction,
@@ -103,7 +103,7 @@ def linear_loss_over_ranks(arguments: Arguments, group: Any) -> tuple[Tensor, tu
         check_labels_together(t, layout, options.ignore_index, shifted=shift)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
-    t = t.reshape(-1, t.shape[-1]) if soft else as_labels(t)
+    t = t.reshape(-1, t.shape[-1]) if soft else as_labels(wide_labels(t))
     weight = None if weight is None else weight.contiguous()
     dtype = dtype_of_logits(x)
     call = LinearOptions(options, dtype, checks.loss_dtype(x, t, weight, dtype), **chunking)

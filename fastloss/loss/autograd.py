@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backends.contract import Backend, LossInputs, LossOptions, WantedGradients, compute_dtype
-from ..backends.view import as_rows
+from ..backends.view import as_rows, in_memory
 from . import composite
 
 __all__ = ["fused_cross_entropy", "gradients_from_input", "handed_over", "is_differentiable", "visit"]
@@ -106,6 +106,7 @@ def visit(
     divisor: Any = None,
 ) -> Visit:
     """Run the backend's forward pass. The arguments are as in :func:`fused_cross_entropy`."""
+    weight = None if weight is None else in_memory(weight)
     if not target.is_floating_point():
         result = backend.cross_entropy_forward(
             LossInputs(as_rows(input), target, weight, options),
@@ -139,6 +140,7 @@ def gradients_from_input(
     inplace: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Run the backend's backward pass; return the gradients of ``input`` and ``target``."""
+    weight, upstream = None if weight is None else in_memory(weight), in_memory(upstream)
     if not target.is_floating_point():
         inputs = LossInputs(as_rows(input), target, weight, options)
         return backend.cross_entropy_backward(upstream, inputs, saved, inplace=inplace).view(input.shape), None
@@ -239,6 +241,7 @@ def handed_over(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients that the forward pass wrote, times ``upstream``; in place where autograd is done."""
     inplace = not _graph_is_kept()
+    upstream = None if upstream is None else in_memory(upstream)
     return tuple(
         None if g is None or upstream is None else backend.rescale(g.detach(), upstream, inplace=inplace)
         for g in gradients

@@ -7,12 +7,12 @@ tensors on a CPU, and derivatives past the first where the logits were saved.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from .. import checks
 from ..backends.contract import LossOptions, compute_dtype
-from ..backends.view import class_dim
+from ..backends.view import class_dim, wide_labels
 from ..ranks import placements
 
 __all__ = ["accuracy", "by_class", "cross_entropy", "labels_of", "reduced", "row_weight"]
@@ -23,6 +23,7 @@ def cross_entropy(
 ) -> Tensor:
     """Return the loss in ``dtype``, by default torch's; the shapes are as in :func:`fastloss.cross_entropy`."""
     soft = checks.is_soft(input, target)
+    target = wide_labels(target)
     plain = not options.hides_softmax
     if dtype is None:
         dtype = torch.promote_types(input.dtype, target.dtype) if soft else input.dtype
@@ -36,9 +37,7 @@ def cross_entropy(
         logits = options.softcap * torch.tanh(logits / options.softcap)
     if weight is not None and not soft and not torch.is_autocast_enabled(input.device.type):
         weight = weight.to(logits.dtype)
-    if not soft and target.dtype != torch.int64:
-        target = target.long()
-    loss = F.cross_entropy(
+    loss = torch_cross_entropy(
         logits,
         target,
         weight,
@@ -73,11 +72,14 @@ def _of_probabilities(y: Tensor, target: Tensor, weight: Tensor | None, options:
     if checks.is_soft(y, target):
         u = target * (1 - eps) + eps / y.shape[dim]
         u = u if w is None else u * w
-        # Classes with u = 0 add nothing, and log's infinite slope at 0 stays out of the gradient.
-        rows = -torch.where(u == 0, 0.0, u * torch.where(u == 0, 1.0, y).log()).sum(dim)
+        # The derivative by u is log y, at u = 0 too. Where y is 0 as well, u log y is NaN. There −√u stands for it,
+        # which is 0 and has the slope −inf; and log's slope stays out of the gradient of y.
+        limit = (u == 0) & ~((y > 0) & (y < torch.inf))
+        products = u * torch.where(limit, 1.0, y).log()
+        rows = -torch.where(limit, -torch.where(limit, u, 1.0).sqrt(), products).sum(dim)
         return reduced(rows, None, options.reduction)
     counted, weights = row_weight(target, weight, y.dtype, options)
-    label = torch.where(counted, target, 0).long()
+    label = torch.where(counted, target, 0)
     p_y = torch.where(counted, y.gather(dim, label.unsqueeze(dim)).squeeze(dim), 1.0)
     rows = -(1 - eps) * weights * p_y.log()
     if eps:
@@ -89,11 +91,11 @@ def _of_probabilities(y: Tensor, target: Tensor, weight: Tensor | None, options:
 def row_weight(
     target: Tensor, weight: Tensor | None, dtype: torch.dtype, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
-    """Return which rows count, and w_y, which is 0 in the others."""
+    """Return which rows count, and w_y, which is 0 in the others. The labels are wide."""
     counted = target != options.ignore_index
     if weight is None:
         return counted, counted.to(dtype)
-    return counted, weight.to(dtype)[torch.where(counted, target, 0).long()] * counted
+    return counted, weight.to(dtype)[torch.where(counted, target, 0)] * counted
 
 
 def reduced(rows: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
@@ -122,12 +124,12 @@ def accuracy(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tenso
     """Return the accuracy for each k of the options, against class indices, as :func:`fastloss.accuracy` does."""
     dim = class_dim(input)
     classes = input.shape[dim]
-    target = target.long().view(input.shape[:dim] + input.shape[dim + 1 :])
+    target = wide_labels(target).view(input.shape[:dim] + input.shape[dim + 1 :])
     counted = target != options.ignore_index
     if classes == 0:
         rank = torch.zeros_like(target)
     elif options.topk == (1,):  # torch.argmax gives the first of equal maxima, and NaN is its greatest value
-        rank = (input.argmax(dim) != target).long()
+        rank = torch.ne(input.argmax(dim), target).long()  # not !=, which hides torch's errors
     else:
         label = torch.where(counted, target, 0).unsqueeze(dim)
         score = input.gather(dim, label)

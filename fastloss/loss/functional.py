@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as legacy
+from torch.nn.functional import cross_entropy as torch_cross_entropy
+from torch.overrides import handle_torch_function
 
 from .. import checks
 from . import routes
@@ -70,11 +71,12 @@ def cross_entropy(
         softcap: z = softcap · tanh(input / softcap) (Gemma 2, arXiv:2408.00118, §2).
         from_logits: if False, ``input`` is probabilities y, and log y takes the place of z − lse(z): a row's loss is
             −w_y log y_y, or −Σ_c w_c t_c log y_c, where a class with t_c = 0 adds nothing, even at y_c = 0. Rows of y
-            are taken as they are, whatever they add up to. There is no ``softcap`` or ``lse_square_scale`` then.
+            are taken as they are, whatever they add up to. The gradient of t_c is −(1−ε) w_c log y_c, at t_c = 0 too.
+            There is no ``softcap`` or ``lse_square_scale`` then.
         inplace: write the gradient over ``input``, which then no longer holds the logits: saves the gradient's
-            memory. autograd raises its own error where the overwritten values are still needed; reading them again
-            without autograd gives the gradient. Compilers and function transforms do without it, and so do calls
-            over several ranks.
+            memory. Its rows may not overlap in memory. autograd raises its own error where the overwritten values are
+            still needed; reading them again without autograd gives the gradient. Compilers and function transforms do
+            without it, and so do calls over several ranks.
         group: a ``torch.distributed`` process group, each of whose ranks has a shard of the classes, in rank order,
             of any sizes that add up to C. ``input`` is this rank's logits. Labels are among all C classes, and the
             same on every rank; class probabilities are this rank's, as ``input`` is; ``weight`` is that of all C
@@ -120,9 +122,10 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
-    plain = lse_square_scale == 0.0 and softcap is None and from_logits is True
     if (
-        plain
+        lse_square_scale == 0.0
+        and softcap is None
+        and from_logits is True
         and not inplace
         and group is None
         and label_smoothing.__class__ is float
@@ -130,7 +133,7 @@ def cross_entropy(
         and 0.0 <= label_smoothing <= 1.0
     ):
         try:
-            return F.cross_entropy(
+            return torch_cross_entropy(
                 input,
                 target,
                 weight,
@@ -140,6 +143,8 @@ def cross_entropy(
             )
         except (RuntimeError, ValueError, IndexError, TypeError):
             pass  # The checks below raise this package's own error, if it has one, or else torch's again.
+    if checks.is_symbolic(input, target):
+        return handle_torch_function(cross_entropy, (input, target), **locals())
     try:
         options = checks.checked_options(
             ignore_index=ignore_index,
@@ -186,6 +191,8 @@ def cross_entropy_with_accuracy(
         >>> loss, top1, top2
         (tensor(0.6716), tensor(0.5000), tensor(1.))
     """
+    if checks.is_symbolic(input, target):
+        return handle_torch_function(cross_entropy_with_accuracy, (input, target), **locals())
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     try:
@@ -224,7 +231,8 @@ def accuracy(
     Args:
         input: scores, logits or probabilities alike: ``(C,)``, ``(N, C)`` or ``(N, C, d1, …)``, floating point.
         target: class indices ``()``, ``(N,)`` or ``(N, d1, …)`` in int64, int32 or uint8; or one-hot rows or class
-            probabilities of ``input``'s shape, whose argmax is the label.
+            probabilities of ``input``'s shape, whose argmax is the label. Not 0 or 1 for each of a binary
+            classifier's scores ``(N,)`` or ``(N, 1)``: those need ``torch.stack([-scores, scores], 1)`` and ``(N,)``.
         topk: an int, or a tuple of ints; each at least 1. A k of C or more is always right.
         ignore_index: a label whose rows count neither as right nor in the total.
         reduction: ``"mean"``: the share in [0, 1]; ``"sum"``: the number; ``"none"``: 1 or 0 for each row (0 where
@@ -246,6 +254,8 @@ def accuracy(
         >>> accuracy(scores, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), topk=(1, 2))
         (tensor(0.5000), tensor(1.))
     """
+    if checks.is_symbolic(input, target):
+        return handle_torch_function(accuracy, (input, target), **locals())
     try:
         checks.check_logits(input)
         ks = checks.checked_topk(topk)

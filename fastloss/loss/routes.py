@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from .. import checks
 from ..backends import choice
 from ..backends.contract import LossOptions
-from ..backends.view import as_labels, as_rows, class_dim, row_shape
+from ..backends.view import as_labels, as_rows, class_dim, may_overlap, row_shape
 from ..ranks import placements
 from . import compiled, composite, sharded
 from .autograd import fused_cross_entropy
@@ -21,6 +21,7 @@ from .autograd import fused_cross_entropy
 __all__ = [
     "FUSED_TYPES",
     "SMALL_ON_CPU",
+    "WIDENED_TYPES",
     "accuracies",
     "composed",
     "has_too_many_rows",
@@ -38,6 +39,8 @@ SMALL_ON_CPU = 1 << 18
 FEW_CLASSES = 8
 
 FUSED_TYPES = (Tensor, torch.nn.Parameter)
+# Labels that go to torch's operators where the logits are few, widened if need be.
+WIDENED_TYPES = (torch.int64, torch.uint8)
 
 
 def loss_and_accuracies(
@@ -59,10 +62,10 @@ def loss_and_accuracies(
     soft = target.is_floating_point()
     if not traced and not soft and input.dim() == 1:
         target = target.view(())
-    if inplace and not traced and torch._debug_has_internal_overlap(input) == 1:
+    if inplace and not traced and may_overlap(input):
         raise RuntimeError(
             f"fastloss: inplace=True needs an input whose elements have memory of their own; "
-            f"got strides {input.stride()} for shape {tuple(input.shape)} (an expanded tensor: clone it)"
+            f"got strides {input.stride()} for shape {tuple(input.shape)} (expanded, or overlapping windows: clone)"
         )
     values: tuple[Tensor, ...] = ()
     flat = route in ("fused", "compiled")
@@ -92,7 +95,7 @@ def _route(
     if group is None and not is_traced(input, target):
         if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
             return "composed"  # the checks will refuse them
-        if not inplace and is_small(input, target, weight):
+        if not inplace and is_small(input, target, weight, WIDENED_TYPES):
             return "composed"
         soft = target.is_floating_point()
         served = input.numel() > 0 and (soft or options.from_logits) and not has_too_many_rows(input)
@@ -116,12 +119,14 @@ def accuracies(input: Tensor, target: Tensor, options: LossOptions, group: Any =
     if group is not None or placements.is_uncompiled_dtensor(input):
         return sharded.accuracies_over_ranks(input, target, options, group)
     if checks.is_dense(input, target):
+        checks.check_dense_target(input, target, whole=True)
         target = composite.labels_of(target)
         options = dataclasses.replace(options, ignore_index=-1)  # argmax gives no label to ignore
     checks.check_index_target(input, target, None)
     target = target.view(()) if input.dim() == 1 else target
-    if options.topk and not is_traced(input, target) and choice.may_look(target):
-        checks.check_labels(target, input.shape[class_dim(input)], options.ignore_index)
+    if options.topk and _has_values(target) and choice.may_look(target):
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunctionSubclass():
+            checks.check_labels(target.as_subclass(Tensor), input.shape[class_dim(input)], options.ignore_index)
     return _accuracies(input, target, options)
 
 
@@ -137,7 +142,9 @@ def _accuracies(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Te
     """Return the accuracies for labels that are checked already."""
     if not options.topk:
         return ()
-    small = input.numel() == 0 or (input.numel() <= SMALL_ON_CPU // 16 and is_small(input, target))
+    small = input.numel() == 0 or (
+        input.numel() <= SMALL_ON_CPU // 16 and is_small(input, target, labels=WIDENED_TYPES)
+    )
     if small or is_traced(input, target):
         return composite.accuracy(input, target, options)
     rows, labels = as_rows(input), as_labels(target)
@@ -146,19 +153,23 @@ def _accuracies(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Te
     return values if options.is_reduced else tuple(value.view(target.shape) for value in values)
 
 
-def is_small(input: Tensor, target: Tensor, weight: Tensor | None = None) -> bool:
-    """Return True where torch's own operators are faster: few logits on a CPU, and a target that they take."""
+def is_small(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    labels: tuple[torch.dtype, ...] = (torch.int64,),
+) -> bool:
+    """Return True where torch's own operators are faster: few logits on a CPU, and a target that they take.
+
+    ``labels``: the dtypes of class indices that are taken. torch's operators are right for int64 alone.
+    """
     return (
         not torch.compiler.is_compiling()
         and type(input) in FUSED_TYPES
         and type(target) is Tensor
         and input.is_cpu
         and (input.numel() <= SMALL_ON_CPU or (input.dim() > 1 and input.shape[1] <= FEW_CLASSES))
-        and (
-            target.dtype is torch.int64
-            or target.dtype is torch.uint8
-            or (target.dtype is input.dtype and target.shape == input.shape)
-        )
+        and (target.dtype in labels or (target.dtype is input.dtype and target.shape == input.shape))
         and (weight is None or (isinstance(weight, Tensor) and weight.dtype is input.dtype))
         and not choice.is_forced()
     )
@@ -184,6 +195,18 @@ def is_traced(input: Tensor, target: Tensor) -> bool:
         or type(target) is not Tensor
         or input.is_meta
         or not (input.layout is target.layout is torch.strided)
+    )
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Return True if the tensor holds its own values, whatever its class, and nothing traces what is read of them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or tensor.is_meta
+        or tensor.layout is not torch.strided
+        or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     )
 
 

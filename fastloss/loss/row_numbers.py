@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import LossOptions, RowStatistics, SoftRowStatistics
+from ..backends.view import wide_labels
 from . import composite
 
 __all__ = ["LabelLosses", "soft_losses", "total_weight"]
@@ -40,7 +41,7 @@ class LabelLosses:
         self.options, self.classes = options, classes
         self.lse, self.label_logit, self.weighted_sum = rows.lse, rows.label_logit, rows.weighted_sum
         self.class_weight = None if weight is None else weight.to(self.lse.dtype)
-        labels = target.long()
+        labels = wide_labels(target)
         counted = labels != options.ignore_index
         label, invalid = labels, None
         # Off the CPU the host would have to wait for the labels.
@@ -116,10 +117,11 @@ def _with_spread(
 
 def total_weight(target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
     """Return the divisor of a mean over labels, Σ w_y of the counted rows, in float64; NaN if a label is invalid."""
+    target = wide_labels(target)
     counted = target != options.ignore_index
     if weight is None:
         return counted.sum(dtype=torch.float64)
-    label = torch.where(counted, target, 0).long()
+    label = torch.where(counted, target, 0)
     inside = (label >= 0) & (label < len(weight))
     of_label = torch.where(inside, weight.double()[torch.where(inside, label, 0)], float("nan"))
     return torch.where(counted, of_label, 0.0).sum()

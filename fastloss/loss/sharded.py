@@ -41,7 +41,7 @@ from ..backends.contract import (
     WantedGradients,
     compute_dtype,
 )
-from ..backends.view import as_labels, as_rows, class_dim, row_shape
+from ..backends.view import as_labels, as_rows, class_dim, in_memory, row_shape, wide_labels
 from ..ranks import collectives, placements
 from ..ranks.collectives import Layout, all_reduce, all_reduce_detached, gather
 from . import composite
@@ -135,7 +135,9 @@ def _part_of_rank(
         x, t, layout = placements.local(input), plan.target, plan.layout
         if not dense and choice.may_look(x):
             check_labels_together(t, layout, options.ignore_index)
-        return _Part(x, t, None if dense else as_labels(t), placements.whole(weight), options, layout, plan)
+        return _Part(
+            x, t, None if dense else as_labels(wide_labels(t)), placements.whole(weight), options, layout, plan
+        )
     group = collectives.checked_group(group)
     try:
         input, target = collectives.waited(input), collectives.waited(target)
@@ -163,7 +165,7 @@ def _part_of_rank(
         checks.check_weight(input.new_empty(()).expand(int(layout.classes)), weight)
         if not dense:
             checks.check_labels(target, int(layout.classes), options.ignore_index)
-    return _Part(input, target, None if dense else as_labels(target), weight, options, layout, None)
+    return _Part(input, target, None if dense else as_labels(wide_labels(target)), weight, options, layout, None)
 
 
 def refuse(group: Any, input: object) -> None:
@@ -181,6 +183,7 @@ def _check_target(
 ) -> bool:
     """Check what one rank can check alone. Return True if the target has one value per class."""
     if only_accuracy and checks.is_dense(input, target):
+        checks.check_dense_target(input, target, whole=placements.is_dtensor(input))
         return True
     if not only_accuracy and isinstance(target, Tensor) and checks.is_soft(input, target):
         checks.check_soft_target(input, target, weight, options.ignore_index)
@@ -360,7 +363,7 @@ def _external_label(
             index = torch.where(is_own, local, 0).view(outer, 1, inner)
             logit = torch.where(is_own, x.gather(1, index).flatten().double(), 0.0)
         logit = all_reduce_detached(logit, (layout.class_group,))
-    position = (labels.long() - layout.start).clamp(0, classes)
+    position = (labels - layout.start).clamp(0, classes)
     return ExternalLabel(logit.contiguous(), position, max(options.topk))
 
 
@@ -369,7 +372,7 @@ def _own_labels(labels: Tensor, classes: int, options: LossOptions, layout: Layo
 
     A label is -100 where the row is ignored, and 0 where another rank has it.
     """
-    local = labels.long() - layout.start
+    local = labels - layout.start
     counted = labels != options.ignore_index
     is_own = counted & (local >= 0) & (local < classes)
     return torch.where(counted, torch.where(is_own, local, 0), -100), is_own
@@ -394,7 +397,7 @@ def sharded_loss(
     ranked: bool,
 ) -> ShardedLoss:
     """Return the loss of rows whose classes are shared. ``ranked`` asks for the labels' ranks, by a collective."""
-    labels = None if target.is_floating_point() else as_labels(target)
+    labels = None if target.is_floating_point() else as_labels(wide_labels(target))
     label = _external_label(input, target, labels, options, layout) if ranked else None
     classes = input.shape[class_dim(input)]
     if labels is None:
@@ -416,7 +419,7 @@ class _Shard:
     ) -> None:
         self.weight, self.options, self.layout = weight, options, layout
         self.backend, self.label = backend, label
-        self.own_weight = None if weight is None else _own_weight(weight, classes, layout)
+        self.own_weight = None if weight is None else in_memory(_own_weight(weight, classes, layout))
         # The labels of a visit are this rank's, -100 where a row is ignored.
         self.of_visit = dataclasses.replace(options, ignore_index=-100)
 
@@ -586,4 +589,5 @@ class _Numbers(Function):
             )
         input, target, *numbers = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
+        upstreams = tuple(None if upstream is None else in_memory(upstream) for upstream in upstreams)
         return (*ctx.shard.gradients(upstreams, input, target, numbers, needs), None)

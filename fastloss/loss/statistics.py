@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import _reduction as legacy
+from torch.overrides import handle_torch_function
 
 from .. import checks
 from ..backends import choice
 from ..backends.contract import Backend, LossInputs, LossOptions, RowStatistics, compute_dtype
-from ..backends.view import as_labels, as_rows, class_dim, row_shape
+from ..backends.view import as_labels, as_rows, class_dim, in_memory, row_shape, wide_labels
 from . import composite, routes
 from .autograd import is_differentiable
 from .row_numbers import LabelLosses
@@ -126,6 +127,8 @@ def cross_entropy_with_statistics(
         tensor([[-0.1057,  0.0867,  0.0190],
                 [ 0.1501, -0.3339,  0.1838]])
     """
+    if checks.is_symbolic(input, target):
+        return handle_torch_function(cross_entropy_with_statistics, (input, target), **locals())
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     options = checks.checked_options(
@@ -144,7 +147,8 @@ def cross_entropy_with_statistics(
     look = not traced and isinstance(target, Tensor) and choice.may_look(target)
     checks.check_tensors(input, target, weight, options.ignore_index, look=look)
     target = target.view(()) if input.dim() == 1 else target
-    if traced or input.numel() == 0 or routes.has_too_many_rows(input) or routes.is_small(input, target, weight):
+    small = routes.is_small(input, target, weight, routes.WIDENED_TYPES)
+    if traced or small or input.numel() == 0 or routes.has_too_many_rows(input):
         return _composed(input, target, weight, options, wanted)
 
     labels, every_row = as_labels(target), lse or entropy or predicted
@@ -217,7 +221,7 @@ def _predicted_and_correct(
     predicted = predicted.view(target.shape)
     correct = None
     if wanted.correct:
-        labels = target.long()
+        labels = wide_labels(target)
         correct = (predicted == labels) & (labels != ignore_index)
     return predicted if wanted.predicted else None, correct
 
@@ -229,6 +233,7 @@ def _composed(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: _Wanted
 ) -> LossStatistics:
     """Return the parts from torch's own differentiable operations."""
+    target = wide_labels(target)
     loss = composite.cross_entropy(input, target, weight, options, checks.loss_dtype(input, target, weight))
     parts = _composed_rows(input, target, options, wanted)
     z_loss = None
@@ -270,7 +275,7 @@ class _PlainRows:
         return -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(self.dim)
 
     def label_logit(self, target: Tensor) -> Tensor:
-        labels = target.long()
+        labels = wide_labels(target)
         usable = (labels != self.options.ignore_index) & (labels >= 0) & (labels < self.input.shape[self.dim])
         return self.logits().gather(self.dim, (labels * usable).unsqueeze(self.dim)).squeeze(self.dim)
 
@@ -292,7 +297,7 @@ def _row_statistics(
     every_row: bool,
 ) -> RowStatistics:
     """Return a backend's numbers of each row, with a graph where ``input`` needs one. ``target`` is ``(rows,)``."""
-    weight = None if weight is None else weight.detach().contiguous()
+    weight = None if weight is None else in_memory(weight.detach()).contiguous()
     backend = choice.load(choice.choose(input))
     switches: dict[str, Any] = {"entropy": entropy, "predicted": predicted, "every_row": every_row}
     if not (input.requires_grad and torch.is_grad_enabled()):
@@ -330,6 +335,7 @@ class _RowStatistics(Function):
         input, target, weight, lse, entropy = ctx.saved_tensors
         if is_differentiable(upstreams):
             return (_differentiable_gradient(input, target, weight, ctx.options, upstreams), *nothing)
+        upstreams = tuple(None if upstream is None else in_memory(upstream) for upstream in upstreams)
         inputs = LossInputs(as_rows(input), target, weight, ctx.options)
         gradient = ctx.backend.row_statistics_backward(upstreams, inputs, lse, entropy, inplace=False)
         return (gradient.view(input.shape), *nothing)
