@@ -69,10 +69,11 @@ def is_dense(input: Tensor, target: object) -> bool:
 def check_dense_target(input: Tensor, target: Tensor, *, whole: bool) -> None:
     """Check that a target with one value per class is not the labels of a binary classifier's scores.
 
-    ``whole``: ``input`` has all classes.
+    Floating-point targets are class probabilities in any shape. ``whole``: ``input`` has all classes.
     """
-    integral = not target.is_floating_point()
-    if (input.dim() == 1 and integral) or (whole and input.shape[class_dim(input)] == 1):
+    if target.is_floating_point():
+        return
+    if input.dim() == 1 or (whole and input.shape[1] == 1):
         classes = "one row of scores" if input.dim() == 1 else "scores of a single class"
         raise ValueError(
             f"fastloss: target has dtype {target.dtype} and the shape of input, {tuple(input.shape)}, which is "

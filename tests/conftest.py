@@ -72,6 +72,9 @@ def nothing_remembered() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="Run every test, not the fast selection (tests/selection.py)")
+    parser.addoption(
+        "--examples", type=int, metavar="N", help="Draw N random calls in each test of tests/test_fuzz.py"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

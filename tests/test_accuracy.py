@@ -181,10 +181,9 @@ def test_accuracy_does_not_hang_on_the_default_dtype(place: Place) -> None:
         (torch.tensor([0.9, 0.2, 0.8, 0.1]), torch.tensor([0, 1, 1, 0])),
         (torch.tensor([0.9, 0.2, 0.8, 0.1]), torch.tensor([False, True, True, False])),
         (torch.randn(4, 1), torch.tensor([[0], [1], [1], [0]])),
-        (torch.randn(4, 1), torch.tensor([[0.0], [1.0], [1.0], [0.0]])),
-        (torch.randn(4, 1, 2), torch.ones(4, 1, 2)),
+        (torch.randn(4, 1, 2), torch.ones(4, 1, 2).long()),
     ],
-    ids=["(N,)", "(N,) bool", "(N, 1)", "(N, 1) float", "maps"],
+    ids=["(N,)", "(N,) bool", "(N, 1)", "maps"],
 )
 def test_scores_of_a_binary_classifier_are_refused(scores: torch.Tensor, labels: torch.Tensor) -> None:
     """They have the shape of one-hot rows, of which each would be right, or of a single row."""
