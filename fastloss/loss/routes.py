@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from .. import checks
 from ..backends import choice
 from ..backends.contract import LossOptions
-from ..backends.view import as_labels, as_rows, class_dim, may_overlap, row_shape
+from ..backends.view import as_labels, as_rows, class_dim, may_overlap, row_shape, wide_labels
 from ..ranks import placements
 from . import compiled, composite, sharded
 from .autograd import fused_cross_entropy
@@ -37,6 +37,9 @@ __all__ = [
 SMALL_ON_CPU = 1 << 18
 # So do rows of at most this many classes: the numbers that a fused pass saves per row would outweigh the row.
 FEW_CLASSES = 8
+
+# And maps of at most this many classes in 16 bits where pixels are ignored, as those rows have more numbers.
+FEW_CLASSES_OF_MAPS = 12
 
 FUSED_TYPES = (Tensor, torch.nn.Parameter)
 # Labels that go to torch's operators where the logits are few, widened if need be.
@@ -95,7 +98,7 @@ def _route(
     if group is None and not is_traced(input, target):
         if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
             return "composed"  # the checks will refuse them
-        if not inplace and is_small(input, target, weight, WIDENED_TYPES):
+        if not inplace and (is_small(input, target, weight, WIDENED_TYPES) or _is_thin(input, target, options)):
             return "composed"
         soft = target.is_floating_point()
         served = input.numel() > 0 and (soft or options.from_logits) and not has_too_many_rows(input)
@@ -172,6 +175,22 @@ def is_small(
         and (target.dtype in labels or (target.dtype is input.dtype and target.shape == input.shape))
         and (weight is None or (isinstance(weight, Tensor) and weight.dtype is input.dtype))
         and not choice.is_forced()
+    )
+
+
+def _is_thin(input: Tensor, target: Tensor, options: LossOptions) -> bool:
+    """Return True for maps on a CPU whose rows' numbers would outweigh the rows, as the labels of all rows tell.
+
+    ``(N, C)`` is not among them: torch's operator takes several times as long for it.
+    """
+    return (
+        input.is_cpu
+        and input.dim() > 2
+        and input.shape[1] <= FEW_CLASSES_OF_MAPS
+        and input.dtype.itemsize == 2
+        and target.dtype in checks.LABEL_DTYPES
+        and not (options.topk or options.hides_softmax or choice.is_forced())
+        and bool((wide_labels(target) == options.ignore_index).any())
     )
 
 
