@@ -6,8 +6,9 @@ Neither knows autograd, argument checks or shapes beyond one canonical view:
 - The input, of logits or probabilities, is ``(outer, classes, inner)``, with any strides. A *row* is one
   ``input[o, :, i]``, and row number ``o * inner + i``. ``(N, C)`` becomes ``(N, C, 1)``; ``(N, C, d1, …)`` becomes
   ``(N, C, d1·…)``.
-- ``target`` is ``(rows,)``, contiguous, int64 / int32 / uint8. A *soft* target holds one value per class, and is
-  ``(outer, classes, inner)`` like the input, in any floating-point dtype and any strides.
+- ``target`` is ``(rows,)``, contiguous, int64 / int32 / uint8; a backend widens labels as it reads them. A
+  *soft* target holds one value per class, and is ``(outer, classes, inner)`` like the input, in any floating-point
+  dtype and any strides.
 - A result with one element per row is ``(rows,)``; reduced, it is ``()``.
 """
 
