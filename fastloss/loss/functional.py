@@ -123,7 +123,7 @@ def cross_entropy(
     plain = lse_square_scale == 0.0 and softcap is None and from_logits is True
     if (
         plain
-        and not inplace
+        and inplace is False
         and group is None
         and label_smoothing.__class__ is float
         and routes.is_small(input, target, weight)
@@ -149,6 +149,7 @@ def cross_entropy(
             softcap=softcap,
             from_logits=from_logits,
         )
+        checks.check_switches(inplace=inplace)
     except Exception:
         refuse(group, input)
         raise
@@ -199,6 +200,7 @@ def cross_entropy_with_accuracy(
             topk=ks,
             from_logits=from_logits,
         )
+        checks.check_switches(inplace=inplace)
     except Exception:
         refuse(group, input)
         raise
