@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fastloss.backends.contract import FLAG_ELEMENTS, Addresses, SGDBatch, SGDControls, SGDRule, check_gradients
-from fastloss.backends.torch_private import materialized
+from fastloss.backends.torch_private import foreach_copy_, materialized
 
 from .arguments import compiled_in
 from .launch import Launch, alike, on_device, scratch
@@ -353,7 +353,7 @@ def _rule_arguments(
     if not tensors:
         return (), tables.rules_table, 0
     table = tables.rules_table.clone()
-    torch._foreach_copy_([table[place] for place in tensors], [value.reshape(()) for value in tensors.values()])
+    foreach_copy_([table[place] for place in tensors], [value.reshape(()) for value in tensors.values()])
     return (), table, 0
 
 

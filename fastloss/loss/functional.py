@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import _reduction as legacy
 
 from .. import checks
+from ..backends.torch_private import legacy_reduction
 from . import routes
 from .sharded import refuse
 
@@ -119,7 +119,7 @@ def cross_entropy(
         tensor(0.6716)
     """
     if size_average is not None or reduce is not None:
-        reduction = legacy.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     plain = lse_square_scale == 0.0 and softcap is None and from_logits is True
     if (
         plain
@@ -188,7 +188,7 @@ def cross_entropy_with_accuracy(
         (tensor(0.6716), tensor(0.5000), tensor(1.))
     """
     if size_average is not None or reduce is not None:
-        reduction = legacy.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     try:
         ks = checks.checked_topk(topk)
         options = checks.checked_options(
