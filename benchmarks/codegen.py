@@ -79,7 +79,7 @@ class Launch:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The options, with the members of the constants that are given together."""
+        """Return the options, with the members of the constants that are given together."""
         constants = dict(self.options)
         for group in self.options.values():
             if isinstance(group, tuple):
@@ -110,17 +110,17 @@ class Compiled:
 
     @property
     def instructions(self) -> float:
-        """An element, over all hot loops: a kernel that visits its logits twice has two."""
+        """Return the instructions an element, over all hot loops: a kernel that visits its logits twice has two."""
         return sum(loop.usual for loop in self.loops) / self.elements
 
     @property
     def special(self) -> float:
-        """MUFU operations an element, of the loop that has the most."""
+        """Return the MUFU operations an element, of the loop that has the most."""
         return max((loop.special for loop in self.loops), default=0) / self.elements
 
     @property
     def slots(self) -> float:
-        """The share of the issue slots, of the loop that needs the most, at the full bandwidth."""
+        """Return the share of the issue slots, of the loop that needs the most, at the full bandwidth."""
         return max(
             (
                 loop.usual / (16 * (loop.loads + loop.stores)) * BYTES_PER_SECOND / INSTRUCTIONS_PER_SECOND
@@ -131,7 +131,7 @@ class Compiled:
 
     @property
     def faults(self) -> list[str]:
-        """What the report counts against it."""
+        """Return the words that the report counts against the launch."""
         if self.error:
             return [self.error]
         found = [f"spills {self.spills} bytes"] if self.spills else []
@@ -241,7 +241,7 @@ def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
 
 
 def rounding_errors(ptx: str) -> list[str]:
-    """The registers that hold a·b less what a·b was rounded to: fma(a, b, −(a·b)).
+    """Return the registers that hold a·b less what a·b was rounded to: fma(a, b, −(a·b)).
 
     ``x - x == 0``, which asks whether x is finite, becomes that where x is a product, and is false of most numbers.
     The interpreter, which fuses nothing, shows no such thing. Operations on two numbers at once count as two.
@@ -251,7 +251,7 @@ def rounding_errors(ptx: str) -> list[str]:
     found = []
 
     def factors(names: list[str]) -> tuple[list[str], int]:
-        """Without their signs, in order; and how many of those there were."""
+        """Return the factors without their signs, in order, and the number of signs."""
         return sorted(negated.get(name, name) for name in names), sum(name in negated for name in names)
 
     for operation, result, *operands in _arithmetic(ptx):
@@ -269,7 +269,7 @@ def rounding_errors(ptx: str) -> list[str]:
 
 
 def _arithmetic(ptx: str) -> Iterator[tuple[str, ...]]:
-    """Each product, negation and fused product and sum: its name, its result, its operands."""
+    """Yield name, result and operands of each product, negation, and fused product and sum."""
     halves: dict[str, tuple[str, str]] = {}  # of a register of two numbers
     whole: dict[str, str] = {}  # what a register that was taken out of such a one is called here
 
@@ -307,12 +307,12 @@ def _elements(launch: Launch) -> int:
 
 
 def _itemsize(launch: Launch) -> int:
-    """Of the logits, or the parameters: the label says it."""
+    """Return the bytes of an element of the logits, or of the parameters: the label says its dtype."""
     return getattr(torch, launch.label.split()[1]).itemsize
 
 
 def _is_aligned(launch: Launch) -> bool:
-    """Can every element be had by a 128-bit access? Numbers of rows, which one kernel reads alone, need not be."""
+    """Return True if 128-bit accesses reach every element. Numbers of rows, which one kernel reads, don't count."""
     shape, widest = launch.label.split()[0], 16 // _itemsize(launch)
     if launch.kernel.__name__ == "_weigh_kernel" or _elements(launch) < widest or "@" in shape:
         return False
@@ -371,7 +371,7 @@ SHARDS = {
 
 
 def sweep() -> Iterator[tuple[int, int]]:
-    """One row, few and many, of powers of two of classes, and of some fewer: an access can have 4 of them, 2 or 1."""
+    """Yield one row, few and many, of 2ⁿ classes and of some fewer, of which an access can have 4, 2 or 1."""
     for exponent in range(4, 20):
         for classes in ((1 << exponent) - fewer for fewer in (0, 12, 10, 9)):
             yield from ((rows, classes) for rows in (1, 64, (1 << 28) // classes))
@@ -513,7 +513,7 @@ SGD = {
 
 
 def sgd_cases() -> Iterator[Case]:
-    """An optimizer's launches. They are recorded from tensors that exist: their addresses are in a table."""
+    """Yield an optimizer's launches. They are recorded from tensors that exist: their addresses are in a table."""
     from fastloss import kernels
 
     for label, (dtype, momentum_dtype, rounding, extras) in SGD.items():
@@ -536,7 +536,7 @@ def sgd_cases() -> Iterator[Case]:
 
 
 def chosen(quick: bool, only: str = "") -> list[Launch]:
-    """The launches that are compiled; with ``only``, those whose labels contain it."""
+    """Return the launches that are compiled; with ``only``, those whose labels contain it."""
     launches: list[Launch] = []
 
     def record(calls: Iterable[Case]) -> Iterator[Launch]:
@@ -560,7 +560,7 @@ def chosen(quick: bool, only: str = "") -> list[Launch]:
 
 
 def form_and_tile(launch: Launch) -> tuple[object, ...]:
-    """The kernel, the dtype, what was asked of it, and what the selection chose for the shape."""
+    """Return the kernel, the dtype, what was asked of it, and the tile that was chosen for the shape."""
     _, dtype, form = launch.label.split(maxsplit=2)
     names = ("VEC", "COLS", "BLOCK", "BY_INNER", "LOOPED", "STAGES", "SPLIT", "num_warps", "maxnreg")
     constants = launch.constants
@@ -569,7 +569,7 @@ def form_and_tile(launch: Launch) -> tuple[object, ...]:
 
 
 def distinct(launches: Iterable[Launch], targets: Sequence[str]) -> list[tuple[Launch, str]]:
-    """Each with each target, once where Triton would compile the same again; those with a budget always."""
+    """Pair each launch with each target, once where Triton would compile the same; those with a budget always."""
     found, seen = [], set()
     for launch, target in itertools.product(launches, targets):
         constants = tuple(sorted((name, str(value)) for name, value in launch.options.items()))
@@ -581,7 +581,7 @@ def distinct(launches: Iterable[Launch], targets: Sequence[str]) -> list[tuple[L
 
 
 def examined(work: Sequence[tuple[Launch, str]], jobs: int) -> Iterator[Compiled]:
-    """Each compiled, in its order, by so many processes."""
+    """Compile each launch, by ``jobs`` processes, and yield the results in their order."""
     global _work
     if jobs == 1:
         yield from (examine(launch, name, TARGETS[name]) for launch, name in work)

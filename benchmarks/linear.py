@@ -84,7 +84,7 @@ def measure(
     peaks = []
     for each in steps:
         each()
-        peaks.append(peak_bytes(each, device) - x.nbytes - w.nbytes)
+        peaks.append(max(peak_bytes(each, device) - x.nbytes - w.nbytes, 0))
     block = 3 if device.type == "cuda" else 1
     *times, bare = medians([*steps, partial(products, x, w)], device, budget=seconds, block=block)
     inexact = {name for name, error in off.items() if error > _TIMES_PLAIN * off[_PLAIN] + 4 * torch.finfo(dtype).eps}

@@ -141,7 +141,7 @@ def compare(shape: tuple[int, int], dtype: torch.dtype, mesh: Any, rounds: int, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables; exit code 1 if fastloss is wrong."""
-    parser = argparse.ArgumentParser(prog="benchmarks.parallel", description=__doc__)
+    parser = argparse.ArgumentParser(prog="torchrun -m benchmarks.parallel", description=__doc__)
     parser.add_argument("--shape", action="append", metavar="ROWS,CLASSES", help="may be given again")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32", "float64"])
     parser.add_argument("--rounds", type=int, default=20, help="calls of each (default 20)")

@@ -40,7 +40,7 @@ class _Instruction:
 
 
 def hot_loops(disassembly: str) -> list[Loop]:
-    """The hot loops of a kernel that goes block by block, in the order of the code."""
+    """Return the hot loops of a kernel that goes block by block, in the order of the code."""
     code = _code(disassembly)
     loops = _loops(code)
     innermost = [loop for loop in loops if not _contains_any(loop, loops)]
@@ -53,14 +53,14 @@ def hot_loops(disassembly: str) -> list[Loop]:
 
 
 def tile_loops(disassembly: str) -> list[Loop]:
-    """The loops from tile to tile of a kernel that holds a tile whole: those next to the 128-bit accesses."""
+    """Return the loops from tile to tile of a kernel that holds a tile whole: those next to the 128-bit accesses."""
     code = _code(disassembly)
     loops = [(a, b) for a, b in _loops(code) if any(_WIDE.match(i.name) for i in code[a : b + 1])]
     return [_loop(code, *loop) for loop in loops if not _contains_any(loop, loops)]
 
 
 def wide_loads(disassembly: str) -> int:
-    """How many 128-bit loads from device memory stand in the code, into registers or shared memory."""
+    """Return how many 128-bit loads from device memory the code has, into registers or shared memory."""
     return sum(bool(_WIDE.match(i.name)) and i.name.startswith("LDG") for i in _code(disassembly))
 
 
@@ -72,7 +72,7 @@ def _code(disassembly: str) -> list[_Instruction]:
 
 
 def _loops(code: list[_Instruction]) -> list[tuple[int, int]]:
-    """The first and the last instruction of each."""
+    """Return the first and the last instruction of each loop."""
     place = {instruction.address: i for i, instruction in enumerate(code)}
     ranges = sorted(
         {
@@ -113,13 +113,13 @@ def _target(name: str, operands: str) -> int | None:
 
 
 def _guarded_by_the_row(body: list[_Instruction]) -> bool:
-    """Are all wide accesses guarded by one predicate, that of a row which counts?"""
+    """Return True if one predicate, that of a row which counts, guards all wide accesses."""
     wide = {i.predicate for i in body if _WIDE.match(i.name)}
     return len(wide) == 1
 
 
 def _without_detours(body: list[_Instruction], place: dict[int, int], first: int) -> list[_Instruction]:
-    """One round that takes each branch forward, unless wide accesses would be jumped over."""
+    """Return one round that takes each branch forward, unless it would jump over wide accesses."""
     usual, i = [], 0
     while i < len(body):
         instruction = body[i]

@@ -195,7 +195,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {"classes": sharing_the_classes, "r
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="benchmarks.scale", description=__doc__).parse_args(argv)
+    argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__).parse_args(argv)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     for name, table in TABLES.items():
         print(f"<!-- printed: benchmarks.scale {name} -->", *table(), "", sep="\n")

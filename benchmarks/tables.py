@@ -47,7 +47,7 @@ _PEERS = ("fused=True", "foreach=True", "foreach=False")
 
 
 def cross_entropy(record: Sequence[str]) -> str:
-    """Forward and backward of cross-entropy beside torch's operator and the compiler."""
+    """Return the table of cross-entropy's forward and backward beside torch's operator and the compiler."""
     rows: dict[str, dict[str, str]] = {}
     for line in filter(None, map(_PEER.match, record)):
         row = rows.setdefault(line["shape"], {"fastloss": line["ours"], "torch.compile": "– | –"})
@@ -58,7 +58,7 @@ def cross_entropy(record: Sequence[str]) -> str:
 
 
 def sgd(record: Sequence[str]) -> str:
-    """A step beside each of torch's."""
+    """Return the table of a step beside each of torch's."""
     rows = []
     for heading, lines in _sets(record):
         if ours := lines.get("fastloss.SGD"):
@@ -73,7 +73,7 @@ def sgd(record: Sequence[str]) -> str:
 
 
 def variants(record: Sequence[str]) -> str:
-    """Fastloss alone, in all its forms."""
+    """Return the table of fastloss alone, in all its forms."""
     rows = []
     for heading, lines in _sets(record):
         name = heading["set"].removeprefix("variants, ")
@@ -84,7 +84,7 @@ def variants(record: Sequence[str]) -> str:
 
 
 def linear(record: Sequence[str]) -> str:
-    """Forward and backward of linear_cross_entropy beside torch's two ways to it."""
+    """Return the table of linear_cross_entropy's forward and backward beside torch's two ways to it."""
     rows: list[list[str]] = []
     for line in record:
         if heading := _LINEAR_SHAPE.match(line):

@@ -74,7 +74,7 @@ SHARES = (0.5, 0.75, 0.9)
 
 
 def whole(classes: int) -> list[Choice]:
-    """Choices for rows that are held whole."""
+    """Return the choices for rows that are held whole."""
     cols = max(16, 1 << (classes - 1).bit_length())
     found = []
     for elements in (1024, 2048, 4096):
@@ -93,7 +93,7 @@ def _loss_kernels() -> Any:
 
 
 def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, resident: float = 1) -> Callable[[], Any]:
-    """A call with tiles as chosen; None: as the package chooses."""
+    """Return a call with the tiles of ``choice``; None: with those that the package chooses."""
     module = _loss_kernels()
     gradient, options = FORMS[form]
     launch, tables = sys.modules["fastloss.kernels.launch"], sys.modules["fastloss.kernels.tiles"]
@@ -128,7 +128,7 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
 
 
 def problems(only: list[str], only_classes: list[int]) -> Iterator[tuple[str, tuple[int, int], list[Choice]]]:
-    """Form, shape, and what is tried."""
+    """Yield form, shape, and the choices that are tried."""
     for form in only or FORMS:
         for classes in only_classes or LONG:
             rows = (1 << 28) // classes // 64 * 64 + 64
@@ -138,7 +138,7 @@ def problems(only: list[str], only_classes: list[int]) -> Iterator[tuple[str, tu
 
 
 def compile_share(share: int, of: int, only: list[str], only_classes: list[int]) -> None:
-    """Every so many'th choice, once, on few rows."""
+    """Compile one choice in ``of``, from number ``share`` on, on few rows."""
     todo, seen = [], set()
     for form, (rows, classes), choices in problems(only, only_classes):
         for choice in [None, *choices]:
@@ -164,7 +164,7 @@ def make(rows: int, classes: int) -> tuple[Tensor, Tensor]:
 
 
 def off_by(mine: Tensor, right: Tensor) -> str:
-    """Words where two gradients differ."""
+    """Return words that say where two gradients differ."""
     few = slice(None, None, max(1, len(mine) // 64))
     off = float((mine[few].float() - right[few].float()).abs().max()) / max(
         float(right[few].float().abs().max()), 1e-30
@@ -173,7 +173,7 @@ def off_by(mine: Tensor, right: Tensor) -> str:
 
 
 def by_graph(call: Callable[[], Any], block: int) -> float:
-    """The seconds that a GPU takes for a call when the host does not hold it up."""
+    """Return the seconds that a GPU takes for a call when the host does not hold it up."""
     graph = captured(lambda: [call() for _ in range(block)])
     graph.replay()
     return min(seconds(graph.replay, torch.device("cuda")) for _ in range(3)) / block

@@ -117,9 +117,10 @@ def checked_options(
     lse_square_scale: object = 0.0,
     softcap: object = None,
     topk: tuple[int, ...] = (),
-    from_logits: object = True,
+    from_logits: bool = True,
 ) -> LossOptions:
     """Check the arguments that are not tensors, and return them as plain ints and floats."""
+    check_switches(from_logits=from_logits)
     if reduction not in _REDUCTIONS:
         raise ValueError(
             f"fastloss: {reduction!r} is not a valid value for reduction; expected 'none', 'mean' or 'sum'"
@@ -139,7 +140,7 @@ def checked_options(
         name, value = ("softcap", softcap) if cap is not None else ("lse_square_scale", lse_square_scale)
         raise ValueError(f"fastloss: {name} is {value} beside from_logits=False; probabilities have no logits for it")
     ignored = checked_ignore_index(ignore_index)
-    return LossOptions(ignored, smoothing, str(reduction), scale, cap, topk, bool(from_logits))
+    return LossOptions(ignored, smoothing, str(reduction), scale, cap, topk, from_logits)
 
 
 def checked_ignore_index(ignore_index: object) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fastloss.backends.contract import FLAG_ELEMENTS, Addresses, SGDBatch, SGDControls, SGDRule, check_gradients
-from fastloss.backends.torch_private import materialized
+from fastloss.backends.torch_private import foreach_copy_, materialized
 
 from .arguments import compiled_in
 from .launch import Launch, alike, on_device, scratch
@@ -353,7 +353,7 @@ def _rule_arguments(
     if not tensors:
         return (), tables.rules_table, 0
     table = tables.rules_table.clone()
-    torch._foreach_copy_([table[place] for place in tensors], [value.reshape(()) for value in tensors.values()])
+    foreach_copy_([table[place] for place in tensors], [value.reshape(()) for value in tensors.values()])
     return (), table, 0
 
 
@@ -513,7 +513,7 @@ def _step_kernel(
     seed_ptr,  # int64 (1,), for stochastic rounding
     FORM: tl.constexpr,  # StepForm
 ):
-    """One step of one chunk:  g ← ± clip · g / scale + λ θ,  m ← μ m + (1 − τ) g,  θ ← θ − γ (m or g + μ m).
+    """Make one step of one chunk:  g ← ± clip · g / scale + λ θ,  m ← μ m + (1 − τ) g,  θ ← θ − γ (m or g + μ m).
 
     Reads θ, g, m and writes θ, m (and g, where there is a scale) once.
     """
@@ -539,7 +539,7 @@ def _step_kernel(
 
 @triton.jit
 def _step_numbers(line_ptr, chunk, rules, rules_ptr, scale_ptr, squares_ptr, max_norm, FORM: tl.constexpr):
-    """The numbers of one chunk's step. Sets the chunk's flag if its momentum buffer begins."""
+    """Return the numbers of one chunk's step. Set the chunk's flag if its momentum buffer begins."""
     ACC: tl.constexpr = FORM.ACC
     rule = tl.load(line_ptr + RULE)
     lr = _rule_number(rules, rules_ptr, rule, 0, FORM)
@@ -639,7 +639,7 @@ def _step_block(
 
 @triton.jit
 def _item(tables, item):
-    """The line of an item's tensor, the chunk's number, its first element and the one after its last, the layout."""
+    """Return an item's line, the chunk's number, its first element, the one after its last, and the layout."""
     line_ptr = tables.lines + tl.load(tables.items + 2 * item).to(tl.int64) * _COLUMNS
     chunk = tl.load(tables.items + 2 * item + 1).to(tl.int64)
     start = chunk * CHUNK
@@ -649,7 +649,7 @@ def _item(tables, item):
 
 @triton.jit
 def _rule_number(rules, rules_ptr, rule, NUMBER: tl.constexpr, FORM: tl.constexpr):
-    """One number of the rule with number ``rule``."""
+    """Return one number of the rule with number ``rule``."""
     if FORM.RULES == 0:
         value = tl.load(rules_ptr + rule * _NUMBERS + NUMBER)
     else:
@@ -670,7 +670,7 @@ def _rule_argument(rules, PLACE: tl.constexpr, TENSORS: tl.constexpr):
 
 @triton.jit
 def _pointer(address, TYPE: tl.constexpr, ALIGNED_TO_16: tl.constexpr):
-    """The address as a pointer that the compiler knows to be a multiple of 16, if it is."""
+    """Return the address as a pointer that the compiler knows to be a multiple of 16, if it is."""
     if ALIGNED_TO_16:
         return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(TYPE)), 16)
     return address.to(tl.pointer_type(TYPE))
@@ -678,7 +678,7 @@ def _pointer(address, TYPE: tl.constexpr, ALIGNED_TO_16: tl.constexpr):
 
 @triton.jit
 def _places(tables, item, index, layout):
-    """The offsets in θ and in g of the elements at these offsets in the buffers."""
+    """Return the offsets in θ and in g of the elements at these offsets in the buffers."""
     theta_at = index
     grad_at = index
     if layout == STRIDED:

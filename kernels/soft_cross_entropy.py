@@ -238,7 +238,7 @@ def _constants(inputs: LossInputs, tiles: Tiles) -> dict[str, object]:
 
 @triton.jit
 def narrowed(value, pointer):
-    """The value to store: a float64 is rounded to float32 first if it is stored in fewer bits."""
+    """Return the value to store: a float64 is rounded to float32 first if it is stored in fewer bits."""
     if value.dtype == tl.float64 and pointer.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
     return value
@@ -254,7 +254,7 @@ def _scalars(keep, spread, scale, z_scale, cap, T: tl.constexpr):
 
 @triton.jit
 def _weighted(t, cols, classes, weight_ptr, scalars, MASKED: tl.constexpr, F: tl.constexpr):
-    """w u, w t, and w if HAS_WEIGHT, of targets (ROWS, COLS). They are 0 in columns that are no classes, as t is."""
+    """Return w u, w t, and w if HAS_WEIGHT, of targets (ROWS, COLS): 0 in columns that are no classes, as t is."""
     wu, wt, w = t, t, t
     if F.SMOOTHING:
         wu = t * scalars.keep[:, None] + scalars.spread[:, None]
@@ -275,7 +275,7 @@ def _target_slope(
     tail,  # λ lse², times the scale, if Z_LOSS
     F: tl.constexpr,
 ):
-    """∂L/∂t = w ((1−ε) (lse − z) + λ lse²)."""
+    """Return ∂L/∂t = w ((1−ε) (lse − z) + λ lse²)."""
     h = (log_s[:, None] - d) * keep[:, None]
     if F.Z_LOSS:
         h += tail[:, None]
@@ -295,7 +295,7 @@ def _row_results(
     z_scale,
     F: tl.constexpr,
 ):
-    """The rows' losses, ln s, A and λ lse² before any scale. In float64: rows are few beside logits."""
+    """Return the rows' losses, ln s, A and λ lse² before any scale. In float64: rows are few beside logits."""
     log_s = tl.log(s).to(tl.float64)
     level = wu_sum.to(tl.float64)
     loss = level * log_s - wud.to(tl.float64)
@@ -596,7 +596,7 @@ def _backward(
     T: tl.constexpr,
     F: tl.constexpr,
 ):
-    """Gradients from both tensors and the saved numbers per row. Reads each element once, writes each once."""
+    """Compute the gradients from both tensors and the saved numbers per row. Reads and writes each element once."""
     scalars = _scalars(keep, spread, scale, z_scale, cap, T)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
     m = tl.load(saved.m + row, mask=in_range, other=0.0)
@@ -635,7 +635,7 @@ def _visit_probabilities(
     T: tl.constexpr,
     F: tl.constexpr,
 ):
-    """w u log y of one block of rows of probabilities; the block's gradients are written."""
+    """Return w u log y of one block of rows of probabilities, and write the block's gradients."""
     cols = start + tl.arange(0, T.COLS)
     mask = at.in_range[:, None] & inside(cols, classes, T)[None, :]
     y = tl.load(pointers(x, at.x, cols, T), mask=mask, other=1.0, eviction_policy="evict_first").to(T.ACC)
@@ -682,7 +682,7 @@ def _probabilities(
     T: tl.constexpr,
     F: tl.constexpr,
 ):
-    """Loss of probabilities and its gradients, or these alone. No class depends on another: one visit is enough."""
+    """Compute the loss of probabilities and its gradients, or these alone. No class depends on another: one visit."""
     LOSS: tl.constexpr = totals.loss is not None
     scalars = _scalars(keep, spread, scale, 0.0, 1.0, T)
     loss_sum = tl.zeros([T.ROWS], tl.float64)

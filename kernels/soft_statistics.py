@@ -250,7 +250,7 @@ def _soft_statistics(
 
 @triton.jit
 def _column(pointer, row, in_range, T: tl.constexpr):
-    """One number per row, as ``(ROWS, 1)``."""
+    """Return one number per row, as ``(ROWS, 1)``."""
     return tl.load(pointer + row, mask=in_range, other=0.0).to(T.ACC)[:, None]
 
 
@@ -270,7 +270,7 @@ def _soft_statistics_gradient(
     T: tl.constexpr,
     F: tl.constexpr,
 ):
-    """Both gradients from both tensors and lse. Reads each element once, writes once."""
+    """Compute both gradients from both tensors and lse. Reads each element once, writes once."""
     cap = tl.full([1], cap, T.ACC)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
     cols = tl.program_id(1) * T.COLS + tl.arange(0, T.COLS)

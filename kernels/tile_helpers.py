@@ -24,7 +24,7 @@ def rows_to_read(counted, in_range, BY_INNER: tl.constexpr):
 
 @triton.jit
 def class_offsets(cols, stride_class, VEC: tl.constexpr):
-    """Where each class lies within its row."""
+    """Return each class's offset within its row."""
     if VEC > 1:  # then the stride is 1
         return cols.to(tl.int64)
     return cols.to(tl.int64) * stride_class

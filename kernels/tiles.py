@@ -340,7 +340,7 @@ def arithmetic(dtype: torch.dtype) -> tl.dtype:
 
 
 def at_most(registers: int) -> dict[str, int]:
-    """The launch option by which a thread has so many registers; AMD's compiler knows none."""
+    """Return the launch option by which a thread has so many registers; AMD's compiler knows none."""
     return {"maxnreg": registers} if torch.version.hip is None else {}
 
 

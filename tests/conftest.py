@@ -13,6 +13,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,9 @@ def nothing_remembered() -> None:
 # ----------------------------------------------------------------------------- the selection of tests
 
 
+LEFT_OUT = pytest.StashKey[bool]()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="Run every test, not the fast selection (tests/selection.py)")
     parser.addoption(
@@ -98,12 +102,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if _is_fast(config):
         selected = selection.fast(items)
         left_out = set(items).difference(selected)
-        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-        items[:] = selected
+        if left_out:
+            _set_left_out(config)
+            config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+            items[:] = selected
+
+
+def _set_left_out(config: pytest.Config) -> None:
+    """Record that tests were left out. A worker of pytest-xdist tells it to the process that reports."""
+    config.stash[LEFT_OUT] = True
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if getattr(node, "workeroutput", {}).get("left_out"):
+        node.config.stash[LEFT_OUT] = True
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if _is_fast(config):
+    if config.stash.get(LEFT_OUT, False):
         terminalreporter.write_line("The fast selection; every test: pytest --all, or name it by its id or -k.")
 
 

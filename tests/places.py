@@ -16,5 +16,5 @@ class Place:
 
     @property
     def interpreted(self) -> bool:
-        """Do the kernels run in Triton's interpreter?"""
+        """Return True if the kernels run in Triton's interpreter."""
         return self.name == "triton" and self.device.type == "cpu"

@@ -1,7 +1,7 @@
 """The fast selection: the tests that ``pytest`` runs when nothing was selected by hand.
 
-``pytest --all`` runs every test. A test selected by its node id, ``-k``, ``-m`` or ``--lf`` is always run. All else
-leaves out three kinds of cases:
+``pytest --all`` runs every test. A test selected by its node id, ``-k`` or ``-m`` is always run, and so are recorded
+failures with ``--lf``. All else leaves out three kinds of cases:
 
 - tests marked ``slow``, or ``slow(interpreted=True)`` for their cases in Triton's interpreter alone;
 - of a function with more than ``MOST_CASES`` cases, those that no pair of parameters' values needs: any two values
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import json
 from collections.abc import Hashable, Mapping, Sequence
 
 import pytest
@@ -23,17 +24,36 @@ MOST_CASES = 12
 
 def is_by_hand(config: pytest.Config) -> bool:
     """Return True if the command line names single tests."""
-    options = ("keyword", "markexpr", "lf")
-    return any(config.getoption(name, None) for name in options) or any("::" in name for name in config.args)
+    option = config.option
+    return bool(
+        option.keyword or option.markexpr or any("::" in name for name in config.args) or _has_failures(config)
+    )
+
+
+def _has_failures(config: pytest.Config) -> bool:
+    """Return True if ``--lf`` is given and a failure is recorded: without one it selects all tests."""
+    if not config.getoption("lf", False):
+        return False
+    # Before the session starts, when pytest-xdist asks for the number of processes, config.cache is not there yet.
+    record = config.rootpath / config.getini("cache_dir") / "v" / "cache" / "lastfailed"
+    return record.exists() and json.loads(record.read_text(encoding="utf-8")) != {}
 
 
 def fast(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """Return the tests of the fast selection, in their order; all of them if none is fast."""
+    """Return the tests of the fast selection, in their order; all of them if none is fast.
+
+    Tests marked ``skip`` are no cases of it: they stay, so that their reasons are shown.
+    """
     functions: dict[str, list[pytest.Item]] = {}
+    selected = set()
     for item in items:
-        if not _is_slow(item):
+        if _is_slow(item):
+            continue
+        if item.get_closest_marker("skip"):
+            selected.add(item)
+        else:
             functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    selected = {item for cases in functions.values() for item in _of_one_function(cases)}
+    selected.update(item for cases in functions.values() for item in _of_one_function(cases))
     return [item for item in items if item in selected] or list(items)
 
 
@@ -81,13 +101,24 @@ def pairwise(cases: Sequence[Mapping[str, object]]) -> list[int]:
 
 
 def _values(case: Mapping[str, object]) -> list[Hashable]:
-    return [(name, type(value), _key(value)) for name, value in sorted(case.items())]
+    return [(name, _key(value)) for name, value in sorted(case.items())]
 
 
 def _key(value: object) -> Hashable:
-    """Return the value, or its identity if it has no hash: all cases share the objects of a parameter's list."""
+    """Return the words of a plain value, so that 1 and True, 0.0 and -0.0 differ; else the value.
+
+    A value that has no hash is told by its identity: all cases share the objects of a parameter's list.
+    """
+    if _is_plain(value):
+        return type(value), repr(value)
     try:
         hash(value)
     except TypeError:
-        return id(value)
-    return value  # type: ignore[return-value]
+        return type(value), id(value)
+    return type(value), value
+
+
+def _is_plain(value: object) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)

@@ -52,7 +52,7 @@ def tensors(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[list
 
 
 def lies_as(state: dict[str, Any], param: Any) -> bool:
-    """Is the momentum a DTensor that lies as its parameter does?"""
+    """Return True if the momentum is a DTensor that lies as its parameter does."""
     buffer = state["momentum_buffer"]
     return bool(
         type(buffer).__name__ == "DTensor"

@@ -53,7 +53,7 @@ Case = tuple[dict[str, Any], type[Exception], tuple[str, ...]]
 # How the cases begin in which torch has no error: it lacks the argument, or takes what can't be meant.
 NOT_IN_TORCH = (
     *("softcap is", "lse_square_scale is", "label_smoothing is -0.1", "label_smoothing is nan", "int32 label"),
-    *("class probabilities elsewhere", "a softcap of", "a z-loss of"),
+    *("class probabilities elsewhere", "a softcap of", "a z-loss of", "inplace is", "from_logits is"),
 )
 SHAPES_DTYPES_DEVICES: dict[str, Case] = {
     "input is a list": ({"input": [[0.5, 1.5]]}, TypeError, ("input", "list", "Tensor")),
@@ -183,6 +183,13 @@ OPTIONS: dict[str, Case] = {
             *(("label_smoothing", "a"), ("label_smoothing", None)),
             *(("ignore_index", "a"), ("ignore_index", None), ("ignore_index", 1.5)),
             *(("lse_square_scale", "a"), ("lse_square_scale", None), ("softcap", "a")),
+        ]
+    },
+    **{
+        f"{name} is {value!r}": ({name: value}, TypeError, (f"{name} is {value!r}; expected True or False",))
+        for name, value in [
+            *(("inplace", "no"), ("inplace", None), ("inplace", 1)),
+            *(("from_logits", "False"), ("from_logits", None), ("from_logits", 0)),
         ]
     },
 }

@@ -1000,10 +1000,10 @@ def test_the_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
         for contender in contenders_of(op)
         if contender.cpu and contender.name != "torch.compile"
     }
-    # A rounding of another package may be wrong on a processor, and is reported; none of ours is.
+    # A rounding of another package may be wrong on a processor, and is reported; ours and the reference are right.
     assert timed <= expected
     for workload_name, name in expected - timed:
-        assert name != "fastloss", workload_name
+        assert name not in ("fastloss", "torch"), workload_name
         assert f"{name} is wrong: " in done.stdout
     for each in benchmarks:
         info = each["extra_info"]

@@ -1,12 +1,18 @@
-"""The examples in the docstrings run, and print what they say."""
+"""The examples in the docstrings run, and print what they say; the documents name files that there are."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FOLDERS = ("benchmarks", "docs", "fastloss", "kernels", "tests")
 
 MODULES = {
     "fastloss": {""},
@@ -36,3 +42,20 @@ def test_every_public_function_has_an_example(name: str) -> None:
     prefix = len(name) + 1
     tests = {test.name[prefix:] for test in doctest.DocTestFinder().find(module) if test.examples}
     assert MODULES[name] <= tests
+
+
+def test_documents_name_files_that_there_are() -> None:
+    """But for placeholders (``X.py``) and for torch's own files."""
+    files = [path for folder in ROOT.iterdir() if folder.name in FOLDERS for path in folder.rglob("*.py")]
+    paths = [f"/{path.relative_to(ROOT).as_posix()}" for path in files]
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+    wrong = [
+        f"{document.name}: {name}"
+        for document in documents
+        for name in re.findall(r"`([\w./]+\.py)`", document.read_text(encoding="utf-8"))
+        if not name.startswith("torch/")
+        and Path(name).name != "X.py"
+        and not any(path.endswith(f"/{name}") for path in paths)
+    ]
+    assert documents
+    assert not wrong, "\n".join(wrong)

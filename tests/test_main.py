@@ -116,6 +116,19 @@ def test_info_names_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["backend on cuda:1"] == choice.reason(gpu)
 
 
+@pytest.mark.parametrize("value", [None, "", "auto"])
+def test_an_empty_choice_of_the_backend_is_none(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTLOSS_BACKEND", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FASTLOSS_BACKEND", value)
+    assert choice.wanted() == "auto"
+    assert not choice.is_forced()
+    with fastloss.use_backend("eager"):
+        assert choice.is_forced()
+    monkeypatch.setenv("FASTLOSS_BACKEND", "eager")
+    assert choice.is_forced()
+
+
 def test_info_tells_of_a_wrong_backend_instead_of_failing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLOSS_BACKEND", "tritonn")
     assert "'tritonn'" in dict(info.facts())["backend on the CPU"]

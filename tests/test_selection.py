@@ -38,6 +38,7 @@ def test_slow(): ...
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.name)
 def test_slow_interpreted(place): ...
 """
+FEW = "def test_one(): ..."
 
 
 @pytest.mark.parametrize("sizes", [(2, 13), (3, 4, 5), (2, 2, 3, 4, 5)], ids=str)
@@ -59,6 +60,12 @@ def test_values_without_a_hash_are_told_apart() -> None:
     assert len(selection.pairwise([{"options": options[0]}] * 3)) == 1
 
 
+@pytest.mark.parametrize("values", [((1,), (True,)), (0.0, -0.0), (1, True, 1.0), (None, "None")], ids=str)
+def test_values_that_are_equal_but_not_the_same_are_told_apart(values: tuple[object, ...]) -> None:
+    assert selection.pairwise([{"value": value} for value in values]) == list(range(len(values)))
+    assert selection.pairwise([{"value": values[0]}, {"value": values[0]}]) == [0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
@@ -66,24 +73,69 @@ def test_values_without_a_hash_are_told_apart() -> None:
         ([], 16 + 4 + 1),
         (["--all"], 64 + 6 + 1 + 2),
         (["-k", "slow or eager"], 3 + 1 + 2),
+        (["-m", "slow"], 1 + 2),
         (["test_made.py::test_slow"], 1),
         (["test_made.py::test_agnostic"], 6),
     ],
     ids=str,
 )
 def test_what_is_selected(arguments: list[str], expected: int, tmp_path: Path) -> None:
-    (tmp_path / "test_made.py").write_text(TESTS, encoding="utf-8")
-    (tmp_path / "conftest.py").write_text(
-        (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"), encoding="utf-8"
-    )
-    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    listed = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    listed = pytest_over(TESTS, tmp_path, "--collect-only", "-q", "-p", "no:cacheprovider", *arguments)
     assert sum("::" in line for line in listed.splitlines()) == expected, listed
     assert ("pytest --all" in listed) == (not arguments)
+
+
+@pytest.mark.slow
+def test_the_last_failures_are_by_hand_if_there_are_any(tmp_path: Path) -> None:
+    tests = (
+        "import pytest\n@pytest.mark.slow\ndef test_slow(): ...\ndef test_good(): ...\ndef test_bad(): assert False"
+    )
+    options = ("--lf", "-n", "logical", "--maxprocesses", "2")
+    first, second = (pytest_over(tests, tmp_path, *options) for _ in range(2))
+    assert "1 failed, 1 passed" in first
+    assert " worker" in first
+    assert "pytest --all" in first
+    assert "1 failed" in second
+    assert "passed" not in second
+    assert " worker" not in second
+    assert "pytest --all" not in second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["0", "1"])
+def test_the_fast_selection_is_named_only_where_it_left_tests_out(processes: str, tmp_path: Path) -> None:
+    assert "pytest --all" not in pytest_over(FEW, tmp_path, "-n", processes)
+    assert "pytest --all" in pytest_over(TESTS, tmp_path, "-n", processes)
+
+
+@pytest.mark.slow
+def test_skipped_cases_take_no_place_in_the_cover(tmp_path: Path) -> None:
+    """Each pair occurs in a case that runs; the skipped ones are shown."""
+    table = """
+import pytest
+CASES = [pytest.param(n, n, marks=pytest.mark.skip) for n in range(20)] + [(n, 20 + n) for n in range(20)]
+@pytest.mark.parametrize(("a", "b"), CASES)
+@pytest.mark.parametrize("c", range(2))
+def test_skips(a, b, c): ...
+"""
+    done = pytest_over(table, tmp_path, "-n", "0")
+    assert "40 passed, 40 skipped" in done
+
+
+def pytest_over(tests: str, folder: Path, *arguments: str) -> str:
+    """Return what pytest prints over these tests, with this project's conftest.py."""
+    (folder / "test_made.py").write_text(tests, encoding="utf-8")
+    conftest = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
+    (folder / "conftest.py").write_text(conftest, encoding="utf-8")
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    outer = ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_ADDOPTS")
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        cwd=folder,
+        env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    return done.stdout

@@ -1089,6 +1089,13 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "complex momentum": ({"momentum_dtype": torch.complex64}, TypeError, "momentum_dtype must be.*torch.complex64"),
     "momentum of 8 bits": ({"momentum_dtype": torch.float8_e4m3fn}, TypeError, "momentum_dtype must be.*float8"),
     "momentum type in words": ({"momentum_dtype": "float32"}, TypeError, "momentum_dtype must be.*'float32'"),
+    **{
+        f"{name}={value!r}": ({name: value}, TypeError, f"{name} is {value!r}; expected True or False")
+        for name, value in [
+            *(("master_weights", "no"), ("kahan_sum", 1), ("stochastic_rounding", None)),
+            ("decoupled_weight_decay", 0.01),
+        ]
+    },
     "two ways of rounding": (
         {"master_weights": True, "kahan_sum": True},
         ValueError,

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
+
+from .torch_private import lie_at
 
 __all__ = ["FLAG_ELEMENTS", "Addresses", "SGDBatch", "SGDControls", "SGDRule", "check_gradients"]
 
@@ -62,10 +63,6 @@ class SGDBatch:
     unchanged: bool = False
 
 
-# torch's builds for GPUs have a comparison of their own, which takes half of the time.
-_lie_at = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-
-
 class Addresses:
     """The addresses of tensors, without references to the tensors."""
 
@@ -75,9 +72,9 @@ class Addresses:
 
     def are_of(self, tensors: list[Tensor]) -> bool:
         """Return True if these tensors have the same addresses."""
-        if _lie_at is None or len(tensors) != len(self.values):
+        if lie_at is None or len(tensors) != len(self.values):
             return list(map(Tensor.data_ptr, tensors)) == self.values
-        return bool(_lie_at(tensors, self.values, self._places))
+        return bool(lie_at(tensors, self.values, self._places))
 
 
 def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

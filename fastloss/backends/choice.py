@@ -45,7 +45,7 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: ``"auto"`` (Triton for GPU tensors where Triton can be imported, eager for the rest),
             ``"triton"`` or ``"eager"``. Outside such a block the environment variable ``FASTLOSS_BACKEND``
-            decides, ``auto`` if it is not set.
+            decides, ``auto`` if it is not set or empty.
 
     Raises:
         ValueError: ``name`` is none of the three.
@@ -65,7 +65,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def is_forced() -> bool:
     """Return True if the user chose a backend, by ``use_backend`` or by ``FASTLOSS_BACKEND``."""
-    return _forced.get() is not None or "FASTLOSS_BACKEND" in os.environ
+    return _forced.get() is not None or os.environ.get("FASTLOSS_BACKEND") not in (None, "", "auto")
 
 
 def may_look(tensor: Tensor) -> bool:
@@ -124,7 +124,7 @@ def backend_that_saved(numbers: int) -> Backend:
 
 def wanted() -> str:
     """Return the backend that the user asks for: a name of :data:`BACKENDS`."""
-    return _forced.get() or _checked(os.environ.get("FASTLOSS_BACKEND", "auto"), "FASTLOSS_BACKEND")
+    return _forced.get() or _checked(os.environ.get("FASTLOSS_BACKEND") or "auto", "FASTLOSS_BACKEND")
 
 
 def _checked(name: str, source: str) -> str:

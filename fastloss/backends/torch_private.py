@@ -15,6 +15,18 @@ name of torch                         used for                         without i
                                       not there
 ``optimizer._global_optimizer_...``,  no calls of hooks that are not   every step looks for hooks
 ``Optimizer._optimizer_step_...``     there
+``torch._disable_dynamo``             losses over ranks stay eager     an error at import
+``_debug_has_internal_overlap``       to refuse ``inplace=True``       an error at that call
+``_functorch.is_legacy_batched...``   batched gradients                an error at import
+``_get_current_graph_task_keep_...``  not to hand a gradient over      every gradient is copied
+                                      twice
+``_len_torch_dispatch_stack``,        calls under dispatch modes       an error at import
+``_get_current_dispatch_mode_stack``
+``forward_ad._current_level``         forward-mode derivatives         an error at the first call
+``compiler._is_exporting_flag``       to tell compilers from export    torch's own answer
+``nn._reduction.legacy_get_string``   ``size_average`` and ``reduce``  an error at import
+``_tensors_data_ptrs_at_indices_...`` to compare addresses in C        a comparison in Python
+``_functional_collectives``           collectives                      an error at the first of them
 ``DeviceMesh._get_root_mesh``,        one all-reduce for several       an all-reduce for each mesh and dimension
 ``DeviceMesh._flatten_mapping``       meshes
 ===================================== ================================ =============================================
@@ -22,13 +34,16 @@ name of torch                         used for                         without i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
+from torch.autograd import forward_ad, profiler
+from torch.nn import _reduction
 from torch.optim import optimizer as optimizers
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 try:
     from torch._C._dynamo import guards as _guards
@@ -36,13 +51,25 @@ except ImportError:
     _guards = None  # type: ignore[assignment]
 
 __all__ = [
+    "disable_dynamo",
+    "dispatch_mode_count",
+    "dispatch_modes",
     "flattened_meshes",
     "foreach_copy_",
     "foreach_mul",
     "foreach_mul_",
     "foreach_norm",
+    "forward_mode_is_active",
+    "functional_collectives",
     "fused_sgd_",
+    "graph_is_kept",
+    "is_exporting",
+    "is_legacy_batched",
+    "is_under_way",
+    "legacy_reduction",
+    "lie_at",
     "materialized",
+    "overlaps_itself",
     "root_mesh",
     "sparse_values",
     "step_is_observed",
@@ -59,6 +86,48 @@ foreach_norm = torch._foreach_norm
 unscale_ = torch._amp_foreach_non_finite_check_and_unscale_
 sparse_values = Tensor._values
 transforms_are_active = torch._C._are_functorch_transforms_active
+dispatch_mode_count = torch._C._len_torch_dispatch_stack
+dispatch_modes = _get_current_dispatch_mode_stack
+is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+legacy_reduction = _reduction.legacy_get_string
+disable_dynamo = torch._disable_dynamo  # torch.compiler.disable imports the compiler at once
+# torch's builds for GPUs have a comparison of addresses of their own, which takes half of the time.
+lie_at = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Return True if elements of the tensor are known to share memory."""
+    return torch._debug_has_internal_overlap(tensor) == 1
+
+
+def forward_mode_is_active() -> bool:
+    """Return True inside ``forward_ad.dual_level()``."""
+    return forward_ad._current_level >= 0
+
+
+def graph_is_kept() -> bool:
+    """Return True if autograd may come back to this node (``retain_graph=True``), or if that can't be known."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
+def is_exporting() -> bool:
+    """Return ``torch.compiler.is_exporting()``, which in torch 2.11 is always True under dynamo."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else bool(flag)
+
+
+def functional_collectives() -> Any:
+    """Return torch's module of functional collectives, imported at the first use."""
+    import torch.distributed._functional_collectives as functional
+
+    return functional
+
+
+def is_under_way(tensor: Tensor) -> bool:
+    """Return True if the tensor is the result of a collective that may still run."""
+    functional = sys.modules.get("torch.distributed._functional_collectives")
+    return functional is not None and isinstance(tensor, functional.AsyncCollectiveTensor)
 
 
 def materialized(grads: list[Tensor]) -> list[Tensor]:

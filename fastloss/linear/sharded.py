@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import choice
 from ..backends.contract import Backend
+from ..backends.torch_private import disable_dynamo
 from ..backends.view import as_labels, wide_labels
 from ..loss.sharded import (
     Numbers,
@@ -45,7 +46,7 @@ from .chunks import ChunkLoss, Gradients, LinearOptions, Losses, Needs, Tensors
 __all__ = ["linear_loss_over_ranks"]
 
 
-@torch._disable_dynamo  # not torch.compiler.disable, which imports the compiler at once
+@disable_dynamo
 def linear_loss_over_ranks(arguments: Arguments, group: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the loss and the accuracies of DTensors, or of a group's shards of the classes."""
     input, linear_weight, target, linear_bias, weight, options, shift, chunking = arguments

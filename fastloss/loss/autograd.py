@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backends.contract import Backend, LossInputs, LossOptions, WantedGradients, compute_dtype
+from ..backends.torch_private import graph_is_kept, is_legacy_batched
 from ..backends.view import as_rows, in_memory
 from . import composite
 
@@ -214,7 +215,7 @@ class _CrossEntropy(Function):
             if of_loss is None:
                 return (None, None, *nothing)
             of_input, of_target = ctx.needs_input_grad[:2]
-            inplace = ctx.inplace and not _graph_is_kept()
+            inplace = ctx.inplace and not graph_is_kept()
             gradients = gradients_from_input(
                 ctx.backend,
                 of_loss if ctx.divisor is None else of_loss / ctx.divisor,
@@ -240,7 +241,7 @@ def handed_over(
     backend: Backend, gradients: Sequence[Tensor | None], upstream: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients that the forward pass wrote, times ``upstream``; in place where autograd is done."""
-    inplace = not _graph_is_kept()
+    inplace = not graph_is_kept()
     upstream = None if upstream is None else in_memory(upstream)
     return tuple(
         None if g is None or upstream is None else backend.rescale(g.detach(), upstream, inplace=inplace)
@@ -253,9 +254,7 @@ def is_differentiable(upstreams: Sequence[Tensor | None]) -> bool:
 
     A batched upstream (``is_grads_batched=True``) needs the same: torch's own operators, out of place.
     """
-    return torch.is_grad_enabled() or any(
-        u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in upstreams
-    )
+    return torch.is_grad_enabled() or any(u is not None and is_legacy_batched(u) for u in upstreams)
 
 
 class _RowTerms(NamedTuple):
@@ -370,9 +369,3 @@ def _differentiable_gradients(
 def _flat(tensor: Tensor) -> Tensor:
     """Return ``(rows, classes)``; ``(classes,)`` as it is."""
     return tensor if tensor.dim() == 1 else as_rows(tensor).movedim(1, -1).flatten(0, 1)
-
-
-def _graph_is_kept() -> bool:
-    """Return True if autograd may come back to this node (``retain_graph=True``), or if that can't be known."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else bool(ask())

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction as legacy
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.overrides import handle_torch_function
 
 from .. import checks
+from ..backends.torch_private import legacy_reduction
 from . import routes
 from .sharded import refuse
 
@@ -121,12 +121,12 @@ def cross_entropy(
         tensor(0.6716)
     """
     if size_average is not None or reduce is not None:
-        reduction = legacy.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     if (
         lse_square_scale == 0.0
         and softcap is None
         and from_logits is True
-        and not inplace
+        and inplace is False
         and group is None
         and label_smoothing.__class__ is float
         and routes.is_small(input, target, weight)
@@ -154,6 +154,7 @@ def cross_entropy(
             softcap=softcap,
             from_logits=from_logits,
         )
+        checks.check_switches(inplace=inplace)
     except Exception:
         refuse(group, input)
         raise
@@ -194,7 +195,7 @@ def cross_entropy_with_accuracy(
     if checks.is_symbolic(input, target):
         return handle_torch_function(cross_entropy_with_accuracy, (input, target), **locals())
     if size_average is not None or reduce is not None:
-        reduction = legacy.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     try:
         ks = checks.checked_topk(topk)
         options = checks.checked_options(
@@ -206,6 +207,7 @@ def cross_entropy_with_accuracy(
             topk=ks,
             from_logits=from_logits,
         )
+        checks.check_switches(inplace=inplace)
     except Exception:
         refuse(group, input)
         raise

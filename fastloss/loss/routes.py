@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .. import checks
 from ..backends import choice
 from ..backends.contract import LossOptions
+from ..backends.torch_private import (
+    dispatch_mode_count,
+    dispatch_modes,
+    forward_mode_is_active,
+    is_exporting,
+    transforms_are_active,
+)
 from ..backends.view import as_labels, as_rows, class_dim, may_overlap, row_shape, wide_labels
 from ..ranks import placements
 from . import compiled, composite, sharded
@@ -201,10 +206,10 @@ def is_traced(input: Tensor, target: Tensor) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or transforms_are_active()
+        or dispatch_mode_count() > 0
         or torch.jit.is_tracing()
-        or forward_ad._current_level >= 0
+        or forward_mode_is_active()
     ):
         return True
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
@@ -232,7 +237,7 @@ def _has_values(tensor: Tensor) -> bool:
 def is_compiled(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> bool:
     """Return True if a compiler traces the call, and this package's operators serve it."""
     return (
-        torch.compiler.is_dynamo_compiling() and not _is_exporting() and _has_operator(input, target, weight, options)
+        torch.compiler.is_dynamo_compiling() and not is_exporting() and _has_operator(input, target, weight, options)
     )
 
 
@@ -242,10 +247,10 @@ def watching_modes(input: Tensor, target: Tensor, weight: Tensor | None, options
     Such modes count, cache or print (``FlopCounterMode``, selective checkpointing). Tracers are none, nor is there
     any beside a compiler or a transform.
     """
-    others = torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
-    if others or torch._C._len_torch_dispatch_stack() == 0 or not _has_operator(input, target, weight, options):
+    others = torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_mode_is_active()
+    if others or dispatch_mode_count() == 0 or not _has_operator(input, target, weight, options):
         return []
-    modes = _get_current_dispatch_mode_stack()
+    modes = dispatch_modes()
     return [] if any(getattr(mode, "_mode_key", None) is not None for mode in modes) else modes
 
 
@@ -255,16 +260,10 @@ def _has_operator(input: Tensor, target: Tensor, weight: Tensor | None, options:
         and type(target) in FUSED_TYPES
         and (target.is_floating_point() or options.from_logits)
         and not (target.is_floating_point() and weight is not None and weight.requires_grad)
-        and not torch._C._are_functorch_transforms_active()
+        and not transforms_are_active()
         and input.numel() > 0
         and not has_too_many_rows(input)
     )
-
-
-def _is_exporting() -> bool:
-    """Return ``torch.compiler.is_exporting()``, which in torch 2.11 is always True under dynamo."""
-    flag = getattr(torch.compiler, "_is_exporting_flag", None)
-    return torch.compiler.is_exporting() if flag is None else bool(flag)
 
 
 def has_too_many_rows(input: Tensor) -> bool:

@@ -41,6 +41,7 @@ from ..backends.contract import (
     WantedGradients,
     compute_dtype,
 )
+from ..backends.torch_private import disable_dynamo
 from ..backends.view import as_labels, as_rows, class_dim, in_memory, row_shape, wide_labels
 from ..ranks import collectives, placements
 from ..ranks.collectives import Layout, all_reduce, all_reduce_detached, gather
@@ -65,7 +66,7 @@ __all__ = [
 Numbers = tuple[Tensor | None, ...]
 
 
-@torch._disable_dynamo  # not torch.compiler.disable, which imports the compiler at once
+@disable_dynamo
 def loss_over_ranks(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, group: Any
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -88,7 +89,7 @@ def loss_over_ranks(
     return part.placed(loss), tuple(part.placed(value) for value in values)
 
 
-@torch._disable_dynamo
+@disable_dynamo
 @torch.no_grad()
 def accuracies_over_ranks(input: Tensor, target: Tensor, options: LossOptions, group: Any) -> tuple[Tensor, ...]:
     """Return the accuracy for each k, as :func:`loss_over_ranks` does. ``target`` may have one value per class."""

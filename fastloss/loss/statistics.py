@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn import _reduction as legacy
 from torch.overrides import handle_torch_function
 
 from .. import checks
 from ..backends import choice
 from ..backends.contract import Backend, LossInputs, LossOptions, RowStatistics, compute_dtype
+from ..backends.torch_private import legacy_reduction
 from ..backends.view import as_labels, as_rows, class_dim, in_memory, row_shape, wide_labels
 from . import composite, routes
 from .autograd import is_differentiable
@@ -130,7 +130,7 @@ def cross_entropy_with_statistics(
     if checks.is_symbolic(input, target):
         return handle_torch_function(cross_entropy_with_statistics, (input, target), **locals())
     if size_average is not None or reduce is not None:
-        reduction = legacy.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     options = checks.checked_options(
         ignore_index=ignore_index,
         reduction=reduction,

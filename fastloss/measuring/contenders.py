@@ -54,7 +54,7 @@ class Contender:
     distribution: str  # its name for pip
     load: Callable[[], Functions]  # imports the package; called anew for each workload
     ops: tuple[str, ...]
-    soft: bool = False  # takes class probabilities?
+    soft: bool = False  # it takes class probabilities
     cpu: bool = False
     dtypes: tuple[torch.dtype, ...] = tuple(DTYPES.values())
     overwrites: bool = False  # writes over the logits: it gets logits of its own

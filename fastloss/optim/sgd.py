@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from .. import checks
 from ..backends import choice
 from ..backends.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
 from ..backends.torch_private import step_is_observed
@@ -25,9 +26,10 @@ __all__ = ["SGD"]
 
 # torch.nn.utils.clip_grad_norm_ adds it to the norm that it divides by.
 _NORM_EPSILON = 1e-6
+_ROUNDINGS = ("master_weights", "kahan_sum", "stochastic_rounding")
 _COMPANION = {"master": "master_param", "kahan": "kahan_comp"}
 # The options of a group that a plan depends on, beside the momentum.
-_STATE_OPTIONS = itemgetter("momentum_dtype", "master_weights", "kahan_sum", "stochastic_rounding")
+_STATE_OPTIONS = itemgetter("momentum_dtype", *_ROUNDINGS)
 
 
 class SGD(Optimizer):
@@ -645,7 +647,8 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"Invalid max_norm value: {max_norm}; expected 0 or more, or None for no clipping")
     if dtype is not None and dtype not in SERVED_DTYPES:
         raise TypeError(f"momentum_dtype must be a floating torch.dtype of 16, 32 or 64 bits, or None; got {dtype!r}")
-    chosen = [name for name in ("master_weights", "kahan_sum", "stochastic_rounding") if group[name]]
+    checks.check_switches(**{name: group[name] for name in (*_ROUNDINGS, "decoupled_weight_decay")})
+    chosen = [name for name in _ROUNDINGS if group[name]]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} exclude each other; choose one")
     if chosen and group["differentiable"]:

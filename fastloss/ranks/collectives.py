@@ -10,7 +10,6 @@ is each rank's own. :func:`all_reduce` makes a replicated tensor of a sharded on
 from __future__ import annotations
 
 import math
-import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from ..backends.torch_private import functional_collectives, is_under_way
 
 __all__ = [
     "Layout",
@@ -65,8 +66,7 @@ _NOT_SAVED = "not saved"
 
 def gather(tensor: Tensor, group: Any) -> Tensor:
     """Return the tensors of all ranks, ``(ranks, …)``."""
-    import torch.distributed._functional_collectives as functional
-
+    functional = functional_collectives()
     # torch 2.13 renamed it, and warns of the older name.
     collective = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
     result = functional.wait_tensor(collective(tensor.contiguous().unsqueeze(0), 0, group))
@@ -75,8 +75,7 @@ def gather(tensor: Tensor, group: Any) -> Tensor:
 
 def all_reduce_detached(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
     """All-reduce over each group in turn, without a gradient."""
-    import torch.distributed._functional_collectives as functional
-
+    functional = functional_collectives()
     for group in groups:
         tensor = cast(Tensor, functional.wait_tensor(functional.all_reduce(tensor.contiguous(), "sum", group)))
     return tensor
@@ -94,10 +93,7 @@ def replicated(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
 
 def waited(tensor: Tensor) -> Tensor:
     """Wait for the tensor of a collective under way, an ``AsyncCollectiveTensor``; return others as they are."""
-    if type(tensor) is Tensor:
-        return tensor
-    functional = sys.modules.get("torch.distributed._functional_collectives")
-    if functional is None or not isinstance(tensor, functional.AsyncCollectiveTensor):
+    if type(tensor) is Tensor or not is_under_way(tensor):
         return tensor
     return cast(Tensor, _Waited.apply(tensor))
 
