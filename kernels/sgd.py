@@ -327,7 +327,7 @@ def _leave_to_graph(batch: SGDBatch) -> None:
     """
     for tables in batch.memory["tables"].values():
         _read_by_graphs.append((*tables.device, tables.rules_table))
-    _read_by_graphs.append(list(batch.begun.values()))
+    _read_by_graphs.append((*batch.begun.values(), batch.seed))
     batch.memory.clear()
 
 
@@ -408,7 +408,10 @@ def _launch_step(
     scale, found_inf, squares, max_norm = controls
     seed = None
     if batch.rounding == "stochastic":
-        seed = torch.randint(2**31 - 1, (1,), device=first.device)
+        if batch.seed is None:
+            seed = torch.randint(2**31 - 1, (1,), device=first.device)
+        else:
+            seed = batch.seed.add_(1)
     has_begun = bool(batch.begun)
     # All that Triton compiles in and that may differ between two launches of one set of tables. (The tables and the
     # seed always begin at multiples of 16.)

@@ -17,16 +17,24 @@ name of torch                         used for                         without i
 ``Optimizer._optimizer_step_...``     there
 ``DeviceMesh._get_root_mesh``,        one all-reduce for several       an all-reduce for each mesh and dimension
 ``DeviceMesh._flatten_mapping``       meshes
+``DTensor._local_tensor``             a plan of DTensors that holds    an error at their first step
+``fake_tensor.FakeTensor``            norms of fake tensors            an error at a fake step with ``max_norm``
+``GradScaler._maybe_opt_step`` and    to unscale in the step where     ``GradScaler`` unscales, before the step
+others, see ``unscales_by_step``      nothing else would notice
+``Parameter._fsdp_flattened``         an error for ``max_norm`` on     each process clips by its own norm
+                                      parameters of FSDP1
 ===================================== ================================ =============================================
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.autograd import profiler
 from torch.optim import optimizer as optimizers
 
@@ -42,6 +50,9 @@ __all__ = [
     "foreach_mul_",
     "foreach_norm",
     "fused_sgd_",
+    "held_by",
+    "is_fake",
+    "is_of_fsdp1",
     "materialized",
     "root_mesh",
     "sparse_values",
@@ -49,6 +60,7 @@ __all__ = [
     "tensor_guard",
     "transforms_are_active",
     "unscale_",
+    "unscales_by_step",
 ]
 
 fused_sgd_ = torch._fused_sgd_
@@ -104,3 +116,46 @@ def root_mesh(mesh: Any) -> Any:
 def flattened_meshes(mesh: Any) -> list[Any]:
     """Return the meshes of one dimension that a program has made of several of this one's."""
     return list(getattr(root_mesh(mesh), "_flatten_mapping", {}).values())
+
+
+def held_by(tensor: Any) -> Any:
+    """Return the local tensor that a DTensor holds: the same object until another takes its place."""
+    return tensor._local_tensor
+
+
+def is_fake(tensor: object) -> bool:
+    """Return True for a tensor without numbers, as ``FakeTensorMode`` makes them."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def is_of_fsdp1(param: object) -> bool:
+    """Return True for a parameter that ``FullyShardedDataParallel`` has flattened and cut up."""
+    return hasattr(param, "_fsdp_flattened")
+
+
+_SCALER_METHODS = ("unscale_", "_unscale_grads_", "_check_inf_per_device", "_maybe_opt_step")
+
+
+class unscales_by_step:  # noqa: N801
+    """The attribute by which ``torch.amp.GradScaler`` asks an optimizer to unscale gradients in its step.
+
+    It is False for ``GradScaler.step`` where something relies on the other way, in which the scaler unscales, and
+    does not call ``step`` after an overflow, as with ``torch.optim.SGD`` by default:
+
+    - a scaler that overrides a method of that way, as FSDP1's ``ShardedGradScaler`` does;
+    - a program that has wrapped the optimizer's ``step`` to see whether it is called, as accelerate does (torch's
+      learning rate schedules wrap it too, and need not know);
+    - an object around the optimizer, which would get the scale in the optimizer's place.
+    """
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> bool:
+        caller = sys._getframe(1)
+        if optimizer is None or caller.f_code is not GradScaler.step.__code__:
+            return caller.f_back is None or caller.f_back.f_code is not GradScaler.step.__code__
+        scaler, step = caller.f_locals["self"], optimizer.step
+        return all(
+            getattr(getattr(scaler, name), "__func__", None) is getattr(GradScaler, name) for name in _SCALER_METHODS
+        ) and (
+            getattr(step, "__func__", None) is type(optimizer).step or getattr(step, "_wrapped_by_lr_sched", False)
+        )

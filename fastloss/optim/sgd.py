@@ -14,11 +14,11 @@ from torch.optim.optimizer import Optimizer
 
 from ..backends import choice
 from ..backends.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
-from ..backends.torch_private import step_is_observed
+from ..backends.torch_private import step_is_observed, unscales_by_step
 from ..ranks.placements import is_dtensor, local
 from . import plain
 from .checkpoint import check_loaded, restore_dtypes
-from .shards import Shards, ShardSums, local_as, shards_of
+from .shards import Shards, ShardSums, check_whole, local_as, place_of, shards_of
 from .step_plan import SERVED_DTYPES, Batch, StepPlan, gradients, layouts_of, overlapping, serves
 
 __all__ = ["SGD"]
@@ -62,13 +62,18 @@ class SGD(Optimizer):
             Hutter, "Decoupled Weight Decay Regularization", 2019).
         max_norm: clip the gradients of all groups together to this Euclidean norm, as
             ``torch.nn.utils.clip_grad_norm_`` does, within the step: ``p.grad`` is left as it was, and the host does
-            not wait. :attr:`grad_norm` has the norm.
+            not wait. :attr:`grad_norm` has the norm. Of DTensors all shards count. Other parameters must be whole on
+            each process: those of ``FullyShardedDataParallel`` are refused (under ``NO_SHARD`` too), and within
+            ``ZeroRedundancyOptimizer``, which can't be known here, each process would clip by the norm of its own
+            parameters; call ``clip_grad_norm_`` before the step there.
         momentum_dtype: of the momentum buffers; None is each parameter's own. float32 is more exact than bfloat16.
         master_weights: for float16 and bfloat16 parameters, keep float32 weights in the state, step those, and round
             them to the parameter.
         kahan_sum: for float16 and bfloat16 parameters, keep the rounding error in a second number of that dtype, and
             add it again in the next step (Kahan, "Further remarks on reducing truncation errors", 1965).
-        stochastic_rounding: round float16 and bfloat16 parameters up or down at random, right on average.
+        stochastic_rounding: round float16 and bfloat16 parameters up or down at random, right on average. The random
+            numbers are those of torch's generator; in a program of several processes they depend on the number of
+            steps and the shard alone, so that replicas stay equal.
 
     The last three exclude each other, and change nothing for parameters of other dtypes. A program may write to a
     parameter between steps: a master weight that does not round to the parameter is replaced by it, and a
@@ -76,9 +81,13 @@ class SGD(Optimizer):
 
     With :class:`torch.amp.GradScaler` the step itself divides the gradients by the scale, and does nothing if one of
     them has overflowed, without the host waiting to know; ``p.grad`` holds the unscaled gradient then.
+    A scaler that overrides how gradients are unscaled (FSDP1's ``ShardedGradScaler``), or a program that watches for
+    calls of ``step`` (accelerate), finds what ``torch.optim.SGD`` has by default: the scaler unscales the gradients,
+    and does not call ``step`` after an overflow.
 
     Raises:
-        ValueError: a negative or not one-element ``lr``, ``momentum`` or ``weight_decay``, a negative ``max_norm``;
+        ValueError: a negative or not one-element ``lr``, ``momentum`` or ``weight_decay``, a negative ``max_norm``
+            (and, in the step, one for parameters of ``FullyShardedDataParallel``);
             nesterov without momentum or with dampening; options that exclude each other; no parameters at all.
         TypeError: ``params`` is a tensor, ``momentum_dtype`` no floating dtype; a hyper-parameter is no number.
 
@@ -92,13 +101,14 @@ class SGD(Optimizer):
     """
 
     # torch.amp.GradScaler hands its scale, and whether a gradient has overflowed, to step() as attributes.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = unscales_by_step()
 
     _plan: StepPlan | None
     _begun: dict[Tensor, tuple[Tensor, Tensor]]  # by parameter: flags of SGDBatch.begun, and the buffer that has them
     # Squares and scale of the last step with max_norm. In a dict: torch.compile forgets the attributes that a
     # compiled step sets on an optimizer.
     _clipped: dict[str, Tensor | None]
+    _seeds: dict[tuple[torch.device, int], Tensor]  # of stochastic rounding, by the device and the shard
 
     def __init__(
         self,
@@ -142,6 +152,7 @@ class SGD(Optimizer):
             "stochastic_rounding": stochastic_rounding,
         }
         _check(defaults)
+        self._seeds = {}
         self._forget()
         super().__init__(params, defaults)
 
@@ -245,7 +256,9 @@ class SGD(Optimizer):
         clip = None if here.squares is None else _clip_factor(_norm(here.squares, here.grad_scale), here.max_norm)
         state = self.state.get(param, {})
         rule, dtype = _read(rules[plan.group_of[i]]), group["momentum_dtype"]
-        plain.step(param, grad, state, rule, _rounding(group, param), clip=clip, momentum_dtype=dtype)
+        rounding = _rounding(group, param)
+        seed = self._seed(param, rounding)
+        plain.step(param, grad, state, rule, rounding, clip=clip, momentum_dtype=dtype, seed=seed)
         if state:
             self.state[param] = state
 
@@ -273,6 +286,7 @@ class SGD(Optimizer):
                 sum_of_set = totals.setdefault(shards, torch.zeros_like(squares))
                 sum_of_set += squares.to(sum_of_set.device)
         if plan.sums is None:
+            check_whole(plan.params)
             plan.sums = ShardSums(p for p, grad in zip(plan.params, grads, strict=True) if grad is not None)
         first, *others = plan.sums(totals)  # a step without gradients has ended before
         for other in others:
@@ -289,6 +303,7 @@ class SGD(Optimizer):
         self._clipped["squares"], self._clipped["scale"] = None, None
         clip = None
         if grads and max_norm is not None:
+            check_whole(param for group in self.param_groups for param in group["params"])
             norms = torch.stack([plain.norm(grad).to(grads[0].device) for grad in grads])
             norm = torch.linalg.vector_norm(norms)
             self._clipped["squares"], self._clipped["scale"] = norm.detach().square(), scale
@@ -314,6 +329,7 @@ class SGD(Optimizer):
                         clip=clip,
                         momentum_dtype=dtype,
                         out_of_place=differentiable,
+                        seed=self._seed(param, rounding),
                     )
 
     # ------------------------------------------------------------------------------------------------- the plan
@@ -367,10 +383,11 @@ class SGD(Optimizer):
             shards = shards_of(param)
             key = (name, stored.device, stored.dtype, rounding, shards)
             if key not in together:
-                together[key] = Batch(SGDBatch([], [], [], [], rounding, {}), name, [], shards)
+                seed = self._seed(param, rounding)
+                together[key] = Batch(SGDBatch([], [], [], [], rounding, {}, seed=seed), name, [], shards)
             batch = together[key]
             if stored is not param:
-                plan.sharded[i] = stored
+                plan.sharded.append(i)
             batch.indices.append(i)
             batch.tensors.params.append(stored)
             batch.tensors.rules.append(group_of[i])
@@ -424,6 +441,25 @@ class SGD(Optimizer):
             buffer = state[key] = buffer.detach().to(dtype)
         plan.add_buffer(state, key)
         return buffer if stored is param else local(buffer)
+
+    def _seed(self, param: Tensor, rounding: str) -> Tensor | None:
+        """Return the seed for a parameter's stochastic rounding; None: torch's generator.
+
+        Among several processes it depends on the number of steps and the shard alone, so that replicas stay equal:
+        their processes may have generators with seeds of their own.
+        """
+        place = place_of(param) if rounding == "stochastic" else None
+        if place is None:
+            return None
+        key = param.device, place
+        if key not in self._seeds:
+            if param.is_cuda and _capturing():
+                raise RuntimeError(
+                    "fastloss.SGD: the seed for stochastic_rounding would be made inside a CUDA graph, and anew by "
+                    "every replay; take a step with the same parameters before capturing"
+                )
+            self._seeds[key] = torch.full((1,), place << 32, dtype=torch.int64, device=param.device)
+        return self._seeds[key]
 
     def _max_norm(self) -> float | None:
         values = {group["max_norm"] for group in self.param_groups}
@@ -502,6 +538,7 @@ class SGD(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        self.__dict__.setdefault("_seeds", {})
         self._forget()
 
     def _separate(self) -> None:

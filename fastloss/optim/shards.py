@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.torch_private import flattened_meshes, root_mesh
+from ..backends.torch_private import flattened_meshes, is_of_fsdp1, root_mesh
 from ..ranks.placements import is_dtensor, local
 
-__all__ = ["ShardSums", "Shards", "local_as", "shards_of"]
+__all__ = ["ShardSums", "Shards", "check_whole", "local_as", "place_of", "placed_as", "shards_of"]
 
 Shards = tuple[Any, tuple[int, ...]]  # a DeviceMesh, and the dimensions of it that cut a tensor up
 
@@ -30,6 +30,46 @@ def shards_of(param: Any) -> Shards | None:
     if not is_dtensor(param):
         return None
     return param.device_mesh, tuple(d for d, placement in enumerate(param.placements) if not placement.is_replicate())
+
+
+def placed_as(shard: Tensor, like: Any) -> Tensor:
+    """Return a DTensor of a local shard of the shape of that of ``like``."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def place_of(param: Any) -> int | None:
+    """Return the number of this process's shard of a tensor: 0 for a whole one; None in a program of one process.
+
+    Processes with the same number have replicas.
+    """
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return None
+    place, shards = 0, shards_of(param)
+    if shards is not None:
+        mesh, dims = shards
+        coordinate = mesh.get_coordinate() or [0] * mesh.ndim
+        for d in dims:
+            place = place * mesh.size(d) + coordinate[d]
+    return place
+
+
+def check_whole(params: Iterable[Tensor]) -> None:
+    """Check that the norm of all gradients can be known.
+
+    Raises:
+        ValueError: this process has parts of parameters, and they are no DTensors.
+    """
+    if any(map(is_of_fsdp1, params)) and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            "fastloss.SGD: max_norm is given, and FullyShardedDataParallel has cut up the parameters: each process "
+            "would clip by the norm of its own part; expected max_norm=None and clip_grad_norm_ of the wrapped "
+            "module before the step, or parameters of fully_shard (FSDP2)"
+        )
 
 
 class ShardSums:

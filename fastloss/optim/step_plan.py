@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Addresses, SGDBatch
-from ..backends.torch_private import tensor_guard
-from ..ranks.placements import is_dtensor, local
+from ..backends.torch_private import held_by, tensor_guard
+from ..ranks.placements import is_dtensor
 from .shards import Shards, ShardSums
 
 __all__ = ["SERVED_DTYPES", "Batch", "StepPlan", "gradients", "layouts_of", "overlapping", "serves"]
@@ -75,7 +75,10 @@ class StepPlan:
     batches: list[Batch] = field(default_factory=list)
     plain: list[int] = field(default_factory=list)  # stepped one by one, by torch's operators
     repeated: set[int] = field(default_factory=set)  # of those: named by the groups before, and stepped once more
-    sharded: dict[int, Tensor] = field(default_factory=dict)  # DTensors among the batches: their local shards
+    sharded: list[int] = field(default_factory=list)  # DTensors among the batches
+    dtensors: list[Tensor] = field(default_factory=list)  # those, and those among the buffers
+    shards: list[Any] = field(default_factory=list)  # the local tensors that they hold
+    shard_addresses: Addresses = field(default_factory=lambda: Addresses(()))
     states: list[dict[str, Any]] = field(default_factory=list)  # every parameter's state
     buffers: list[Tensor] = field(default_factory=list)  # momentum buffers, master weights, compensations
     buffer_states: list[dict[str, Any]] = field(default_factory=list)  # buffer i is buffer_states[i][buffer_keys[i]]
@@ -102,6 +105,9 @@ class StepPlan:
         self.states = list(states)
         self.stored = [self.params[i] for batch in self.batches for i in batch.indices if i not in self.sharded]
         self.addresses = Addresses(self.stored)
+        self.dtensors = [self.params[i] for i in self.sharded] + list(filter(is_dtensor, self.buffers))
+        self.shards = list(map(held_by, self.dtensors))
+        self.shard_addresses = Addresses(self.shards)
         self.attributes = self._attributes()
 
     def holds(
@@ -129,10 +135,14 @@ class StepPlan:
                 and list(map(_dtype_of, self.companions)) == self.companion_dtypes
                 and self.addresses.are_of(self.stored)
                 and self._attributes() == self.attributes
-                and all(local(self.params[i]) is shard for i, shard in self.sharded.items())
+                and (not self.dtensors or self._shards_are_held())
             )
         except KeyError:  # the program has removed a buffer
             return False
+
+    def _shards_are_held(self) -> bool:
+        """Return whether the DTensors hold the local tensors that they held. (``to_local`` may make new views.)"""
+        return _identical(list(map(held_by, self.dtensors)), self.shards) and self.shard_addresses.are_of(self.shards)
 
     def finish_step(self, states: Collection[dict[str, Any]], grads: list[Tensor | None]) -> None:
         """Let the next step be compared with this one, which was carried out with these gradients."""

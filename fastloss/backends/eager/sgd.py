@@ -317,7 +317,7 @@ def _step_flat(
         result, views = flat.room("params", batch.params[0].dtype)
         flat.gather(flat.params, result.dtype, "params")
         compensation = flat.companions
-        _advance_rounded(result, grad, flat.momentum, compensation, batch.rounding, rule, clip, first=first)
+        _advance_rounded(batch, result, grad, flat.momentum, compensation, rule, clip, first=first)
     flat.scatter(views)
 
 
@@ -371,16 +371,16 @@ def _step_by_pieces(batch: SGDBatch, i: int, grad: Tensor, rule: _Numbers, clip:
         elif param.dtype == wide:
             _advance([param], [piece.to(wide)], _listed(momentum), rule, clip, first=first)
         else:
-            _advance_rounded(param, piece.to(wide), momentum, companion, batch.rounding, rule, clip, first=first)
+            _advance_rounded(batch, param, piece.to(wide), momentum, companion, rule, clip, first=first)
     torch.autograd.graph.increment_version([batch.params[i]])
 
 
 def _advance_rounded(
+    batch: SGDBatch,
     param: Tensor,
     grad: Tensor,
     momentum: Tensor | None,
     compensation: Tensor | None,
-    rounding: str,
     rule: _Numbers,
     clip: float,
     *,
@@ -389,8 +389,8 @@ def _advance_rounded(
     """Step one flat tensor of 16 bits in float32, and round it."""
     wide = param.float() if compensation is None else compensated(param, compensation)
     _advance([wide], [grad], _listed(momentum), rule, clip, first=first)
-    if rounding == "stochastic":
-        param.copy_(round_stochastically(wide, param.dtype))
+    if batch.rounding == "stochastic":
+        param.copy_(round_stochastically(wide, param.dtype, batch.seed))
     else:
         param.copy_(wide)
     if compensation is not None:
