@@ -21,8 +21,7 @@ from ..backends.eager.rounding import (
 )
 from ..backends.eager.sgd import multiply
 from ..backends.torch_private import is_fake, sparse_values
-from ..ranks.placements import is_dtensor
-from .shards import placed_as
+from ..ranks.placements import is_dtensor, placed_as
 
 __all__ = ["norm", "step", "unscale"]
 

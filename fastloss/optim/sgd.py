@@ -207,10 +207,11 @@ class SGD(Optimizer):
         max_norm = self._max_norm()
         plan, grads = self._planned()
         self._clipped["squares"], self._clipped["scale"] = None, None
-        if not plan.batches and not plan.plain:
+        if (not plan.batches and not plan.plain) or not (plan.complete or any(grad is not None for grad in grads)):
             return
         for i in plan.sharded:
-            grads[i] = local_as(grads[i], plan.params[i])
+            if grads[i] is not None:
+                grads[i] = local_as(grads[i], plan.params[i])
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         squares = None if max_norm is None else self._sum_of_squares(plan, grads)
         if squares is not None:
@@ -223,12 +224,15 @@ class SGD(Optimizer):
         rules = [_rule(group) for group in self.param_groups]
         controls = _ControlsByDevice(SGDControls(scale, found_inf, squares, max_norm or 0.0))
         for batch in plan.batches:
-            here = controls.on(batch.tensors.params[0].device)
-            choice.load(batch.backend).sgd_step(batch.tensors, batch.take(grads), rules, here)
+            here, taken = controls.on(batch.tensors.params[0].device), batch.take(grads)
+            if not batch.tensors.incomplete or any(grad is not None for grad in taken):
+                choice.load(batch.backend).sgd_step(batch.tensors, taken, rules, here)
         if plan.plain:
             # As in torch, each place in which a parameter is listed begins its momentum.
             begin = {i for i in plan.repeated if "momentum_buffer" not in self.state.get(plan.params[i], {})}
             for i in plan.plain:
+                if grads[i] is None:
+                    continue
                 if i in begin:
                     self.state.get(plan.params[i], {}).pop("momentum_buffer", None)
                 self._step_plainly(plan, i, grads[i], rules, controls)
@@ -238,7 +242,9 @@ class SGD(Optimizer):
                 with_momentum = [
                     i
                     for i in batch.tensors.begun
-                    if batch.tensors.momentum[i] is not None and _on_host(rules[batch.tensors.rules[i]].momentum)
+                    if batch.tensors.momentum[i] is not None
+                    and grads[batch.indices[i]] is not None
+                    and _on_host(rules[batch.tensors.rules[i]].momentum)
                 ]
                 for i in with_momentum:
                     del self._begun[plan.params[batch.indices[i]]]
@@ -272,23 +278,27 @@ class SGD(Optimizer):
             return totals[shards]
 
         for batch in plan.batches:
-            device = batch.tensors.params[0].device
+            device, taken = batch.tensors.params[0].device, batch.take(grads)
+            if batch.tensors.incomplete and all(grad is None for grad in taken):
+                continue
             squares = total(batch.shards, device)
             here = squares if squares.device == device else torch.zeros((), dtype=torch.float64, device=device)
-            choice.load(batch.backend).sgd_squares(batch.tensors, batch.take(grads), here)
+            choice.load(batch.backend).sgd_squares(batch.tensors, taken, here)
             if here is not squares:
                 squares += here.to(squares.device)
         for i in plan.plain:
-            if i not in plan.repeated:
+            if i not in plan.repeated and grads[i] is not None:
                 param, grad = plan.params[i], grads[i]
                 shards = shards_of(param) if is_dtensor(grad) else None
                 squares = plain.norm(grad if shards is None else local_as(grad, param)).square()
                 sum_of_set = totals.setdefault(shards, torch.zeros_like(squares))
                 sum_of_set += squares.to(sum_of_set.device)
-        if plan.sums is None:
+        sums = plan.sums if plan.complete else None
+        if sums is None:
             check_whole(plan.params)
-            plan.sums = ShardSums(p for p, grad in zip(plan.params, grads, strict=True) if grad is not None)
-        first, *others = plan.sums(totals)  # a step without gradients has ended before
+            sums = ShardSums(p for p, grad in zip(plan.params, grads, strict=True) if grad is not None)
+            plan.sums = sums if plan.complete else None
+        first, *others = sums(totals)  # a step without gradients has ended before
         for other in others:
             first = first + other.to(first.device)
         return first
@@ -347,7 +357,15 @@ class SGD(Optimizer):
                 return plan, grads
         params = [param for group in groups for param in group["params"]]
         grads = gradients(params)
-        self._plan = plan = self._new_plan(settings, params, layouts_of(grads))
+        layouts = layouts_of(grads)
+        if plan is not None and plan.settings == settings and len(plan.params) == len(params):
+            # Parameters that lack a gradient today may have one tomorrow.
+            for i, (old, param) in enumerate(zip(plan.layouts, params, strict=True)):
+                if layouts[i] is None and old is not None and plan.params[i] is param:
+                    g = plan.group_of[i]
+                    layouts[i] = old if self._has_buffers(param, groups[g], settings[g][0]) else None
+        self._plan = plan = self._new_plan(settings, params, layouts)
+        plan.begin(grads)
         return plan, grads
 
     def _new_plan(self, settings: list[Any], params: list[Tensor], layouts: list[Any]) -> StepPlan:
@@ -404,8 +422,12 @@ class SGD(Optimizer):
             else:  # the program has put another one in its place
                 self._begun.pop(param, None)
         plan.batches = list(together.values())
-        plan.complete(self.state.values())
+        plan.finish(self.state.values())
         return plan
+
+    def _has_buffers(self, param: Tensor, group: dict[str, Any], has_momentum: bool) -> bool:
+        state, key = self.state.get(param, {}), _COMPANION.get(_rounding(group, param))
+        return (not has_momentum or state.get("momentum_buffer") is not None) and (key is None or key in state)
 
     def _buffer(self, plan: StepPlan, i: int, stored: Tensor, key: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a parameter's buffer, made where it is missing, in the form that the backend takes."""

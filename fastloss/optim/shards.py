@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends.torch_private import flattened_meshes, is_of_fsdp1, root_mesh
 from ..ranks.placements import is_dtensor, local
 
-__all__ = ["ShardSums", "Shards", "check_whole", "local_as", "place_of", "placed_as", "shards_of"]
+__all__ = ["ShardSums", "Shards", "check_whole", "local_as", "place_of", "shards_of"]
 
 Shards = tuple[Any, tuple[int, ...]]  # a DeviceMesh, and the dimensions of it that cut a tensor up
 
@@ -30,15 +30,6 @@ def shards_of(param: Any) -> Shards | None:
     if not is_dtensor(param):
         return None
     return param.device_mesh, tuple(d for d, placement in enumerate(param.placements) if not placement.is_replicate())
-
-
-def placed_as(shard: Tensor, like: Any) -> Tensor:
-    """Return a DTensor of a local shard of the shape of that of ``like``."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
 
 
 def place_of(param: Any) -> int | None:

@@ -54,6 +54,8 @@ _bytes_of = operator.attrgetter("nbytes")
 
 def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     """See :class:`fastloss.backends.contract.Backend`."""
+    if batch.incomplete:
+        batch, grads = _present(batch, grads)
     wide = compute_dtype(batch.params[0].dtype)
     for part in _parts(batch):
         if part.flat is not None:
@@ -84,6 +86,8 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
     """See :class:`fastloss.backends.contract.Backend`."""
     if controls.found_inf is not None and controls.found_inf.item() != 0:
         return
+    if batch.incomplete:
+        batch, grads = _present(batch, grads)
     if controls.grad_scale is not None:
         _unscale(grads, controls.grad_scale)
     clip = _clip_factor(controls)
@@ -135,6 +139,7 @@ class _Flat:
     addresses: Addresses  # of those
     vectors: bool  # all of the parameters have one dimension
     numels: list[int]  # of the parameters
+    gathered: bool = False  # momentum and companions are copies for one step: other tensors lie between the buffers
     rooms: dict[tuple[str, torch.dtype], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
     @staticmethod
@@ -146,6 +151,28 @@ class _Flat:
         buffers = momentum + companions
         vectors, numels = all(param.dim() == 1 for param in params), list(map(Tensor.numel, params))
         return _Flat(indices, params, *flat, buffers, Addresses(buffers), vectors, numels)
+
+    def chosen(self, number_of: dict[int, int]) -> _Flat | None:
+        """Return some of the tensors, for one step; ``number_of`` has their new numbers."""
+        places = [place for place, i in enumerate(self.indices) if i in number_of]
+        if not places:
+            return None
+        count = len(self.indices)
+        buffers: list[Tensor] = []
+        flats: list[Tensor | None] = []
+        for flat, start in ((self.momentum, 0), (self.companions, len(self.buffers) - count)):
+            some = [] if flat is None else [self.buffers[start + place] for place in places]
+            flats.append(torch.cat([buffer.view(-1) for buffer in some]) if some else None)
+            buffers += some
+        params, numels = [self.params[place] for place in places], [self.numels[place] for place in places]
+        numbers = [number_of[self.indices[place]] for place in places]
+        return _Flat(numbers, params, *flats, buffers, Addresses(buffers), self.vectors, numels, gathered=True)
+
+    def put_back(self) -> None:
+        """Write gathered momentum and companions to the buffers."""
+        flats = [flat for flat in (self.momentum, self.companions) if flat is not None]
+        if flats:
+            foreach_copy_(self.buffers, [view for flat in flats for view in _views(flat, self.params)])
 
     def gather(self, tensors: list[Tensor], dtype: torch.dtype, name: str = "grads") -> Tensor:
         """Return the tensors side by side, in ``dtype``."""
@@ -190,6 +217,19 @@ class _Direct:
         momentum = [m for i in indices if (m := batch.momentum[i]) is not None]
         return _Direct(
             indices, params, momentum, all(map(Tensor.is_contiguous, params)), list(map(_bytes_of, params))
+        )
+
+    def chosen(self, number_of: dict[int, int]) -> _Direct | None:
+        """Return some of the tensors, for one step; ``number_of`` has their new numbers."""
+        places = [place for place, i in enumerate(self.indices) if i in number_of]
+        if not places:
+            return None
+        return _Direct(
+            [number_of[self.indices[place]] for place in places],
+            [self.params[place] for place in places],
+            [self.momentum[place] for place in places] if self.momentum else [],
+            self.contiguous,
+            [self.nbytes[place] for place in places],
         )
 
     def known_to_fit(self, *, unchanged: bool) -> bool:
@@ -261,6 +301,19 @@ class _Part:
             list(map(Tensor.stride, strided)),
         )
 
+    def chosen(self, number_of: dict[int, int]) -> _Part:
+        """Return the part with some of its tensors, for one step; ``number_of`` has their new numbers."""
+        return _Part(
+            self.rule,
+            self.first,
+            None if self.small is None else self.small.chosen(number_of),
+            None if self.large is None else self.large.chosen(number_of),
+            None if self.flat is None else self.flat.chosen(number_of),
+            [number_of[i] for i in self.pieced if i in number_of],
+            [],
+            [],
+        )
+
     def holds(self, *, unchanged: bool) -> bool:
         """Return whether everything is where it was; a program may have moved buffers to another device and back."""
         return (self.flat is None or self.flat.addresses.are_of(self.flat.buffers)) and (
@@ -281,6 +334,19 @@ def _parts(batch: SGDBatch) -> list[_Part]:
         parts = [_Part.of(batch, *key, indices) for key, indices in together.items()]
         batch.memory.update(parts=parts, first=first)
     return parts
+
+
+def _present(batch: SGDBatch, grads: list[Any]) -> tuple[SGDBatch, list[Tensor]]:
+    """Return those of a batch's tensors that have gradients, as a batch for one step, and the gradients."""
+    parts = _parts(batch)
+    present = [i for i, grad in enumerate(grads) if grad is not None]
+    number_of = {i: number for number, i in enumerate(present)}
+    lists = (batch.params, batch.momentum, batch.companions, batch.rules)
+    chosen: list[Any] = [[values[i] for i in present] for values in lists]
+    begun = {number_of[i]: flags for i, flags in batch.begun.items() if i in number_of}
+    first = {number_of[i] for i in batch.memory["first"] if i in number_of}
+    memory = {"parts": [part.chosen(number_of) for part in parts], "first": first}
+    return SGDBatch(*chosen, batch.rounding, begun, memory, seed=batch.seed), [grads[i] for i in present]
 
 
 def _side_by_side(buffers: list[Tensor]) -> Tensor | None:
@@ -319,6 +385,8 @@ def _step_flat(
         compensation = flat.companions
         _advance_rounded(batch, result, grad, flat.momentum, compensation, rule, clip, first=first)
     flat.scatter(views)
+    if flat.gathered:
+        flat.put_back()
 
 
 def _step_small(
