@@ -312,6 +312,48 @@ class Process:
             values.append(whole(param))
         return values
 
+    def mixed(self) -> dict[str, str]:
+        """What is said of a gradient or a state that is whole beside a parameter that is a DTensor."""
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        import fastloss
+
+        def cut() -> Any:
+            return distribute_tensor(torch.ones(6, 4), self.mesh, [Shard(0)])
+
+        param = nn.Parameter(cut())
+        plain = nn.Parameter(torch.ones(6, 4))
+        plain.grad = torch.ones(6, 4)
+        whole_one = fastloss.SGD([plain], lr=0.1, momentum=0.9)
+        whole_one.step()
+
+        def first_gradient() -> None:
+            param.grad = torch.ones(6, 4)
+            fastloss.SGD([param], lr=0.1).step()
+
+        def later_gradient() -> None:
+            optimizer = fastloss.SGD([param], lr=0.1)
+            for grad in (cut(), torch.ones(6, 4)):
+                param.grad = grad
+                optimizer.step()
+
+        def loaded() -> None:
+            fastloss.SGD([param], lr=0.1, momentum=0.9).load_state_dict(whole_one.state_dict())
+
+        def put() -> None:
+            optimizer = fastloss.SGD([param], lr=0.1, momentum=0.9)
+            optimizer.state[param]["momentum_buffer"] = torch.ones(6, 4)
+            param.grad = cut()
+            optimizer.step()
+
+        results = {}
+        for call in (first_gradient, later_gradient, loaded, put):
+            try:
+                call()
+            except (RuntimeError, ValueError) as error:
+                results[call.__name__] = str(error)
+        return results
+
     def plans(self) -> int:
         """The number of plans of ten steps over DTensors."""
         import fastloss
@@ -402,6 +444,7 @@ def main(rank: int, count: int, folder: Path, names: list[str]) -> None:
     results["compiled"] = process.compiled()
     results["clipped"] = [process.clipped_by_operators(compiled) for compiled in (False, True)]
     results["compiled replicas"] = process.replicas("compiled")
+    results["mixed"] = process.mixed()
     results["flattened"] = process.flattened()
     leave(rank, folder, results)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -536,6 +537,15 @@ def test_a_shard_that_is_replaced_is_stepped(shared: dict[str, Any]) -> None:
     param, before = shared["replaced shard"]
     torch.testing.assert_close(param, torch.full((4, 3), 9.0))
     torch.testing.assert_close(before, torch.zeros(2, 3))
+
+
+def test_whole_tensors_beside_dtensors_are_refused(together: dict[str, Any]) -> None:
+    found = together["mixed"]
+    said = r"a parameter of shape \(6, 4\) is a DTensor, and its gradient is a plain tensor; expected"
+    assert re.search(said, found["first_gradient"])
+    assert re.search(said, found["later_gradient"])
+    assert "momentum_buffer of parameter 0 is a plain tensor, but the parameter is a DTensor" in found["loaded"]
+    assert "a tensor of shape (6, 4) on cpu as its momentum_buffer; expected" in found["put"]
 
 
 @pytest.mark.parametrize("original", [False, True])

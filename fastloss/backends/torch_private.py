@@ -8,6 +8,8 @@ name of torch                         used for                         without i
 ``_foreach_norm``
 ``_amp_foreach_non_finite_check_...`` division by a GradScaler's scale an error at that step
 ``Tensor._is_zerotensor``             gradients without memory         an error at the first step
+``_C._nn.flatten_dense_tensors``,     SGD's small tensors of 16 bits   an error at import
+``unflatten_dense_tensors``
 ``Tensor._values``                    sparse gradients                 an error at that step
 ``_C._dynamo.guards.TensorGuards``    "nothing has changed" in C       every step compares attribute by attribute
 ``_C._are_functorch_transforms_...``  not to read numbers under vmap   an error at import
@@ -44,6 +46,7 @@ except ImportError:
     _guards = None  # type: ignore[assignment]
 
 __all__ = [
+    "flatten",
     "flattened_meshes",
     "foreach_copy_",
     "foreach_mul",
@@ -59,6 +62,7 @@ __all__ = [
     "step_is_observed",
     "tensor_guard",
     "transforms_are_active",
+    "unflatten",
     "unscale_",
     "unscales_by_step",
 ]
@@ -70,6 +74,8 @@ foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
 unscale_ = torch._amp_foreach_non_finite_check_and_unscale_
 sparse_values = Tensor._values
+flatten = torch._C._nn.flatten_dense_tensors
+unflatten = torch._C._nn.unflatten_dense_tensors
 transforms_are_active = torch._C._are_functorch_transforms_active
 
 

@@ -18,7 +18,7 @@ from ..backends.torch_private import step_is_observed, unscales_by_step
 from ..ranks.placements import is_dtensor, local
 from . import plain
 from .checkpoint import check_loaded, restore_dtypes
-from .shards import Shards, ShardSums, check_whole, local_as, place_of, shards_of
+from .shards import Shards, ShardSums, check_kind, check_whole, local_as, place_of, shards_of
 from .step_plan import SERVED_DTYPES, Batch, StepPlan, gradients, layouts_of, overlapping, serves
 
 __all__ = ["SGD"]
@@ -381,6 +381,7 @@ class SGD(Optimizer):
             grad = param.grad
             if grad is not None:
                 check_gradients([param], [grad])
+                check_kind(param, grad)
             if param in seen:
                 plan.repeated.add(i)
                 twice.add(param)
@@ -453,10 +454,12 @@ class SGD(Optimizer):
         buffer: Tensor = state[key]
         if isinstance(buffer, Tensor) and buffer.layout != torch.strided:
             buffer = state[key] = buffer.to_dense()
-        if not isinstance(buffer, Tensor) or buffer.shape != param.shape or buffer.device != param.device:
+        fits = isinstance(buffer, Tensor) and buffer.shape == param.shape and buffer.device == param.device
+        if not fits or is_dtensor(buffer) != is_dtensor(param):
             raise ValueError(
                 f"fastloss.SGD: a parameter of shape {tuple(param.shape)} on {param.device} has "
                 f"{_described(buffer)} as its {key}; expected a tensor of its shape, on its device"
+                + (" and mesh" if is_dtensor(param) else "")
             )
         dtype = _buffer_dtype(key, buffer, param)
         if buffer.dtype != dtype:
@@ -525,7 +528,9 @@ class SGD(Optimizer):
 
         Raises:
             ValueError: the groups are not as many or not as long as this optimizer's; a buffer has another shape than
-                its parameter; a hyper-parameter is out of range. The optimizer is left as it was.
+                its parameter; a buffer is whole and its parameter a DTensor; options exclude each other. The
+                optimizer is left as it was. (Numbers that the constructor refuses are loaded: a program may have set
+                them.)
         """
         final: dict[str, Any] = {}
         before = [dict(group) for group in self.param_groups]
@@ -533,7 +538,7 @@ class SGD(Optimizer):
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
             check_loaded(loaded, self.param_groups)
             for own_group, loaded_group in zip(before, loaded["param_groups"], strict=True):
-                _check({**own_group, **loaded_group})
+                _check({**own_group, **loaded_group}, loaded=True)
             final.update(loaded)
 
         def restore(_: Optimizer) -> None:
@@ -567,8 +572,8 @@ class SGD(Optimizer):
         """Give every buffer on the CPU memory of its own: pickle writes shared memory once for each buffer."""
         for state in self.state.values():
             for buffer in state.values() if isinstance(state, dict) else ():  # a program may store other things there
-                on_cpu = type(buffer) is Tensor and buffer.device.type == "cpu"
-                if on_cpu and buffer.layout == torch.strided and buffer.untyped_storage().nbytes() > buffer.nbytes:
+                on_cpu = type(buffer) is Tensor and buffer.device.type == "cpu" and buffer.layout == torch.strided
+                if on_cpu and buffer.untyped_storage().nbytes() > buffer.nbytes and not buffer.is_shared():
                     buffer.data = buffer.clone()
 
     def _settle(self, params: list[Tensor]) -> None:
@@ -659,7 +664,8 @@ def _buffer_dtype(key: str, buffer: Tensor, param: Tensor) -> torch.dtype:
 
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} on {value.device}"
+        kind = "DTensor" if is_dtensor(value) else "tensor"
+        return f"a {kind} of shape {tuple(value.shape)} on {value.device}"
     return f"a {type(value).__name__}"
 
 
@@ -674,8 +680,8 @@ def _rounding(group: dict[str, Any], param: Tensor) -> str:
     return "stochastic" if group["stochastic_rounding"] else "nearest"
 
 
-def _check(group: dict[str, Any]) -> None:
-    """Check the options of a parameter group."""
+def _check(group: dict[str, Any], *, loaded: bool = False) -> None:
+    """Check the options of a parameter group; of one that is loaded, all but what numbers they are."""
     named = {"lr": "learning rate", "momentum": "momentum value", "weight_decay": "weight_decay value"}
     for name, words in named.items():
         value = group[name]
@@ -686,13 +692,13 @@ def _check(group: dict[str, Any]) -> None:
                 raise TypeError(f"{name} must be a real number, got a tensor of {value.dtype}")
         elif isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number or a one-element tensor, got {type(value).__name__} {value!r}")
-        if value < 0.0:
+        if not loaded and value < 0.0:
             raise ValueError(f"Invalid {words}: {value}; expected 0 or more")
     dampening = group["dampening"]
     one_number = isinstance(dampening, Tensor) and dampening.numel() == 1 and not dampening.is_complex()
     if not one_number and (isinstance(dampening, bool) or not isinstance(dampening, Real)):
         raise TypeError(f"dampening must be a number, got {type(dampening).__name__}")
-    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+    if not loaded and group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
             "Nesterov momentum requires a momentum and zero dampening; "
             f"got momentum {group['momentum']}, dampening {group['dampening']}"
@@ -700,7 +706,7 @@ def _check(group: dict[str, Any]) -> None:
     max_norm, dtype = group["max_norm"], group["momentum_dtype"]
     if max_norm is not None and (isinstance(max_norm, bool) or not isinstance(max_norm, Real)):
         raise TypeError(f"max_norm must be a number or None, got {type(max_norm).__name__} {max_norm!r}")
-    if max_norm is not None and not float(max_norm) >= 0.0:
+    if not loaded and max_norm is not None and not float(max_norm) >= 0.0:
         raise ValueError(f"Invalid max_norm value: {max_norm}; expected 0 or more, or None for no clipping")
     if dtype is not None and dtype not in SERVED_DTYPES:
         raise TypeError(f"momentum_dtype must be a floating torch.dtype of 16, 32 or 64 bits, or None; got {dtype!r}")

@@ -12,13 +12,15 @@ from torch import Tensor
 from ..backends.torch_private import flattened_meshes, is_of_fsdp1, root_mesh
 from ..ranks.placements import is_dtensor, local
 
-__all__ = ["ShardSums", "Shards", "check_whole", "local_as", "place_of", "shards_of"]
+__all__ = ["ShardSums", "Shards", "check_kind", "check_whole", "local_as", "place_of", "shards_of"]
 
 Shards = tuple[Any, tuple[int, ...]]  # a DeviceMesh, and the dimensions of it that cut a tensor up
 
 
 def local_as(tensor: Any, param: Any) -> Tensor:
     """Return the local shard of a DTensor, brought into the placement of ``param``."""
+    if not hasattr(tensor, "placements"):
+        check_kind(param, tensor)
     if tensor.placements != param.placements:
         tensor = tensor.redistribute(placements=param.placements)
     shard: Tensor = local(tensor)
@@ -47,6 +49,20 @@ def place_of(param: Any) -> int | None:
         for d in dims:
             place = place * mesh.size(d) + coordinate[d]
     return place
+
+
+def check_kind(param: Any, grad: Any) -> None:
+    """Check that a gradient is a DTensor where its parameter is one, and only there.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    if is_dtensor(param) != is_dtensor(grad):
+        kinds = ["a DTensor" if is_dtensor(tensor) else "a plain tensor" for tensor in (param, grad)]
+        raise RuntimeError(
+            f"fastloss.SGD: a parameter of shape {tuple(param.shape)} is {kinds[0]}, and its gradient is {kinds[1]}; "
+            "expected two of one kind: distribute_tensor(grad, mesh, placements), or grad.full_tensor()"
+        )
 
 
 def check_whole(params: Iterable[Tensor]) -> None:
