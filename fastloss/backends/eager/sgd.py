@@ -167,7 +167,8 @@ class _Flat:
         count = len(self.indices)
         starts = range(0, len(self.buffers), count)  # of the momentum and the companions, where there are some
         buffers = [self.buffers[start + place] for start in starts for place in places]
-        params, numels, rules = ([of[place] for place in places] for of in (self.params, self.numels, self.rules))
+        params, numels = [self.params[place] for place in places], [self.numels[place] for place in places]
+        rules = [self.rules[place] for place in places]
         numbers = [number_of[self.indices[place]] for place in places]
         addresses = Addresses(buffers)
         return _Flat(numbers, params, None, None, buffers, addresses, self.vectors, numels, rules, gathered=True)
@@ -378,7 +379,11 @@ def _present(batch: SGDBatch, grads: list[Any]) -> tuple[SGDBatch, list[Tensor]]
     begun = {number_of[i]: flags for i, flags in batch.begun.items() if i in number_of}
     first = {number_of[i] for i in batch.memory["first"] if i in number_of}
     memory = {"parts": [part.chosen(number_of) for part in parts], "first": first}
-    return SGDBatch(*chosen, batch.rounding, begun, memory, seed=batch.seed), [grads[i] for i in present]
+    params, momentum, companions, rules = chosen
+    return (
+        SGDBatch(params, momentum, companions, rules, batch.rounding, begun, memory, seed=batch.seed),
+        [grads[i] for i in present],
+    )
 
 
 def _side_by_side(buffers: list[Tensor], *, move: bool = True) -> Tensor | None:
@@ -437,8 +442,8 @@ def _advance_flat(
     buffer = None if flat.momentum is None else flat.momentum.to(result.dtype)
     buffers = [[]] * len(spans) if buffer is None else [[piece] for piece in buffer.split(lengths)]
     stretches = zip(spans, result.split(lengths), grad.split(lengths), buffers, strict=True)
-    for (rule, _), of_result, of_grad, of_buffer in stretches:
-        _advance([of_result], [of_grad], of_buffer, _Numbers.of(rules[rule]), first=first)
+    for (number, _), of_result, of_grad, of_buffer in stretches:
+        _advance([of_result], [of_grad], of_buffer, _Numbers.of(rules[number]), first=first)
     if buffer is not None and buffer is not flat.momentum:
         assert flat.momentum is not None
         flat.momentum.copy_(buffer)
@@ -487,17 +492,21 @@ def _step_by_pieces(batch: SGDBatch, i: int, grad: Tensor, rule: _Numbers, clip:
         assert piece is not None
         wide = compute_dtype(param.dtype)
         piece = piece.to(wide) if clip == 1.0 else _clipped(batch, piece, clip, wide)
-        advance = partial(_advance, grads=[piece], momentum=_listed(momentum), rule=rule, first=first)
+        advance = partial(_advance_piece, piece, momentum, rule, first)
         if batch.rounding == "master":
             assert companion is not None
             companion.copy_(true_master(companion, param))
-            advance([companion])
+            advance(companion)
             param.copy_(companion)
         elif param.dtype == wide:
-            advance([param])
+            advance(param)
         else:
-            _advance_rounded(batch, param, companion, lambda whole, advance=advance: advance([whole]))
+            _advance_rounded(batch, param, companion, advance)
     torch.autograd.graph.increment_version([batch.params[i]])
+
+
+def _advance_piece(grad: Tensor, momentum: Tensor | None, rule: _Numbers, first: bool, wide: Tensor) -> None:
+    _advance([wide], [grad], _listed(momentum), rule, first=first)
 
 
 def _clipped(batch: SGDBatch, piece: Tensor, clip: float, wide: torch.dtype) -> Tensor:
