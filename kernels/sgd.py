@@ -121,6 +121,8 @@ class Tables:
     rules_table: Tensor | None = None
     launches: dict[Any, Launch] = field(default_factory=dict)  # of both kernels
     reserve: Tensor | None = None  # pinned memory for an upload inside a CUDA graph
+    sizes_of_lines: Tensor | None = None  # on the host
+    lacking: list[int] = field(default_factory=list)  # lines whose tensors have no gradient: no item names them
     overlap: bool = False  # a gradient has elements that share memory
     streams: set[int] = field(default_factory=set)  # on which the tables have been read
 
@@ -134,7 +136,15 @@ def _materialized(batch: SGDBatch, grads: list[Tensor]) -> list[Tensor]:
     return result
 
 
-def _tables_of(batch: SGDBatch, grads: list[Tensor]) -> dict[Any, Tables]:
+def _stand_ins(batch: SGDBatch, grads: list[Any]) -> tuple[list[Tensor], frozenset[int]]:
+    """Return gradients for the tables, the parameters themselves where they lack, and the numbers of these."""
+    if not batch.incomplete:
+        return grads, frozenset()
+    lacking = frozenset(i for i, grad in enumerate(grads) if grad is None)
+    return [batch.params[i] if grad is None else grad for i, grad in enumerate(grads)], lacking
+
+
+def _tables_of(batch: SGDBatch, grads: list[Tensor], lacking: frozenset[int]) -> dict[Any, Tables]:
     """Return the batch's up-to-date tables by the dtypes of gradient and momentum: one launch for each."""
     memory = batch.memory
     if not (batch.unchanged and "tables" in memory):
@@ -146,6 +156,7 @@ def _tables_of(batch: SGDBatch, grads: list[Tensor]) -> dict[Any, Tables]:
     for tables in by_dtypes.values():
         chosen = grads if len(tables.indices) == len(grads) else [grads[i] for i in tables.indices]
         _bring_up_to_date(tables, batch, chosen)
+        _leave_out([line for line, i in enumerate(tables.indices) if i in lacking] if lacking else [], tables, batch)
     return by_dtypes
 
 
@@ -192,6 +203,19 @@ def _bring_up_to_date(tables: Tables, batch: SGDBatch, grads: list[Tensor]) -> N
     tables.grads = addresses
 
 
+def _leave_out(lacking: list[int], tables: Tables, batch: SGDBatch) -> None:
+    """Bring the items up to date: none for the tensors of these lines."""
+    if tables.lacking == lacking:
+        return
+    assert tables.sizes_of_lines is not None
+    sizes = tables.sizes_of_lines.clone()
+    sizes[lacking] = 0
+    tables.lacking = lacking
+    tables.launches.clear()  # which are for a number of items
+    items = _uploaded(_items(sizes), batch.params[0].device, tables)
+    tables.device = tables.device._replace(items=items)
+
+
 def _lay_out(tables: Tables, batch: SGDBatch, grads: list[Tensor]) -> None:
     """Fill in the tables but for the gradients' addresses.
 
@@ -223,6 +247,7 @@ def _lay_out(tables: Tables, batch: SGDBatch, grads: list[Tensor]) -> None:
         lines[:, column.value] = _int64(0 if buffer is None else buffer.data_ptr() for buffer in chosen)
     others = lines[:, [THETA.value, MOMENTUM.value, COMPANION.value]]
     strided = lines[:, LAYOUT.value] == STRIDED.value
+    tables.sizes_of_lines, tables.lacking = sizes, []
     tables.lines, tables.by_16 = lines, (others % 16 == 0).all(dim=1) & ~strided
     items = _uploaded(_items(sizes), device, tables)
     tables.device = DeviceTables(None, items, _uploaded(strides, device, tables) if bool(strided.any()) else None)
@@ -327,7 +352,7 @@ def _leave_to_graph(batch: SGDBatch) -> None:
     """
     for tables in batch.memory["tables"].values():
         _read_by_graphs.append((*tables.device, tables.rules_table))
-    _read_by_graphs.append(list(batch.begun.values()))
+    _read_by_graphs.append((*batch.begun.values(), batch.seed))
     batch.memory.clear()
 
 
@@ -370,17 +395,19 @@ def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
 
 def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], controls: SGDControls) -> None:
     """See :class:`fastloss.backends.contract.Backend`."""
-    first, given = batch.params[0], grads
-    grads = _materialized(batch, grads)
+    first = batch.params[0]
+    given, lacking = _stand_ins(batch, grads)
+    grads = _materialized(batch, given)
     with on_device(first):
-        by_dtypes = _tables_of(batch, grads)
+        by_dtypes = _tables_of(batch, grads, lacking)
         if controls.grad_scale is not None and any(tables.overlap for tables in by_dtypes.values()):
             raise RuntimeError(
                 "fastloss.SGD: a gradient that is to be divided by a loss scale has elements that share memory; "
                 "expected one that was not expanded, or its clone()"
             )
         for (grad_dtype, momentum_dtype), tables in by_dtypes.items():
-            _launch_step(batch, tables, grad_dtype, momentum_dtype, rules, controls)
+            if len(tables.device.items):
+                _launch_step(batch, tables, grad_dtype, momentum_dtype, rules, controls)
             _keep_until_read(tables, batch)
     _begin_empty(batch, controls)
     if first.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -408,7 +435,10 @@ def _launch_step(
     scale, found_inf, squares, max_norm = controls
     seed = None
     if batch.rounding == "stochastic":
-        seed = torch.randint(2**31 - 1, (1,), device=first.device)
+        if batch.seed is None:
+            seed = torch.randint(2**31 - 1, (1,), device=first.device)
+        else:
+            seed = batch.seed.add_(1)
     has_begun = bool(batch.begun)
     # All that Triton compiles in and that may differ between two launches of one set of tables. (The tables and the
     # seed always begin at multiples of 16.)
@@ -457,10 +487,12 @@ def _begin_empty(batch: SGDBatch, controls: SGDControls) -> None:
 def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     """See :class:`fastloss.backends.contract.Backend`."""
     first = batch.params[0]
-    grads = _materialized(batch, grads)
+    given, lacking = _stand_ins(batch, grads)
+    grads = _materialized(batch, given)
     with on_device(first):
-        for (grad_dtype, _), tables in _tables_of(batch, grads).items():
-            _launch_squares(batch, tables, grad_dtype, squares)
+        for (grad_dtype, _), tables in _tables_of(batch, grads, lacking).items():
+            if len(tables.device.items):
+                _launch_squares(batch, tables, grad_dtype, squares)
             _keep_until_read(tables, batch)
 
 

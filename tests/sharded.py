@@ -241,6 +241,181 @@ class Process:
             step()
         return [whole(p) for p in params]
 
+    def clipped_by_operators(self, compiled: bool) -> dict[str, Any]:
+        """A step with ``max_norm`` over DTensors, compiled or not."""
+        import fastloss
+
+        torch._dynamo.reset()
+        values, (grads, *_) = tensors()
+        params = [nn.Parameter(p) for p in self.placed(values)]
+        optimizer = fastloss.SGD(params, lr=0.1, max_norm=0.5)
+        for param, grad in zip(params, self.placed(grads), strict=True):
+            param.grad = grad
+        (torch.compile(optimizer.step, backend="aot_eager", fullgraph=True) if compiled else optimizer.step)()
+        return {"norm": self.of_all(optimizer.grad_norm), "params": [whole(p) for p in params]}
+
+    def of_all(self, tensor: Any) -> list[Tensor]:
+        """Of each process."""
+        found = [torch.empty_like(tensor) for _ in range(PROCESSES)]
+        torch.distributed.all_gather(found, tensor)
+        return found
+
+    def replicas(self, kind: str) -> dict[str, Any]:
+        """Weights of 16 bits with stochastic rounding, where each process has a seed of its own."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Replicate, distribute_tensor
+        from torch.nn.parallel import DistributedDataParallel
+
+        import fastloss
+
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        layer: Any = nn.Linear(16, 16, bias=False).bfloat16()
+        if kind == "HSDP":
+            mesh = init_device_mesh("cpu", (PROCESSES, 1), mesh_dim_names=("replicate", "shard"))
+            model = fully_shard(layer, mesh=mesh)
+        elif kind == "DDP":
+            model = DistributedDataParallel(layer)
+        else:
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), self.mesh, [Replicate()]))
+            model = layer
+        torch.manual_seed(5 + self.rank)
+        before = whole(layer.weight)
+        optimizer = fastloss.SGD(model.parameters(), lr=0.01, stochastic_rounding=True)
+        step = torch.compile(optimizer.step, backend="aot_eager") if kind == "compiled" else optimizer.step
+        for number in range(20):
+            optimizer.zero_grad()
+            if kind in ("DDP", "HSDP"):
+                model(torch.randn(4, 16).bfloat16()).float().square().mean().backward()
+            else:
+                torch.manual_seed(number)
+                grad = torch.randn(16, 16).bfloat16()
+                layer.weight.grad = distribute_tensor(grad, self.mesh, [Replicate()])
+                torch.manual_seed(7 * number + self.rank)
+            step()
+        found = self.of_all(layer.weight.to_local() if kind != "DDP" else layer.weight.detach())
+        return {"replicas": found, "moved": bool((found[0] != before).any())}
+
+    def rounded_shards(self) -> list[Tensor]:
+        """Steps of a quarter of the distance of two numbers: the rows of two shards, rounded at random."""
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        import fastloss
+
+        param = nn.Parameter(distribute_tensor(torch.ones(256, 64, dtype=torch.bfloat16), self.mesh, [Shard(0)]))
+        param.grad = distribute_tensor(torch.full((256, 64), -(2.0**-9)).bfloat16(), self.mesh, [Shard(0)])
+        optimizer = fastloss.SGD([param], lr=1.0, stochastic_rounding=True)
+        values = []
+        for _ in range(2):
+            optimizer.step()
+            values.append(whole(param))
+        return values
+
+    def mixed(self) -> dict[str, str]:
+        """What is said of a gradient or a state that is whole beside a parameter that is a DTensor."""
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        import fastloss
+
+        def cut() -> Any:
+            return distribute_tensor(torch.ones(6, 4), self.mesh, [Shard(0)])
+
+        param = nn.Parameter(cut())
+        plain = nn.Parameter(torch.ones(6, 4))
+        plain.grad = torch.ones(6, 4)
+        whole_one = fastloss.SGD([plain], lr=0.1, momentum=0.9)
+        whole_one.step()
+
+        def first_gradient() -> None:
+            param.grad = torch.ones(6, 4)
+            fastloss.SGD([param], lr=0.1).step()
+
+        def later_gradient() -> None:
+            optimizer = fastloss.SGD([param], lr=0.1)
+            for grad in (cut(), torch.ones(6, 4)):
+                param.grad = grad
+                optimizer.step()
+
+        def loaded() -> None:
+            fastloss.SGD([param], lr=0.1, momentum=0.9).load_state_dict(whole_one.state_dict())
+
+        def put() -> None:
+            optimizer = fastloss.SGD([param], lr=0.1, momentum=0.9)
+            optimizer.state[param]["momentum_buffer"] = torch.ones(6, 4)
+            param.grad = cut()
+            optimizer.step()
+
+        results = {}
+        for call in (first_gradient, later_gradient, loaded, put):
+            try:
+                call()
+            except (RuntimeError, ValueError) as error:
+                results[call.__name__] = str(error)
+        return results
+
+    def plans(self) -> int:
+        """The number of plans of ten steps over DTensors."""
+        import fastloss
+
+        values, grads = tensors()
+        params = [nn.Parameter(p) for p in self.placed(values)]
+        optimizer = fastloss.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1)
+        made = set()
+        for number in range(10):
+            for param, grad in zip(params, self.placed(grads[number % STEPS]), strict=True):
+                param.grad = grad
+            optimizer.step()
+            made.add(optimizer._plan)
+        return len(made)
+
+    def replaced_shard(self) -> tuple[Tensor, Tensor]:
+        """A DTensor that holds another local tensor after some steps, as FSDP2 gives it one."""
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        import fastloss
+
+        param: Any = nn.Parameter(distribute_tensor(torch.ones(4, 3), self.mesh, [Shard(0)]))
+        optimizer = fastloss.SGD([param], lr=0.5)
+        for number in range(4):
+            param.grad = distribute_tensor(torch.ones(4, 3), self.mesh, [Shard(0)])
+            if number == 2:
+                before = param._local_tensor
+                param._local_tensor = before + 10.0
+            optimizer.step()
+        return whole(param), before.detach().clone()
+
+    def flattened(self) -> dict[str, Any]:
+        """FSDP1: an overflow on one process's shard; and ``max_norm``."""
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+        import fastloss
+
+        results: dict[str, Any] = {}
+        for original in (False, True):
+            for make in (torch.optim.SGD, fastloss.SGD):
+                torch.manual_seed(0)
+                layers = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+                model = FullyShardedDataParallel(layers, device_id=torch.device("cpu"), use_orig_params=original)
+                optimizer: Any = make(model.parameters(), lr=0.1)
+                scaler = ShardedGradScaler(device="cpu", init_scale=4.0)
+                scaler.scale(model(torch.randn(4, 6)).square().mean()).backward()
+                if self.rank == 0:
+                    grad = next(p.grad for p in model.parameters() if p.grad is not None and p.grad.numel())
+                    grad.view(-1)[0] = float("inf")
+                before = [p.detach().clone() for p in model.parameters()]
+                scaler.step(optimizer)
+                scaler.update()
+                moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+                found = self.of_all(torch.tensor([float(moved), scaler.get_scale()]))
+                results[f"{make.__module__} {original}"] = [value.tolist() for value in found]
+            try:
+                fastloss.SGD(model.parameters(), lr=0.1, max_norm=1.0).step()
+            except ValueError as error:
+                results[f"max_norm {original}"] = str(error)
+        return results
+
 
 def main(rank: int, count: int, folder: Path, names: list[str]) -> None:
     import fastloss
@@ -260,9 +435,17 @@ def main(rank: int, count: int, folder: Path, names: list[str]) -> None:
                 "elsewhere placed": process.elsewhere_placed(),
                 "strided": process.strided(),
                 "overflow": process.overflow(),
+                "replicas": {kind: process.replicas(kind) for kind in ("DDP", "HSDP", "DTensor")},
+                "rounded shards": process.rounded_shards(),
+                "plans": process.plans(),
+                "replaced shard": process.replaced_shard(),
             }
     results["checkpoints"] = process.checkpoints()
     results["compiled"] = process.compiled()
+    results["clipped"] = [process.clipped_by_operators(compiled) for compiled in (False, True)]
+    results["compiled replicas"] = process.replicas("compiled")
+    results["mixed"] = process.mixed()
+    results["flattened"] = process.flattened()
     leave(rank, folder, results)
 
 

@@ -469,3 +469,50 @@ def test_tables_are_uploaded_when_something_has_moved(kernels: Place, monkeypatc
         optimizer.state[param]["momentum_buffer"].data = torch.zeros_like(param)
     assert uploads() == 2
     assert uploads() == 0
+
+
+@pytest.mark.parametrize("found_inf", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float64, {}),
+        (torch.float64, {"momentum": 0.9, "dampening": 0.5, "max_norm": 0.5}),
+        (torch.float32, {"momentum": 0.9, "momentum_dtype": torch.bfloat16}),
+        (torch.float16, {"momentum": 0.9, "weight_decay": 0.1, "max_norm": 0.5}),
+        (torch.float16, {"momentum": 0.9, "dampening": 0.5, "master_weights": True}),
+        (torch.float16, {"momentum": 0.9, "kahan_sum": True}),
+    ],
+    ids=str,
+)
+def test_gradients_that_come_and_go(
+    place: Place, dtype: torch.dtype, options: dict[str, Any], found_inf: bool
+) -> None:
+    """Every step is bit for bit that of an optimizer that makes its plan anew, and the plan is not made anew."""
+    large = (66, 66) if place.interpreted else (140, 140)
+    shapes: list[tuple[int, ...]] = [(6, 6), (3, 5), (), large, (6, 6), (0,), (5,)]
+    values = [torch.randn(shape, device=place.device).to(dtype) for shape in shapes]
+    ours, anew = ([nn.Parameter(value.clone()) for value in values] for _ in range(2))
+    groups = [[{"params": params[:4]}, {"params": params[4:], "lr": 0.03}] for params in (ours, anew)]
+    optimizers = [fastloss.SGD(of, lr=0.1, **options) for of in groups]
+    plans = set()
+    for number in range(10):
+        present = [number == 2 or (7 * i + number * number) % 5 > 1 for i in range(len(shapes))]
+        if number == 7:
+            present = [False] * len(shapes)
+        for param, twin, has in zip(ours, anew, present, strict=True):
+            grad = torch.randn_like(param).detach()
+            param.grad, twin.grad = (grad, grad.clone()) if has else (None, None)
+        optimizers[1]._plan = None
+        for optimizer in optimizers:
+            if found_inf:
+                optimizer.found_inf = torch.full((), float(number == 5), device=place.device)  # type: ignore[attr-defined]
+            optimizer.step()
+        if number > 2:
+            plans.add(optimizers[0]._plan)
+        for param, twin in zip(ours, anew, strict=True):
+            assert torch.equal(param, twin)
+            state, expected = optimizers[0].state.get(param, {}), optimizers[1].state.get(twin, {})
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(state[key], expected[key]) for key in state)
+        assert (optimizers[0].grad_norm is None) == (optimizers[1].grad_norm is None)
+    assert len(plans) == 1

@@ -245,6 +245,67 @@ def test_stochastic_rounding_follows_the_seed_and_differs_from_step_to_step(plac
 # ------------------------------------------------------------------------------------------------ state and mixtures
 
 
+@pytest.mark.parametrize("options", [{}, KEEPING["master"], KEEPING["kahan"]], ids=str)
+def test_a_group_for_each_parameter(place: Place, options: dict[str, bool]) -> None:
+    """Bit for bit as with an optimizer for each."""
+    dtype = short(place)
+    shapes: list[tuple[int, ...]] = [(5,), (3, 4), (6,), (), (2, 7)]
+    rules: list[dict[str, Any]] = [
+        {"lr": 0.1},
+        {"lr": 0.2, "momentum": 0.9, "nesterov": True},
+        {"lr": torch.tensor(0.3), "momentum": 0.8, "dampening": 0.5, "weight_decay": 0.1},
+        {"lr": 0.4, "weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"lr": 0.5, "momentum": 0.5, "maximize": True},
+    ]
+    values = [torch.randn(shape, device=place.device).to(dtype) for shape in shapes]
+    together, apart = ([torch.nn.Parameter(value.clone()) for value in values] for _ in range(2))
+    groups = [{"params": [p], **rule} for p, rule in zip(together, rules, strict=True)]
+    optimizer = fastloss.SGD(groups, **options)
+    others = [fastloss.SGD([p], **rule, **options) for p, rule in zip(apart, rules, strict=True)]
+    for _ in range(4):
+        for param, twin in zip(together, apart, strict=True):
+            param.grad = torch.randn_like(param).detach()
+            twin.grad = param.grad.clone()
+        optimizer.step()
+        for other in others:
+            other.step()
+        for param, twin in zip(together, apart, strict=True):
+            assert torch.equal(param, twin)
+
+
+def test_buffers_that_a_program_shares_stay_where_they_are() -> None:
+    """In shared memory, as float32 buffers do."""
+    values = [torch.randn(8).bfloat16() for _ in range(3)]
+    runs = []
+    for shared in (False, True):
+        params = [torch.nn.Parameter(value.clone()) for value in values]
+        optimizer = fastloss.SGD(params, lr=0.1, momentum=0.9, master_weights=True)
+        for number in range(4):
+            for param, value in zip(params, values, strict=True):
+                param.grad = value + number
+            optimizer.step()
+            buffers = [buffer for state in optimizer.state.values() for buffer in state.values()]
+            if shared:
+                for buffer in buffers:
+                    buffer.share_memory_()
+            optimizer.state_dict()
+            assert all(buffer.is_shared() == shared for buffer in buffers)
+        runs.append([*params, *buffers])
+    assert all(map(torch.equal, *runs))
+
+
+def test_state_that_is_stepped_in_parts_takes_no_more_memory() -> None:
+    params = [torch.nn.Parameter(torch.randn(64).bfloat16()) for _ in range(20)]
+    optimizer = fastloss.SGD(params, lr=0.1, momentum=0.9)
+    for number in range(20):
+        for i, param in enumerate(params):
+            param.grad = torch.ones_like(param) if i >= number else None
+        optimizer.step()
+    buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
+    storages = {buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes() for buffer in buffers}
+    assert sum(storages.values()) == sum(buffer.nbytes for buffer in buffers)
+
+
 @keeping
 def test_parameters_of_32_bits_are_stepped_as_ever(place: Place, options: dict[str, bool]) -> None:
     leaf = torch.nn.Parameter(torch.randn(30, device=place.device))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -317,6 +318,20 @@ def test_the_norm_of_wide_gradients_of_narrow_parameters(place: Place) -> None:
         torch.testing.assert_close(param.detach(), torch.full_like(param, -(70**-0.5)))
 
 
+def test_a_step_without_numbers() -> None:
+    """Under ``FakeTensorMode``, by which programs find out what memory a step takes."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        model = nn.Linear(4, 4)
+        optimizer = fastloss.SGD(model.parameters(), lr=0.1, momentum=0.9, max_norm=1.0)
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+        assert isinstance(optimizer.grad_norm, FakeTensor)
+        assert isinstance(optimizer.state[model.weight]["momentum_buffer"], FakeTensor)
+    optimizer.step()
+
+
 # ----------------------------------------------------------------------------- several processes
 
 
@@ -476,6 +491,71 @@ def test_compiled_step_of_shards(together: dict[str, Any]) -> None:
     close(together["compiled"], params)
 
 
+def test_compiled_step_clips_shards_by_the_norm_of_all(together: dict[str, Any]) -> None:
+    uncompiled, compiled = together["clipped"]
+    values, (grads, *_) = sharded.tensors()
+    norm = torch.stack([grad.norm() for grad in grads]).norm()
+    for found in (uncompiled, compiled):
+        assert [float(of_rank) for of_rank in found["norm"]] == pytest.approx([float(norm)] * sharded.PROCESSES)
+        close(
+            found["params"],
+            [v - 0.1 * 0.5 / norm * g for v, g in zip(values, grads, strict=True)],
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
+@pytest.mark.parametrize("kind", ["DDP", "HSDP", "DTensor"])
+def test_replicas_are_rounded_alike(shared: dict[str, Any], kind: str) -> None:
+    """Stochastic rounding, with another seed in each process."""
+    first, second = shared["replicas"][kind]["replicas"]
+    assert torch.equal(first, second)
+    assert shared["replicas"][kind]["moved"]
+
+
+def test_replicas_are_rounded_alike_by_a_compiled_step(together: dict[str, Any]) -> None:
+    first, second = together["compiled replicas"]["replicas"]
+    assert torch.equal(first, second)
+    assert together["compiled replicas"]["moved"]
+
+
+def test_shards_are_rounded_each_by_its_own_numbers(shared: dict[str, Any]) -> None:
+    """Right on average, and anew in each step."""
+    one, two = shared["rounded shards"]
+    assert float(one.float().mean()) == pytest.approx(1 + 2.0**-9, abs=2.0**-13)
+    assert float(two.float().mean()) == pytest.approx(1 + 2.0**-8, abs=2.0**-12)
+    up = one > 1
+    assert not torch.equal(up[:128], up[128:])
+    assert 0.05 < float((up & (two > one)).float().mean()) < 0.08  # 1/16
+
+
+def test_one_plan_for_steps_over_shards(shared: dict[str, Any]) -> None:
+    assert shared["plans"] == 1
+
+
+def test_a_shard_that_is_replaced_is_stepped(shared: dict[str, Any]) -> None:
+    param, before = shared["replaced shard"]
+    torch.testing.assert_close(param, torch.full((4, 3), 9.0))
+    torch.testing.assert_close(before, torch.zeros(2, 3))
+
+
+def test_whole_tensors_beside_dtensors_are_refused(together: dict[str, Any]) -> None:
+    found = together["mixed"]
+    said = r"a parameter of shape \(6, 4\) is a DTensor, and its gradient is a plain tensor; expected"
+    assert re.search(said, found["first_gradient"])
+    assert re.search(said, found["later_gradient"])
+    assert "momentum_buffer of parameter 0 is a plain tensor, but the parameter is a DTensor" in found["loaded"]
+    assert "a tensor of shape (6, 4) on cpu as its momentum_buffer; expected" in found["put"]
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_parameters_that_fsdp1_has_flattened(together: dict[str, Any], original: bool) -> None:
+    """An overflow on one process skips the step on both; ``max_norm``, which can't be known, is refused."""
+    found = together["flattened"]
+    assert found[f"fastloss.optim.sgd {original}"] == found[f"torch.optim.sgd {original}"] == [[0.0, 2.0]] * 2
+    assert "clip_grad_norm_ of the wrapped module" in found[f"max_norm {original}"]
+
+
 # ----------------------------------------------------------------------------- averages, schedules, micro-batches
 
 
@@ -630,6 +710,49 @@ def test_training_in_float16_with_a_scaler(place: Place, unscaled_before: bool, 
     assert min(scales) < 2.0**20, "nothing has overflowed"
     assert any(b > a for a, b in itertools.pairwise(scales)), "nothing has not"
     close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapped", ["nothing", "step", "optimizer", "schedule", "scaler", "a method of the scaler"])
+def test_a_skipped_step_is_seen_by_wrappers(place: Place, wrapped: str) -> None:
+    """After an overflow ``step`` is not called where something would notice, as with torch's optimizer by default."""
+
+    class Scaler(torch.amp.GradScaler):
+        def _maybe_opt_step(self, *args: Any, **kwargs: Any) -> Any:
+            return super()._maybe_opt_step(*args, **kwargs)
+
+    class Wrapper:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    param = nn.Parameter(torch.ones(4, device=place.device))
+    optimizer: Any = fastloss.SGD([param], lr=0.1)
+    make: Any = Scaler if wrapped == "scaler" else torch.amp.GradScaler
+    scaler = make(place.device.type, init_scale=4.0)
+    if wrapped == "a method of the scaler":
+        scaler.unscale_ = lambda given: torch.amp.GradScaler.unscale_(scaler, given)
+    elif wrapped == "schedule":
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    calls: list[Any] = []
+    inner = optimizer.step
+    if wrapped == "step":
+        optimizer.step = lambda *args: (calls.append(None), inner(*args))
+    scaler.scale(torch.ones((), device=place.device))
+    given = Wrapper(optimizer) if wrapped == "optimizer" else optimizer
+    for number, (grad, moved) in enumerate([(float("inf"), 0.0), (4.0, 0.1 * 4 / 2)]):
+        param.grad = torch.full((4,), grad, device=place.device)
+        if wrapped != "step":
+            handler = optimizer.register_step_pre_hook(lambda *_: calls.append(None))
+        scaler.step(given)
+        scaler.update()
+        if wrapped != "step":
+            handler.remove()
+        torch.testing.assert_close(param.detach(), torch.full_like(param, 1 - moved))
+        fused = wrapped in ("nothing", "schedule")
+        assert len(calls) == number + fused
+    assert float(param.grad[0]) == 2.0  # type: ignore[index]
 
 
 def test_an_overflow_is_no_first_step(place: Place) -> None:

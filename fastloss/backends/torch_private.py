@@ -8,6 +8,8 @@ name of torch                         used for                         without i
 ``_foreach_norm``
 ``_amp_foreach_non_finite_check_...`` division by a GradScaler's scale an error at that step
 ``Tensor._is_zerotensor``             gradients without memory         an error at the first step
+``_C._nn.flatten_dense_tensors``,     SGD's small tensors of 16 bits   an error at import
+``unflatten_dense_tensors``
 ``Tensor._values``                    sparse gradients                 an error at that step
 ``_C._dynamo.guards.TensorGuards``    "nothing has changed" in C       every step compares attribute by attribute
 ``_C._are_functorch_transforms_...``  not to read numbers under vmap   an error at import
@@ -16,7 +18,6 @@ name of torch                         used for                         without i
 ``optimizer._global_optimizer_...``,  no calls of hooks that are not   every step looks for hooks
 ``Optimizer._optimizer_step_...``     there
 ``torch._disable_dynamo``             losses over ranks stay eager     an error at import
-``_debug_has_internal_overlap``       to refuse ``inplace=True``       an error at that call
 ``_functorch.is_legacy_batched...``   batched gradients                an error at import
 ``_get_current_graph_task_keep_...``  not to hand a gradient over      every gradient is copied
                                       twice
@@ -29,6 +30,12 @@ name of torch                         used for                         without i
 ``_functional_collectives``           collectives                      an error at the first of them
 ``DeviceMesh._get_root_mesh``,        one all-reduce for several       an all-reduce for each mesh and dimension
 ``DeviceMesh._flatten_mapping``       meshes
+``DTensor._local_tensor``             a plan of DTensors that holds    an error at their first step
+``fake_tensor.FakeTensor``            norms of fake tensors            an error at a fake step with ``max_norm``
+``GradScaler._maybe_opt_step`` and    to unscale in the step where     ``GradScaler`` unscales, before the step
+others, see ``unscales_by_step``      nothing else would notice
+``Parameter._fsdp_flattened``         an error for ``max_norm`` on     each process clips by its own norm
+                                      parameters of FSDP1
 ===================================== ================================ =============================================
 """
 
@@ -40,6 +47,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.autograd import forward_ad, profiler
 from torch.nn import _reduction
 from torch.optim import optimizer as optimizers
@@ -54,6 +62,7 @@ __all__ = [
     "disable_dynamo",
     "dispatch_mode_count",
     "dispatch_modes",
+    "flatten",
     "flattened_meshes",
     "foreach_copy_",
     "foreach_mul",
@@ -63,19 +72,23 @@ __all__ = [
     "functional_collectives",
     "fused_sgd_",
     "graph_is_kept",
+    "held_by",
     "is_exporting",
+    "is_fake",
     "is_legacy_batched",
+    "is_of_fsdp1",
     "is_under_way",
     "legacy_reduction",
     "lie_at",
     "materialized",
-    "overlaps_itself",
     "root_mesh",
     "sparse_values",
     "step_is_observed",
     "tensor_guard",
     "transforms_are_active",
+    "unflatten",
     "unscale_",
+    "unscales_by_step",
 ]
 
 fused_sgd_ = torch._fused_sgd_
@@ -85,6 +98,8 @@ foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
 unscale_ = torch._amp_foreach_non_finite_check_and_unscale_
 sparse_values = Tensor._values
+flatten = torch._C._nn.flatten_dense_tensors
+unflatten = torch._C._nn.unflatten_dense_tensors
 transforms_are_active = torch._C._are_functorch_transforms_active
 dispatch_mode_count = torch._C._len_torch_dispatch_stack
 dispatch_modes = _get_current_dispatch_mode_stack
@@ -93,11 +108,6 @@ legacy_reduction = _reduction.legacy_get_string
 disable_dynamo = torch._disable_dynamo  # torch.compiler.disable imports the compiler at once
 # torch's builds for GPUs have a comparison of addresses of their own, which takes half of the time.
 lie_at = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-
-
-def overlaps_itself(tensor: Tensor) -> bool:
-    """Return True if elements of the tensor are known to share memory."""
-    return torch._debug_has_internal_overlap(tensor) == 1
 
 
 def forward_mode_is_active() -> bool:
@@ -173,3 +183,46 @@ def root_mesh(mesh: Any) -> Any:
 def flattened_meshes(mesh: Any) -> list[Any]:
     """Return the meshes of one dimension that a program has made of several of this one's."""
     return list(getattr(root_mesh(mesh), "_flatten_mapping", {}).values())
+
+
+def held_by(tensor: Any) -> Any:
+    """Return the local tensor that a DTensor holds: the same object until another takes its place."""
+    return tensor._local_tensor
+
+
+def is_fake(tensor: object) -> bool:
+    """Return True for a tensor without numbers, as ``FakeTensorMode`` makes them."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def is_of_fsdp1(param: object) -> bool:
+    """Return True for a parameter that ``FullyShardedDataParallel`` has flattened and cut up."""
+    return hasattr(param, "_fsdp_flattened")
+
+
+_SCALER_METHODS = ("unscale_", "_unscale_grads_", "_check_inf_per_device", "_maybe_opt_step")
+
+
+class unscales_by_step:  # noqa: N801
+    """The attribute by which ``torch.amp.GradScaler`` asks an optimizer to unscale gradients in its step.
+
+    It is False for ``GradScaler.step`` where something relies on the other way, in which the scaler unscales, and
+    does not call ``step`` after an overflow, as with ``torch.optim.SGD`` by default:
+
+    - a scaler that overrides a method of that way, as FSDP1's ``ShardedGradScaler`` does;
+    - a program that has wrapped the optimizer's ``step`` to see whether it is called, as accelerate does (torch's
+      learning rate schedules wrap it too, and need not know);
+    - an object around the optimizer, which would get the scale in the optimizer's place.
+    """
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> bool:
+        caller = sys._getframe(1)
+        if optimizer is None or caller.f_code is not GradScaler.step.__code__:
+            return caller.f_back is None or caller.f_back.f_code is not GradScaler.step.__code__
+        scaler, step = caller.f_locals["self"], optimizer.step
+        return all(
+            getattr(getattr(scaler, name), "__func__", None) is getattr(GradScaler, name) for name in _SCALER_METHODS
+        ) and (
+            getattr(step, "__func__", None) is type(optimizer).step or getattr(step, "_wrapped_by_lr_sched", False)
+        )

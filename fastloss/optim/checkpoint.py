@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from ..ranks.placements import is_dtensor
+
 __all__ = ["check_loaded", "restore_dtypes"]
 
 _BUFFERS = ("momentum_buffer", "master_param", "kahan_comp")
@@ -42,6 +44,13 @@ def check_loaded(loaded: dict[str, Any], groups: list[dict[str, Any]]) -> None:
                 raise ValueError(
                     f"loaded state dict: {key} of parameter {number} has shape {tuple(buffer.shape)}, "
                     f"but the parameter has shape {tuple(param.shape)}"
+                )
+            if is_dtensor(buffer) != is_dtensor(param):
+                kinds = ["a DTensor" if is_dtensor(tensor) else "a plain tensor" for tensor in (buffer, param)]
+                raise ValueError(
+                    f"loaded state dict: {key} of parameter {number} is {kinds[0]}, but the parameter is {kinds[1]}; "
+                    "expected one placed as the parameter, as torch.distributed.checkpoint.state_dict."
+                    "set_optimizer_state_dict makes them"
                 )
 
 

@@ -20,7 +20,8 @@ from ..backends.eager.rounding import (
     without_infinities,
 )
 from ..backends.eager.sgd import multiply
-from ..backends.torch_private import sparse_values
+from ..backends.torch_private import is_fake, sparse_values
+from ..ranks.placements import is_dtensor, placed_as
 
 __all__ = ["norm", "step", "unscale"]
 
@@ -30,9 +31,9 @@ def norm(grad: Tensor) -> Tensor:
     values = grad.coalesce().values() if grad.is_sparse else grad
     wide = compute_dtype(values.dtype) if values.is_floating_point() else None  # complex numbers have 32 bits or more
     result = torch.linalg.vector_norm(values, dtype=wide)
-    if hasattr(result, "full_tensor"):  # a DTensor's
-        result = result.full_tensor()
-    elif type(result) is not Tensor:  # another subclass's: the backends take plain tensors
+    if is_dtensor(grad):  # under a compiler the result does not say that it is one
+        result = result.full_tensor()  # type: ignore[attr-defined]
+    elif type(result) is not Tensor and not is_fake(result):  # another subclass's: the backends take plain tensors
         result = torch.full((), result.item(), dtype=result.dtype, device=result.device)
     return result if result.device.type == "mps" else result.double()
 
@@ -55,6 +56,7 @@ def step(
     clip: Tensor | None = None,
     momentum_dtype: torch.dtype | None = None,
     out_of_place: bool = False,
+    seed: Tensor | None = None,
 ) -> None:
     """Step one parameter; its buffers are in ``state``, and are made where they are missing.
 
@@ -67,6 +69,7 @@ def step(
         clip: the gradient is multiplied by it.
         momentum_dtype: the dtype of a momentum buffer that is made here; None is the parameter's own.
         out_of_place: buffers are replaced by new tensors, so that autograd can go back through many steps.
+        seed: of stochastic rounding, as in :class:`fastloss.backends.contract.SGDBatch`.
     """
     wide = _wide(param, state, rounding)
     grad = grad if grad.dtype == wide.dtype or grad.is_complex() else grad.to(wide.dtype)
@@ -106,7 +109,7 @@ def step(
             wide.sub_(grad * lr)
     else:
         wide.add_(grad, alpha=-lr)
-    _store(param, wide, state, rounding)
+    _store(param, wide, state, rounding, seed)
 
 
 def _wide(param: Tensor, state: dict[str, Any], rounding: str) -> Tensor:
@@ -123,11 +126,13 @@ def _wide(param: Tensor, state: dict[str, Any], rounding: str) -> Tensor:
     return param.to(compute_dtype(param.dtype))
 
 
-def _store(param: Tensor, wide: Tensor, state: dict[str, Any], rounding: str) -> None:
+def _store(param: Tensor, wide: Tensor, state: dict[str, Any], rounding: str, seed: Tensor | None) -> None:
     if wide is param:
         return
     if rounding == "stochastic":
-        param.copy_(round_stochastically(wide, param.dtype))
+        shard: Any = wide.to_local() if is_dtensor(wide) else wide  # type: ignore[attr-defined]
+        rounded = round_stochastically(shard, param.dtype, seed)
+        param.copy_(placed_as(rounded, wide) if is_dtensor(wide) else rounded)
         return
     if rounding == "kahan":
         stored = round_to_nearest(wide, param.dtype)

@@ -15,11 +15,11 @@ from torch.optim.optimizer import Optimizer
 from .. import checks
 from ..backends import choice
 from ..backends.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
-from ..backends.torch_private import step_is_observed
+from ..backends.torch_private import step_is_observed, unscales_by_step
 from ..ranks.placements import is_dtensor, local
 from . import plain
 from .checkpoint import check_loaded, restore_dtypes
-from .shards import Shards, ShardSums, local_as, shards_of
+from .shards import Shards, ShardSums, check_kind, check_whole, local_as, place_of, shards_of
 from .step_plan import SERVED_DTYPES, Batch, StepPlan, gradients, layouts_of, overlapping, serves
 
 __all__ = ["SGD"]
@@ -64,13 +64,18 @@ class SGD(Optimizer):
             Hutter, "Decoupled Weight Decay Regularization", 2019).
         max_norm: clip the gradients of all groups together to this Euclidean norm, as
             ``torch.nn.utils.clip_grad_norm_`` does, within the step: ``p.grad`` is left as it was, and the host does
-            not wait. :attr:`grad_norm` has the norm.
+            not wait. :attr:`grad_norm` has the norm. Of DTensors all shards count. Other parameters must be whole on
+            each process: those of ``FullyShardedDataParallel`` are refused (under ``NO_SHARD`` too), and within
+            ``ZeroRedundancyOptimizer``, which can't be known here, each process would clip by the norm of its own
+            parameters; call ``clip_grad_norm_`` before the step there.
         momentum_dtype: of the momentum buffers; None is each parameter's own. float32 is more exact than bfloat16.
         master_weights: for float16 and bfloat16 parameters, keep float32 weights in the state, step those, and round
             them to the parameter.
         kahan_sum: for float16 and bfloat16 parameters, keep the rounding error in a second number of that dtype, and
             add it again in the next step (Kahan, "Further remarks on reducing truncation errors", 1965).
-        stochastic_rounding: round float16 and bfloat16 parameters up or down at random, right on average.
+        stochastic_rounding: round float16 and bfloat16 parameters up or down at random, right on average. The random
+            numbers are those of torch's generator; in a program of several processes they depend on the number of
+            steps and the shard alone, so that replicas stay equal.
 
     The last three exclude each other, and change nothing for parameters of other dtypes. A program may write to a
     parameter between steps: a master weight that does not round to the parameter is replaced by it, and a
@@ -78,9 +83,13 @@ class SGD(Optimizer):
 
     With :class:`torch.amp.GradScaler` the step itself divides the gradients by the scale, and does nothing if one of
     them has overflowed, without the host waiting to know; ``p.grad`` holds the unscaled gradient then.
+    A scaler that overrides how gradients are unscaled (FSDP1's ``ShardedGradScaler``), or a program that watches for
+    calls of ``step`` (accelerate), finds what ``torch.optim.SGD`` has by default: the scaler unscales the gradients,
+    and does not call ``step`` after an overflow.
 
     Raises:
-        ValueError: a negative or not one-element ``lr``, ``momentum`` or ``weight_decay``, a negative ``max_norm``;
+        ValueError: a negative or not one-element ``lr``, ``momentum`` or ``weight_decay``, a negative ``max_norm``
+            (and, in the step, one for parameters of ``FullyShardedDataParallel``);
             nesterov without momentum or with dampening; options that exclude each other; no parameters at all.
         TypeError: ``params`` is a tensor, ``momentum_dtype`` no floating dtype; a hyper-parameter is no number.
 
@@ -94,13 +103,14 @@ class SGD(Optimizer):
     """
 
     # torch.amp.GradScaler hands its scale, and whether a gradient has overflowed, to step() as attributes.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = unscales_by_step()
 
     _plan: StepPlan | None
     _begun: dict[Tensor, tuple[Tensor, Tensor]]  # by parameter: flags of SGDBatch.begun, and the buffer that has them
     # Squares and scale of the last step with max_norm. In a dict: torch.compile forgets the attributes that a
     # compiled step sets on an optimizer.
     _clipped: dict[str, Tensor | None]
+    _seeds: dict[tuple[torch.device, int], Tensor]  # of stochastic rounding, by the device and the shard
 
     def __init__(
         self,
@@ -144,6 +154,7 @@ class SGD(Optimizer):
             "stochastic_rounding": stochastic_rounding,
         }
         _check(defaults)
+        self._seeds = {}
         self._forget()
         super().__init__(params, defaults)
 
@@ -198,10 +209,11 @@ class SGD(Optimizer):
         max_norm = self._max_norm()
         plan, grads = self._planned()
         self._clipped["squares"], self._clipped["scale"] = None, None
-        if not plan.batches and not plan.plain:
+        if (not plan.batches and not plan.plain) or not (plan.complete or any(grad is not None for grad in grads)):
             return
         for i in plan.sharded:
-            grads[i] = local_as(grads[i], plan.params[i])
+            if grads[i] is not None:
+                grads[i] = local_as(grads[i], plan.params[i])
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         squares = None if max_norm is None else self._sum_of_squares(plan, grads)
         if squares is not None:
@@ -214,12 +226,15 @@ class SGD(Optimizer):
         rules = [_rule(group) for group in self.param_groups]
         controls = _ControlsByDevice(SGDControls(scale, found_inf, squares, max_norm or 0.0))
         for batch in plan.batches:
-            here = controls.on(batch.tensors.params[0].device)
-            choice.load(batch.backend).sgd_step(batch.tensors, batch.take(grads), rules, here)
+            here, taken = controls.on(batch.tensors.params[0].device), batch.take(grads)
+            if not batch.tensors.incomplete or any(grad is not None for grad in taken):
+                choice.load(batch.backend).sgd_step(batch.tensors, taken, rules, here)
         if plan.plain:
             # As in torch, each place in which a parameter is listed begins its momentum.
             begin = {i for i in plan.repeated if "momentum_buffer" not in self.state.get(plan.params[i], {})}
             for i in plan.plain:
+                if grads[i] is None:
+                    continue
                 if i in begin:
                     self.state.get(plan.params[i], {}).pop("momentum_buffer", None)
                 self._step_plainly(plan, i, grads[i], rules, controls)
@@ -229,7 +244,9 @@ class SGD(Optimizer):
                 with_momentum = [
                     i
                     for i in batch.tensors.begun
-                    if batch.tensors.momentum[i] is not None and _on_host(rules[batch.tensors.rules[i]].momentum)
+                    if batch.tensors.momentum[i] is not None
+                    and grads[batch.indices[i]] is not None
+                    and _on_host(rules[batch.tensors.rules[i]].momentum)
                 ]
                 for i in with_momentum:
                     del self._begun[plan.params[batch.indices[i]]]
@@ -247,7 +264,9 @@ class SGD(Optimizer):
         clip = None if here.squares is None else _clip_factor(_norm(here.squares, here.grad_scale), here.max_norm)
         state = self.state.get(param, {})
         rule, dtype = _read(rules[plan.group_of[i]]), group["momentum_dtype"]
-        plain.step(param, grad, state, rule, _rounding(group, param), clip=clip, momentum_dtype=dtype)
+        rounding = _rounding(group, param)
+        seed = self._seed(param, rounding)
+        plain.step(param, grad, state, rule, rounding, clip=clip, momentum_dtype=dtype, seed=seed)
         if state:
             self.state[param] = state
 
@@ -261,22 +280,27 @@ class SGD(Optimizer):
             return totals[shards]
 
         for batch in plan.batches:
-            device = batch.tensors.params[0].device
+            device, taken = batch.tensors.params[0].device, batch.take(grads)
+            if batch.tensors.incomplete and all(grad is None for grad in taken):
+                continue
             squares = total(batch.shards, device)
             here = squares if squares.device == device else torch.zeros((), dtype=torch.float64, device=device)
-            choice.load(batch.backend).sgd_squares(batch.tensors, batch.take(grads), here)
+            choice.load(batch.backend).sgd_squares(batch.tensors, taken, here)
             if here is not squares:
                 squares += here.to(squares.device)
         for i in plan.plain:
-            if i not in plan.repeated:
+            if i not in plan.repeated and grads[i] is not None:
                 param, grad = plan.params[i], grads[i]
                 shards = shards_of(param) if is_dtensor(grad) else None
                 squares = plain.norm(grad if shards is None else local_as(grad, param)).square()
                 sum_of_set = totals.setdefault(shards, torch.zeros_like(squares))
                 sum_of_set += squares.to(sum_of_set.device)
-        if plan.sums is None:
-            plan.sums = ShardSums(p for p, grad in zip(plan.params, grads, strict=True) if grad is not None)
-        first, *others = plan.sums(totals)  # a step without gradients has ended before
+        sums = plan.sums if plan.complete else None
+        if sums is None:
+            check_whole(plan.params)
+            sums = ShardSums(p for p, grad in zip(plan.params, grads, strict=True) if grad is not None)
+            plan.sums = sums if plan.complete else None
+        first, *others = sums(totals)  # a step without gradients has ended before
         for other in others:
             first = first + other.to(first.device)
         return first
@@ -291,6 +315,7 @@ class SGD(Optimizer):
         self._clipped["squares"], self._clipped["scale"] = None, None
         clip = None
         if grads and max_norm is not None:
+            check_whole(param for group in self.param_groups for param in group["params"])
             norms = torch.stack([plain.norm(grad).to(grads[0].device) for grad in grads])
             norm = torch.linalg.vector_norm(norms)
             self._clipped["squares"], self._clipped["scale"] = norm.detach().square(), scale
@@ -316,6 +341,7 @@ class SGD(Optimizer):
                         clip=clip,
                         momentum_dtype=dtype,
                         out_of_place=differentiable,
+                        seed=self._seed(param, rounding),
                     )
 
     # ------------------------------------------------------------------------------------------------- the plan
@@ -333,7 +359,15 @@ class SGD(Optimizer):
                 return plan, grads
         params = [param for group in groups for param in group["params"]]
         grads = gradients(params)
-        self._plan = plan = self._new_plan(settings, params, layouts_of(grads))
+        layouts = layouts_of(grads)
+        if plan is not None and plan.settings == settings and len(plan.params) == len(params):
+            # Parameters that lack a gradient today may have one tomorrow.
+            for i, (old, param) in enumerate(zip(plan.layouts, params, strict=True)):
+                if layouts[i] is None and old is not None and plan.params[i] is param:
+                    g = plan.group_of[i]
+                    layouts[i] = old if self._has_buffers(param, groups[g], settings[g][0]) else None
+        self._plan = plan = self._new_plan(settings, params, layouts)
+        plan.begin(grads)
         return plan, grads
 
     def _new_plan(self, settings: list[Any], params: list[Tensor], layouts: list[Any]) -> StepPlan:
@@ -349,6 +383,7 @@ class SGD(Optimizer):
             grad = param.grad
             if grad is not None:
                 check_gradients([param], [grad])
+                check_kind(param, grad)
             if param in seen:
                 plan.repeated.add(i)
                 twice.add(param)
@@ -369,10 +404,11 @@ class SGD(Optimizer):
             shards = shards_of(param)
             key = (name, stored.device, stored.dtype, rounding, shards)
             if key not in together:
-                together[key] = Batch(SGDBatch([], [], [], [], rounding, {}), name, [], shards)
+                seed = self._seed(param, rounding)
+                together[key] = Batch(SGDBatch([], [], [], [], rounding, {}, seed=seed), name, [], shards)
             batch = together[key]
             if stored is not param:
-                plan.sharded[i] = stored
+                plan.sharded.append(i)
             batch.indices.append(i)
             batch.tensors.params.append(stored)
             batch.tensors.rules.append(group_of[i])
@@ -389,8 +425,12 @@ class SGD(Optimizer):
             else:  # the program has put another one in its place
                 self._begun.pop(param, None)
         plan.batches = list(together.values())
-        plan.complete(self.state.values())
+        plan.finish(self.state.values())
         return plan
+
+    def _has_buffers(self, param: Tensor, group: dict[str, Any], has_momentum: bool) -> bool:
+        state, key = self.state.get(param, {}), _COMPANION.get(_rounding(group, param))
+        return (not has_momentum or state.get("momentum_buffer") is not None) and (key is None or key in state)
 
     def _buffer(self, plan: StepPlan, i: int, stored: Tensor, key: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a parameter's buffer, made where it is missing, in the form that the backend takes."""
@@ -416,16 +456,37 @@ class SGD(Optimizer):
         buffer: Tensor = state[key]
         if isinstance(buffer, Tensor) and buffer.layout != torch.strided:
             buffer = state[key] = buffer.to_dense()
-        if not isinstance(buffer, Tensor) or buffer.shape != param.shape or buffer.device != param.device:
+        fits = isinstance(buffer, Tensor) and buffer.shape == param.shape and buffer.device == param.device
+        if not fits or is_dtensor(buffer) != is_dtensor(param):
             raise ValueError(
                 f"fastloss.SGD: a parameter of shape {tuple(param.shape)} on {param.device} has "
                 f"{_described(buffer)} as its {key}; expected a tensor of its shape, on its device"
+                + (" and mesh" if is_dtensor(param) else "")
             )
         dtype = _buffer_dtype(key, buffer, param)
         if buffer.dtype != dtype:
             buffer = state[key] = buffer.detach().to(dtype)
         plan.add_buffer(state, key)
         return buffer if stored is param else local(buffer)
+
+    def _seed(self, param: Tensor, rounding: str) -> Tensor | None:
+        """Return the seed for a parameter's stochastic rounding; None: torch's generator.
+
+        Among several processes it depends on the number of steps and the shard alone, so that replicas stay equal:
+        their processes may have generators with seeds of their own.
+        """
+        place = place_of(param) if rounding == "stochastic" else None
+        if place is None:
+            return None
+        key = param.device, place
+        if key not in self._seeds:
+            if param.is_cuda and _capturing():
+                raise RuntimeError(
+                    "fastloss.SGD: the seed for stochastic_rounding would be made inside a CUDA graph, and anew by "
+                    "every replay; take a step with the same parameters before capturing"
+                )
+            self._seeds[key] = torch.full((1,), place << 32, dtype=torch.int64, device=param.device)
+        return self._seeds[key]
 
     def _max_norm(self) -> float | None:
         values = {group["max_norm"] for group in self.param_groups}
@@ -469,7 +530,9 @@ class SGD(Optimizer):
 
         Raises:
             ValueError: the groups are not as many or not as long as this optimizer's; a buffer has another shape than
-                its parameter; a hyper-parameter is out of range. The optimizer is left as it was.
+                its parameter; a buffer is whole and its parameter a DTensor; options exclude each other. The
+                optimizer is left as it was. (Numbers that the constructor refuses are loaded: a program may have set
+                them.)
         """
         final: dict[str, Any] = {}
         before = [dict(group) for group in self.param_groups]
@@ -477,7 +540,7 @@ class SGD(Optimizer):
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
             check_loaded(loaded, self.param_groups)
             for own_group, loaded_group in zip(before, loaded["param_groups"], strict=True):
-                _check({**own_group, **loaded_group})
+                _check({**own_group, **loaded_group}, loaded=True)
             final.update(loaded)
 
         def restore(_: Optimizer) -> None:
@@ -504,14 +567,15 @@ class SGD(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        self.__dict__.setdefault("_seeds", {})
         self._forget()
 
     def _separate(self) -> None:
         """Give every buffer on the CPU memory of its own: pickle writes shared memory once for each buffer."""
         for state in self.state.values():
             for buffer in state.values() if isinstance(state, dict) else ():  # a program may store other things there
-                on_cpu = type(buffer) is Tensor and buffer.device.type == "cpu"
-                if on_cpu and buffer.layout == torch.strided and buffer.untyped_storage().nbytes() > buffer.nbytes:
+                on_cpu = type(buffer) is Tensor and buffer.device.type == "cpu" and buffer.layout == torch.strided
+                if on_cpu and buffer.untyped_storage().nbytes() > buffer.nbytes and not buffer.is_shared():
                     buffer.data = buffer.clone()
 
     def _settle(self, params: list[Tensor]) -> None:
@@ -602,7 +666,8 @@ def _buffer_dtype(key: str, buffer: Tensor, param: Tensor) -> torch.dtype:
 
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} on {value.device}"
+        kind = "DTensor" if is_dtensor(value) else "tensor"
+        return f"a {kind} of shape {tuple(value.shape)} on {value.device}"
     return f"a {type(value).__name__}"
 
 
@@ -617,8 +682,8 @@ def _rounding(group: dict[str, Any], param: Tensor) -> str:
     return "stochastic" if group["stochastic_rounding"] else "nearest"
 
 
-def _check(group: dict[str, Any]) -> None:
-    """Check the options of a parameter group."""
+def _check(group: dict[str, Any], *, loaded: bool = False) -> None:
+    """Check the options of a parameter group; of one that is loaded, all but what numbers they are."""
     named = {"lr": "learning rate", "momentum": "momentum value", "weight_decay": "weight_decay value"}
     for name, words in named.items():
         value = group[name]
@@ -629,13 +694,13 @@ def _check(group: dict[str, Any]) -> None:
                 raise TypeError(f"{name} must be a real number, got a tensor of {value.dtype}")
         elif isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number or a one-element tensor, got {type(value).__name__} {value!r}")
-        if value < 0.0:
+        if not loaded and value < 0.0:
             raise ValueError(f"Invalid {words}: {value}; expected 0 or more")
     dampening = group["dampening"]
     one_number = isinstance(dampening, Tensor) and dampening.numel() == 1 and not dampening.is_complex()
     if not one_number and (isinstance(dampening, bool) or not isinstance(dampening, Real)):
         raise TypeError(f"dampening must be a number, got {type(dampening).__name__}")
-    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+    if not loaded and group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
             "Nesterov momentum requires a momentum and zero dampening; "
             f"got momentum {group['momentum']}, dampening {group['dampening']}"
@@ -643,7 +708,7 @@ def _check(group: dict[str, Any]) -> None:
     max_norm, dtype = group["max_norm"], group["momentum_dtype"]
     if max_norm is not None and (isinstance(max_norm, bool) or not isinstance(max_norm, Real)):
         raise TypeError(f"max_norm must be a number or None, got {type(max_norm).__name__} {max_norm!r}")
-    if max_norm is not None and not float(max_norm) >= 0.0:
+    if not loaded and max_norm is not None and not float(max_norm) >= 0.0:
         raise ValueError(f"Invalid max_norm value: {max_norm}; expected 0 or more, or None for no clipping")
     if dtype is not None and dtype not in SERVED_DTYPES:
         raise TypeError(f"momentum_dtype must be a floating torch.dtype of 16, 32 or 64 bits, or None; got {dtype!r}")

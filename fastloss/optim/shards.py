@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.torch_private import flattened_meshes, root_mesh
+from ..backends.torch_private import flattened_meshes, is_of_fsdp1, root_mesh
 from ..ranks.placements import is_dtensor, local
 
-__all__ = ["ShardSums", "Shards", "local_as", "shards_of"]
+__all__ = ["ShardSums", "Shards", "check_kind", "check_whole", "local_as", "place_of", "shards_of"]
 
 Shards = tuple[Any, tuple[int, ...]]  # a DeviceMesh, and the dimensions of it that cut a tensor up
 
 
 def local_as(tensor: Any, param: Any) -> Tensor:
     """Return the local shard of a DTensor, brought into the placement of ``param``."""
+    if not hasattr(tensor, "placements"):
+        check_kind(param, tensor)
     if tensor.placements != param.placements:
         tensor = tensor.redistribute(placements=param.placements)
     shard: Tensor = local(tensor)
@@ -30,6 +32,51 @@ def shards_of(param: Any) -> Shards | None:
     if not is_dtensor(param):
         return None
     return param.device_mesh, tuple(d for d, placement in enumerate(param.placements) if not placement.is_replicate())
+
+
+def place_of(param: Any) -> int | None:
+    """Return the number of this process's shard of a tensor: 0 for a whole one; None in a program of one process.
+
+    Processes with the same number have replicas.
+    """
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return None
+    place, shards = 0, shards_of(param)
+    if shards is not None:
+        mesh, dims = shards
+        coordinate = mesh.get_coordinate() or [0] * mesh.ndim
+        for d in dims:
+            place = place * mesh.size(d) + coordinate[d]
+    return place
+
+
+def check_kind(param: Any, grad: Any) -> None:
+    """Check that a gradient is a DTensor where its parameter is one, and only there.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    if is_dtensor(param) != is_dtensor(grad):
+        kinds = ["a DTensor" if is_dtensor(tensor) else "a plain tensor" for tensor in (param, grad)]
+        raise RuntimeError(
+            f"fastloss.SGD: a parameter of shape {tuple(param.shape)} is {kinds[0]}, and its gradient is {kinds[1]}; "
+            "expected two of one kind: distribute_tensor(grad, mesh, placements), or grad.full_tensor()"
+        )
+
+
+def check_whole(params: Iterable[Tensor]) -> None:
+    """Check that the norm of all gradients can be known.
+
+    Raises:
+        ValueError: this process has parts of parameters, and they are no DTensors.
+    """
+    if any(map(is_of_fsdp1, params)) and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            "fastloss.SGD: max_norm is given, and FullyShardedDataParallel has cut up the parameters: each process "
+            "would clip by the norm of its own part; expected max_norm=None and clip_grad_norm_ of the wrapped "
+            "module before the step, or parameters of fully_shard (FSDP2)"
+        )
 
 
 class ShardSums:

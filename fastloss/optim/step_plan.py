@@ -1,6 +1,7 @@
 """The plan of an optimizer's step: which tensors step together, and whether they still lie where they lay.
 
 A plan is made when something has changed: a parameter got its first gradient, a group was added, a checkpoint loaded.
+Parameters may lack their gradients in any step; the plan goes on with the others.
 In every other step it is only checked, in one of two ways.
 
 - :meth:`StepPlan.holds` compares attribute by attribute. Its answer counts.
@@ -25,8 +26,8 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Addresses, SGDBatch
-from ..backends.torch_private import tensor_guard
-from ..ranks.placements import is_dtensor, local
+from ..backends.torch_private import held_by, tensor_guard
+from ..ranks.placements import is_dtensor
 from .shards import Shards, ShardSums
 
 __all__ = ["SERVED_DTYPES", "Batch", "StepPlan", "gradients", "layouts_of", "overlapping", "serves"]
@@ -56,7 +57,7 @@ class Batch:
     indices: list[int]
     shards: Shards | None  # if its tensors are the shards of DTensors
 
-    def take(self, grads: list[Tensor]) -> list[Tensor]:
+    def take(self, grads: list[Any]) -> list[Any]:
         """Return the batch's gradients among those of all parameters."""
         return grads if len(self.indices) == len(grads) else [grads[i] for i in self.indices]
 
@@ -71,11 +72,15 @@ class StepPlan:
     settings: list[Any]  # the options of the groups that the plan depends on
     params: list[Tensor]  # of all groups, in their order
     group_of: list[int]  # of each parameter
-    layouts: list[Any]  # of their gradients, see layouts_of()
+    layouts: list[Any]  # of their gradients, see layouts_of(); they had them when the plan was made or before
+    complete: bool = True  # none of those gradients lacks in this step
     batches: list[Batch] = field(default_factory=list)
     plain: list[int] = field(default_factory=list)  # stepped one by one, by torch's operators
     repeated: set[int] = field(default_factory=set)  # of those: named by the groups before, and stepped once more
-    sharded: dict[int, Tensor] = field(default_factory=dict)  # DTensors among the batches: their local shards
+    sharded: list[int] = field(default_factory=list)  # DTensors among the batches
+    dtensors: list[Tensor] = field(default_factory=list)  # those, and those among the buffers
+    shards: list[Any] = field(default_factory=list)  # the local tensors that they hold
+    shard_addresses: Addresses = field(default_factory=lambda: Addresses(()))
     states: list[dict[str, Any]] = field(default_factory=list)  # every parameter's state
     buffers: list[Tensor] = field(default_factory=list)  # momentum buffers, master weights, compensations
     buffer_states: list[dict[str, Any]] = field(default_factory=list)  # buffer i is buffer_states[i][buffer_keys[i]]
@@ -97,12 +102,19 @@ class StepPlan:
             self.companions.append(state[key])
             self.companion_dtypes.append(state[key].dtype)
 
-    def complete(self, states: Iterable[dict[str, Any]]) -> None:
+    def finish(self, states: Iterable[dict[str, Any]]) -> None:
         """Store everything that :meth:`holds` compares; the batches and buffers are complete."""
         self.states = list(states)
         self.stored = [self.params[i] for batch in self.batches for i in batch.indices if i not in self.sharded]
         self.addresses = Addresses(self.stored)
+        self.dtensors = [self.params[i] for i in self.sharded] + list(filter(is_dtensor, self.buffers))
+        self.shards = list(map(held_by, self.dtensors))
+        self.shard_addresses = Addresses(self.shards)
         self.attributes = self._attributes()
+
+    def begin(self, grads: list[Any]) -> None:
+        """Look which gradients lack in the first step of the plan."""
+        self._set_complete(grads, layouts_of(grads) == self.layouts)
 
     def holds(
         self,
@@ -118,26 +130,42 @@ class StepPlan:
         for batch in self.batches:
             batch.tensors.unchanged = unchanged
         if unchanged:
+            self._set_complete(grads, True)
             return True
         self.last_step = None
         try:
+            layouts = layouts_of(grads)
+            complete = self.layouts == layouts
+            self._set_complete(grads, complete)
             return (
-                self.layouts == layouts_of(grads)
+                (complete or all(new is None or new == old for new, old in zip(layouts, self.layouts, strict=True)))
                 and _identical(_params_of(groups), self.params)
                 and _identical(states, self.states)
                 and _identical(list(map(operator.getitem, self.buffer_states, self.buffer_keys)), self.buffers)
                 and list(map(_dtype_of, self.companions)) == self.companion_dtypes
                 and self.addresses.are_of(self.stored)
                 and self._attributes() == self.attributes
-                and all(local(self.params[i]) is shard for i, shard in self.sharded.items())
+                and (not self.dtensors or self._shards_are_held())
             )
         except KeyError:  # the program has removed a buffer
             return False
 
+    def _set_complete(self, grads: list[Any], complete: bool) -> None:
+        """Store which of the batches lack gradients."""
+        if complete and self.complete:
+            return
+        self.complete = complete
+        for batch in self.batches:
+            batch.tensors.incomplete = not complete and any(grad is None for grad in batch.take(grads))
+
+    def _shards_are_held(self) -> bool:
+        """Return whether the DTensors hold the local tensors that they held. (``to_local`` may make new views.)"""
+        return _identical(list(map(held_by, self.dtensors)), self.shards) and self.shard_addresses.are_of(self.shards)
+
     def finish_step(self, states: Collection[dict[str, Any]], grads: list[Tensor | None]) -> None:
         """Let the next step be compared with this one, which was carried out with these gradients."""
         # (The shards of DTensors' gradients are other tensors in every step.)
-        if self.last_step is None and self.batches and not self.sharded:
+        if self.last_step is None and self.batches and self.complete and not self.sharded:
             with contextlib.suppress(TypeError):  # a state that is no dict, or a torch without guards
                 self.last_step = _LastStep(self, states, grads)
 

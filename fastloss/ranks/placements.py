@@ -22,6 +22,7 @@ __all__ = [
     "is_dtensor",
     "is_uncompiled_dtensor",
     "local",
+    "placed_as",
     "plan",
     "plan_linear",
     "replicated_beside",
@@ -77,6 +78,15 @@ def replicated_beside(tensor: Tensor, other: Any) -> Tensor:
 
     mesh = other.device_mesh
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def placed_as(shard: Tensor, like: Any) -> Tensor:
+    """Return a DTensor of a local shard of the shape of that of ``like``."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def whole(tensor: Tensor | None) -> Tensor | None:

@@ -11,16 +11,20 @@ __all__ = ["compensated", "round_stochastically", "round_to_nearest", "true_mast
 
 # A compensation times this is surely less than half a unit in the last place: no tie of even and odd.
 _WITHIN = 1 - 2.0**-6
+# SplitMix64's constants, as signed numbers; the second step is the 64 bits of √2's fraction, odd.
+_STEPS = 0x9E3779B97F4A7C15 - (1 << 64), 0x6A09E667F3BCC909
+_MIXES = (30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))
 
 
-def round_stochastically(wide: Tensor, dtype: torch.dtype) -> Tensor:
+def round_stochastically(wide: Tensor, dtype: torch.dtype, seed: Tensor | None = None) -> Tensor:
     """Round float32 numbers to one of their two neighbours in ``dtype``, the nearer the likelier: right on average.
 
     A random number is added to the bits that ``dtype`` lacks; a carry is a step up. Where float16 is a grid of steps
-    of 2⁻²⁴, numbers are rounded on that grid.
+    of 2⁻²⁴, numbers are rounded on that grid. A seed, int64 ``(1,)``, is advanced; without one the numbers are those
+    of torch's generator.
     """
     dropped = _dropped(dtype)
-    noise = _random_bits(dropped, wide)
+    noise = _random_bits(dropped, wide, seed)
     rounded = _rounded(wide, noise, dtype)
     if dtype == torch.float16:
         rounded = _on_grid(wide, (wide * 2.0**24 + noise * 2.0**-dropped).floor(), rounded)
@@ -68,14 +72,27 @@ def compensated(param: Tensor, compensation: Tensor) -> Tensor:
     return wide + torch.where(round_to_nearest(within, param.dtype) == wide, compensation, 0.0)
 
 
-def _random_bits(count: int, like: Tensor) -> Tensor:
+def _random_bits(count: int, like: Tensor, seed: Tensor | None = None) -> Tensor:
     """Return up to 16 random bits for each element, as int32."""
-    if not like.is_cpu:
+    if seed is None and not like.is_cpu:
         return torch.randint(0, 1 << count, like.shape, dtype=torch.int32, device=like.device)
     # One random number for four elements: a CPU makes one after the other.
-    four = torch.randint(-(1 << 63), (1 << 63) - 1, (-(-like.numel() // 4),), dtype=torch.int64, device=like.device)
+    numbers = -(-like.numel() // 4)
+    if seed is None:
+        four = torch.randint(-(1 << 63), (1 << 63) - 1, (numbers,), dtype=torch.int64, device=like.device)
+    else:
+        four = _hashed(seed, numbers)
+        seed.add_(1)
     bits = four.view(torch.int16)[: like.numel()].view(like.shape)
     return bits.to(torch.int32) & ((1 << count) - 1)
+
+
+def _hashed(seed: Tensor, count: int) -> Tensor:
+    """Return ``count`` pseudorandom int64 numbers: SplitMix64 (Steele et al., 2014) of positions and seed."""
+    x = torch.arange(count, dtype=torch.int64, device=seed.device).mul_(_STEPS[0]).add_(seed * _STEPS[1])
+    for shift, factor in _MIXES:
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # a logical shift
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def _dropped(dtype: torch.dtype) -> int:

@@ -6,7 +6,8 @@ each over torch's threads, and spends more on that than on the arithmetic where 
 - many small tensors are divided among threads of their own, each of which steps its share: a quarter of the time;
 - large ones go to the operator as they are;
 - tensors of another dtype are stepped in float32, a piece at a time that stays in a cache; small ones of that sort
-  are gathered into one, side by side, where their momentum buffers lie for good;
+  of all rules are gathered into one, side by side, where their momentum buffers lie for good (but for those that a
+  program shares among processes);
 - gradients that are clipped are multiplied first, piece by piece too, and are not written to.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -24,12 +25,14 @@ from torch import Tensor
 
 from ..contract import Addresses, SGDBatch, SGDControls, SGDRule, check_gradients, compute_dtype
 from ..torch_private import (
+    flatten,
     foreach_copy_,
     foreach_mul,
     foreach_mul_,
     foreach_norm,
     fused_sgd_,
     materialized,
+    unflatten,
     unscale_,
 )
 from .rounding import compensated, round_stochastically, true_master, without_infinities
@@ -54,6 +57,8 @@ _bytes_of = operator.attrgetter("nbytes")
 
 def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     """See :class:`fastloss.backends.contract.Backend`."""
+    if batch.incomplete:
+        batch, grads = _present(batch, grads)
     wide = compute_dtype(batch.params[0].dtype)
     for part in _parts(batch):
         if part.flat is not None:
@@ -84,13 +89,16 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
     """See :class:`fastloss.backends.contract.Backend`."""
     if controls.found_inf is not None and controls.found_inf.item() != 0:
         return
+    if batch.incomplete:
+        batch, grads = _present(batch, grads)
     if controls.grad_scale is not None:
         _unscale(grads, controls.grad_scale)
     clip = _clip_factor(controls)
     for part in _parts(batch):
-        rule = _Numbers.of(rules[part.rule])
         if part.flat is not None:
-            _step_flat(batch, part.flat, grads, rule, clip, first=part.first)
+            _step_flat(batch, part.flat, grads, rules, clip, first=part.first)
+            continue
+        rule = _Numbers.of(rules[part.rule])
         if part.small is not None:
             _step_small(batch, part.small, grads, rule, clip, first=part.first)
         if part.large is not None:
@@ -125,7 +133,7 @@ class _Numbers(NamedTuple):
 
 @dataclass(eq=False)
 class _Flat:
-    """Small tensors of one rule, stepped as one: their momentum buffers lie side by side for good."""
+    """Small tensors, stepped as one: their momentum buffers lie side by side for good."""
 
     indices: list[int]
     params: list[Tensor]
@@ -135,6 +143,8 @@ class _Flat:
     addresses: Addresses  # of those
     vectors: bool  # all of the parameters have one dimension
     numels: list[int]  # of the parameters
+    rules: list[int]  # of the parameters, those of one rule side by side
+    gathered: bool = False  # momentum and companions are copies, made by each step: the buffers lie elsewhere
     rooms: dict[tuple[str, torch.dtype], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
     @staticmethod
@@ -142,10 +152,47 @@ class _Flat:
         params = [batch.params[i] for i in indices]
         momentum = [m for i in indices if (m := batch.momentum[i]) is not None]
         companions = [c for i in indices if (c := batch.companions[i]) is not None]
-        flat = _side_by_side(momentum), _side_by_side(companions)
         buffers = momentum + companions
+        gathered = any(map(Tensor.is_shared, buffers))
+        flats = (None, None) if gathered else (_side_by_side(momentum), _side_by_side(companions))
         vectors, numels = all(param.dim() == 1 for param in params), list(map(Tensor.numel, params))
-        return _Flat(indices, params, *flat, buffers, Addresses(buffers), vectors, numels)
+        rules = [batch.rules[i] for i in indices]
+        return _Flat(indices, params, *flats, buffers, Addresses(buffers), vectors, numels, rules, gathered)
+
+    def chosen(self, number_of: dict[int, int]) -> _Flat | None:
+        """Return some of the tensors, for one step; ``number_of`` has their new numbers."""
+        places = [place for place, i in enumerate(self.indices) if i in number_of]
+        if not places:
+            return None
+        count = len(self.indices)
+        starts = range(0, len(self.buffers), count)  # of the momentum and the companions, where there are some
+        buffers = [self.buffers[start + place] for start in starts for place in places]
+        params, numels = [self.params[place] for place in places], [self.numels[place] for place in places]
+        rules = [self.rules[place] for place in places]
+        numbers = [number_of[self.indices[place]] for place in places]
+        addresses = Addresses(buffers)
+        return _Flat(numbers, params, None, None, buffers, addresses, self.vectors, numels, rules, gathered=True)
+
+    def collect(self, momentum: bool, companions: bool) -> None:
+        """Gather the buffers, where they do not lie side by side."""
+        if self.gathered:
+            count = len(self.params)
+            self.momentum = _side_by_side(self.buffers[:count], move=False) if momentum else None
+            self.companions = _side_by_side(self.buffers[-count:], move=False) if companions else None
+
+    def put_back(self) -> None:
+        """Write what has been gathered to the buffers."""
+        if self.gathered and self.buffers:
+            flats = [flat for flat in (self.momentum, self.companions) if flat is not None]
+            foreach_copy_(self.buffers, [view for flat in flats for view in _views(flat, self.params)])
+            self.momentum = self.companions = None
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Return the rules, and how many elements are stepped by each."""
+        lengths: dict[int, int] = {}
+        for rule, numel in zip(self.rules, self.numels, strict=True):
+            lengths[rule] = lengths.get(rule, 0) + numel
+        return list(lengths.items())
 
     def gather(self, tensors: list[Tensor], dtype: torch.dtype, name: str = "grads") -> Tensor:
         """Return the tensors side by side, in ``dtype``."""
@@ -192,6 +239,19 @@ class _Direct:
             indices, params, momentum, all(map(Tensor.is_contiguous, params)), list(map(_bytes_of, params))
         )
 
+    def chosen(self, number_of: dict[int, int]) -> _Direct | None:
+        """Return some of the tensors, for one step; ``number_of`` has their new numbers."""
+        places = [place for place, i in enumerate(self.indices) if i in number_of]
+        if not places:
+            return None
+        return _Direct(
+            [number_of[self.indices[place]] for place in places],
+            [self.params[place] for place in places],
+            [self.momentum[place] for place in places] if self.momentum else [],
+            self.contiguous,
+            [self.nbytes[place] for place in places],
+        )
+
     def known_to_fit(self, *, unchanged: bool) -> bool:
         """Return whether it is known that gradients can be taken as they come; else :meth:`fitting` finds out."""
         known = unchanged and self.fit
@@ -216,7 +276,10 @@ class _Direct:
 
 @dataclass(eq=False)
 class _Part:
-    """The tensors of one rule whose momentum buffers begin with this step, or those whose have begun."""
+    """The tensors of one rule whose momentum buffers begin with this step, or those whose have begun.
+
+    Or a flat alone, of several rules.
+    """
 
     rule: int
     first: bool
@@ -228,11 +291,11 @@ class _Part:
     strides: list[tuple[int, ...]]  # of those
 
     @staticmethod
-    def of(batch: SGDBatch, rule: int, first: bool, indices: list[int]) -> _Part:
+    def of(batch: SGDBatch, rule: int, first: bool, indices: list[int], flat: list[int]) -> _Part:
+        """Return the part without those that belong in a flat; these are added to ``flat``."""
         wide = compute_dtype(batch.params[0].dtype)
         small: list[int] = []
         large: list[int] = []
-        flat: list[int] = []
         pieced: list[int] = []
         strided: list[Tensor] = []
         for i in indices:
@@ -255,10 +318,23 @@ class _Part:
             first,
             _Direct.of(batch, small) if small else None,
             _Direct.of(batch, large) if large else None,
-            _Flat.of(batch, flat) if flat else None,
+            None,
             pieced,
             strided,
             list(map(Tensor.stride, strided)),
+        )
+
+    def chosen(self, number_of: dict[int, int]) -> _Part:
+        """Return the part with some of its tensors, for one step; ``number_of`` has their new numbers."""
+        return _Part(
+            self.rule,
+            self.first,
+            None if self.small is None else self.small.chosen(number_of),
+            None if self.large is None else self.large.chosen(number_of),
+            None if self.flat is None else self.flat.chosen(number_of),
+            [number_of[i] for i in self.pieced if i in number_of],
+            [],
+            [],
         )
 
     def holds(self, *, unchanged: bool) -> bool:
@@ -278,47 +354,99 @@ def _parts(batch: SGDBatch) -> list[_Part]:
         for i, (param, number) in enumerate(zip(batch.params, batch.rules, strict=True)):
             if param.numel():
                 together[number, i in first].append(i)
-        parts = [_Part.of(batch, *key, indices) for key, indices in together.items()]
+        flats: dict[tuple[bool, bool], list[int]] = defaultdict(list)
+        parts = []
+        for (rule, begins), indices in together.items():
+            flat: list[int] = []
+            part = _Part.of(batch, rule, begins, indices, flat)
+            if len(flat) < len(indices):
+                parts.append(part)
+            for i in flat:
+                flats[begins, batch.momentum[i] is None].append(i)
+        for (begins, _), indices in flats.items():
+            parts.append(_Part(-1, begins, None, None, _Flat.of(batch, indices), [], [], []))
         batch.memory.update(parts=parts, first=first)
     return parts
 
 
-def _side_by_side(buffers: list[Tensor]) -> Tensor | None:
-    """Move the memory of buffers into one flat tensor, and return it."""
+def _present(batch: SGDBatch, grads: list[Any]) -> tuple[SGDBatch, list[Tensor]]:
+    """Return those of a batch's tensors that have gradients, as a batch for one step, and the gradients."""
+    parts = _parts(batch)
+    present = [i for i, grad in enumerate(grads) if grad is not None]
+    number_of = {i: number for number, i in enumerate(present)}
+    lists = (batch.params, batch.momentum, batch.companions, batch.rules)
+    chosen: list[Any] = [[values[i] for i in present] for values in lists]
+    begun = {number_of[i]: flags for i, flags in batch.begun.items() if i in number_of}
+    first = {number_of[i] for i in batch.memory["first"] if i in number_of}
+    memory = {"parts": [part.chosen(number_of) for part in parts], "first": first}
+    params, momentum, companions, rules = chosen
+    return (
+        SGDBatch(params, momentum, companions, rules, batch.rounding, begun, memory, seed=batch.seed),
+        [grads[i] for i in present],
+    )
+
+
+def _side_by_side(buffers: list[Tensor], *, move: bool = True) -> Tensor | None:
+    """Return the buffers as one flat tensor, and move their memory into it."""
     if not buffers:
         return None
-    flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-    for buffer, view in zip(buffers, _views(flat, buffers), strict=True):
-        buffer.data = view
+    flat: Tensor = flatten([buffer.contiguous() for buffer in buffers])
+    if move:
+        if len(buffers) == 1:
+            flat = flat.clone()  # of one tensor it is a view
+        for buffer, view in zip(buffers, _views(flat, buffers), strict=True):
+            buffer.data = view
     return flat
 
 
 def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    pieces = flat.split([tensor.numel() for tensor in like])
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
+    return list(unflatten(flat, list(like)))
 
 
 def _step_flat(
-    batch: SGDBatch, flat: _Flat, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
+    batch: SGDBatch, flat: _Flat, grads: list[Tensor], rules: Sequence[SGDRule], clip: float, *, first: bool
 ) -> None:
     wide = compute_dtype(batch.params[0].dtype)
     grad = flat.gather(_chosen(grads, flat.indices), wide)
-    momentum = _listed(flat.momentum)
+    flat.collect(batch.momentum[flat.indices[0]] is not None, batch.companions[flat.indices[0]] is not None)
+    advance = partial(_advance_flat, flat, grad=grad, rules=rules, clip=clip, first=first)
     if batch.rounding == "master":
         assert flat.companions is not None
         result, views = flat.companions, _views(flat.companions, flat.params)
         result.copy_(true_master(result, flat.gather(flat.params, batch.params[0].dtype, "params")))
-        _advance([result], [grad], momentum, rule, clip, first=first, scratch=True)
+        advance(result)
     elif batch.rounding == "nearest":
         result, views = flat.room("params", wide)
         flat.gather(flat.params, wide, "params")
-        _advance([result], [grad], momentum, rule, clip, first=first, scratch=True)
+        advance(result)
     else:
         result, views = flat.room("params", batch.params[0].dtype)
         flat.gather(flat.params, result.dtype, "params")
-        compensation = flat.companions
-        _advance_rounded(result, grad, flat.momentum, compensation, batch.rounding, rule, clip, first=first)
+        _advance_rounded(batch, result, flat.companions, advance)
     flat.scatter(views)
+    flat.put_back()
+
+
+def _advance_flat(
+    flat: _Flat, result: Tensor, *, grad: Tensor, rules: Sequence[SGDRule], clip: float, first: bool
+) -> None:
+    """Step a flat tensor, each rule's stretch of it by that rule."""
+    spans = flat.spans()
+    if len(spans) == 1:
+        rule = _Numbers.of(rules[spans[0][0]])
+        _advance([result], [grad], _listed(flat.momentum), rule, clip, first=first, scratch=True)
+        return
+    if clip != 1.0:
+        grad.mul_(clip)
+    lengths = [length for _, length in spans]
+    buffer = None if flat.momentum is None else flat.momentum.to(result.dtype)
+    buffers = [[]] * len(spans) if buffer is None else [[piece] for piece in buffer.split(lengths)]
+    stretches = zip(spans, result.split(lengths), grad.split(lengths), buffers, strict=True)
+    for (number, _), of_result, of_grad, of_buffer in stretches:
+        _advance([of_result], [of_grad], of_buffer, _Numbers.of(rules[number]), first=first)
+    if buffer is not None and buffer is not flat.momentum:
+        assert flat.momentum is not None
+        flat.momentum.copy_(buffer)
 
 
 def _step_small(
@@ -363,34 +491,41 @@ def _step_by_pieces(batch: SGDBatch, i: int, grad: Tensor, rule: _Numbers, clip:
         assert param is not None
         assert piece is not None
         wide = compute_dtype(param.dtype)
+        piece = piece.to(wide) if clip == 1.0 else _clipped(batch, piece, clip, wide)
+        advance = partial(_advance_piece, piece, momentum, rule, first)
         if batch.rounding == "master":
             assert companion is not None
             companion.copy_(true_master(companion, param))
-            _advance([companion], [piece.to(wide)], _listed(momentum), rule, clip, first=first)
+            advance(companion)
             param.copy_(companion)
         elif param.dtype == wide:
-            _advance([param], [piece.to(wide)], _listed(momentum), rule, clip, first=first)
+            advance(param)
         else:
-            _advance_rounded(param, piece.to(wide), momentum, companion, batch.rounding, rule, clip, first=first)
+            _advance_rounded(batch, param, companion, advance)
     torch.autograd.graph.increment_version([batch.params[i]])
 
 
+def _advance_piece(grad: Tensor, momentum: Tensor | None, rule: _Numbers, first: bool, wide: Tensor) -> None:
+    _advance([wide], [grad], _listed(momentum), rule, first=first)
+
+
+def _clipped(batch: SGDBatch, piece: Tensor, clip: float, wide: torch.dtype) -> Tensor:
+    """Return a clipped piece of a gradient in a buffer that is the same in every step: new memory takes longer."""
+    buffer = batch.memory.get("clipped")
+    if buffer is None or len(buffer) < len(piece):
+        buffer = batch.memory["clipped"] = torch.empty_like(piece, dtype=wide)
+    result: Tensor = buffer[: len(piece)]
+    return torch.mul(piece, clip, out=result) if piece.dtype == wide else result.copy_(piece).mul_(clip)
+
+
 def _advance_rounded(
-    param: Tensor,
-    grad: Tensor,
-    momentum: Tensor | None,
-    compensation: Tensor | None,
-    rounding: str,
-    rule: _Numbers,
-    clip: float,
-    *,
-    first: bool = False,
+    batch: SGDBatch, param: Tensor, compensation: Tensor | None, advance: Callable[[Tensor], None]
 ) -> None:
-    """Step one flat tensor of 16 bits in float32, and round it."""
+    """Step one flat tensor of 16 bits in float32 by ``advance``, and round it."""
     wide = param.float() if compensation is None else compensated(param, compensation)
-    _advance([wide], [grad], _listed(momentum), rule, clip, first=first)
-    if rounding == "stochastic":
-        param.copy_(round_stochastically(wide, param.dtype))
+    advance(wide)
+    if batch.rounding == "stochastic":
+        param.copy_(round_stochastically(wide, param.dtype, batch.seed))
     else:
         param.copy_(wide)
     if compensation is not None:
