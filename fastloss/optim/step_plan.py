@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..backends.contract import Addresses, SGDBatch
 from ..backends.torch_private import held_by, tensor_guard
+from ..backends.view import may_overlap
 from ..ranks.placements import is_dtensor
 from .shards import Shards, ShardSums
 
@@ -241,7 +242,7 @@ def serves(param: Tensor) -> bool:
         and param.device.type in ("cpu", "cuda")
         and not param.is_neg()
         and param.dim() <= _MOST_DIMENSIONS  # of the kernels' table of strides
-        and not _overlaps_itself(param)
+        and not may_overlap(param)
     )
 
 
@@ -261,17 +262,6 @@ def overlapping(tensors: Sequence[Tensor]) -> set[int]:
         if end > furthest:
             furthest, owner = end, i
     return shared
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Return whether two elements of a tensor may be one in memory."""
-    reach = 0
-    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=operator.itemgetter(1)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += (size - 1) * stride
-    return False
 
 
 def _params_of(groups: list[dict[str, Any]]) -> list[Tensor]:
