@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shapes", choices=SIZES, default="quick", help="how much of the contest (default: quick)")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Time in this process alone: pytest-benchmark times nothing where others work at the same time."""
     return 0

@@ -89,6 +89,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Start no workers for tests selected by hand, which are few, nor where they would share one GPU."""
     return 0 if HAS_GPU or selection.is_by_hand(config) else None
