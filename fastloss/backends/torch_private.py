@@ -22,6 +22,8 @@ name of torch                         used for                         without i
 ``_get_current_graph_task_keep_...``  not to hand a gradient over      every gradient is copied
                                       twice
 ``_len_torch_dispatch_stack``,        calls under dispatch modes       an error at import
+``_C._DisableTorchDispatch``,
+``_C.DisableTorchFunction...``
 ``_get_current_dispatch_mode_stack``
 ``forward_ad._current_level``         forward-mode derivatives         an error at the first call
 ``compiler._is_exporting_flag``       to tell compilers from export    torch's own answer
@@ -89,6 +91,8 @@ __all__ = [
     "unflatten",
     "unscale_",
     "unscales_by_step",
+    "without_dispatch",
+    "without_subclasses",
 ]
 
 fused_sgd_ = torch._fused_sgd_
@@ -103,6 +107,8 @@ unflatten = torch._C._nn.unflatten_dense_tensors
 transforms_are_active = torch._C._are_functorch_transforms_active
 dispatch_mode_count = torch._C._len_torch_dispatch_stack
 dispatch_modes = _get_current_dispatch_mode_stack
+without_dispatch = torch._C._DisableTorchDispatch
+without_subclasses = torch._C.DisableTorchFunctionSubclass
 is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 legacy_reduction = _reduction.legacy_get_string
 disable_dynamo = torch._disable_dynamo  # torch.compiler.disable imports the compiler at once

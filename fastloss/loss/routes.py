@@ -17,6 +17,8 @@ from ..backends.torch_private import (
     forward_mode_is_active,
     is_exporting,
     transforms_are_active,
+    without_dispatch,
+    without_subclasses,
 )
 from ..backends.view import as_labels, as_rows, class_dim, may_overlap, row_shape, wide_labels
 from ..ranks import placements
@@ -133,7 +135,7 @@ def accuracies(input: Tensor, target: Tensor, options: LossOptions, group: Any =
     checks.check_index_target(input, target, None)
     target = target.view(()) if input.dim() == 1 else target
     if options.topk and _has_values(target) and choice.may_look(target):
-        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunctionSubclass():
+        with without_dispatch(), without_subclasses():
             checks.check_labels(target.as_subclass(Tensor), input.shape[class_dim(input)], options.ignore_index)
     return _accuracies(input, target, options)
 
@@ -226,7 +228,7 @@ def _has_values(tensor: Tensor) -> bool:
     """Return True if the tensor holds its own values, whatever its class, and nothing traces what is read of them."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or transforms_are_active()
         or torch.jit.is_tracing()
         or tensor.is_meta
         or tensor.layout is not torch.strided
