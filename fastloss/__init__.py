@@ -17,12 +17,12 @@ from . import _layout
 _layout.extend(__path__)
 
 from .backends.choice import use_backend  # noqa: E402
+from .faces.modules import CrossEntropyLoss, LinearCrossEntropyLoss  # noqa: E402
+from .faces.patch import Patch, patch_torch  # noqa: E402
 from .linear.functional import linear_cross_entropy, linear_cross_entropy_with_accuracy  # noqa: E402
 from .loss.functional import LossAndAccuracy, accuracy, cross_entropy, cross_entropy_with_accuracy  # noqa: E402
 from .loss.statistics import LossStatistics, cross_entropy_with_statistics  # noqa: E402
-from .modules import CrossEntropyLoss, LinearCrossEntropyLoss  # noqa: E402
 from .optim import SGD  # noqa: E402
-from .patch import Patch, patch_torch  # noqa: E402
 
 if TYPE_CHECKING:
     from .metrics.accuracy import Accuracy

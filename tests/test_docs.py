@@ -20,7 +20,8 @@ MODULES = {
     "fastloss.linear.functional": {"linear_cross_entropy", "linear_cross_entropy_with_accuracy"},
     "fastloss.loss.statistics": {"cross_entropy_with_statistics"},
     "fastloss.metrics.accuracy": {"Accuracy"},
-    "fastloss.modules": {"CrossEntropyLoss", "LinearCrossEntropyLoss"},
+    "fastloss.faces.modules": {"CrossEntropyLoss", "LinearCrossEntropyLoss"},
+    "fastloss.faces.patch": {"patch_torch"},
     "fastloss.backends.choice": {"use_backend"},
     "fastloss.optim.sgd": {"SGD"},
 }

@@ -12,9 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-import fastloss
-
-from ..measuring import machine
+from ..measuring import info, machine
 from ..measuring.contenders import OURS, Contender
 from ..measuring.tables import NOTABLE_SHARE, TIMES, bytes_in_words, notes, plain_table
 from .measure import Row
@@ -89,7 +87,7 @@ def write_json(path: Path | None, device: torch.device, rows: Sequence[Row], *, 
     if path is None:
         return
     record = {
-        "fastloss": fastloss.__version__,
+        "fastloss": info.VERSION,
         "torch": torch.__version__,
         "device": machine.description(device),
         "finished": finished,

@@ -12,7 +12,9 @@ import fastloss
 
 from ..backends import choice
 
-__all__ = ["facts", "processor", "reason", "show"]
+__all__ = ["VERSION", "facts", "processor", "reason", "show"]
+
+VERSION = fastloss.__version__
 
 
 def show() -> None:
@@ -35,7 +37,7 @@ def show() -> None:
 def facts() -> list[tuple[str, str]]:
     """Return names and values in the order in which they are shown."""
     rows = [
-        ("fastloss", fastloss.__version__),
+        ("fastloss", VERSION),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", torch.__version__),
         ("Triton", choice.triton_version() or "not installed"),

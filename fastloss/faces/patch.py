@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear.functional import linear_cross_entropy
-from .loss.functional import cross_entropy
-from .optim import SGD
+from ..linear.functional import linear_cross_entropy
+from ..loss.functional import cross_entropy
+from ..optim import SGD
 
 __all__ = ["Patch", "patch_torch"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linear.functional import linear_cross_entropy
-from .loss.functional import cross_entropy
-from .ranks.collectives import SharedGroup
+from ..linear.functional import linear_cross_entropy
+from ..loss.functional import cross_entropy
+from ..ranks.collectives import SharedGroup
 
 __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
 

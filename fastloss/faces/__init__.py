@@ -1,0 +1,1 @@
+"""The modules, and the patch by which a program uses this package wherever it calls torch's loss."""
