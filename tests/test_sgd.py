@@ -276,7 +276,7 @@ def test_elements_beyond_2_31(kernels: Place, tmp_path: Path, layout: str, round
     param = theta.view(rows, columns)
     companions = [None if master is None else master.view(rows, columns)]
     batch = SGDBatch([param], [momentum.view(rows, columns)], companions, [0], rounding, {})
-    (tables,) = sgd._tables_of(batch, [grad]).values()
+    (tables,) = sgd._tables_of(batch, [grad], frozenset()).values()
     assert len(tables.device.items) == -(-count // FLAG_ELEMENTS) > (1 << 19)
     tables.device = tables.device._replace(items=tables.device.items[-2:].clone())
     sgd.sgd_step(batch, [grad], [SGDRule(0.5, 0.5, 0.0, 0.0, False, False, False)], SGDControls())
