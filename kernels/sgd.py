@@ -247,6 +247,8 @@ def _lay_out(tables: Tables, batch: SGDBatch, grads: list[Tensor]) -> None:
         lines[:, column.value] = _int64(0 if buffer is None else buffer.data_ptr() for buffer in chosen)
     others = lines[:, [THETA.value, MOMENTUM.value, COMPANION.value]]
     strided = lines[:, LAYOUT.value] == STRIDED.value
+    if tables.lacking:
+        tables.launches.clear()  # which are for fewer items
     tables.sizes_of_lines, tables.lacking = sizes, []
     tables.lines, tables.by_16 = lines, (others % 16 == 0).all(dim=1) & ~strided
     items = _uploaded(_items(sizes), device, tables)

@@ -516,3 +516,20 @@ def test_gradients_that_come_and_go(
             assert all(torch.equal(state[key], expected[key]) for key in state)
         assert (optimizers[0].grad_norm is None) == (optimizers[1].grad_norm is None)
     assert len(plans) == 1
+
+
+def test_a_gradient_comes_back_in_another_layout(place: Place) -> None:
+    """A step without a gradient starts fewer programs; tables that are laid out after it need all of them."""
+    ours, theirs = ([nn.Parameter(torch.ones(6, 4, device=place.device)) for _ in range(3)] for _ in range(2))
+    optimizers = fastloss.SGD(ours, 0.1, 0.9), torch.optim.SGD(theirs, 0.1, 0.9)
+    for layout in ("plain", "lacking", "transposed", "plain"):
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            grad, lacks = torch.randn(6, 4, device=place.device), layout == "lacking" and i != 1
+            if layout == "transposed":
+                grad = grad.t().contiguous().t()
+            for param in pair:
+                param.grad = None if lacks else grad.clone(memory_format=torch.preserve_format)
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
