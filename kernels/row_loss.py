@@ -36,7 +36,7 @@ class Partial(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the gradient of some rows depends on beside their logits: (ROWS,) each."""
+    """The numbers that the gradient of some rows depends on beside their logits: (ROWS,) each."""
 
     in_range: Any  # the row exists
     read: Any  # its logits are read

@@ -255,7 +255,7 @@ class Process:
         return {"norm": self.of_all(optimizer.grad_norm), "params": [whole(p) for p in params]}
 
     def of_all(self, tensor: Any) -> list[Tensor]:
-        """Of each process."""
+        """Return the tensor of each process."""
         found = [torch.empty_like(tensor) for _ in range(PROCESSES)]
         torch.distributed.all_gather(found, tensor)
         return found
@@ -313,7 +313,7 @@ class Process:
         return values
 
     def mixed(self) -> dict[str, str]:
-        """What is said of a gradient or a state that is whole beside a parameter that is a DTensor."""
+        """Return the errors that are raised for a whole gradient or state beside a DTensor parameter."""
         from torch.distributed.tensor import Shard, distribute_tensor
 
         import fastloss

@@ -204,7 +204,7 @@ class Labels(torch.Tensor):
 
 
 class Scores(torch.Tensor):
-    """Its sibling."""
+    """A second subclass, which does not know the first."""
 
 
 @pytest.mark.parametrize("topk", [1, (1, 2)])

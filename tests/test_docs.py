@@ -46,7 +46,7 @@ def test_every_public_function_has_an_example(name: str) -> None:
 
 
 def test_documents_name_files_that_there_are() -> None:
-    """But for placeholders (``X.py``) and for torch's own files."""
+    """Placeholders (``X.py``) and torch's own files are left out."""
     files = [path for folder in ROOT.iterdir() if folder.name in FOLDERS for path in folder.rglob("*.py")]
     paths = [f"/{path.relative_to(ROOT).as_posix()}" for path in files]
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]

@@ -1,1 +1,1 @@
-"""What processes tell each other, and where DTensors lie."""
+"""The ground of everything that runs on several processes: collectives, and the placements of DTensors."""
