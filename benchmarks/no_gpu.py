@@ -40,7 +40,7 @@ class _Utilities:
 
 
 class _Driver:
-    def __init__(self, started: Started, capability: int) -> None:
+    def __init__(self, started: Started | None, capability: int) -> None:
         self.utils, self.capability = _Utilities(capability), capability
 
         class Launcher:
@@ -48,7 +48,8 @@ class _Driver:
                 self.source = source
 
             def __call__(self, *arguments: Any) -> None:
-                started(self.source, arguments[:3], arguments[9:])
+                if started is not None:
+                    started(self.source, arguments[:3], arguments[9:])
 
         self.launcher_cls = Launcher
 
@@ -62,7 +63,7 @@ class _Driver:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def pretend(started: Started = lambda *_: None, capability: int = 90) -> None:
+def pretend(started: Started | None = None, capability: int = 90) -> None:
     """From now on, serve this process's tensors by the kernels, as a GPU's would be. Its Triton is no interpreter.
 
     Args:
@@ -71,10 +72,9 @@ def pretend(started: Started = lambda *_: None, capability: int = 90) -> None:
     """
     os.environ["FASTLOSS_BACKEND"] = "triton"
     choice.load("triton")
-    launch: Any = sys.modules["fastloss.kernels.launch"]
     tiles: Any = sys.modules["fastloss.kernels.tiles"]
     tiles._processors, tiles._l2_bytes = lambda device: _PROCESSORS, lambda device: _L2_BYTES
-    launch._lasting_stream = lambda device: 0
     choice._obstacle_to_triton = lambda device: None
+    choice.may_look = lambda tensor: False
     tiles._shared_bytes = lambda device: SHARED_BYTES[capability]
     driver.set_active(_Driver(started, capability))  # type: ignore[arg-type]

@@ -6,7 +6,8 @@ The types of the errors are torch's own for the same mistake.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ __all__ = [
     "is_soft",
     "is_symbolic",
     "loss_dtype",
+    "symbolic",
 ]
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -287,6 +289,18 @@ def check_labels(target: Tensor, classes: int, ignore_index: int, *, shifted: bo
 def is_symbolic(*tensors: object) -> bool:
     """Return True if one of them stands for a tensor, as in ``torch.fx.symbolic_trace``, which records the call."""
     return not all(isinstance(t, Tensor) for t in tensors) and torch.overrides.has_torch_function(tensors)
+
+
+def symbolic(function: Callable[..., Any], variables: dict[str, Any]) -> Any:
+    """Let the tensors of a call stand for it.
+
+    Args:
+        function: a public function.
+        variables: its variables, among them its arguments.
+    """
+    code = function.__code__
+    arguments = {name: variables[name] for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]}
+    return torch.overrides.handle_torch_function(function, (variables["input"], variables["target"]), **arguments)
 
 
 def is_autocast(input: Tensor) -> bool:

@@ -77,7 +77,13 @@ _WEIGH_PARTS = 64  # the same for any number of rows, so that a batch of another
 
 
 def cross_entropy_forward(
-    inputs: LossInputs, *, loss_dtype: torch.dtype, gradient: bool, inplace: bool, divisor: Tensor | None = None
+    inputs: LossInputs,
+    *,
+    loss_dtype: torch.dtype,
+    gradient: bool,
+    inplace: bool,
+    divisor: Tensor | None = None,
+    saves: bool = True,
 ) -> Forward:
     """See :class:`fastloss.backends.contract.Backend`. One launch; two for a mean with a gradient over many rows."""
     logits, target, weight, options = inputs
@@ -88,7 +94,7 @@ def cross_entropy_forward(
     weighed = None if divisor is None else divisor.view(1)
     key = (
         *(logits.shape, logits.stride(), device, options, loss_dtype, None if result is None else result.stride()),
-        inplace,
+        *(inplace, saves),
         *map(alike, (logits, target, weight, result, weighed)),
     )
     prepared, weigh = _forward.get(key, lambda: _prepare(logits, weight, result, weighed, options))
@@ -96,11 +102,11 @@ def cross_entropy_forward(
     loss = torch.empty(rows if none else (), dtype=loss_dtype, device=device)
     right = torch.empty((k, rows) if none else (k,), dtype=torch.float32, device=device)
     scale = row_max = row_sum = nll = None
-    if not gradient:  # the backward pass will need m and the sum
+    if saves and not gradient:  # the backward pass will need m and the sum
         scale = torch.empty((), dtype=torch.float64, device=device) if mean else None
         row_max = torch.empty(rows, dtype=compute_dtype(logits.dtype), device=device)
         row_sum = torch.empty_like(row_max)
-    elif not inplace:
+    elif gradient and not inplace:
         nll = torch.empty(rows, dtype=compute_dtype(logits.dtype), device=device)
     with on_device(logits):
         partial = Partial(*((None, None, None) if none else scratch(device, prepared.programs, prepared.counts)))

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from fastloss.backends import short_road
 from fastloss.backends.contract import may_keep_memory
+from fastloss.backends.recorder import Compiled, recorder
+from fastloss.backends.torch_private import current_gpu, stream_is_captured, without_dispatch
 
 from .arguments import Strided
 
-__all__ = ["Launch", "Memory", "Prepared", "alike", "counter", "forget", "launch", "on_device", "scratch"]
+__all__ = ["Launch", "Memory", "Prepared", "alike", "forget", "launch", "on_device", "scratch"]
 
 
 class Launch:
@@ -28,22 +33,43 @@ class Launch:
     first start examines them.
     """
 
-    __slots__ = ("_compiled_in", "_constants", "_grid", "_kernel", "_start")
+    __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_start")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, object]) -> None:
         self._kernel, self._grid, self._constants = kernel, grid, constants
         self._start: Callable[..., None] | None = None
-        self._compiled_in: tuple[object, ...] = ()
+        self._compiled: Compiled | None = None
 
     def __call__(self, *arguments: object) -> None:
-        if self._start is not None:
-            self._start(*arguments, *self._compiled_in)
+        recording = recorder()
+        if recording is None:
+            self._started(arguments)
+            return
+        recording.started.append((self, arguments))
+        with without_dispatch():
+            self._started(arguments)
+
+    def _started(self, arguments: tuple[object, ...]) -> None:
+        if self._compiled is not None and self._start is not None:
+            self._start(*arguments, *self._compiled.constants)
             return
         compiled = self._kernel[self._grid](*arguments, **self._constants)
         if isinstance(compiled, CompiledKernel):  # the interpreter returns None; a compilation may still be running
             names = self._kernel.arg_names[len(arguments) :]
-            self._compiled_in = tuple(self._constants[name] for name in names)
-            self._start = compiled[(*self._grid, 1, 1)[:3]]
+            constants = tuple(self._constants[name] for name in names)
+            x, y, z = (*self._grid, 1, 1)[:3]
+            self._start = compiled[x, y, z]
+            self._compiled = Compiled(compiled.run, (x, y, z), compiled.function, compiled.packed_metadata, constants)
+
+    def compiled(self) -> Compiled | None:
+        """Return the compiled kernel, to be started by addresses; None in the interpreter.
+
+        Raises:
+            LookupError: it is not compiled yet.
+        """
+        if self._compiled is None and not knobs.runtime.interpret:
+            raise LookupError
+        return self._compiled
 
 
 class Prepared(NamedTuple):
@@ -60,7 +86,7 @@ class Prepared(NamedTuple):
 
 Ready = TypeVar("Ready")
 _MOST_REMEMBERED = 1024
-_memories: list[dict[Any, Any]] = []
+_memories: list[dict[Any, Any]] = [short_road.known]
 
 
 class Memory(Generic[Ready]):
@@ -114,43 +140,52 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[object, ...], co
     _launches.get(key, lambda: Launch(kernel, grid, constants))(*arguments)
 
 
-def counter(device: torch.device) -> Tensor:
-    """Return an int32 zero that the programs of a launch count up, and that the last of them sets back to zero.
-
-    Launches on one stream follow each other and share it. A CUDA graph may be replayed beside anything, so a captured
-    launch gets its own; so does a launch in a compiled program, whose memory may belong to a pool in which nothing
-    may stay behind.
-    """
-    stream = _lasting_stream(device)
-    return torch.zeros(1, dtype=torch.int32, device=device) if stream is None else _stream_counter(device, stream)
-
-
 def scratch(device: torch.device, programs: int, counts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the memory for what the programs of a launch leave to the last one.
 
-    That is ``(programs, 2)`` in float64 for sums, ``(programs, counts)`` in int32, and a counter. Launches on one
-    stream share all three, as they share the :func:`counter`.
+    That is ``(programs, 2)`` in float64 for sums, ``(programs, counts)`` in int32, and a counter: an int32 zero that
+    the programs count up, and that the last of them sets back to zero.
+
+    Launches on one stream follow each other and share all three. A CUDA graph may be replayed beside anything, so a
+    captured launch gets its own; so does a launch in a compiled program, whose memory may belong to a pool in which
+    nothing may stay behind.
     """
-    stream = _lasting_stream(device)
-    make = _stream_scratch.__wrapped__ if stream is None else _stream_scratch
-    return make(device, stream, programs, counts)
+    stream = _lasting_stream(device.index if device.type == "cuda" else -1)
+    if stream is None:
+        return _scratch_of.__wrapped__(stream, device, programs, counts)
+    recording = recorder()
+    if recording is None:
+        return _scratch_of(stream, device, programs, counts)
+    with without_dispatch():
+        memory = _scratch_of(stream, device, programs, counts)
+    recording.shared.append((functools.partial(scratch, device, programs, counts), memory))
+    return memory
 
 
-def _lasting_stream(device: torch.device) -> int | None:
-    """Return the current stream, or None if memory that its launches share may not be kept from call to call."""
-    if device.type != "cuda" or not may_keep_memory.get() or torch.cuda.is_current_stream_capturing():
+def _lasting_stream(gpu: int) -> int | None:
+    """Return a GPU's current stream, or None if memory that its launches share may not be kept from call to call.
+
+    Args:
+        gpu: its number; -1 for a CPU, where, in the interpreter, a thread is a stream.
+    """
+    if not may_keep_memory.get():
         return None
-    return int(driver.active.get_current_stream(device.index))
+    if gpu < 0:
+        return threading.get_ident()
+    return None if stream_is_captured() else int(driver.active.get_current_stream(gpu))
 
 
-@functools.cache
-def _stream_counter(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
+def _stream_to_replay(gpu: int) -> int | None:
+    """Return the stream of a GPU's next launch; None where a launch takes more than its arguments."""
+    runtime = knobs.runtime
+    if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or (gpu >= 0 and gpu != current_gpu()):
+        return None
+    return _lasting_stream(gpu)
 
 
 @functools.lru_cache(256)
-def _stream_scratch(
-    device: torch.device, stream: int | None, programs: int, counts: int
+def _scratch_of(
+    stream: int | None, device: torch.device, programs: int, counts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = torch.empty((programs, 2), dtype=torch.float64, device=device)
     of_counts = torch.empty((programs, counts), dtype=torch.int32, device=device)
@@ -162,3 +197,6 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+short_road.open_for(_stream_to_replay)

@@ -53,7 +53,7 @@ from .arguments import (
     tile_count,
     tile_rows,
 )
-from .launch import counter, launch, on_device
+from .launch import launch, on_device, scratch
 from .tile_helpers import LOG2_E, fp64, last_to_end, softcapped, tanh
 from .tiles import ALL_REGISTERS, Tiles, in_blocks, in_cache, plan, power_of_2, vector_width
 
@@ -121,7 +121,12 @@ class GroupSums(NamedTuple):
 
 
 def soft_cross_entropy_forward(
-    inputs: LossInputs, wanted: WantedGradients, *, loss_dtype: torch.dtype, divisor: float = 1.0
+    inputs: LossInputs,
+    wanted: WantedGradients,
+    *,
+    loss_dtype: torch.dtype,
+    divisor: float = 1.0,
+    saves: bool = True,
 ) -> SoftForward:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
     input, target, _, options = inputs
@@ -132,14 +137,14 @@ def soft_cross_entropy_forward(
     loss = torch.empty(rows if none else (), dtype=loss_dtype, device=device)
     # A backward pass follows only where no gradient is written now: it needs m, s and A.
     saved = SavedRows()
-    if options.from_logits and not (wanted.input or wanted.target):
+    if saves and options.from_logits and not (wanted.input or wanted.target):
         dtype = _compute_dtype(input, target)
         saved = SavedRows(*(torch.empty(rows, dtype=dtype, device=device) for _ in range(3)))
     elif options.from_logits and wanted.input and not wanted.inplace:
         saved = SavedRows(loss=torch.empty(rows, dtype=_compute_dtype(input, target), device=device))
     with on_device(input):
-        sums = None if none else torch.empty(tiles.grid, dtype=torch.float64, device=device)
-        totals = Totals(loss, sums, None if none else counter(device))
+        sums, _, arrived = (None, None, None) if none else scratch(device, tiles.grid, 1)
+        totals = Totals(loss, sums, arrived)
         tensors = _tensors(inputs, *results)
         numbers = _numbers(inputs, divisor)
         constants = _constants(inputs, tiles)

@@ -253,7 +253,9 @@ FILES = {
     "metrics": ("accuracy", "standalone"),
     "optim": ("sgd", "step_plan", "shards", "plain", "checkpoint"),
     "ranks": ("placements", "collectives"),
-    "backends": ("choice", "eager", "view", "contract", "batch", "memory", "torch_private"),
+    "backends": (
+        *("choice", "short_road", "recorder", "eager", "view", "contract", "batch", "memory", "torch_private"),
+    ),
 }
 
 
@@ -273,6 +275,8 @@ def test_a_backend_knows_only_the_contract(folder: str) -> None:
     own = "fastloss." + ".".join(Path(folder).parts).removeprefix("fastloss.")
     for path in source_files(folder):
         allowed = ("fastloss.backends.contract", "fastloss.backends.torch_private", own)
+        if path.name == "launch.py":
+            allowed += ("fastloss.backends.recorder", "fastloss.backends.short_road")
         outside = {name for name in package_imports(path) if not name.startswith(allowed)}
         assert not outside, f"{path.relative_to(ROOT)} imports {sorted(outside)}"
 

@@ -6,9 +6,9 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -21,12 +21,15 @@ __all__ = [
     "NUMBERS_SAVED",
     "backend_that_saved",
     "choose",
+    "encoded",
+    "forced",
     "is_forced",
     "load",
     "may_look",
     "reason",
     "triton_version",
     "use_backend",
+    "variables",
     "wanted",
 ]
 
@@ -35,7 +38,7 @@ BACKENDS = ("auto", "triton", "eager")
 # Numbers per row that a forward pass without gradients saves for the backward pass: (labels, class probabilities).
 NUMBERS_SAVED = {"eager": (0, 0), "triton": (2, 3)}
 
-_forced: ContextVar[str | None] = ContextVar("fastloss_backend", default=None)
+forced: ContextVar[str | None] = ContextVar("fastloss_backend", default=None)
 
 
 @contextlib.contextmanager
@@ -56,16 +59,27 @@ def use_backend(name: str) -> Iterator[None]:
         ...     fastloss.cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(1.3863)
     """
-    token = _forced.set(_checked(name, "use_backend(name)"))
+    token = forced.set(_checked(name, "use_backend(name)"))
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced.reset(token)
+
+
+def encoded(name: str) -> Any:
+    """Return the name of a variable of the environment as :data:`variables` has it."""
+    return name if variables is os.environ else os.environ.encodekey(name)  # type: ignore[attr-defined]
+
+
+# The environment as it is now. ``os.environ.get`` encodes each name, and raises and catches an error for a variable
+# that is not set, which takes longer than all else that a call asks.
+variables: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
+_BACKEND, _VALIDATE = encoded("FASTLOSS_BACKEND"), encoded("FASTLOSS_VALIDATE")
 
 
 def is_forced() -> bool:
     """Return True if the user chose a backend, by ``use_backend`` or by ``FASTLOSS_BACKEND``."""
-    return _forced.get() is not None or os.environ.get("FASTLOSS_BACKEND") not in (None, "", "auto")
+    return forced.get() is not None or (_BACKEND in variables and os.environ["FASTLOSS_BACKEND"] not in ("", "auto"))
 
 
 def may_look(tensor: Tensor) -> bool:
@@ -73,7 +87,7 @@ def may_look(tensor: Tensor) -> bool:
 
     On a GPU that costs a synchronisation.
     """
-    return tensor.is_cpu or os.environ.get("FASTLOSS_VALIDATE", "0") not in ("", "0")
+    return tensor.is_cpu or (_VALIDATE in variables and os.environ["FASTLOSS_VALIDATE"] not in ("", "0"))
 
 
 def choose(tensor: Tensor) -> str:
@@ -97,7 +111,7 @@ def choose(tensor: Tensor) -> str:
 def reason(device: torch.device) -> str:
     """Return one line that says which backend serves tensors on ``device``, and why."""
     name = wanted()
-    source = "use_backend()" if _forced.get() is not None else "FASTLOSS_BACKEND"
+    source = "use_backend()" if forced.get() is not None else "FASTLOSS_BACKEND"
     if name == "eager":
         return f"eager: {source} asks for it"
     if name == "triton":
@@ -124,7 +138,7 @@ def backend_that_saved(numbers: int) -> Backend:
 
 def wanted() -> str:
     """Return the backend that the user asks for: a name of :data:`BACKENDS`."""
-    return _forced.get() or _checked(os.environ.get("FASTLOSS_BACKEND") or "auto", "FASTLOSS_BACKEND")
+    return forced.get() or _checked(os.environ.get("FASTLOSS_BACKEND") or "auto", "FASTLOSS_BACKEND")
 
 
 def _checked(name: str, source: str) -> str:

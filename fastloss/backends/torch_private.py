@@ -24,8 +24,16 @@ name of torch                         used for                         without i
 ``_len_torch_dispatch_stack``,        calls under dispatch modes       an error at import
 ``_C._DisableTorchDispatch``,
 ``_C.DisableTorchFunction...``
-``_get_current_dispatch_mode_stack``
+``_get_current_dispatch_mode_stack``,
+``utils._python_dispatch``
 ``forward_ad._current_level``         forward-mode derivatives         an error at the first call
+``_is_any_autocast_enabled``,         the short road                   an error at import
+``_len_torch_function_stack``,
+``_top_saved_tensors_default_hooks``,
+``_get_tracing_state``
+``_C._cuda_getDevice``,               launches in less time            torch's own functions
+``_C._cuda_isCurrentStream...``
+``_C._FunctionBase.apply``            autograd nodes in less time      an error at import
 ``compiler._is_exporting_flag``       to tell compilers from export    torch's own answer
 ``nn._reduction.legacy_get_string``   ``size_average`` and ``reduce``  an error at import
 ``_tensors_data_ptrs_at_indices_...`` to compare addresses in C        a comparison in Python
@@ -50,10 +58,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.autograd import forward_ad, profiler
+from torch.autograd import Function, forward_ad, profiler
 from torch.nn import _reduction
 from torch.optim import optimizer as optimizers
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 try:
     from torch._C._dynamo import guards as _guards
@@ -61,6 +69,10 @@ except ImportError:
     _guards = None  # type: ignore[assignment]
 
 __all__ = [
+    "DispatchMode",
+    "any_autocast",
+    "apply_of",
+    "current_gpu",
     "disable_dynamo",
     "dispatch_mode_count",
     "dispatch_modes",
@@ -71,6 +83,7 @@ __all__ = [
     "foreach_mul_",
     "foreach_norm",
     "forward_mode_is_active",
+    "function_mode_count",
     "functional_collectives",
     "fused_sgd_",
     "graph_is_kept",
@@ -84,9 +97,12 @@ __all__ = [
     "lie_at",
     "materialized",
     "root_mesh",
+    "saved_tensor_hooks",
     "sparse_values",
     "step_is_observed",
+    "stream_is_captured",
     "tensor_guard",
+    "tracing_state",
     "transforms_are_active",
     "unflatten",
     "unscale_",
@@ -106,6 +122,15 @@ flatten = torch._C._nn.flatten_dense_tensors
 unflatten = torch._C._nn.unflatten_dense_tensors
 transforms_are_active = torch._C._are_functorch_transforms_active
 dispatch_mode_count = torch._C._len_torch_dispatch_stack
+# True if autograd may come back to the node that runs (``retain_graph=True``), or if that can't be known.
+graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+current_gpu = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+stream_is_captured = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
+function_mode_count = torch._C._len_torch_function_stack
+any_autocast = torch._C._is_any_autocast_enabled
+saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+tracing_state = torch._C._get_tracing_state
+DispatchMode = TorchDispatchMode
 dispatch_modes = _get_current_dispatch_mode_stack
 without_dispatch = torch._C._DisableTorchDispatch
 without_subclasses = torch._C.DisableTorchFunctionSubclass
@@ -116,15 +141,14 @@ disable_dynamo = torch._disable_dynamo  # torch.compiler.disable imports the com
 lie_at = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 
 
+def apply_of(function: type[Function]) -> Callable[..., Any]:
+    """Return the function's ``apply`` without what it does for transforms: none may be active."""
+    return super(Function, function).apply  # type: ignore[misc, no-any-return]
+
+
 def forward_mode_is_active() -> bool:
     """Return True inside ``forward_ad.dual_level()``."""
     return forward_ad._current_level >= 0
-
-
-def graph_is_kept() -> bool:
-    """Return True if autograd may come back to this node (``retain_graph=True``), or if that can't be known."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else bool(ask())
 
 
 def is_exporting() -> bool:

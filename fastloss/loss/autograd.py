@@ -27,7 +27,7 @@ scale arrives would flush to zero). Derivatives past the first go through :mod:`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +51,7 @@ def fused_cross_entropy(
     loss_dtype: torch.dtype,
     inplace: bool,
     divisor: Tensor | float | None = None,
+    record: Callable[[Callable[[], Any]], Any] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the loss, with a graph where a tensor needs one, and the accuracies; ``()`` or ``(rows,)``.
 
@@ -64,10 +65,16 @@ def fused_cross_entropy(
         inplace: write the gradient over ``input``.
         divisor: goes with reduction "sum": loss and gradient, not the accuracies, are divided by it, so that these
             rows give their part of a mean over more rows. ``()`` in float64; beside class probabilities a float.
+        record: called with the function that does all of this, to run it, where the call may be recorded.
     """
     if not ((input.requires_grad or target.requires_grad) and torch.is_grad_enabled()):
-        result = visit(backend, input, target, weight, options, loss_dtype, gradient=False)
-        return _divided(result.loss, divisor), result.accuracy
+
+        def numbers() -> tuple[Any, ...]:
+            result = visit(backend, input, target, weight, options, loss_dtype, gradient=False, saves=False)
+            return (_divided(result.loss, divisor), None, *result.accuracy)
+
+        loss, _, *accuracy = numbers() if record is None else record(numbers)
+        return loss, tuple(accuracy)
     base = input._base if input._is_view() else None
     if (
         inplace
@@ -78,7 +85,11 @@ def fused_cross_entropy(
             "fastloss: inplace=True would write the gradient over a leaf tensor that requires grad, or over a "
             "view of one; pass the output of an operation, or inplace=False"
         )
-    loss, _, *accuracy = _CrossEntropy.apply(input, target, weight, options, backend, loss_dtype, inplace, divisor)
+
+    def node() -> Any:
+        return _CrossEntropy.apply(input, target, weight, options, backend, loss_dtype, inplace, divisor)
+
+    loss, _, *accuracy = node() if record is None else record(node)
     return loss, tuple(accuracy)
 
 
@@ -105,8 +116,12 @@ def visit(
     target_gradient: bool = False,
     inplace: bool = False,
     divisor: Any = None,
+    saves: bool = True,
 ) -> Visit:
-    """Run the backend's forward pass. The arguments are as in :func:`fused_cross_entropy`."""
+    """Run the backend's forward pass. The arguments are as in :func:`fused_cross_entropy`.
+
+    ``saves``: a backward pass may follow where no gradient is written now.
+    """
     weight = None if weight is None else in_memory(weight)
     if not target.is_floating_point():
         result = backend.cross_entropy_forward(
@@ -115,6 +130,7 @@ def visit(
             gradient=gradient,
             inplace=inplace,
             divisor=divisor if gradient else None,
+            saves=saves,
         )
         return Visit(result.loss, result.accuracy, _like(result.gradient, input), None, result.saved, result.nll)
     soft = backend.soft_cross_entropy_forward(
@@ -122,6 +138,7 @@ def visit(
         WantedGradients(gradient, target_gradient, inplace),
         loss_dtype=loss_dtype,
         divisor=1.0 if divisor is None else divisor,
+        saves=saves,
     )
     gradients = _like(soft.gradient, input), _like(soft.target_gradient, target)
     return Visit(soft.loss, (), *gradients, soft.saved, soft.row_loss)

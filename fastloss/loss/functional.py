@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy
-from torch.overrides import handle_torch_function
 
 from .. import checks
+from ..backends import short_road
 from ..backends.torch_private import legacy_reduction
 from . import routes
 from .sharded import refuse
@@ -120,6 +120,13 @@ def cross_entropy(
         >>> cross_entropy(ys, ts, from_logits=False)
         tensor(0.6716)
     """
+    call = None
+    if not torch.compiler.is_compiling() and short_road.is_open and group is size_average is reduce is None:
+        options = ("loss", ignore_index, reduction, label_smoothing, lse_square_scale, softcap, from_logits, inplace)
+        options += short_road.place_of(input) if inplace else ()
+        served, call = short_road.serve(input, target, weight, options)
+        if served is not None:
+            return served[0] if reduction != "none" else routes.in_rows(served[0], input)
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     if (
@@ -144,9 +151,9 @@ def cross_entropy(
         except (RuntimeError, ValueError, IndexError, TypeError):
             pass  # The checks below raise this package's own error, if it has one, or else torch's again.
     if checks.is_symbolic(input, target):
-        return handle_torch_function(cross_entropy, (input, target), **locals())
+        return checks.symbolic(cross_entropy, locals())
     try:
-        options = checks.checked_options(
+        checked = checks.checked_options(
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
@@ -158,7 +165,7 @@ def cross_entropy(
     except Exception:
         refuse(group, input)
         raise
-    return routes.loss_and_accuracies(input, target, weight, options, inplace, group)[0]
+    return routes.loss_and_accuracies(input, target, weight, checked, inplace, group, call)[0]
 
 
 def cross_entropy_with_accuracy(
@@ -192,13 +199,23 @@ def cross_entropy_with_accuracy(
         >>> loss, top1, top2
         (tensor(0.6716), tensor(0.5000), tensor(1.))
     """
+    call = None
+    if not torch.compiler.is_compiling() and short_road.is_open and group is size_average is reduce is None:
+        options = ("both", ignore_index, reduction, label_smoothing, lse_square_scale, softcap, from_logits, inplace)
+        options += short_road.place_of(input) if inplace else ()
+        served, call = short_road.serve(input, target, weight, (*options, *_typed(topk)))
+        if served is not None:
+            loss, _, *values = served
+            if reduction == "none":
+                loss, *values = (routes.in_rows(value, input) for value in (loss, *values))
+            return LossAndAccuracy(loss, values[0] if topk.__class__ is int else tuple(values))
     if checks.is_symbolic(input, target):
-        return handle_torch_function(cross_entropy_with_accuracy, (input, target), **locals())
+        return checks.symbolic(cross_entropy_with_accuracy, locals())
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     try:
         ks = checks.checked_topk(topk)
-        options = checks.checked_options(
+        checked = checks.checked_options(
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
@@ -211,11 +228,15 @@ def cross_entropy_with_accuracy(
     except Exception:
         refuse(group, input)
         raise
-    loss, values = routes.loss_and_accuracies(input, target, weight, options, inplace, group)
-    return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
+    loss, of_ks = routes.loss_and_accuracies(input, target, weight, checked, inplace, group, call)
+    return LossAndAccuracy(loss, of_ks if isinstance(topk, Sequence) else of_ks[0])
 
 
-@torch.no_grad()
+def _typed(topk: Any) -> tuple[Any, ...]:
+    """Return ``topk`` and the types of its elements: True equals 1, and is refused."""
+    return (tuple(topk), tuple(map(type, topk))) if topk.__class__ in (tuple, list) else (topk,)
+
+
 def accuracy(
     input: Tensor,
     target: Tensor,
@@ -256,14 +277,21 @@ def accuracy(
         >>> accuracy(scores, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), topk=(1, 2))
         (tensor(0.5000), tensor(1.))
     """
+    call = None
+    if not torch.compiler.is_compiling() and short_road.is_open and group is None:
+        served, call = short_road.serve(input, target, None, ("accuracy", ignore_index, reduction, *_typed(topk)))
+        if served is not None:
+            values = tuple(served) if reduction != "none" else tuple(routes.in_rows(v, input) for v in served)
+            return values[0] if topk.__class__ is int else values
     if checks.is_symbolic(input, target):
-        return handle_torch_function(accuracy, (input, target), **locals())
-    try:
-        checks.check_logits(input)
-        ks = checks.checked_topk(topk)
-        options = checks.checked_options(ignore_index=ignore_index, reduction=reduction, topk=ks)
-    except Exception:
-        refuse(group, input)
-        raise
-    values = routes.accuracies(input, target, options, group)
+        return checks.symbolic(accuracy, locals())
+    with torch.no_grad():
+        try:
+            checks.check_logits(input)
+            ks = checks.checked_topk(topk)
+            options = checks.checked_options(ignore_index=ignore_index, reduction=reduction, topk=ks)
+        except Exception:
+            refuse(group, input)
+            raise
+        values = routes.accuracies(input, target, options, group, call)
     return values if isinstance(topk, Sequence) else values[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import choice
 from ..backends.contract import LossOptions
+from ..backends.short_road import Call
 from ..backends.torch_private import (
     dispatch_mode_count,
     dispatch_modes,
@@ -32,6 +35,7 @@ __all__ = [
     "accuracies",
     "composed",
     "has_too_many_rows",
+    "in_rows",
     "is_compiled",
     "is_small",
     "is_traced",
@@ -60,14 +64,21 @@ def loss_and_accuracies(
     options: LossOptions,
     inplace: bool = False,
     group: Any = None,
+    call: Call | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the loss and an accuracy for each k, ``()`` or of the labels' shape. The options are checked already."""
+    """Return the loss and an accuracy for each k, ``()`` or of the labels' shape. The options are checked already.
+
+    ``call``: where to record this call, if it may be recorded.
+    """
+    given = input, target, weight
     route = _route(input, target, weight, options, inplace, group)
     if route == "shards":
         return sharded.loss_over_ranks(input, target, weight, options, group)
     traced = route in ("compiled", "traced")
     look = not traced and isinstance(target, Tensor) and choice.may_look(target)
     checks.check_tensors(input, target, weight, options.ignore_index, look=look)
+    if call is not None and look and not target.is_floating_point():
+        call.check = _check_of_labels(input, options)
     dtype = checks.loss_dtype(input, target, weight)
     soft = target.is_floating_point()
     if not traced and not soft and input.dim() == 1:
@@ -83,8 +94,10 @@ def loss_and_accuracies(
         labels = target if soft else as_labels(target)
         weight = None if weight is None else weight.contiguous()
     if route == "fused":
-        backend = choice.load(choice.choose(input))
-        loss, values = fused_cross_entropy(input, labels, weight, options, backend, dtype, inplace)
+        backend, record = choice.load(choice.choose(input)), None
+        if call is not None and not (soft and options.topk):
+            record = functools.partial(call.recorded, given)
+        loss, values = fused_cross_entropy(input, labels, weight, options, backend, dtype, inplace, record=record)
     elif route == "compiled":
         loss, values = compiled.loss_and_accuracies(input, labels, weight, options, dtype)
     else:
@@ -92,10 +105,18 @@ def loss_and_accuracies(
     if soft or not flat:
         values = _accuracies_beside(input, target, options)
     elif not options.is_reduced:
-        values = tuple(value.view(row_shape(input)) for value in values)
-    if flat and not options.is_reduced:
-        loss = loss.view(row_shape(input))
-    return loss, values
+        values = tuple(in_rows(value, input) for value in values)
+    return in_rows(loss, input) if flat and not options.is_reduced else loss, values
+
+
+def in_rows(values: Tensor, input: Tensor) -> Tensor:
+    """Return numbers ``(rows,)`` in the shape of the labels of ``input``."""
+    return values if input.dim() == 2 else values.view(row_shape(input))
+
+
+def _check_of_labels(input: Tensor, options: LossOptions) -> Callable[[Tensor], None]:
+    classes, ignored = input.shape[class_dim(input)], options.ignore_index
+    return lambda target: checks.check_labels(target, classes, ignored)
 
 
 def _route(
@@ -124,8 +145,14 @@ def composed(
     return composite.cross_entropy(input, target, weight, options, dtype), _accuracies_beside(input, target, options)
 
 
-def accuracies(input: Tensor, target: Tensor, options: LossOptions, group: Any = None) -> tuple[Tensor, ...]:
-    """Return an accuracy for each k, ``()`` or of the labels' shape. ``input`` is checked already."""
+def accuracies(
+    input: Tensor, target: Tensor, options: LossOptions, group: Any = None, call: Call | None = None
+) -> tuple[Tensor, ...]:
+    """Return an accuracy for each k, ``()`` or of the labels' shape. ``input`` is checked already.
+
+    ``call``: where to record this call, if it may be recorded.
+    """
+    given = input, target, None
     if group is not None or placements.is_uncompiled_dtensor(input):
         return sharded.accuracies_over_ranks(input, target, options, group)
     if checks.is_dense(input, target):
@@ -135,9 +162,12 @@ def accuracies(input: Tensor, target: Tensor, options: LossOptions, group: Any =
     checks.check_index_target(input, target, None)
     target = target.view(()) if input.dim() == 1 else target
     if options.topk and _has_values(target) and choice.may_look(target):
+        check = _check_of_labels(input, options)
+        if call is not None:
+            call.check = check
         with without_dispatch(), without_subclasses():
-            checks.check_labels(target.as_subclass(Tensor), input.shape[class_dim(input)], options.ignore_index)
-    return _accuracies(input, target, options)
+            check(target.as_subclass(Tensor))
+    return _accuracies(input, target, options, None if call is None else functools.partial(call.recorded, given))
 
 
 def _accuracies_beside(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
@@ -148,7 +178,9 @@ def _accuracies_beside(input: Tensor, target: Tensor, options: LossOptions) -> t
     return _accuracies(input.detach(), target, options)
 
 
-def _accuracies(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
+def _accuracies(
+    input: Tensor, target: Tensor, options: LossOptions, record: Callable[[Any], Any] | None = None
+) -> tuple[Tensor, ...]:
     """Return the accuracies for labels that are checked already."""
     if not options.topk:
         return ()
@@ -159,8 +191,12 @@ def _accuracies(input: Tensor, target: Tensor, options: LossOptions) -> tuple[Te
         return composite.accuracy(input, target, options)
     rows, labels = as_rows(input), as_labels(target)
     backend = choice.load(choice.choose(input))
-    values = backend.accuracy(rows, labels, options.topk, options.ignore_index, options.reduction)
-    return values if options.is_reduced else tuple(value.view(target.shape) for value in values)
+
+    def numbers() -> tuple[Tensor, ...]:
+        return backend.accuracy(rows, labels, options.topk, options.ignore_index, options.reduction)
+
+    values = tuple(numbers() if record is None else record(numbers))
+    return values if options.is_reduced else tuple(in_rows(value, input) for value in values)
 
 
 def is_small(

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.overrides import handle_torch_function
 
 from .. import checks
 from ..backends import choice
@@ -128,7 +127,7 @@ def cross_entropy_with_statistics(
                 [ 0.1501, -0.3339,  0.1838]])
     """
     if checks.is_symbolic(input, target):
-        return handle_torch_function(cross_entropy_with_statistics, (input, target), **locals())
+        return checks.symbolic(cross_entropy_with_statistics, locals())
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     options = checks.checked_options(

@@ -36,7 +36,13 @@ __all__ = ["cross_entropy_backward", "cross_entropy_forward", "rescale"]
 
 
 def cross_entropy_forward(
-    inputs: LossInputs, *, loss_dtype: torch.dtype, gradient: bool, inplace: bool, divisor: Tensor | None = None
+    inputs: LossInputs,
+    *,
+    loss_dtype: torch.dtype,
+    gradient: bool,
+    inplace: bool,
+    divisor: Tensor | None = None,
+    saves: bool = True,
 ) -> Forward:
     """See :class:`fastloss.backends.contract.Backend`."""
     logits, options, rows = inputs.input, inputs.options, _Rows(inputs)

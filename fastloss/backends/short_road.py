@@ -1,0 +1,256 @@
+"""The short road: a call that is like an earlier one starts the earlier one's kernels, with its own addresses.
+
+The long road checks a call, chooses a backend and plans its launches. A recorder (:mod:`fastloss.backends.recorder`)
+watches it: the memory that it allocates and the kernels that it starts. If it does nothing else, that is all the work
+of the call, and the recorder writes a function that does the same for other tensors. The first call of a key takes
+the long road, the second one is recorded, the third one is replayed. Where the long road does anything more (it
+copies a tensor, say), nothing is replayed, and every call takes it. A replayed call has an autograd node of its own,
+whose backward pass is replayed alike, or handed to the long road's node with the tensors that this one would have
+saved.
+
+The key of a call holds:
+
+======================================= ==============================================================================
+entry                                   it decides
+======================================= ==============================================================================
+the function, the options, their types  checks and formulas (1, 1.0 and True are equal, but not all of them are taken)
+shape, strides, dtype and device of     checks, tiles, the kernels' form
+each tensor, or None
+address modulo 16                       the kernels' form: the width of accesses
+the negative bit                        whether memory holds the values
+``requires_grad``, ``is_grad_enabled``  the gradients that are written, and whether there is a graph
+autocast                                the loss's dtype
+``use_backend``, ``FASTLOSS_BACKEND``   the backend
+======================================= ==============================================================================
+
+Calls take the long road, whatever their key, where something else could matter: subclasses of tensors, function and
+dispatch modes, transforms, tracers, compilers, forward-mode derivatives, hooks of saved tensors, hooks of launches,
+``FASTLOSS_VALIDATE``, a stream that is captured into a graph, a GPU that is not the current one. So do backward
+passes that are differentiated or come again, and those with upstream gradients of the gradient.
+
+Nothing else is read by the long road. It sees no number of a tensor on a GPU; on a CPU, where the host looks at
+labels, the short road does too. Addresses beyond their alignment are handed to kernels alone. What the long road
+remembers from call to call is the memory that the programs of a launch share, and the short road takes that by the
+stream.
+
+``FASTLOSS_SHORT_ROAD=0`` in the environment turns the short road off.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import choice
+from .recorder import Recorder
+from .torch_private import (
+    any_autocast,
+    apply_of,
+    dispatch_mode_count,
+    forward_mode_is_active,
+    function_mode_count,
+    graph_is_kept,
+    saved_tensor_hooks,
+    tracing_state,
+    transforms_are_active,
+)
+
+__all__ = ["Call", "is_open", "known", "open_for", "place_of", "serve"]
+
+_MOST_KNOWN = 1024  # keys; at more, all are forgotten
+_MOST_UPSTREAMS = 16  # kinds of upstream gradients of one key
+_MOST_TRIES = 3  # recordings of one key
+_TYPES = (Tensor, torch.nn.Parameter)
+
+_BACKEND, _VALIDATE, _SHORT_ROAD = map(
+    choice.encoded, ("FASTLOSS_BACKEND", "FASTLOSS_VALIDATE", "FASTLOSS_SHORT_ROAD")
+)
+
+known: dict[Any, Call] = {}
+is_open = False  # calls may be recorded and replayed
+_stream_of: Callable[[int], int | None] = lambda device: None  # noqa: E731
+
+
+def open_for(stream_of: Callable[[int], int | None]) -> None:
+    """Record and replay calls from now on.
+
+    Args:
+        stream_of: returns the stream of a GPU's next launch, by the GPU's number, −1 for a CPU; None where launches
+            can't be replayed now.
+    """
+    global _stream_of, is_open
+    _stream_of, is_open = stream_of, True
+
+
+def serve(input: Any, target: Any, weight: Any, options: tuple[Any, ...]) -> tuple[Sequence[Any] | None, Call | None]:
+    """Return the outputs of a call that is like one before; else None, and where to record it, if it may be recorded.
+
+    For callers that have seen that the short road is open, and that no compiler traces them.
+
+    Args:
+        input, target, weight: tensors of a public function.
+        options: the function's name, all of its other arguments, and all else that the long road asks of it.
+    """
+    variables = choice.variables
+    if (
+        input.__class__ not in _TYPES
+        or target.__class__ not in _TYPES
+        or transforms_are_active()
+        or dispatch_mode_count()
+        or function_mode_count()
+        or tracing_state() is not None
+        or forward_mode_is_active()
+        or saved_tensor_hooks(True) is not None
+        or _VALIDATE in variables
+        or (_SHORT_ROAD in variables and os.environ["FASTLOSS_SHORT_ROAD"] == "0")
+    ):
+        return None, None
+    try:
+        call = known.get(key := _key(input, target, weight, options))
+        stream = _stream_of(input.get_device())
+    except (AttributeError, RuntimeError, TypeError):  # arguments that the long road refuses, or no memory of its own
+        return None, None
+    if stream is None:
+        return None, None
+    if call is None:
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[key] = call = Call()
+    if call.forward is None:
+        return None, call
+    if call.check is not None:
+        call.check(target)
+    if call.node is None:
+        return call.forward(stream, input, target, weight)[0], call
+    return _apply(input, target, weight, call, stream), call
+
+
+def _key(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]) -> Any:
+    """Return what must be equal for one call to be served by what another one left behind."""
+    return (
+        options,
+        tuple(map(type, options)),
+        torch.is_grad_enabled(),
+        any_autocast() and torch.is_autocast_enabled(input.device.type),
+        choice.forced.get(),
+        choice.variables.get(_BACKEND),
+        input.shape,
+        input.stride(),
+        input.dtype,
+        input.device,
+        input.data_ptr() & 15,
+        input.is_neg(),
+        input.requires_grad,
+        target.shape,
+        target.stride(),
+        target.dtype,
+        target.device,
+        target.data_ptr() & 15,
+        target.is_neg(),
+        target.requires_grad,
+        None if weight is None else (weight.__class__, weight.device, weight.requires_grad, *_kind(weight)),
+    )
+
+
+class Call:
+    """All that the calls of one key have in common."""
+
+    __slots__ = ("attributes", "backwards", "check", "constant", "forward", "node", "tries")
+
+    def __init__(self) -> None:
+        self.tries = 0
+        self.check: Callable[[Tensor], None] | None = None  # of the target's values, where the host may look at them
+        self.forward: Callable[..., Any] | None = None  # (stream, input, target, weight) → outputs, tensors to save
+        self.node: Any = None  # the long road's autograd function; None: no graph
+        self.attributes: dict[str, Any] = {}  # of the long road's node
+        self.constant: Any = None  # picks the outputs without a derivative
+        self.backwards: dict[Any, Callable[..., Any]] = {}  # by the kinds of the upstream gradients
+
+    def recorded(self, inputs: Sequence[Tensor | None], run: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+        """Return the outputs of ``run()``, and keep what it did, from the second call on.
+
+        Args:
+            inputs: the tensors of the public function.
+            run: an autograd function's ``apply``, or a function without a graph.
+        """
+        self.tries += 1
+        if not 1 < self.tries <= 1 + _MOST_TRIES:
+            return run()
+        with Recorder(inputs) as recorder:
+            outputs = run()
+        node = outputs[0].grad_fn
+        replay = recorder.replay(outputs, () if node is None else node.saved_tensors)
+        if replay is not None and node is not None:
+            self.node, self.attributes = node._forward_cls, dict(vars(node))
+            places = [i for i, t in enumerate(outputs) if t is not None and t.grad_fn is None]
+            self.constant = (lambda outputs: [outputs[i] for i in places]) if places else None
+        self.forward = replay
+        return outputs
+
+
+class _Replayed(Function):
+    """(input, target, weight, …) → the outputs of the long road's node, whose place it takes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, call: Call, stream: int
+    ) -> tuple[Tensor | None, ...]:
+        outputs, saved = call.forward(stream, input, target, weight)  # type: ignore[misc]
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        if call.constant is not None:
+            ctx.mark_non_differentiable(*call.constant(outputs))
+        return outputs  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, of_loss, saved, stream = ctx.call, upstreams[0], ctx.saved_tensors, None
+        if not (
+            of_loss is None
+            or upstreams[1] is not None
+            or _is_differentiable()
+            or graph_is_kept()
+            or transforms_are_active()
+            or dispatch_mode_count()
+        ):
+            try:
+                key = _kind(of_loss)
+                stream = _stream_of(of_loss.get_device())
+            except (AttributeError, RuntimeError):  # a batched upstream has no memory of its own
+                pass
+        if stream is not None:
+            replay = call.backwards.get(key)
+            if replay is not None:
+                return replay(stream, of_loss, *saved)[0]  # type: ignore[no-any-return]
+        vars(ctx).update(call.attributes)
+        if stream is None or len(call.backwards) >= _MOST_UPSTREAMS:
+            return call.node.backward(ctx, *upstreams)  # type: ignore[no-any-return]
+        with Recorder((of_loss, *saved)) as recorder:
+            gradients = call.node.backward(ctx, *upstreams)
+        replay = recorder.replay((*gradients[:2], None, None, None))
+        if replay is not None:
+            call.backwards[key] = replay
+        return gradients  # type: ignore[no-any-return]
+
+
+_apply = apply_of(_Replayed)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what must be equal for one upstream gradient to be taken as another was."""
+    return tensor.__class__, tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() & 15, tensor.is_neg()
+
+
+_is_differentiable = torch.is_grad_enabled
+
+
+def place_of(input: Any) -> Any:
+    """Return what decides whether a gradient may be written over the input."""
+    base = input._base if isinstance(input, Tensor) and input._is_view() else None
+    return isinstance(input, Tensor) and input.is_leaf, base is not None and base.is_leaf and base.requires_grad
