@@ -275,15 +275,13 @@ def differences(
 def of_changing_shapes(calls: int) -> None:
     """Make so many calls of random shapes; the process needs no more memory after a tenth of them."""
     pretend()
-    rows, classes = (torch.randint(1, most, (calls,)).tolist() for most in (400, 40))
-    memory = torch.randn(400 * 400).requires_grad_()
-    labels = torch.zeros(400, dtype=torch.int64)
+    rows, classes = (torch.randint(most, (calls,)).tolist() for most in (270, 4))
+    memory = torch.randn(500 * 32)
+    labels = torch.zeros(500, dtype=torch.int64)
     counts = []
     for number in range(calls):
-        n, c = rows[number], 8 * (1 + classes[number])
-        loss = fastloss.cross_entropy(memory[: n * c].view(n, c), labels[:n])
-        loss.backward()
-        memory.grad = None
+        n, c = 1 + rows[number], 8 * (1 + classes[number])
+        fastloss.cross_entropy(memory[: n * c].view(n, c).detach().requires_grad_(), labels[:n]).backward()
         if number in (calls // 10, calls - 1):
             gc.collect()
             counts.append(psutil.Process().memory_info().rss)
