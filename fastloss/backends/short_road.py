@@ -127,7 +127,7 @@ def serve(input: Any, target: Any, weight: Any, options: tuple[Any, ...]) -> tup
         call.check(target)
     if call.node is None:
         return call.forward(stream, input, target, weight)[0], call
-    return _apply(input, target, weight, call, stream), call
+    return _apply(input, target, (call, stream, weight)), call
 
 
 def _key(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]) -> Any:
@@ -153,7 +153,7 @@ def _key(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[An
         target.data_ptr() & 15,
         target.is_neg(),
         target.requires_grad,
-        None if weight is None else (weight.__class__, weight.device, weight.requires_grad, *_kind(weight)),
+        None if weight is None else (weight.shape, weight.device, weight.requires_grad, *_kind(weight)),
     )
 
 
@@ -194,12 +194,13 @@ class Call:
 
 
 class _Replayed(Function):
-    """(input, target, weight, …) → the outputs of the long road's node, whose place it takes."""
+    """(input, target, …) → the outputs of the long road's node, whose place it takes."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, call: Call, stream: int
+        ctx: Any, input: Tensor, target: Tensor, others: tuple[Call, int, Tensor | None]
     ) -> tuple[Tensor | None, ...]:
+        call, stream, weight = others
         outputs, saved = call.forward(stream, input, target, weight)  # type: ignore[misc]
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -233,7 +234,7 @@ class _Replayed(Function):
             return call.node.backward(ctx, *upstreams)  # type: ignore[no-any-return]
         with Recorder((of_loss, *saved)) as recorder:
             gradients = call.node.backward(ctx, *upstreams)
-        replay = recorder.replay((*gradients[:2], None, None, None))
+        replay = recorder.replay((*gradients[:2], None))
         if replay is not None:
             call.backwards[key] = replay
         return gradients  # type: ignore[no-any-return]
@@ -243,8 +244,8 @@ _apply = apply_of(_Replayed)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what must be equal for one upstream gradient to be taken as another was."""
-    return tensor.__class__, tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() & 15, tensor.is_neg()
+    """Return what must be equal for one upstream gradient, of the loss's shape, to be taken as another was."""
+    return tensor.__class__, tensor.dtype, tensor.stride(), tensor.data_ptr() & 15, tensor.is_neg()
 
 
 _is_differentiable = torch.is_grad_enabled
