@@ -76,8 +76,10 @@ class Recorder(DispatchMode):
         Returns:
             ``(stream, *inputs)`` → ``(returned, saved)``. Its docstring is its text.
         """
+        if self.does_more or not self.started:  # threads of the eager backend are not seen at work
+            return None
         try:
-            return None if self.does_more else _Program(self).compiled(returned, saved)
+            return _Program(self).compiled(returned, saved)
         except LookupError:
             return None
 

@@ -60,7 +60,7 @@ from .torch_private import (
     transforms_are_active,
 )
 
-__all__ = ["Call", "is_open", "known", "open_for", "place_of", "serve"]
+__all__ = ["Call", "is_open", "known", "open_for", "place_of", "replayed", "serve"]
 
 _MOST_KNOWN = 1024  # keys; at more, all are forgotten
 _MOST_UPSTREAMS = 16  # kinds of upstream gradients of one key
@@ -96,31 +96,14 @@ def serve(input: Any, target: Any, weight: Any, options: tuple[Any, ...]) -> tup
         input, target, weight: tensors of a public function.
         options: the function's name, all of its other arguments, and all else that the long road asks of it.
     """
-    variables = choice.variables
-    if (
-        input.__class__ not in _TYPES
-        or target.__class__ not in _TYPES
-        or transforms_are_active()
-        or dispatch_mode_count()
-        or function_mode_count()
-        or tracing_state() is not None
-        or forward_mode_is_active()
-        or saved_tensor_hooks(True) is not None
-        or _VALIDATE in variables
-        or (_SHORT_ROAD in variables and os.environ["FASTLOSS_SHORT_ROAD"] == "0")
-    ):
+    if input.__class__ not in _TYPES or target.__class__ not in _TYPES or _is_watched():
         return None, None
     try:
-        call = known.get(key := _key(input, target, weight, options))
-        stream = _stream_of(input.get_device())
+        call, stream = _known(_key(input, target, weight, options)), _stream_of(input.get_device())
     except (AttributeError, RuntimeError, TypeError):  # arguments that the long road refuses, or no memory of its own
         return None, None
     if stream is None:
         return None, None
-    if call is None:
-        if len(known) >= _MOST_KNOWN:
-            known.clear()
-        known[key] = call = Call()
     if call.forward is None:
         return None, call
     if call.check is not None:
@@ -128,6 +111,48 @@ def serve(input: Any, target: Any, weight: Any, options: tuple[Any, ...]) -> tup
     if call.node is None:
         return call.forward(stream, input, target, weight)[0], call
     return _apply(input, target, (call, stream, weight)), call
+
+
+def replayed(options: tuple[Any, ...], inputs: Sequence[Tensor | None], run: Callable[[], Sequence[Any]]) -> Any:
+    """Return the outputs of ``run()``, a part of the long road without a graph: replayed if it is like one before.
+
+    Args:
+        options: all that the part depends on beside its tensors.
+        inputs: its tensors.
+        run: returns its outputs: tensors that it allocates, or None.
+    """
+    if not is_open or _is_watched():
+        return run()
+    key = options, tuple([None if t is None else (t.shape, t.device, *_kind(t)) for t in inputs])
+    stream = _stream_of(inputs[0].get_device())  # type: ignore[union-attr]
+    if stream is None:
+        return run()
+    call = _known(key)
+    return call.recorded(inputs, run) if call.forward is None else call.forward(stream, *inputs)[0]
+
+
+def _known(key: Any) -> Call:
+    """Return what the calls of a key have in common."""
+    call = known.get(key)
+    if call is None:
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[key] = call = Call()
+    return call
+
+
+def _is_watched() -> bool:
+    """Return True where something other than a key's entries may matter."""
+    return bool(
+        transforms_are_active()
+        or dispatch_mode_count()
+        or function_mode_count()
+        or tracing_state() is not None
+        or forward_mode_is_active()
+        or saved_tensor_hooks(True) is not None
+        or _VALIDATE in choice.variables
+        or (_SHORT_ROAD in choice.variables and os.environ["FASTLOSS_SHORT_ROAD"] == "0")
+    )
 
 
 def _key(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]) -> Any:

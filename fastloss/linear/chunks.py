@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import short_road
 from ..backends.contract import Backend, LossOptions, compute_dtype
 from ..backends.view import in_memory
 from ..loss.autograd import gradients_from_input, visit
@@ -238,6 +239,10 @@ class Losses:
     def __init__(self, weight: Tensor | None, call: LinearOptions, backend: Backend) -> None:
         self.weight, self.call, self.backend = weight, call, backend
         self.upstream_dtype = compute_dtype(call.compute_dtype)
+        # Of a chunk: sums, in 32 bits or more, which the sum over all chunks is made of.
+        self.part = dataclasses.replace(call.options, reduction="sum" if call.options.is_reduced else "none")
+        wide = torch.promote_types(call.loss_dtype, torch.float32)
+        self.loss_dtype = wide if call.options.is_reduced else call.loss_dtype
 
     def total(self, target: Tensor) -> Tensor | float | None:
         """Return the divisor of the mean: the sum of the counted rows' weights; None for another reduction."""
@@ -251,21 +256,27 @@ class Losses:
 
     def forward(self, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
         """Return the loss of logits z, ``(n, C)``, against t, and the gradients that are needed now."""
-        part = dataclasses.replace(self.call.options, reduction="sum" if self.call.options.is_reduced else "none")
-        dtype, of_logits, right = self.call.loss_dtype, any(needs[:3]), None
+        part, of_logits, right = self.part, any(needs[:3]), None
         if part.topk and t.is_floating_point():  # before the gradient is written over the logits
             values = self.backend.accuracy(z.unsqueeze(2), t.argmax(1), part.topk, -1, part.reduction)
             right = torch.stack(values)
-        result = visit(
-            *(self.backend, z, t, self.weight, part),
-            torch.promote_types(dtype, torch.float32) if part.is_reduced else dtype,
-            gradient=of_logits,
-            target_gradient=needs.target,
-            inplace=of_logits,
-            divisor=total,
-        )
-        right = torch.stack(result.accuracy) if result.accuracy else right
-        return ChunkLoss(result.loss, right, result.saved, result.target_gradient)
+
+        def visited() -> tuple[Any, ...]:
+            result = visit(
+                *(self.backend, z, t, self.weight, part, self.loss_dtype),
+                gradient=of_logits,
+                target_gradient=needs.target,
+                inplace=of_logits,
+                divisor=total,
+            )
+            return (result.loss, result.target_gradient, *result.accuracy, *result.saved)
+
+        divisor = (total, None) if isinstance(total, Tensor) else (None, total)
+        options = ("chunk", self.backend, part, self.loss_dtype, of_logits, needs.target, divisor[1])
+        outputs = short_road.replayed(options, (z, t, self.weight, divisor[0]), visited)
+        ks = 0 if t.is_floating_point() else len(part.topk)
+        loss, of_target, *numbers = outputs
+        return ChunkLoss(loss, torch.stack(numbers[:ks]) if ks else right, numbers[ks:], of_target)
 
     def backward(self, upstream: Tensor, t: Tensor, z: Tensor, saved: tuple[Tensor, ...], needs: Needs) -> Any:
         """Write the gradient over the logits z, and return that of the probabilities, ``(n, C)``, or None.
@@ -302,7 +313,7 @@ def forward(tensors: Tensors, needs: Needs, losses: Losses) -> Result:
     total, ks = losses.total(target), len(call.options.topk)
     dtype = call.loss_dtype if none else torch.float64
     loss = torch.zeros(rows if none or losses.per_row else (), dtype=dtype, device=device)
-    right = torch.zeros((ks, rows) if none else (ks,), dtype=torch.float64, device=device)
+    right = torch.zeros((ks, rows) if none else (ks,), dtype=torch.float64, device=device) if ks else None
     visit = ChunkIterator(tensors, call, needs)
     sums = GradientAccumulator(tensors, visit, needs_now)
     saved = tensors.input.new_empty((0, rows))
@@ -312,10 +323,11 @@ def forward(tensors: Tensors, needs: Needs, losses: Losses) -> Result:
             loss[index] = part.loss
         else:
             loss += part.loss
-        if part.right is not None and none:
-            right[:, index] = part.right.double()
-        elif part.right is not None:
-            right += part.right
+        if right is not None and part.right is not None:
+            if none:
+                right[:, index] = part.right.double()
+            else:
+                right += part.right
         if any(needs) and not written and part.saved:
             numbers = torch.stack(tuple(part.saved))
             if not len(saved):
@@ -325,10 +337,10 @@ def forward(tensors: Tensors, needs: Needs, losses: Losses) -> Result:
         sums.add(index, x, z)
         # Free the target's gradient and the chunk, before the sums are rounded and the next x is made.
         del part, x, z
-    if call.total is None:
+    if right is not None and call.total is None:
         right = _shares(right, target, call.options).to(torch.float32)
     loss = losses.finished(loss, total).to(call.loss_dtype)
-    return Result(loss, tuple(right.unbind(0)), losses.whole(sums.finished()), saved)
+    return Result(loss, () if right is None else tuple(right.unbind(0)), losses.whole(sums.finished()), saved)
 
 
 def backward(
