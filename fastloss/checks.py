@@ -291,8 +291,7 @@ def is_symbolic(*tensors: object) -> bool:
 
 def is_autocast(input: Tensor) -> bool:
     """Return True if autocast is on for ``input``'s device. (For meta tensors torch would raise: they have none.)"""
-    device = input.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return not input.is_meta and torch.is_autocast_enabled(input.device.type)
 
 
 def checked_topk(topk: int | Sequence[int]) -> tuple[int, ...]:
