@@ -129,6 +129,31 @@ def test_second_derivatives_are_as_exact_as_torchs(
         assert (of_ours - right).norm() <= most * (of_theirs - right).norm()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_second_derivative_where_every_row_is_ignored(place: Place, reduction: str) -> None:
+    x = torch.randn(4, 6, device=place.device, requires_grad=True)
+    ignored = torch.full((4,), -100, device=place.device)
+    (first,) = torch.autograd.grad(cross_entropy(x, ignored, reduction=reduction), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert torch.equal(second, torch.zeros_like(x))
+
+
+def test_second_derivative_of_sure_rows(place: Place) -> None:
+    """Where one class has nearly all of the probability, v − ⟨p, v⟩ is a small difference of great numbers."""
+    torch.manual_seed(0)
+    logits, target = 4 * torch.randn(40, 5000), torch.randint(5000, (40,))
+
+    def penalty(function: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        x = logits.to(device, dtype).requires_grad_()
+        (first,) = torch.autograd.grad(function(x, target.to(device), reduction="sum"), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0].cpu().double()
+
+    cpu = torch.device("cpu")
+    exact = penalty(F.cross_entropy, torch.float64, cpu)
+    error = (penalty(cross_entropy, torch.float32, place.device) - exact).norm()
+    assert error <= (penalty(F.cross_entropy, torch.float32, cpu) - exact).norm() / 2
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_retained_graph_twice_with_the_gradient_kept_between(

@@ -251,7 +251,7 @@ def test_calls_of_many_logits(examples: int) -> None:
 
 
 def test_second_derivatives(place: Place, examples: int) -> None:
-    @drawn(examples // 2)
+    @drawn(examples if place.interpreted else 4 * examples)
     @given(case=cases(dtypes=dtypes_of("cross_entropy", place)))
     def run(case: dict[str, Any]) -> None:
         check(FUNCTIONS["cross_entropy"], case, 2, place.device)

@@ -305,7 +305,8 @@ def _hard_row_terms(gradient: Tensor, target: Tensor, weight: Tensor | None, ctx
     if ctx.divisor is not None:
         s = ctx.divisor.reciprocal().to(dtype)
     elif options.reduction == "mean":
-        s = w_y.sum().reciprocal()
+        total = w_y.sum()
+        s = torch.where(total == 0, 1.0, total).reciprocal()  # no row counts: G is 0, and so is H
     return _RowTerms(hit + spread * w.sum(), b, s, label)
 
 
@@ -342,6 +343,8 @@ def _second(gradient: Tensor, v: Tensor, terms: _RowTerms, of_rows: Tensor, logi
         else:
             exact = p.scatter(1, label, (-of_rows).exp())
         exact = torch.where(known, exact, 0.0)
+        middle = v.gather(1, exact.argmax(1, keepdim=True))  # H 1 = 0: where p is near 1, v − ⟨p, v⟩ cancels no digit
+    v = v - middle
     p = exact + (p - p.detach())  # the value of the one, the derivative of the other
     result = s * p * level * (v - (p * v).sum(1, keepdim=True))
     return result.view(gradient.shape).to(gradient.dtype)
