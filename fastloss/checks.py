@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends.contract import LossOptions
-from .backends.view import class_dim, row_shape
+from .backends.view import class_dim, pieces_of_labels, row_shape
 
 __all__ = [
     "LABEL_DTYPES",
@@ -271,19 +271,20 @@ def check_labels(target: Tensor, classes: int, ignore_index: int, *, shifted: bo
     low, high = target.aminmax()
     if int(low) >= 0 and int(high) < classes:
         return
-    wide = target.flatten().long()
-    bad = ((wide < 0) | (wide >= classes)) & (wide != ignore_index)
-    rows = bad.nonzero()
-    if rows.numel():
-        row = int(rows[0])
-        place = tuple(int(i) for i in torch.unravel_index(torch.tensor(row), target.shape))
-        if shifted:
-            place = (*place[:-1], place[-1] + 1)
-        where = "" if not place else f"[{', '.join(map(str, place))}]"
-        raise IndexError(
-            f"fastloss: target{where} is {int(wide[row])}, which is out of bounds: "
-            f"expected a class index in [0, {classes}) or ignore_index ({ignore_index})"
-        )
+    before = 0
+    for labels in pieces_of_labels(target):
+        bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            place = tuple(int(i) for i in torch.unravel_index(torch.tensor(before + row), target.shape))
+            if shifted:
+                place = (*place[:-1], place[-1] + 1)
+            where = "" if not place else f"[{', '.join(map(str, place))}]"
+            raise IndexError(
+                f"fastloss: target{where} is {int(labels[row])}, which is out of bounds: "
+                f"expected a class index in [0, {classes}) or ignore_index ({ignore_index})"
+            )
+        before += labels.numel()
 
 
 def is_symbolic(*tensors: object) -> bool:
@@ -305,8 +306,7 @@ def symbolic(function: Callable[..., Any], variables: dict[str, Any]) -> Any:
 
 def is_autocast(input: Tensor) -> bool:
     """Return True if autocast is on for ``input``'s device. (For meta tensors torch would raise: they have none.)"""
-    device = input.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return not input.is_meta and torch.is_autocast_enabled(input.device.type)
 
 
 def checked_topk(topk: int | Sequence[int]) -> tuple[int, ...]:

@@ -77,7 +77,8 @@ def test_a_second_derivative_beside_another_path(place: Place) -> None:
 
 @pytest.mark.slow(interpreted=True)
 @pytest.mark.parametrize(
-    "targets", ["labels", "one-hot", "smoothed labels", "smoothed one-hot", "ignored", "weighted"]
+    "targets",
+    ["labels", "one-hot", "smoothed labels", "smoothed one-hot", "ignored", "weighted", "mixup", "mixup of sum"],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(64, 300), (600, 5000), (40, 32000)], ids=str)
@@ -91,26 +92,33 @@ def test_second_derivatives_are_as_exact_as_torchs(
     """
     most = 1.0 if dtype != torch.float32 else 5.0 if targets == "smoothed one-hot" else 1.5
     rows, classes = shape
-    if place.interpreted and classes > 300 and (dtype != torch.bfloat16 or targets not in ("labels", "one-hot")):
+    if (
+        place.interpreted
+        and classes > 300
+        and (dtype != torch.bfloat16 or targets not in ("labels", "one-hot", "mixup"))
+    ):
         pytest.skip("takes the interpreter some 10 seconds")
     torch.manual_seed(0)
     logits = torch.randn(shape, device=place.device).to(dtype)
     labels = torch.randint(classes, (rows,), device=place.device)
     at_label = F.one_hot(labels, classes)
     target = at_label.to(dtype) if "one-hot" in targets else labels.clone()
+    if "mixup" in targets:
+        target = (0.6 * at_label + 0.4 * at_label.roll(1, 0)).to(dtype)
     if targets == "ignored":
         target[::3] = -100
     weight = torch.rand(classes, device=place.device) + 0.5 if targets == "weighted" else None
     options = {"label_smoothing": 0.1 if "smoothed" in targets else 0.0}
+    reduction = "sum" if "of sum" in targets else "mean"
 
     def derivatives(function: Any, dtype: torch.dtype) -> list[Tensor]:
         x = logits.detach().to(dtype).requires_grad_()
         y = target.to(dtype) if target.is_floating_point() else target
         w = None if weight is None else weight.to(dtype)
-        loss = function(x, y, w, reduction="mean", **options)
+        loss = function(x, y, w, reduction=reduction, **options)
         (first,) = torch.autograd.grad(loss, x, create_graph=True)
         wide = torch.promote_types(dtype, torch.float32)
-        penalty = first.to(wide).mul(rows).square().sum()
+        penalty = first.to(wide).mul(rows if reduction == "mean" else 1).square().sum()
         results = [torch.autograd.grad(penalty, x, retain_graph=True)[0]]
         (of_label,) = torch.autograd.grad(first, x, at_label.to(dtype))
         return [t.double() for t in (*results, of_label, of_label * at_label)]
@@ -119,6 +127,31 @@ def test_second_derivatives_are_as_exact_as_torchs(
     ours, theirs = derivatives(cross_entropy, dtype), derivatives(F.cross_entropy, dtype)
     for right, of_ours, of_theirs in zip(expected, ours, theirs, strict=True):
         assert (of_ours - right).norm() <= most * (of_theirs - right).norm()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_second_derivative_where_every_row_is_ignored(place: Place, reduction: str) -> None:
+    x = torch.randn(4, 6, device=place.device, requires_grad=True)
+    ignored = torch.full((4,), -100, device=place.device)
+    (first,) = torch.autograd.grad(cross_entropy(x, ignored, reduction=reduction), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert torch.equal(second, torch.zeros_like(x))
+
+
+def test_second_derivative_of_sure_rows(place: Place) -> None:
+    """Where one class has nearly all of the probability, v − ⟨p, v⟩ is a small difference of great numbers."""
+    torch.manual_seed(0)
+    logits, target = 4 * torch.randn(40, 5000), torch.randint(5000, (40,))
+
+    def penalty(function: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        x = logits.to(device, dtype).requires_grad_()
+        (first,) = torch.autograd.grad(function(x, target.to(device), reduction="sum"), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0].cpu().double()
+
+    cpu = torch.device("cpu")
+    exact = penalty(F.cross_entropy, torch.float64, cpu)
+    error = (penalty(cross_entropy, torch.float32, place.device) - exact).norm()
+    assert error <= (penalty(F.cross_entropy, torch.float32, cpu) - exact).norm() / 2
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from fastloss import CrossEntropyLoss, accuracy, cross_entropy, cross_entropy_with_accuracy
+from fastloss import (
+    Accuracy,
+    CrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    accuracy,
+    cross_entropy,
+    cross_entropy_with_accuracy,
+)
 
 pytestmark = pytest.mark.backend_agnostic
 
@@ -494,6 +501,46 @@ def test_the_module_is_kept_whole(place: Place, copied: Callable[[nn.Module], nn
     if weighted and copied is not copy.copy:
         again.weight.zero_()
         assert torch.equal(module(logits, target), before)
+
+
+@pytest.fixture
+def one_process() -> Iterator[Any]:
+    """A process group of this process."""
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+class HoldsAGroup(nn.Module):
+    """A model that is copied with its loss, as an average of weights does."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.body, self.part = nn.Linear(4, 7), part
+
+
+@pytest.mark.parametrize("copied", [through_pickle, copy.deepcopy, copy.copy, through_torch_save])
+@pytest.mark.parametrize("make", [CrossEntropyLoss, partial(LinearCrossEntropyLoss, 4, 7), Accuracy])
+def test_a_module_with_a_group_is_kept(
+    one_process: Any, make: Callable[..., nn.Module], copied: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Copies have the same group. A file has none: a call says so, until the attribute is set."""
+    module = make(group=one_process)
+    again = copied(module)
+    assert type(again) is type(module)
+    assert module.group is one_process
+    x, t = torch.randn(5, 4 if isinstance(module, LinearCrossEntropyLoss) else 7), torch.randint(7, (5,))
+    if copied not in (copy.copy, copy.deepcopy):
+        with pytest.raises(RuntimeError, match="set its attribute group to a group of this program"):
+            again(x, t)
+        again.group = one_process
+    assert again.group is one_process
+    torch.testing.assert_close(again(x, t), module(x, t))
+    average = torch.optim.swa_utils.AveragedModel(HoldsAGroup(module))
+    assert average.module.part.group is one_process
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -17,6 +17,8 @@ from torch import Tensor
 import fastloss
 from fastloss import CrossEntropyLoss, cross_entropy
 from fastloss.backends import choice
+from fastloss.checks import check_labels
+from fastloss.measuring.machine import peak_bytes
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -401,3 +403,12 @@ def test_thin_maps_with_ignored_pixels(shape: tuple[int, ...], ignored: bool, dt
     thin = ignored and dtype is torch.bfloat16 and shape[1] <= 12 and len(shape) > 2
     assert ("Nll" in str(loss.grad_fn)) == thin
     torch.testing.assert_close(loss, F.cross_entropy(input.float(), target).to(dtype), rtol=1e-2, atol=0.0)
+
+
+def test_a_look_at_label_maps_takes_little_memory() -> None:
+    """Comparisons of all labels at once would take as much memory as two classes of 16-bit logits."""
+    target = torch.full((4, 512, 512), 255)
+    target[3, 511, 511] = 20
+    assert peak_bytes(lambda: check_labels(target, 21, 255), target.device) < target.numel() // 2
+    with pytest.raises(IndexError, match=r"target\[3, 511, 511\] is 20, .* \[0, 20\)"):
+        check_labels(target, 20, 255)

@@ -83,10 +83,14 @@ def cases(draw: st.DrawFn, *, dtypes: tuple[torch.dtype, ...] = FLOATS, large: b
     dtype = draw(st.sampled_from(dtypes))
     scale = draw(st.sampled_from([0.5, 4.0]))
     logits = (scale * torch.randn((rows, classes, *extra), generator=generator, dtype=torch.float64)).to(dtype)
-    labels_of = draw(st.sampled_from([torch.int64, torch.int32, torch.uint8, None]))
+    labels_of = draw(st.sampled_from([torch.int64, torch.int32, torch.uint8, None, None]))
     ignored = draw(st.sampled_from(IGNORED))
     if labels_of is None:  # class probabilities
-        target = torch.rand(logits.shape, generator=generator, dtype=torch.float64).softmax(1).to(dtype)
+        target = torch.rand(logits.shape, generator=generator, dtype=torch.float64).softmax(1)
+        if draw(st.booleans()):  # mixtures of one, two or three classes
+            picks = torch.randint(classes, (draw(st.integers(1, 3)), rows, *extra), generator=generator)
+            target = F.one_hot(picks, classes).double().mean(0).movedim(-1, 1)
+        target = target.to(dtype)
         ignored = -100
     else:
         target = torch.randint(min(classes, 256), (rows, *extra), generator=generator)
@@ -200,8 +204,10 @@ def check(functions: tuple[Loss, Loss], case: dict[str, Any], order: int, device
     words = {**case["options"], "shape": tuple(case["input"].shape), "strides": case["input"].stride()}
     words |= {"dtype": case["input"].dtype, "target": case["target"].dtype, "weight": case["weight"] is not None}
     for what, a, b, exact in zip(("value", "gradient", "second derivative"), *results, strict=False):
-        # float16 and bfloat16 lose up to two units where the plain form rounds the same number twice by luck.
-        reference.assert_no_worse(a, b, exact.double(), f"{what} of {words}", 4.0)
+        # float16 and bfloat16 lose up to two units where the plain form rounds the same number twice by luck. And the
+        # float64 to compare with loses digits itself, where its second derivative is a small difference.
+        lost = 16 * torch.finfo(torch.float64).eps * float(results[2][1].abs().nan_to_num(0).max())
+        reference.assert_no_worse(a, b, exact.double(), f"{what} of {words}", 4.0, lost)
 
 
 # --------------------------------------------------------------------------------------------------------- the tests
@@ -247,11 +253,10 @@ def test_calls_of_many_logits(examples: int) -> None:
 
 
 def test_second_derivatives(place: Place, examples: int) -> None:
-    @drawn(examples // 4)
-    @given(case=cases(dtypes=(torch.float32, torch.float64)))
+    @drawn(examples if place.interpreted else 8 * examples)
+    @given(case=cases(dtypes=dtypes_of("cross_entropy", place)))
     def run(case: dict[str, Any]) -> None:
-        if case["options"]["reduction"] == "none":
-            check(FUNCTIONS["cross_entropy"], case, 2, place.device)
+        check(FUNCTIONS["cross_entropy"], case, 2, place.device)
 
     run()
 

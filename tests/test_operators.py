@@ -10,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from places import Place
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastloss import CrossEntropyLoss, accuracy, cross_entropy, cross_entropy_with_accuracy, use_backend
+from fastloss import (
+    CrossEntropyLoss,
+    accuracy,
+    cross_entropy,
+    cross_entropy_with_accuracy,
+    linear_cross_entropy,
+    use_backend,
+)
 from fastloss.loss import compiled as operators
 
 pytestmark = pytest.mark.backend_agnostic
@@ -139,6 +147,32 @@ def test_a_label_out_of_bounds_still_raises() -> None:
         compiled(torch.randn(3, 5), torch.tensor([0, 9, 1]))
 
 
+@pytest.mark.parametrize("name", ["lse_square_scale", "softcap", "label_smoothing"])
+@pytest.mark.parametrize("kind", [*KINDS, "linear"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_two_graphs_serve_all_values_of_an_option(name: str, kind: str, reduction: str) -> None:
+    """One of the first value, as a constant, and one that takes the value as an argument."""
+    counter = CompileCounterWithBackend("aot_eager")
+    head = torch.randn(7, 33)
+
+    def evaluate(x: Tensor, t: Tensor, value: float) -> Tensor:
+        options: Any = {name: value, "reduction": reduction}
+        if kind == "linear":
+            return linear_cross_entropy(x, head, t, **options)
+        return cross_entropy(x, t, **options)
+
+    compiled = torch.compile(evaluate, fullgraph=True, backend=counter)
+    for i in range(1, 5):
+        x = torch.randn(6, 33, requires_grad=True)
+        t = torch.rand(6, 33) if kind == "probabilities" else torch.randint(7, (6,))
+        results = []
+        for function in (compiled, evaluate):
+            loss = function(x, t, 0.01 * i)
+            results.append((loss, *torch.autograd.grad(loss.sum(), x)))
+        torch.testing.assert_close(*results)
+    assert counter.frame_count == 2
+
+
 def test_function_transforms_inside_a_compiled_program(place: Place) -> None:
     x, t = torch.randn(4, 6, device=place.device), torch.randint(6, (4,), device=place.device)
     compiled = torch.compile(torch.func.grad(lambda x: cross_entropy(x, t)), backend="aot_eager")
@@ -162,6 +196,8 @@ def test_opcheck(place: Place, weighted: bool, reduction: str, kind: str) -> Non
         packed = (-100, 0.1, reduction, 0.0, None, [1, 3] if kind == "labels" else [], True)
         torch.library.opcheck(operators.forward, (x, t, w, *packed, torch.float32, True, needs))
         torch.library.opcheck(operators.forward, (x.detach(), t.detach(), w, *packed, torch.float32, False, False))
+        numbers = torch.tensor([0.1, 0.0, 1.0], dtype=torch.float64)
+        torch.library.opcheck(operators.forward, (x, t, w, *packed, torch.float32, True, needs, numbers))
         if reduction == "none":
             with torch.no_grad():
                 _, _, _, _, scale, kept = operators.forward(x, t, w, *packed, torch.float32, True, needs)

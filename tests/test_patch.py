@@ -303,3 +303,23 @@ def test_scripts_of_models_that_hold_a_module(part: nn.Module) -> None:
     torch.jit.save(torch.jit.script(model), file)
     file.seek(0)
     torch.testing.assert_close(torch.jit.load(file)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_scripts_of_programs_that_call_the_loss() -> None:
+    """A program that was scripted before the patch keeps torch's loss. One that is traced under it has the same."""
+
+    def program(z: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(z, t, label_smoothing=0.1)
+
+    program.__annotations__.clear()
+    z, t = torch.randn(5, 3), torch.randint(3, (5,))
+    expected = program(z, t)
+    with fastloss.patch_torch():
+        with pytest.raises(torch.jit.frontend.NotSupportedError, match="keyword-only arguments"):
+            torch.jit.script(program)
+        traced = torch.jit.trace(program, (z, t))
+    scripted = torch.jit.script(program)
+    with fastloss.patch_torch():
+        for function in (scripted, traced):
+            torch.testing.assert_close(function(z, t), expected)

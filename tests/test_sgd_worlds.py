@@ -431,22 +431,26 @@ def test_shards_and_replicas_in_one_optimizer(shared: dict[str, Any], name: str)
 def test_weights_loaded_into_shards_are_the_truth() -> None:
     """A DTensor and its local shard count their versions apart; neither is asked."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        param = nn.Parameter(distribute_tensor(torch.ones(4, 4, dtype=torch.bfloat16), mesh, [Shard(0)]))
+
+        def shard(value: float) -> Tensor:
+            return DTensor.from_local(torch.full((4, 4), value, dtype=torch.bfloat16), mesh, [Shard(0)])
+
+        param = nn.Parameter(shard(1.0))
         optimizer = fastloss.SGD([param], lr=2.0**-10, master_weights=True)
         for _ in range(2):
             param.grad = torch.ones_like(param)
             optimizer.step()
             with torch.no_grad():
-                param.copy_(distribute_tensor(torch.full((4, 4), 5.0, dtype=torch.bfloat16), mesh, [Shard(0)]))
+                param.copy_(shard(5.0))
         param.grad = torch.zeros_like(param)
         optimizer.step()
-        assert torch.equal(param.full_tensor(), torch.full((4, 4), 5.0, dtype=torch.bfloat16))  # type: ignore[attr-defined]
+        assert torch.equal(param.to_local(), shard(5.0).to_local())  # type: ignore[attr-defined]
     finally:
         torch.distributed.destroy_process_group()
 

@@ -163,6 +163,23 @@ def test_derivatives_that_come_again(kernels: Place, reduction: str) -> None:
         loss.sum().backward()
 
 
+def test_second_derivatives_are_of_the_call_itself(kernels: Place) -> None:
+    """Those of mixed classes read the logits, while other calls' logits are still there."""
+    kept = []
+    for _ in range(4):
+        x, target = logits(kernels).requires_grad_(), (4 * logits(kernels)).softmax(1)
+        loss = fastloss.cross_entropy(x, target)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad(first, x, torch.ones_like(x) * x.detach())
+        x64 = x.detach().double().requires_grad_()
+        loss64 = torch.nn.functional.cross_entropy(x64, target.double())
+        (first64,) = torch.autograd.grad(loss64, x64, create_graph=True)
+        (second64,) = torch.autograd.grad(first64, x64, x64.detach())
+        torch.testing.assert_close(second.double(), second64, rtol=1e-4, atol=1e-7)
+        kept.append((x, loss))
+    assert len(replayed()) == 1
+
+
 def test_a_label_out_of_bounds_is_found(kernels: Place) -> None:
     """On a CPU; on a GPU the loss is NaN."""
     replayed_loss(kernels)

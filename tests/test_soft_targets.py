@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -257,6 +258,54 @@ def test_second_derivative_from_the_written_gradient(place: Place) -> None:
     logits.detach().zero_()
     loss.backward()
     torch.testing.assert_close(x.grad, torch.autograd.grad(F.cross_entropy(x, t), x)[0])
+
+
+@pytest.mark.parametrize("passed", ["itself", "view", "negative"])
+def test_second_derivative_of_mixtures(place: Place, passed: str) -> None:
+    """It comes from the logits that the program holds; without them it is as exact as the gradient."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 500, device=place.device).to(torch.bfloat16)
+    a, b = (F.one_hot(torch.randint(500, (24,)), 500) for _ in range(2))
+    t = (0.6 * a + 0.4 * b).to(place.device, torch.bfloat16)
+
+    def penalty(function: Any, dtype: torch.dtype, then: str = "") -> Tensor:
+        leaf = x.detach().to(dtype).requires_grad_()
+        logits = torch._neg_view(leaf * -1) if passed == "negative" else leaf * 1
+        if passed == "view":
+            loss = function(logits.view(24, 500), t.to(dtype))
+        else:
+            logits = logits.flatten(0, 1)
+            loss = function(logits, t.to(dtype))
+        if then == "freed":
+            del logits
+        elif then == "written over":
+            logits.detach().zero_()
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        return torch.autograd.grad(gradient.float().square().sum(), leaf)[0].double()
+
+    exact = penalty(F.cross_entropy, torch.float64)
+    errors = [
+        (penalty(function, torch.bfloat16, then) - exact).norm() / exact.norm()
+        for function, then in (
+            (cross_entropy, ""),
+            (F.cross_entropy, ""),
+            (cross_entropy, "freed"),
+            (cross_entropy, "written over"),
+        )
+    ]
+    assert errors[0] <= errors[1]
+    assert errors[2] == errors[3]
+    assert errors[2] < 1
+
+
+def test_logits_beside_probabilities_are_freed(place: Place) -> None:
+    x = torch.randn(5, 600, device=place.device, requires_grad=True)
+    logits = x * 1
+    reference = weakref.ref(logits)
+    loss = cross_entropy(logits, torch.rand(5, 600, device=place.device))
+    del logits
+    assert reference() is None
+    loss.backward()
 
 
 def test_backward_twice_and_inplace(place: Place) -> None:

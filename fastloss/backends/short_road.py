@@ -185,7 +185,7 @@ def _key(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[An
 class Call:
     """All that the calls of one key have in common."""
 
-    __slots__ = ("attributes", "backwards", "check", "constant", "forward", "node", "tries")
+    __slots__ = ("attributes", "backwards", "check", "constant", "forward", "node", "own", "tries")
 
     def __init__(self) -> None:
         self.tries = 0
@@ -193,6 +193,7 @@ class Call:
         self.forward: Callable[..., Any] | None = None  # (stream, input, target, weight) → outputs, tensors to save
         self.node: Any = None  # the long road's autograd function; None: no graph
         self.attributes: dict[str, Any] = {}  # of the long road's node
+        self.own: dict[str, Callable[[Tensor], Any]] = {}  # makers of those that each call has of its own, of its input
         self.constant: Any = None  # picks the outputs without a derivative
         self.backwards: dict[Any, Callable[..., Any]] = {}  # by the kinds of the upstream gradients
 
@@ -212,6 +213,7 @@ class Call:
         replay = recorder.replay(outputs, () if node is None else node.saved_tensors)
         if replay is not None and node is not None:
             self.node, self.attributes = node._forward_cls, dict(vars(node))
+            self.own = {k: type(v) for k, v in vars(node).items() if getattr(v, "of_each_call", False)}
             places = [i for i, t in enumerate(outputs) if t is not None and t.grad_fn is None]
             self.constant = (lambda outputs: [outputs[i] for i in places]) if places else None
         self.forward = replay
@@ -230,6 +232,8 @@ class _Replayed(Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
+        for name, make in call.own.items():
+            setattr(ctx, name, make(input))
         if call.constant is not None:
             ctx.mark_non_differentiable(*call.constant(outputs))
         return outputs  # type: ignore[no-any-return]
@@ -254,7 +258,9 @@ class _Replayed(Function):
             replay = call.backwards.get(key)
             if replay is not None:
                 return replay(stream, of_loss, *saved)[0]  # type: ignore[no-any-return]
-        vars(ctx).update(call.attributes)
+        for name, value in call.attributes.items():
+            if name not in call.own:
+                setattr(ctx, name, value)
         if stream is None or len(call.backwards) >= _MOST_UPSTREAMS:
             return call.node.backward(ctx, *upstreams)  # type: ignore[no-any-return]
         with Recorder((of_loss, *saved)) as recorder:

@@ -35,6 +35,8 @@ name of torch                         used for                         without i
 ``_C._cuda_isCurrentStream...``
 ``_C._FunctionBase.apply``            autograd nodes in less time      an error at import
 ``compiler._is_exporting_flag``       to tell compilers from export    torch's own answer
+``symbolic_shapes.has_static_value``  floats that vary from call to    a graph for each value of an option
+                                      call of a compiled program
 ``nn._reduction.legacy_get_string``   ``size_average`` and ``reduce``  an error at import
 ``_tensors_data_ptrs_at_indices_...`` to compare addresses in C        a comparison in Python
 ``_functional_collectives``           collectives                      an error at the first of them
@@ -72,6 +74,7 @@ __all__ = [
     "DispatchMode",
     "any_autocast",
     "apply_of",
+    "are_constants",
     "current_gpu",
     "disable_dynamo",
     "dispatch_mode_count",
@@ -155,6 +158,15 @@ def is_exporting() -> bool:
     """Return ``torch.compiler.is_exporting()``, which in torch 2.11 is always True under dynamo."""
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if flag is None else bool(flag)
+
+
+def are_constants(*numbers: float) -> bool:
+    """Return True if none of the numbers varies from call to call of the program that dynamo traces."""
+    try:
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # imported by dynamo
+    except ImportError:
+        return True
+    return all(has_static_value(number) for number in numbers)
 
 
 def functional_collectives() -> Any:

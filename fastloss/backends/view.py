@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["as_labels", "as_rows", "class_dim", "in_memory", "may_overlap", "row_shape", "wide_labels"]
+__all__ = [
+    "as_labels",
+    "as_rows",
+    "class_dim",
+    "in_memory",
+    "may_overlap",
+    "pieces_of_labels",
+    "row_shape",
+    "wide_labels",
+]
 
 
 def class_dim(input: Tensor) -> int:
@@ -62,3 +72,10 @@ def wide_labels(target: Tensor) -> Tensor:
     labels are widened before anything is compared with them, here or as a backend reads them.
     """
     return target.long() if target.dtype in (torch.uint8, torch.int32) else target
+
+
+def pieces_of_labels(target: Tensor) -> Iterator[Tensor]:
+    """Yield class indices, flat and in int64; on a CPU in pieces, so that what is computed of them stays small."""
+    flat = target.flatten()
+    for piece in flat.split(1 << 16) if target.is_cpu else (flat,):
+        yield piece.long()

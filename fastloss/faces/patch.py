@@ -35,6 +35,9 @@ def patch_torch(*, sgd: bool = False) -> Patch:
     The patch holds for all threads of the process. Patches may be nested and undone in any order: torch's functions
     are back when the last patch is undone.
 
+    ``torch.jit.script`` of a program that calls the loss raises an error under the patch, as TorchScript knows no
+    keyword-only arguments: script it before or without the patch. Scripted programs keep torch's loss.
+
     Args:
         sgd: replace ``torch.optim.SGD`` by :class:`fastloss.SGD` too. Optimizers that exist stay as they are.
 

@@ -16,7 +16,7 @@ from .. import checks
 from ..backends import choice
 from ..backends.contract import compute_dtype
 from ..backends.memory import forgetful
-from ..loss.compiled import OPTIONS, packed, register_gradients, unpacked
+from ..loss.compiled import NUMBERS, OPTIONS, filled, packed, register_gradients, unpacked
 from . import chunks
 from .chunks import NO_GRADIENTS, Gradients, LinearOptions, Losses, Needs, Tensors
 
@@ -25,7 +25,7 @@ __all__ = ["count_operations_in", "linear_loss_and_accuracies"]
 _TENSORS = "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight"
 _OPTIONS = (
     f"{OPTIONS}, ScalarType compute_dtype, ScalarType loss_dtype, SymInt? chunk_size, SymInt? memory_budget, "
-    "bool? skip_ignored, bool[] needs"
+    f"bool? skip_ignored, bool[] needs, {NUMBERS}"
 )
 
 
@@ -35,19 +35,24 @@ def linear_loss_and_accuracies(
     """Return the loss and the accuracies by the operators, ``()`` or ``(rows,)``. The arguments are checked."""
     needs = tensors.needs() if torch.is_grad_enabled() else NO_GRADIENTS
     input, linear_weight, linear_bias, target = tensors
+    options, numbers = packed(call.options)
     with torch.autocast(input.device.type, enabled=False):
         loss, accuracy, *_ = forward(
-            *(input, linear_weight, target, linear_bias, weight, *packed(call.options), call.compute_dtype),
-            *(call.loss_dtype, call.chunk_size, call.memory_budget, call.skip_ignored, list(needs)),
+            *(input, linear_weight, target, linear_bias, weight, *options, call.compute_dtype, call.loss_dtype),
+            *(call.chunk_size, call.memory_budget, call.skip_ignored, list(needs), numbers),
         )
     return loss, tuple(accuracy[i] for i in range(len(call.options.topk)))
 
 
-def _unpacked(inputs: Sequence[Any]) -> tuple[Tensors, Tensor | None, LinearOptions, Needs]:
-    """Return the tensors, the class weights, the options and the needs from the inputs of an operator."""
-    input, linear_weight, target, linear_bias, weight, *options = inputs
-    *loss_options, compute_dtype, loss_dtype, chunk_size, memory_budget, skip_ignored, needs = options
-    call = LinearOptions(unpacked(loss_options), compute_dtype, loss_dtype, chunk_size, memory_budget, skip_ignored)
+def _unpacked(inputs: tuple[Any, ...], *, reads: bool = False) -> tuple[Tensors, Tensor | None, LinearOptions, Needs]:
+    """Return the tensors, the class weights, the options and the needs from the inputs of an operator.
+
+    ``reads``: the numbers that vary from call to call are read.
+    """
+    input, linear_weight, target, linear_bias, weight, *options = filled(inputs)
+    *loss_options, compute_dtype, loss_dtype, chunk_size, memory_budget, skip_ignored, needs, numbers = options
+    of_loss = unpacked(loss_options, numbers if reads else None)
+    call = LinearOptions(of_loss, compute_dtype, loss_dtype, chunk_size, memory_budget, skip_ignored)
     return Tensors(input, linear_weight, linear_bias, target), weight, call, Needs(*needs)
 
 
@@ -61,7 +66,7 @@ def forward(*inputs: Any) -> tuple[Tensor, ...]:
 
     The gradients are of input, linear_weight, linear_bias and target. A result that the call does not need is empty.
     """
-    tensors, weight, call, needs = _unpacked(inputs)
+    tensors, weight, call, needs = _unpacked(inputs, reads=True)
     input, target = tensors.input, tensors.target
     if not target.is_floating_point() and choice.may_look(target):
         checks.check_labels(target, len(tensors.linear_weight), call.options.ignore_index)
@@ -98,7 +103,7 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 def backward(upstream: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Return the gradients of input, linear_weight, linear_bias and target from the logits, computed once more."""
     saved = inputs[5]
-    tensors, weight, call, needs = _unpacked((*inputs[:5], *inputs[6:]))
+    tensors, weight, call, needs = _unpacked((*inputs[:5], *inputs[6:]), reads=True)
     losses = Losses(weight, call, choice.backend_that_saved(len(saved)))
     return _filled(chunks.backward(upstream, tensors, saved, needs, losses), tensors.input)
 

@@ -16,8 +16,9 @@ differentiable operators, so that the third derivative follows.
 Where b_c is far greater than p_c, as at the label, G / s + b cancels, and G was rounded. So the forward pass keeps
 one number per row that gives p there: −log p_y of class indices, the row's loss −Σ_c b_c log p_c of class
 probabilities. The latter gives p at the class of the greatest b_c, if the others' p are exact enough (with one-hot
-targets, smoothed or not, they are). Of rows with several great b_c, as mixup makes them, p there is only as exact as
-G: where p_c is a thousandth of b_c, to a third in bfloat16, and to 10⁻⁵ in float32. Exact ones would need the logits.
+targets, smoothed or not, they are). Rows with several great b_c, as mixup makes them, need the logits: the node holds
+a weak reference to them, and p is their softmax where the program still has them as they were. Where it has not, p at
+those classes is only as exact as G: at a thousandth of b_c, to a third in bfloat16, and to 10⁻⁵ in float32.
 
 Where p does not follow from G (softcap, z-loss), the logits are saved for these derivatives.
 
@@ -33,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.weak import TensorWeakRef
 
 from ..backends.contract import Backend, LossInputs, LossOptions, WantedGradients, compute_dtype
 from ..backends.torch_private import graph_is_kept, is_legacy_batched
@@ -195,6 +197,8 @@ class _CrossEntropy(Function):
         ctx.written = options.is_reduced and torch.float16 not in (input.dtype, target.dtype)
         ctx.overwrites = inplace and ctx.written
         ctx.from_logits = not ctx.overwrites and (not ctx.written or options.hides_softmax or of_target)
+        is_soft = target.is_floating_point()
+        ctx.logits = _Unheld(input) if is_soft and of_input and not (ctx.overwrites or ctx.from_logits) else None
         loss, accuracy, gradient, target_gradient, saved, of_rows = visit(
             *(backend, input, target, weight, options, loss_dtype),
             gradient=ctx.written and of_input,
@@ -249,7 +253,8 @@ class _CrossEntropy(Function):
         total = None if of_loss is None else gradient * of_loss
         if of_gradient is not None:
             find = _soft_row_terms if target.is_floating_point() else _hard_row_terms
-            second = _second(gradient, of_gradient, find(gradient, target, weight, ctx), of_rows)
+            logits = None if ctx.logits is None else ctx.logits.recall()
+            second = _second(gradient, of_gradient, find(gradient, target, weight, ctx), of_rows, logits)
             total = second if total is None else total + second
         return (total, None, *nothing)
 
@@ -272,6 +277,26 @@ def is_differentiable(upstreams: Sequence[Tensor | None]) -> bool:
     A batched upstream (``is_grads_batched=True``) needs the same: torch's own operators, out of place.
     """
     return torch.is_grad_enabled() or any(u is not None and is_legacy_batched(u) for u in upstreams)
+
+
+class _Unheld:
+    """A weak reference to a tensor as it is now."""
+
+    of_each_call = True  # a replayed call makes its own, of its input
+
+    def __init__(self, tensor: Tensor) -> None:
+        # A view is often the argument of the call alone, and dies with it.
+        base = tensor._base if tensor._is_view() and not tensor.is_neg() else None
+        owner = tensor if base is None or base.dtype != tensor.dtype else base
+        self._owner, self._version = TensorWeakRef(owner), tensor._version
+        self._place = tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def recall(self) -> Tensor | None:
+        """Return the tensor, detached; None if it is no longer there, or was written over."""
+        owner = self._owner()
+        if owner is None or owner._version != self._version:
+            return None
+        return owner.detach().as_strided(*self._place)
 
 
 class _RowTerms(NamedTuple):
@@ -299,7 +324,8 @@ def _hard_row_terms(gradient: Tensor, target: Tensor, weight: Tensor | None, ctx
     if ctx.divisor is not None:
         s = ctx.divisor.reciprocal().to(dtype)
     elif options.reduction == "mean":
-        s = w_y.sum().reciprocal()
+        total = w_y.sum()
+        s = torch.where(total == 0, 1.0, total).reciprocal()  # no row counts: G is 0, and so is H
     return _RowTerms(hit + spread * w.sum(), b, s, label)
 
 
@@ -316,8 +342,8 @@ def _soft_row_terms(gradient: Tensor, target: Tensor, weight: Tensor | None, ctx
     return _RowTerms(b.sum(1, keepdim=True), b, s, None)
 
 
-def _second(gradient: Tensor, v: Tensor, terms: _RowTerms, of_rows: Tensor) -> Tensor:
-    """Return H V, from G, in differentiable operators, as at the top of this file."""
+def _second(gradient: Tensor, v: Tensor, terms: _RowTerms, of_rows: Tensor, logits: Tensor | None) -> Tensor:
+    """Return H V, from G, in differentiable operators, as at the top of this file. ``logits``: if they are there."""
     dtype = compute_dtype(gradient.dtype)
     g, v = as_rows(gradient).to(dtype), as_rows(v).to(dtype)
     level, b, s, label = terms
@@ -326,12 +352,18 @@ def _second(gradient: Tensor, v: Tensor, terms: _RowTerms, of_rows: Tensor) -> T
     p = torch.where(known, (g / s + b) / torch.where(known, level, 1.0), 0.0)
     of_rows = of_rows.view(level.shape).to(dtype)
     with torch.no_grad():
-        if label is None:
+        if logits is not None:
+            z = as_rows(logits).to(dtype)
+            exact = (z - z.amax(1, keepdim=True)).exp_()
+            exact /= exact.sum(1, keepdim=True)  # more exact than torch's softmax of long rows
+        elif label is None:
             error = torch.finfo(gradient.dtype).eps * (g / s / level).abs()
-            label, p_label = _most_likely(p, b, of_rows, error)
+            exact = p.scatter(1, *_most_likely(p, b, of_rows, error))
         else:
-            p_label = (-of_rows).exp()
-        exact = torch.where(known, p.scatter(1, label, p_label), 0.0)
+            exact = p.scatter(1, label, (-of_rows).exp())
+        exact = torch.where(known, exact, 0.0)
+        middle = v.gather(1, exact.argmax(1, keepdim=True))  # H 1 = 0: where p is near 1, v − ⟨p, v⟩ cancels no digit
+    v = v - middle
     p = exact + (p - p.detach())  # the value of the one, the derivative of the other
     result = s * p * level * (v - (p * v).sum(1, keepdim=True))
     return result.view(gradient.shape).to(gradient.dtype)

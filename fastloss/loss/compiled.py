@@ -5,6 +5,9 @@ A compiler does not look into kernels. It gets the shapes of the results (the fa
 runs. A backend that the user asks for (``use_backend``) must be the same when the program is compiled, since the
 shapes of what a forward pass saves depend on it.
 
+A compiler takes an operator's float for a constant, and would compile the program again for each value. So numbers
+that vary from call to call reach the operators in a tensor, their last argument.
+
 Outside of compiled programs :mod:`fastloss.loss.autograd` serves the loss: it costs less per call, and has second
 derivatives.
 """
@@ -22,15 +25,17 @@ from .. import checks
 from ..backends import choice
 from ..backends.contract import LossOptions, compute_dtype
 from ..backends.memory import forgetful
+from ..backends.torch_private import are_constants
 from ..backends.view import class_dim, row_shape
 from .autograd import gradients_from_input, visit
 
-__all__ = ["OPTIONS", "loss_and_accuracies", "packed", "register_gradients", "unpacked"]
+__all__ = ["NUMBERS", "OPTIONS", "filled", "loss_and_accuracies", "packed", "register_gradients", "unpacked"]
 
 OPTIONS = (
     "SymInt ignore_index, float label_smoothing, str reduction, float lse_square_scale, float? softcap, int[] topk, "
     "bool from_logits"
 )
+NUMBERS = "Tensor? numbers=None"  # (3,) float64, on the CPU: these take the place of the floats among the options
 
 
 def loss_and_accuracies(
@@ -41,35 +46,57 @@ def loss_and_accuracies(
     ``target`` is labels ``(rows,)``, or class probabilities of ``input``'s shape.
     """
     enabled = torch.is_grad_enabled()
+    arguments, numbers = packed(options)
     loss, accuracy, *_ = forward(
         input,
         target,
         weight,
-        *packed(options),
+        *arguments,
         loss_dtype,
         enabled and input.requires_grad,
         enabled and target.requires_grad,
+        numbers,
     )
     return loss, () if target.is_floating_point() else tuple(accuracy[i] for i in range(len(options.topk)))
 
 
-def packed(options: LossOptions) -> tuple[Any, ...]:
-    """Return the options in the order of the operators' schemas, which is that of the fields."""
+def packed(options: LossOptions) -> tuple[tuple[Any, ...], Tensor | None]:
+    """Return the options in the order of the operators' schemas, which is that of the fields, and the numbers.
+
+    The numbers are None where the floats are constants of the program. Else 1 stands for those that are used.
+    """
+    smoothing, scale, cap = options.label_smoothing, options.lse_square_scale, options.softcap
+    numbers = None
+    if torch.compiler.is_dynamo_compiling() and not are_constants(smoothing, scale, 0.0 if cap is None else cap):
+        # A compiler makes a tensor of a number that is multiplied, and a constant of one that a tensor is made of.
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        numbers = torch.stack([one * smoothing, one * scale, one * (1.0 if cap is None else cap)])
+        smoothing, scale = (0.0 if number == 0 else 1.0 for number in (smoothing, scale))
+        cap = None if cap is None else 1.0
     return (
         options.ignore_index,
-        options.label_smoothing,
+        smoothing,
         options.reduction,
-        options.lse_square_scale,
-        options.softcap,
+        scale,
+        cap,
         list(options.topk),
         options.from_logits,
-    )
+    ), numbers
 
 
-def unpacked(packed: Sequence[Any]) -> LossOptions:
-    """Return the options from :func:`packed`."""
-    ignore_index, label_smoothing, reduction, lse_square_scale, softcap, topk, from_logits = packed
-    return LossOptions(ignore_index, label_smoothing, reduction, lse_square_scale, softcap, tuple(topk), from_logits)
+def unpacked(packed: Sequence[Any], numbers: Tensor | None = None) -> LossOptions:
+    """Return the options from :func:`packed`. Without ``numbers`` the floats tell only whether they are used."""
+    ignore_index, smoothing, reduction, scale, cap, topk, from_logits = packed
+    if numbers is not None:
+        smoothing, scale, number = numbers.tolist()
+        cap = None if cap is None else number
+    return LossOptions(ignore_index, smoothing, reduction, scale, cap, tuple(topk), from_logits)
+
+
+def filled(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return an operator's arguments with the numbers at their end, which torch leaves out where they are None."""
+    last = arguments[-1]
+    return arguments if last is None or isinstance(last, Tensor) else (*arguments, None)
 
 
 def _is_written(input: Tensor, target: Tensor, options: LossOptions, input_needs: bool, target_needs: bool) -> bool:
@@ -82,15 +109,15 @@ def _is_written(input: Tensor, target: Tensor, options: LossOptions, input_needs
     "fastloss::cross_entropy",
     mutates_args=(),
     schema=f"(Tensor input, Tensor target, Tensor? weight, {OPTIONS}, ScalarType loss_dtype, "
-    "bool input_needs_grad, bool target_needs_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool input_needs_grad, bool target_needs_grad, {NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     """Return (loss, accuracies, ∂loss/∂input, ∂loss/∂target, 1 / Σ w_y, the backend's numbers of each row).
 
     A result that the call does not need is empty.
     """
-    *packed, loss_dtype, input_needs, target_needs = rest
-    options = unpacked(packed)
+    *packed, loss_dtype, input_needs, target_needs, numbers = filled(rest)
+    options = unpacked(packed, numbers)
     name, soft = choice.choose(input), target.is_floating_point()
     written = _is_written(input, target, options, input_needs, target_needs)
     if not soft and choice.may_look(target):
@@ -102,20 +129,20 @@ def forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) ->
             target_gradient=written and target_needs,
         )
     count = choice.NUMBERS_SAVED[name][soft]
-    numbers, scale = saved[:count], saved[count:]
+    of_rows, scale = saved[:count], saved[count:]
     return (
         loss,
         torch.stack(accuracy) if accuracy else input.new_empty(0, dtype=torch.float32),
         _laid_out_as(input, of_input),
         _laid_out_as(target, of_target),
         scale[0] if scale else input.new_empty(0, dtype=torch.float64),
-        torch.stack(numbers) if numbers else input.new_empty(0),
+        torch.stack(of_rows) if of_rows else input.new_empty(0),
     )
 
 
 @forward.register_fake
 def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    *packed, loss_dtype, input_needs, target_needs = rest
+    *packed, loss_dtype, input_needs, target_needs, _ = filled(rest)
     options = unpacked(packed)
     written = _is_written(input, target, options, input_needs, target_needs)
     soft = target.is_floating_point()
@@ -141,12 +168,12 @@ def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple
     "fastloss::cross_entropy_backward",
     mutates_args=(),
     schema="(Tensor upstream, Tensor input, Tensor target, Tensor? weight, Tensor scale, Tensor kept, "
-    f"{OPTIONS}, bool input_needs_grad, bool target_needs_grad) -> (Tensor, Tensor)",
+    f"{OPTIONS}, bool input_needs_grad, bool target_needs_grad, {NUMBERS}) -> (Tensor, Tensor)",
 )
 def backward(upstream: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     """Return the gradients from the input, the target, and the numbers that the forward pass saved."""
-    input, target, weight, scale, kept, *packed, input_needs, target_needs = inputs
-    options = unpacked(packed)
+    input, target, weight, scale, kept, *packed, input_needs, target_needs, numbers = filled(inputs)
+    options = unpacked(packed, numbers)
     saved = kept.unbind(0) if kept.dim() == 2 else ()
     # Probabilities as input: neither backend saves numbers of them.
     backend = choice.backend_that_saved(len(saved)) if options.from_logits else choice.load(choice.choose(input))
@@ -161,7 +188,8 @@ def backward(upstream: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
 
 @backward.register_fake
 def _(upstream: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    return _empty_like(inputs[0], inputs[-2]), _empty_like(inputs[1], inputs[-1])
+    input, target, *_, input_needs, target_needs, _ = filled(inputs)
+    return _empty_like(input, input_needs), _empty_like(target, target_needs)
 
 
 def register_gradients(
@@ -178,21 +206,23 @@ def register_gradients(
     the input tensors and what was saved.
 
     Args:
-        forward: the operator. Tensors, as many as there are gradients and one more, come first in its inputs.
-        backward: the operator of the gradients.
+        forward: the operator. Tensors, as many as there are gradients and one more, come first in its inputs, and the
+            numbers last.
+        backward: the operator of the gradients; the numbers are its last input.
         trained: which of the inputs have the gradients, in the order of the outputs.
-        is_written: whether the forward pass writes the gradients, from its inputs.
+        is_written: whether the forward pass writes the gradients, from its inputs but for the numbers.
         needs_of: which gradients are needed, from the inputs that follow the tensors.
         backward_options: the last arguments of ``backward``, from the same.
     """
     count = len(trained)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors, ctx.options = inputs[: count + 1], inputs[count + 1 :]
+        *inputs, numbers = inputs
+        tensors, ctx.options = inputs[: count + 1], tuple(inputs[count + 1 :])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.written = is_written(*inputs)
-        ctx.save_for_backward(*(output[2 : 2 + count] if ctx.written else (*tensors, *output[2 + count :])))
+        ctx.save_for_backward(*(output[2 : 2 + count] if ctx.written else (*tensors, *output[2 + count :], numbers)))
 
     def differentiate(ctx: Any, of_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
@@ -200,12 +230,13 @@ def register_gradients(
                 "fastloss: the loss as an operator, of compilers and dispatch modes, has no second derivative; "
                 "call it outside of torch.compile with create_graph=True, and outside of the mode"
             )
-        results: list[Tensor | None] = [None] * (count + 1 + len(ctx.options))
+        results: list[Tensor | None] = [None] * (count + 2 + len(ctx.options))
         if of_loss is not None:
             if ctx.written:
                 gradients = [gradient * of_loss for gradient in ctx.saved_tensors]
             else:
-                gradients = backward(of_loss, *ctx.saved_tensors, *backward_options(ctx.options))
+                *saved, numbers = ctx.saved_tensors
+                gradients = backward(of_loss, *saved, *backward_options(ctx.options), numbers)
             for place, gradient, needed in zip(trained, gradients, needs_of(ctx.options), strict=True):
                 results[place] = gradient if needed else None
         return tuple(results)

@@ -94,8 +94,9 @@ def cross_entropy(
         logits under autocast, as torch has it; beside class probabilities of a wider dtype, in that). No row counted:
         NaN for "mean", 0 for "sum".
 
-    Second derivatives are as exact as torch's; but of "mean" and "sum" beside rows of class probabilities of which
-    several are great (mixup), only as exact as the gradient is in its dtype. Those of "none" are exact.
+    Second derivatives are as exact as torch's. Of "mean" and "sum" beside rows of class probabilities of which
+    several are great (mixup), they need ``input`` as it was, which the program must still hold; or they are as exact
+    as the gradient is in its dtype.
 
     Raises:
         TypeError, ValueError, RuntimeError: arguments that don't fit, as torch raises them.

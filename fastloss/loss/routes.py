@@ -23,7 +23,7 @@ from ..backends.torch_private import (
     without_dispatch,
     without_subclasses,
 )
-from ..backends.view import as_labels, as_rows, class_dim, may_overlap, row_shape, wide_labels
+from ..backends.view import as_labels, as_rows, class_dim, may_overlap, pieces_of_labels, row_shape
 from ..ranks import placements
 from . import compiled, composite, sharded
 from .autograd import fused_cross_entropy
@@ -233,7 +233,7 @@ def _is_thin(input: Tensor, target: Tensor, options: LossOptions) -> bool:
         and input.dtype.itemsize == 2
         and target.dtype in checks.LABEL_DTYPES
         and not (options.topk or options.hides_softmax or choice.is_forced())
-        and bool((wide_labels(target) == options.ignore_index).any())
+        and any(bool((labels == options.ignore_index).any()) for labels in pieces_of_labels(target))
     )
 
 

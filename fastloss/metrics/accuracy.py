@@ -79,7 +79,7 @@ class Accuracy(Metric):
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
-    __jit_unused_properties__ = (*getattr(Metric, "__jit_unused_properties__", ()), "process_group")
+    __jit_unused_properties__ = (*getattr(Metric, "__jit_unused_properties__", ()), "group", "process_group")
 
     if TYPE_CHECKING:  # TorchScript takes no annotation of a class that is a string
         counts: Tensor  # (2 + len(ks),) int64: rows, rows or sums without a value, rows right at each k
@@ -100,7 +100,7 @@ class Accuracy(Metric):
             raise ValueError("fastloss.Accuracy: topk is empty; expected an int, or at least one of them")
         self._ignore_index = checks.checked_ignore_index(ignore_index)
         self._is_tuple = isinstance(topk, Sequence)
-        self._group = SharedGroup(group)
+        self.group = group
         # One state needs one collective. The constant settings are a state too, since a MetricCollection merges two
         # metrics whose states are equal after the first batch, as the counts for k = 1 and k = 5 may be.
         zeros = torch.zeros(2 + len(self._ks), dtype=torch.int64)
@@ -129,6 +129,15 @@ class Accuracy(Metric):
         rows, invalid, *right = self.counts.to(_wide(self.counts)).unbind()
         values = tuple(torch.where(invalid > 0, torch.nan, r / rows).float() for r in right)
         return values if self._is_tuple else values[0]
+
+    @property
+    def group(self) -> Any:
+        """The group whose ranks have a shard of the classes each, or None."""
+        return self._group.value
+
+    @group.setter
+    def group(self, value: Any) -> None:
+        self._group = SharedGroup(value)
 
     @property
     def process_group(self) -> Any:

@@ -582,7 +582,8 @@ class SGD(Optimizer):
         for param in params:
             flags, buffer = self._begun.pop(param, (None, None))
             if flags is not None:
-                self._plan = None
+                if self._plan is not None:
+                    self._plan.end()
                 if self.state.get(param, {}).get("momentum_buffer") is buffer and not flags.any():
                     del self.state[param]["momentum_buffer"]
                     if not self.state[param]:

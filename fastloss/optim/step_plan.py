@@ -103,6 +103,10 @@ class StepPlan:
             self.companions.append(state[key])
             self.companion_dtypes.append(state[key].dtype)
 
+    def end(self) -> None:
+        """Let the plan hold for no step any more. (An optimizer can't drop it in a step compiled by torch 2.11.)"""
+        self.settings = []
+
     def finish(self, states: Iterable[dict[str, Any]]) -> None:
         """Store everything that :meth:`holds` compares; the batches and buffers are complete."""
         self.states = list(states)

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import Parameter
 
 from .collectives import Layout, waited
@@ -58,7 +59,25 @@ class Plan:
 
 def local(tensor: Any) -> Any:
     """Return a DTensor's part on this rank, whose gradient is placed as the DTensor; another tensor as it is."""
-    return waited(tensor.to_local(grad_placements=tensor.placements)) if is_dtensor(tensor) else tensor
+    return waited(_Local.apply(tensor)) if is_dtensor(tensor) else tensor
+
+
+class _Local(Function):
+    """``DTensor.to_local``, whose gradient has the DTensor's own strides, and a graph.
+
+    In torch 2.11 that of ``to_local`` has no graph; and of shards of unequal sizes it has strides for which autograd
+    gathers all of it on every rank.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Any) -> Tensor:
+        ctx.place = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()
+        shard = tensor.to_local()
+        return cast(Tensor, shard.view_as(shard))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _of_shard(gradient, *ctx.place)
 
 
 def _placed(local: Tensor, mesh: Any, of_rows: Sequence[Any], shape: Sequence[int]) -> Tensor:
@@ -82,11 +101,13 @@ def replicated_beside(tensor: Tensor, other: Any) -> Tensor:
 
 def placed_as(shard: Tensor, like: Any) -> Tensor:
     """Return a DTensor of a local shard of the shape of that of ``like``."""
+    return _of_shard(shard, like.device_mesh, like.placements, like.shape, like.stride())
+
+
+def _of_shard(shard: Tensor, mesh: Any, placements: Any, shape: Any, stride: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def whole(tensor: Tensor | None) -> Tensor | None:
