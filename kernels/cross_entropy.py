@@ -128,10 +128,10 @@ def _prepare(
     outer, classes, inner = logits.shape
     rows, k = outer * inner, len(options.topk)
     capped, smoothed = options.softcap is not None, options.label_smoothing != 0
-    tiles = plan(logits, result, plain=weight is None and not capped, ranked=k > 0, smoothed=smoothed)
-    tiles = without_spills(
-        tiles, capped=capped, ranked=k > 0, smoothed=smoothed, written=result is not None, divided=weighed is not None
-    )
+    loaded = {"ranked": k > 0, "smoothed": smoothed}
+    tiles = plan(logits, result, plain=weight is None and not capped, **loaded)
+    written, divided, double = result is not None, weighed is not None, logits.dtype == torch.float64
+    tiles = without_spills(tiles, capped=capped, written=written, divided=divided, double=double, **loaded)
     if capped and smoothed:
         # The most that is kept beside the logits: 16 of those a thread.
         tiles = _of_fewer_logits(tiles, logits)
