@@ -55,10 +55,12 @@ from .tile_helpers import (
     LOG2_E,
     before_label,
     finite,
+    finite_maximum,
     fp64,
     ks_of,
     label_logit,
     labels,
+    online_step,
     rank_held,
     rank_with_nans,
     rows_to_read,
@@ -336,8 +338,7 @@ def _softmax_of_tile(x, x_label, cols, col_mask, weight_ptr, cap, classes, T: tl
         z = tl.where(col_mask[None, :], t * cap[:, None], -float("inf"))
         t_label, _ = tanh(x_label / cap, T.ACC)
         z_label = t_label * cap
-    m = tl.max(z, axis=1)
-    m = tl.where(m == -float("inf"), 0.0, m)
+    m = finite_maximum(tl.max(z, axis=1))
     wz, w_total = tl.zeros([T.ROWS], T.ACC), tl.zeros([T.ROWS], T.ACC) + classes
     if F.SMOOTHING:
         weighted = z - m[:, None]
@@ -390,18 +391,13 @@ def _visit(
     places = pointers(logits, base, cols, T)
     policy: tl.constexpr = "evict_last" if TWICE else "evict_first"
     x = tl.load(places, mask=mask, other=-float("inf"), eviction_policy=policy).to(T.ACC)
-    SPLIT: tl.constexpr = [T.ROWS, T.COLS // T.GROUP, T.GROUP]
     if F.K > 0:
         rank_group += before_label(x, x_label, cols, start, label, T.GROUP, T.ROWS, T.COLS)
     z = softcapped(x, mask, cap, MASKED, T, F)
     if F.SMOOTHING:
         wz_group += weighted_sums(z, r, weight_ptr, cols, classes, mask, MASKED, T, F)
-    z = tl.reshape(z, SPLIT)
-    m_new = tl.maximum(m_group, tl.max(z, axis=2))
-    m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-    s_group *= tl.exp2((m_group - m_safe) * LOG2_E)
-    s_group += tl.sum(tl.exp2((z - m_safe[:, :, None]) * LOG2_E), axis=2)
-    return _Online(m_new, s_group, wz_group, rank_group)
+    step = online_step(m_group, s_group, s_group, z, False, T)
+    return _Online(step.m, step.s, wz_group, rank_group)
 
 
 @triton.jit
@@ -557,7 +553,7 @@ def _forward_loop(
         m, wz = tl.max(state.m, axis=1), tl.sum(state.wz, axis=1)
         if T.ENDS:
             m = tl.maximum(m, tl.max(x_ends, axis=1))
-        m = tl.where(m == -float("inf"), 0.0, m)
+        m = finite_maximum(m)
         s = tl.sum(state.s * tl.exp2((state.m - m[:, None]) * LOG2_E), axis=1)
         if T.ENDS:
             e_ends = tl.exp2((x_ends - m[:, None]) * LOG2_E)

@@ -54,7 +54,7 @@ from .arguments import (
     tile_rows,
 )
 from .launch import counter, launch, on_device
-from .tile_helpers import LOG2_E, fp64, last_to_end, softcapped, tanh
+from .tile_helpers import LOG2_E, finite_maximum, fp64, last_to_end, online_step, softcapped, tanh
 from .tiles import ALL_REGISTERS, Tiles, in_blocks, in_cache, plan, power_of_2, vector_width
 
 __all__ = ["narrowed", "soft_cross_entropy_backward", "soft_cross_entropy_forward"]
@@ -385,8 +385,7 @@ def _forward_tile(
         if F.SOFTCAP:
             tanh_x, dz = tanh(logits / scalars.cap[:, None], T.ACC)
             z = tl.where(col_mask[None, :], tanh_x * scalars.cap[:, None], -float("inf"))
-        m = tl.max(z, axis=1)
-        m = tl.where(m == -float("inf"), 0.0, m)
+        m = finite_maximum(tl.max(z, axis=1))
         d = z - m[:, None]
         e = tl.exp2(d * LOG2_E)
         s = tl.sum(e, axis=1)
@@ -445,22 +444,19 @@ def _visit(
     SPLIT: tl.constexpr = [T.ROWS, T.COLS // T.GROUP, T.GROUP]
     z = softcapped(z, mask, scalars.cap, MASKED, T, F)
     wu, wt, _ = _weighted(target, cols, classes, weight_ptr, scalars, MASKED, F)
-    z, wu = tl.reshape(z, SPLIT), tl.reshape(wu, SPLIT)
-    m_new = tl.maximum(sums.m, tl.max(z, axis=2))
-    m_from = tl.where(sums.m == -float("inf"), 0.0, sums.m)
-    m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-    d = z - m_safe[:, :, None]
-    wud = wu * d
+    wu = tl.reshape(wu, SPLIT)
+    step = online_step(sums.m, sums.s, sums.s, z, False, T)
+    wud = wu * step.below
     if MASKED:
         exists = tl.reshape(tl.broadcast_to(mask, [T.ROWS, T.COLS]), SPLIT)
         wud = tl.where(exists, wud, 0.0)
-    s = sums.s * tl.exp2((sums.m - m_safe) * LOG2_E) + tl.sum(tl.exp2(d * LOG2_E), axis=2)
-    wud = sums.wud + (sums.wu * (m_from - m_safe) + tl.sum(wud, axis=2))
+    fall = finite_maximum(sums.m) - finite_maximum(step.m)
+    wud = sums.wud + (sums.wu * fall + tl.sum(wud, axis=2))
     wu_sum = sums.wu + tl.sum(wu, axis=2)
     wt_sum = sums.wt
     if F.Z_LOSS and F.SMOOTHING:
         wt_sum += tl.sum(tl.reshape(wt, SPLIT), axis=2)
-    return GroupSums(m_new, s, wud, wu_sum, wt_sum)
+    return GroupSums(step.m, step.s, wud, wu_sum, wt_sum)
 
 
 @triton.jit
@@ -553,9 +549,7 @@ def _forward_loop(
         if full < classes:
             sums = _visit(sums, x, t, weight_ptr, at, full, classes, scalars, True, WRITTEN, T, F)
 
-        m = tl.max(sums.m, axis=1)
-        m = tl.where(m == -float("inf"), 0.0, m)
-        m_from = tl.where(sums.m == -float("inf"), 0.0, sums.m)
+        m, m_from = finite_maximum(tl.max(sums.m, axis=1)), finite_maximum(sums.m)
         s = tl.sum(sums.s * tl.exp2((sums.m - m[:, None]) * LOG2_E), axis=1)
         wud = tl.sum(sums.wud + sums.wu * (m_from - m[:, None]), axis=1)
         wu_sum = tl.sum(sums.wu, axis=1)

@@ -29,7 +29,18 @@ from .arguments import Form, Strided, compiled_in, inside, pointers, row_offsets
 from .launch import launch, on_device
 from .soft_cross_entropy import narrowed
 from .statistics import Ranked, load_label
-from .tile_helpers import LOG2_E, LOG_OF_0, before_label, finite, fp64, rank_with_nans, softcapped, tanh
+from .tile_helpers import (
+    LOG2_E,
+    LOG_OF_0,
+    before_label,
+    finite,
+    finite_maximum,
+    fp64,
+    online_step,
+    rank_with_nans,
+    softcapped,
+    tanh,
+)
 from .tiles import ALL_REGISTERS, Tiles, in_blocks, plan, vector_width
 
 __all__ = ["soft_statistics_backward", "soft_statistics_forward"]
@@ -178,17 +189,13 @@ def _visit(
         if F.HAS_WEIGHT:
             wz *= w
         wz_group += tl.sum(tl.reshape(tl.where(mask, wz, 0.0), SPLIT), axis=2)
-    m_new = tl.maximum(sums.m, tl.max(tl.reshape(z, SPLIT), axis=2))
-    m = tl.where(m_new == -float("inf"), 0.0, m_new)
-    m_from = tl.where(sums.m == -float("inf"), 0.0, sums.m)
-    factor = tl.exp2(tl.maximum(sums.m - m, LOG_OF_0) * LOG2_E)
-    below = tl.reshape(z, SPLIT) - m[:, :, None]
-    s = sums.s * factor + tl.sum(tl.exp2(below * LOG2_E), axis=2)
+    step = online_step(sums.m, sums.s, sums.s, z, False, T)
     # A column that is no class has wt = 0 beside z = −inf.
-    part = tl.where(tl.reshape(mask, SPLIT), tl.reshape(wt, SPLIT) * below, 0.0)
-    below_group = sums.below + (sums.mass * (m - m_from) - tl.sum(part, axis=2))
+    part = tl.where(tl.reshape(mask, SPLIT), tl.reshape(wt, SPLIT) * step.below, 0.0)
+    rise = finite_maximum(step.m) - finite_maximum(sums.m)
+    below_group = sums.below + (sums.mass * rise - tl.sum(part, axis=2))
     mass = sums.mass + tl.sum(tl.reshape(wt, SPLIT), axis=2)
-    return _GroupSums(m_new, s, mass, below_group, wz_group, rank_group)
+    return _GroupSums(step.m, step.s, mass, below_group, wz_group, rank_group)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -231,8 +238,7 @@ def _soft_statistics(
             cap, T, F,
         )  # fmt: skip
 
-    m = tl.max(sums.m, axis=1)
-    m = tl.where(m == -float("inf"), 0.0, m)
+    m = finite_maximum(tl.max(sums.m, axis=1))
     m_from = tl.where(sums.m == -float("inf"), m[:, None], sums.m)
     s = tl.sum(sums.s * tl.exp2(tl.maximum(sums.m - m[:, None], LOG_OF_0) * LOG2_E), axis=1)
     mass = tl.sum(sums.mass, axis=1).to(tl.float64)

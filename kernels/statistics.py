@@ -31,8 +31,10 @@ from .tile_helpers import (
     LOG_OF_0,
     before_label,
     finite,
+    finite_maximum,
     fp64,
     labels,
+    online_step,
     rank_in_tile,
     rank_with_nans,
     rows_to_read,
@@ -245,8 +247,7 @@ def _statistics_tile(
         tl.store(out.rank + row, rank.to(tl.int64), mask=in_range)
 
     x_max = tl.max(x, axis=1)
-    m = _capped(x_max, cap, T, F)
-    m = tl.where(m == -float("inf"), 0.0, m)
+    m = finite_maximum(_capped(x_max, cap, T, F))
     z = x
     if F.SOFTCAP:
         t, _ = tanh(x / cap[:, None], T.ACC)
@@ -321,17 +322,8 @@ def _visit(
     z = softcapped(x, mask, cap, MASKED, T, F)
     if out.weighted_sum is not None:
         wz_group += weighted_sums(z, near, weight_ptr, cols, classes, mask, MASKED, T, F)
-    z = tl.reshape(z, SPLIT)
-    m_new = tl.maximum(m_group, tl.max(z, axis=2))
-    m = tl.where(m_new == -float("inf"), 0.0, m_new)
-    fall = tl.maximum(m_group - m, LOG_OF_0)
-    factor = tl.exp2(fall * LOG2_E)
-    below = z - m[:, :, None]
-    e = tl.exp2(below * LOG2_E)
-    if out.entropy is not None:
-        u_group = (u_group + s_group * fall) * factor + tl.sum(e * tl.maximum(below, LOG_OF_0), axis=2)
-    s_group = s_group * factor + tl.sum(e, axis=2)
-    return _Online(m_new, s_group, u_group, wz_group, best_group, first_group, rank_group)
+    step = online_step(m_group, s_group, u_group, z, out.entropy is not None, T)
+    return _Online(step.m, step.s, step.u, wz_group, best_group, first_group, rank_group)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
@@ -352,8 +344,7 @@ def _statistics_loop(
 ):
     """Forward with rows longer than a tile: an online softmax over their blocks. Reads each logit once.
 
-    A group of neighbouring classes takes its maximum before anything is rescaled, as in ``cross_entropy``. Where the
-    maximum rises by r, Σ e (z − m) becomes (Σ e (z − m) − r Σ e) exp(−r).
+    A group of neighbouring classes takes its maximum before anything is rescaled, as in ``cross_entropy``.
     """
     cap = tl.full([1], cap, T.ACC)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
@@ -380,8 +371,7 @@ def _statistics_loop(
                 state, logits, weight_ptr, out, base, full, classes, read, near, x_label, position, cap, True, T, F
             )
 
-    m = tl.max(state.m, axis=1)
-    m = tl.where(m == -float("inf"), 0.0, m)
+    m = finite_maximum(tl.max(state.m, axis=1))
     fall = tl.maximum(state.m - m[:, None], LOG_OF_0)
     factor = tl.exp2(fall * LOG2_E)
     s = tl.sum(state.s * factor, axis=1)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -210,6 +212,39 @@ def softcapped(x, mask, cap, MASKED: tl.constexpr, T: tl.constexpr, F: tl.conste
         if MASKED:
             x = tl.where(mask, x, -float("inf"))
     return x
+
+
+@triton.jit
+def finite_maximum(m):
+    """Return a maximum to take logits relative to: 0 where none is above −∞."""
+    return tl.where(m == -float("inf"), 0.0, m)
+
+
+class OnlineStep(NamedTuple):
+    """An online softmax of each group of classes, with one more block, z, of a looped row."""
+
+    m: Any  # (ROWS, groups): the running maximum
+    s: Any  # (ROWS, groups): Σ exp(z − m)
+    u: Any  # (ROWS, groups): Σ exp(z − m) (z − m), if ENTROPY
+    below: Any  # (ROWS, groups, GROUP): z − m
+
+
+@triton.jit
+def online_step(m, s, u, z, ENTROPY: tl.constexpr, T: tl.constexpr):
+    """Return the sums with one more block of logits.
+
+    Where the maximum rises by r, Σ e (z − m) becomes (Σ e (z − m) − r Σ e) exp(−r).
+    """
+    z = tl.reshape(z, [T.ROWS, T.COLS // T.GROUP, T.GROUP])
+    m_new = tl.maximum(m, tl.max(z, axis=2))
+    base = finite_maximum(m_new)
+    fall = tl.maximum(m - base, LOG_OF_0) if ENTROPY else m - base
+    factor = tl.exp2(fall * LOG2_E)
+    below = z - base[:, :, None]
+    e = tl.exp2(below * LOG2_E)
+    if ENTROPY:
+        u = (u + s * fall) * factor + tl.sum(e * tl.maximum(below, LOG_OF_0), axis=2)
+    return OnlineStep(m_new, s * factor + tl.sum(e, axis=2), u, below)
 
 
 @triton.jit
