@@ -44,6 +44,7 @@ from fastloss.backends.contract import LossInputs, SoftForward, WantedGradients
 from .arguments import (
     Form,
     Strided,
+    block,
     class_offsets,
     compiled_in,
     inside,
@@ -54,7 +55,7 @@ from .arguments import (
     tile_rows,
 )
 from .launch import counter, launch, on_device
-from .tile_helpers import LOG2_E, finite_maximum, fp64, last_to_end, online_step, softcapped, tanh
+from .tile_helpers import LOG2_E, finite_maximum, fp64, last_to_end, online_step, softcapped
 from .tiles import ALL_REGISTERS, Tiles, in_blocks, in_cache, plan, power_of_2, vector_width
 
 __all__ = ["narrowed", "soft_cross_entropy_backward", "soft_cross_entropy_forward"]
@@ -381,10 +382,7 @@ def _forward_tile(
         logits = tl.load(base + x_cols[None, :], mask=mask, other=-float("inf")).to(T.ACC)
         base = t.ptr + row_offsets(t, outer, within, T)[:, None]
         target = tl.load(base + t_cols[None, :], mask=mask, other=0.0).to(T.ACC)
-        z, dz = logits, logits
-        if F.SOFTCAP:
-            tanh_x, dz = tanh(logits / scalars.cap[:, None], T.ACC)
-            z = tl.where(col_mask[None, :], tanh_x * scalars.cap[:, None], -float("inf"))
+        z, dz = softcapped(logits, col_mask[None, :], scalars.cap, True, T, F)
         m = finite_maximum(tl.max(z, axis=1))
         d = z - m[:, None]
         e = tl.exp2(d * LOG2_E)
@@ -434,15 +432,12 @@ def _visit(
 
     A group that has met nothing above −∞ counts its differences from 0: they are −∞, or there are none.
     """
-    cols = start + tl.arange(0, T.COLS)
-    mask = at.in_range[:, None]
-    if MASKED:
-        mask = mask & inside(cols, classes, T)[None, :]
+    cols, mask = block(start, classes, at.in_range, MASKED, T)
     policy: tl.constexpr = "evict_last" if TWICE else "evict_first"
     z = tl.load(pointers(x, at.x, cols, T), mask=mask, other=-float("inf"), eviction_policy=policy).to(T.ACC)
     target = tl.load(pointers(t, at.t, cols, T), mask=mask, other=0.0, eviction_policy=policy).to(T.ACC)
     SPLIT: tl.constexpr = [T.ROWS, T.COLS // T.GROUP, T.GROUP]
-    z = softcapped(z, mask, scalars.cap, MASKED, T, F)
+    z, _ = softcapped(z, mask, scalars.cap, MASKED, T, F)
     wu, wt, _ = _weighted(target, cols, classes, weight_ptr, scalars, MASKED, F)
     wu = tl.reshape(wu, SPLIT)
     step = online_step(sums.m, sums.s, sums.s, z, False, T)
@@ -479,19 +474,14 @@ def _write_gradients(
 
     The target itself is read for the input's gradient alone.
     """
-    cols = start + tl.arange(0, T.COLS)
-    mask = at.in_range[:, None]
-    if MASKED:
-        mask = mask & inside(cols, classes, T)[None, :]
+    cols, mask = block(start, classes, at.in_range, MASKED, T)
     logits = tl.load(
         pointers(x, at.x, cols, T), mask=mask, other=-float("inf"), eviction_policy="evict_first"
     ).to(T.ACC)  # fmt: skip
-    z, dz, target = logits, logits, logits
+    target = logits
     if g.ptr is not None:
         target = tl.load(pointers(t, at.t, cols, T), mask=mask, other=0.0, eviction_policy="evict_first").to(T.ACC)
-    if F.SOFTCAP:
-        tanh_x, dz = tanh(logits / scalars.cap[:, None], T.ACC)
-        z = tanh_x * scalars.cap[:, None]
+    z, dz = softcapped(logits, mask, scalars.cap, False, T, F)
     d = z - of_row.m[:, None]
     wu, _, w = _weighted(target, cols, classes, weight_ptr, scalars, MASKED, F)
     if g.ptr is not None:
@@ -634,8 +624,7 @@ def _visit_probabilities(
     F: tl.constexpr,
 ):
     """Return w u log y of one block of rows of probabilities, and write the block's gradients."""
-    cols = start + tl.arange(0, T.COLS)
-    mask = at.in_range[:, None] & inside(cols, classes, T)[None, :]
+    cols, mask = block(start, classes, at.in_range, True, T)
     y = tl.load(pointers(x, at.x, cols, T), mask=mask, other=1.0, eviction_policy="evict_first").to(T.ACC)
     target = y
     if LOSS or g.ptr is not None:

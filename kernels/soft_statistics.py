@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastloss.backends.contract import ExternalLabel, LossInputs, SoftRowStatistics, WantedGradients
 
-from .arguments import Form, Strided, compiled_in, inside, pointers, row_offsets, strided, tile_rows
+from .arguments import Form, Strided, block, compiled_in, pointers, row_offsets, strided, tile_rows
 from .launch import launch, on_device
 from .soft_cross_entropy import narrowed
 from .statistics import Ranked, load_label
@@ -36,10 +36,11 @@ from .tile_helpers import (
     finite,
     finite_maximum,
     fp64,
+    log_softmax,
     online_step,
     rank_with_nans,
     softcapped,
-    tanh,
+    softcapped_rows,
 )
 from .tiles import ALL_REGISTERS, Tiles, in_blocks, plan, vector_width
 
@@ -172,15 +173,14 @@ def _visit(
     """Return the sums with one more block of classes."""
     SPLIT: tl.constexpr = [T.ROWS, T.COLS // T.GROUP, T.GROUP]
     wz_group, rank_group = sums.wz, sums.rank
-    cols = start + tl.arange(0, T.COLS)
-    mask = read[:, None] & inside(cols, classes, T)[None, :]
+    cols, mask = block(start, classes, read, True, T)
     places = pointers(logits, base, cols, T)
     z = tl.load(places, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(T.ACC)
     places = pointers(target, t_base, cols, T)
     wt = tl.load(places, mask=mask, other=0.0, eviction_policy="evict_first").to(T.ACC)
     if out.rank is not None:
         rank_group += before_label(z, x_label, cols, start, position, T.GROUP, T.ROWS, T.COLS)
-    z = softcapped(z, mask, cap, True, T, F)
+    z, _ = softcapped(z, mask, cap, True, T, F)
     if F.HAS_WEIGHT:
         w = tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(T.ACC)[None, :]
         wt *= w
@@ -223,9 +223,7 @@ def _soft_statistics(
     near, x_label, position = tl.zeros([T.ROWS], T.ACC), tl.zeros([T.ROWS], T.ACC), row
     if out.weighted_sum is not None:
         near = tl.load(logits.ptr + base, mask=in_range, other=0.0).to(T.ACC)
-        if F.SOFTCAP:
-            t, _ = tanh(near / cap, T.ACC)
-            near = t * cap
+        near = softcapped_rows(near, cap, T, F)
         near = tl.where(finite(near), near, 0.0)
         tl.store(out.near + row, near.to(tl.float64), mask=in_range)
     if out.rank is not None:
@@ -279,20 +277,11 @@ def _soft_statistics_gradient(
     """Compute both gradients from both tensors and lse. Reads each element once, writes once."""
     cap = tl.full([1], cap, T.ACC)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
-    cols = tl.program_id(1) * T.COLS + tl.arange(0, T.COLS)
-    mask = in_range[:, None] & inside(cols, classes, T)[None, :]
+    cols, mask = block(tl.program_id(1) * T.COLS, classes, in_range, True, T)
     places = pointers(logits, row_offsets(logits, outer, within, T), cols, T)
     x = tl.load(places, mask=mask, other=0.0, eviction_policy="evict_first").to(T.ACC)
-    z, dz = x, x
-    if F.SOFTCAP:
-        t, dz = tanh(x / cap[:, None], T.ACC)
-        z = t * cap[:, None]
-    # lse in two parts, since the logits are near it and the difference must be exact.
-    lse = tl.load(lse_ptr + row, mask=in_range, other=0.0)
-    high = lse.to(T.ACC)
-    log_p = z - high[:, None]
-    if T.ACC != tl.float64:
-        log_p -= (lse - high.to(tl.float64)).to(T.ACC)[:, None]
+    z, dz = softcapped(x, mask, cap, False, T, F)
+    log_p = log_softmax(z, tl.load(lse_ptr + row, mask=in_range, other=0.0), T)
     w = tl.full([1, T.COLS], 1.0, T.ACC)
     if F.HAS_WEIGHT:
         w = tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(T.ACC)[None, :]
