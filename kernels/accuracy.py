@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastloss.backends.contract import ExternalLabel
 
-from .arguments import Form, Strided, compiled_in, inside, pointers, row_offsets, strided, tile_count, tile_rows
+from .arguments import Form, Strided, block, compiled_in, pointers, row_offsets, strided, tile_count, tile_rows
 from .launch import Launch, Memory, Prepared, alike, launch, on_device, scratch
 from .tile_helpers import (
     add_up_counts,
@@ -85,6 +85,16 @@ def label_ranks(logits: Tensor, label: ExternalLabel) -> Tensor:
 
 
 @triton.jit
+def _ranks_of_block(
+    logits: Strided, base, start, x_label, label, read, classes, MASKED: tl.constexpr, T: tl.constexpr
+):
+    """Return what :func:`before_label` does, of a block that begins with class ``start``."""
+    cols, mask = block(start, classes, read, MASKED, T)
+    x = tl.load(pointers(logits, base, cols, T), mask=mask, other=-float("inf")).to(T.ACC)
+    return before_label(x, x_label, cols, start, label, T.GROUP, T.ROWS, T.COLS)
+
+
+@triton.jit
 def _ranks_of_tile(
     logits: Strided,
     base,  # where the tile's rows begin
@@ -102,21 +112,13 @@ def _ranks_of_tile(
         if tl.max(counted.to(tl.int32), axis=0) > 0:
             full = classes // T.COLS * T.COLS
             for start in tl.range(0, full, T.COLS):
-                cols = start + tl.arange(0, T.COLS)
-                places = pointers(logits, base, cols, T)
-                x = tl.load(places, mask=read[:, None], other=-float("inf")).to(T.ACC)
-                group_rank += before_label(x, x_label, cols, start, label, T.GROUP, T.ROWS, T.COLS)
+                group_rank += _ranks_of_block(logits, base, start, x_label, label, read, classes, False, T)
             if full < classes:
-                cols = full + tl.arange(0, T.COLS)
-                places = pointers(logits, base, cols, T)
-                mask = read[:, None] & inside(cols, classes, T)[None, :]
-                x = tl.load(places, mask=mask, other=-float("inf")).to(T.ACC)
-                group_rank += before_label(x, x_label, cols, full, label, T.GROUP, T.ROWS, T.COLS)
+                group_rank += _ranks_of_block(logits, base, full, x_label, label, read, classes, True, T)
         rank = rank_with_nans(tl.sum(group_rank, axis=1), x_label, label, counted, logits, base, T)
     else:
-        cols = tl.arange(0, T.COLS)
+        cols, mask = block(0, classes, read, True, T)
         places = pointers(logits, base, cols, T)
-        mask = read[:, None] & inside(cols, classes, T)[None, :]
         x = tl.load(places, mask=mask, other=-float("inf")).to(T.ACC)
         rank = rank_in_tile(x, x_label, cols, label, counted, most_k)
     return rank

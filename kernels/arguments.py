@@ -121,6 +121,16 @@ def pointers(x: Strided, base, cols, T: tl.constexpr):
 
 
 @triton.jit
+def block(start, classes, rows, MASKED: tl.constexpr, T: tl.constexpr):
+    """Return a block's columns, and a mask of those rows' classes. ``MASKED``: it reaches beyond the last class."""
+    cols = start + tl.arange(0, T.COLS)
+    mask = rows[:, None]
+    if MASKED:
+        mask = mask & inside(cols, classes, T)[None, :]
+    return cols, mask
+
+
+@triton.jit
 def inside(cols, classes, T: tl.constexpr):
     """Return a mask of the columns that are classes.
 

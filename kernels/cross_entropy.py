@@ -29,6 +29,7 @@ from fastloss.backends.contract import Forward, LossInputs, LossOptions, compute
 from .arguments import (
     Form,
     Strided,
+    block,
     class_offsets,
     compiled_in,
     inside,
@@ -55,16 +56,18 @@ from .tile_helpers import (
     LOG2_E,
     before_label,
     finite,
+    finite_maximum,
     fp64,
     ks_of,
     label_logit,
     labels,
+    online_step,
     rank_held,
     rank_with_nans,
     rows_to_read,
     softcapped,
+    softcapped_rows,
     store_ranks,
-    tanh,
     weighted_sums,
 )
 from .tiles import ALL_REGISTERS, FUSED, Tiles, arithmetic, in_blocks, plan, power_of_2, without_spills
@@ -134,10 +137,10 @@ def _prepare(
     outer, classes, inner = logits.shape
     rows, k = outer * inner, len(options.topk)
     capped, smoothed = options.softcap is not None, options.label_smoothing != 0
-    tiles = plan(logits, result, plain=weight is None and not capped, ranked=k > 0, smoothed=smoothed)
-    tiles = without_spills(
-        tiles, capped=capped, ranked=k > 0, smoothed=smoothed, written=result is not None, divided=weighed is not None
-    )
+    loaded = {"ranked": k > 0, "smoothed": smoothed}
+    tiles = plan(logits, result, plain=weight is None and not capped, **loaded)
+    written, divided, double = result is not None, weighed is not None, logits.dtype == torch.float64
+    tiles = without_spills(tiles, capped=capped, written=written, divided=divided, double=double, **loaded)
     if capped and smoothed:
         # The most that is kept beside the logits: 16 of those a thread.
         tiles = _of_fewer_logits(tiles, logits)
@@ -336,14 +339,9 @@ def _forward_tile(
 @triton.jit
 def _softmax_of_tile(x, x_label, cols, col_mask, weight_ptr, cap, classes, T: tl.constexpr, F: tl.constexpr):
     """Return exp(z − m), dz/dx, and of each row s, m, z_y, Σ_c w_c (z_c − m) and W; the last two for smoothing."""
-    z, z_label, dz = x, x_label, x
-    if F.SOFTCAP:
-        t, dz = tanh(x / cap[:, None], T.ACC)
-        z = tl.where(col_mask[None, :], t * cap[:, None], -float("inf"))
-        t_label, _ = tanh(x_label / cap, T.ACC)
-        z_label = t_label * cap
-    m = tl.max(z, axis=1)
-    m = tl.where(m == -float("inf"), 0.0, m)
+    z, dz = softcapped(x, col_mask[None, :], cap, True, T, F)
+    z_label = softcapped_rows(x_label, cap, T, F)
+    m = finite_maximum(tl.max(z, axis=1))
     wz, w_total = tl.zeros([T.ROWS], T.ACC), tl.zeros([T.ROWS], T.ACC) + classes
     if F.SMOOTHING:
         weighted = z - m[:, None]
@@ -389,25 +387,17 @@ def _visit(
 ):
     """Return the state with one more block of a looped row."""
     m_group, s_group, wz_group, rank_group = state
-    cols = start + tl.arange(0, T.COLS)
-    mask = read[:, None]
-    if MASKED:
-        mask = mask & inside(cols, classes, T)[None, :]
+    cols, mask = block(start, classes, read, MASKED, T)
     places = pointers(logits, base, cols, T)
     policy: tl.constexpr = "evict_last" if TWICE else "evict_first"
     x = tl.load(places, mask=mask, other=-float("inf"), eviction_policy=policy).to(T.ACC)
-    SPLIT: tl.constexpr = [T.ROWS, T.COLS // T.GROUP, T.GROUP]
     if F.K > 0:
         rank_group += before_label(x, x_label, cols, start, label, T.GROUP, T.ROWS, T.COLS)
-    z = softcapped(x, mask, cap, MASKED, T, F)
+    z, _ = softcapped(x, mask, cap, MASKED, T, F)
     if F.SMOOTHING:
         wz_group += weighted_sums(z, r, weight_ptr, cols, classes, mask, MASKED, T, F)
-    z = tl.reshape(z, SPLIT)
-    m_new = tl.maximum(m_group, tl.max(z, axis=2))
-    m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-    s_group *= tl.exp2((m_group - m_safe) * LOG2_E)
-    s_group += tl.sum(tl.exp2((z - m_safe[:, :, None]) * LOG2_E), axis=2)
-    return _Online(m_new, s_group, wz_group, rank_group)
+    step = online_step(m_group, s_group, s_group, z, False, T)
+    return _Online(step.m, step.s, wz_group, rank_group)
 
 
 @triton.jit
@@ -434,10 +424,7 @@ def _write_gradient(
         mask, out_mask = mask & aligned, out_mask & aligned
     places = pointers(logits, base, cols, T)
     x = tl.load(places, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(T.ACC)
-    z, dz = x, x
-    if F.SOFTCAP:
-        t, dz = tanh(x / cap[:, None], T.ACC)
-        z = t * cap[:, None]
+    z, dz = softcapped(x, mask, cap, False, T, F)
     e = tl.exp2((z - of.m[:, None]) * LOG2_E)
     # A row that does not count gets 0: nothing of it is read, so that e is finite, and its factors are 0. Where its
     # neighbours share its accesses it is read, and may hold anything.
@@ -525,10 +512,7 @@ def _forward_loop(
         full = width // T.COLS * T.COLS
         x_label = tl.load(logits.ptr + begin + label * logits.stride_class, mask=counted, other=0.0).to(T.ACC)
         label, place = label.to(tl.int32), place.to(tl.int32)  # as the columns are
-        z_label = x_label
-        if F.SOFTCAP:
-            t_label, _ = tanh(x_label / cap, T.ACC)
-            z_label = t_label * cap
+        z_label = softcapped_rows(x_label, cap, T, F)
         r = tl.where(finite(z_label), z_label, 0.0)
         m_group = tl.full([T.ROWS, T.COLS // T.GROUP], -float("inf"), T.ACC)
         s_group = tl.zeros([T.ROWS, T.COLS // T.GROUP], T.ACC)
@@ -563,7 +547,7 @@ def _forward_loop(
         m, wz = tl.max(state.m, axis=1), tl.sum(state.wz, axis=1)
         if T.ENDS:
             m = tl.maximum(m, tl.max(x_ends, axis=1))
-        m = tl.where(m == -float("inf"), 0.0, m)
+        m = finite_maximum(m)
         s = tl.sum(state.s * tl.exp2((state.m - m[:, None]) * LOG2_E), axis=1)
         if T.ENDS:
             e_ends = tl.exp2((x_ends - m[:, None]) * LOG2_E)

@@ -119,7 +119,7 @@ class Tables:
     begun: dict[int, Tensor] | None = None
     rules: tuple[Any, ...] = ()  # the numbers in rules_table
     rules_table: Tensor | None = None
-    launches: dict[Any, Launch] = field(default_factory=dict)  # of both kernels
+    launches: dict[Any, Launch] = field(default_factory=dict)  # of both kernels, for each number of items
     reserve: Tensor | None = None  # pinned memory for an upload inside a CUDA graph
     sizes_of_lines: Tensor | None = None  # on the host
     lacking: list[int] = field(default_factory=list)  # lines whose tensors have no gradient: no item names them
@@ -211,7 +211,6 @@ def _leave_out(lacking: list[int], tables: Tables, batch: SGDBatch) -> None:
     sizes = tables.sizes_of_lines.clone()
     sizes[lacking] = 0
     tables.lacking = lacking
-    tables.launches.clear()  # which are for a number of items
     items = _uploaded(_items(sizes), batch.params[0].device, tables)
     tables.device = tables.device._replace(items=items)
 
@@ -247,8 +246,6 @@ def _lay_out(tables: Tables, batch: SGDBatch, grads: list[Tensor]) -> None:
         lines[:, column.value] = _int64(0 if buffer is None else buffer.data_ptr() for buffer in chosen)
     others = lines[:, [THETA.value, MOMENTUM.value, COMPANION.value]]
     strided = lines[:, LAYOUT.value] == STRIDED.value
-    if tables.lacking:
-        tables.launches.clear()  # which are for fewer items
     tables.sizes_of_lines, tables.lacking = sizes, []
     tables.lines, tables.by_16 = lines, (others % 16 == 0).all(dim=1) & ~strided
     items = _uploaded(_items(sizes), device, tables)
@@ -408,8 +405,8 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
                 "expected one that was not expanded, or its clone()"
             )
         for (grad_dtype, momentum_dtype), tables in by_dtypes.items():
-            if len(tables.device.items):
-                _launch_step(batch, tables, grad_dtype, momentum_dtype, rules, controls)
+            if items := len(tables.device.items):
+                _launch_step(batch, tables, items, grad_dtype, momentum_dtype, rules, controls)
             _keep_until_read(tables, batch)
     _begin_empty(batch, controls)
     if first.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -426,6 +423,7 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
 def _launch_step(
     batch: SGDBatch,
     tables: Tables,
+    items: int,
     grad_dtype: torch.dtype,
     momentum_dtype: torch.dtype,
     rules: Sequence[SGDRule],
@@ -442,25 +440,25 @@ def _launch_step(
         else:
             seed = batch.seed.add_(1)
     has_begun = bool(batch.begun)
-    # All that Triton compiles in and that may differ between two launches of one set of tables. (The tables and the
-    # seed always begin at multiples of 16.)
+    # The grid, and all that Triton compiles in and that may differ between two launches of one set of tables. (The
+    # tables and the seed always begin at multiples of 16.)
     alignments = (alike(value) for value in numbers if isinstance(value, Tensor)) if tensors else ()
-    switches = has_begun, tables.device.strides is None, len(numbers), tensors
+    switches = items, has_begun, tables.device.strides is None, len(numbers), tensors
     key = *switches, alike(scale), alike(found_inf), alike(squares), *alignments
     if key not in tables.launches:
         types = (_TRITON[dtype] for dtype in (first.dtype, grad_dtype, momentum_dtype))
         passed = len(numbers) // _NUMBERS.value
         form = *types, acc, passed, tensors, bool(tables.momentum), has_begun, batch.rounding
         constants = {"FORM": compiled_in(StepForm(*form)), "num_warps": _WARPS, **FUSED}
-        tables.launches[key] = Launch(_step_kernel, (len(tables.device.items),), constants)
+        tables.launches[key] = Launch(_step_kernel, (items,), constants)
     pointers = (scale, found_inf, squares)
     tables.launches[key](tables.device, numbers, rules_table, *pointers, float(max_norm), seed)
 
 
-def _launch_squares(batch: SGDBatch, tables: Tables, grad_dtype: torch.dtype, squares: Tensor) -> None:
-    first, items = batch.params[0], len(tables.device.items)
+def _launch_squares(batch: SGDBatch, tables: Tables, items: int, grad_dtype: torch.dtype, squares: Tensor) -> None:
+    first = batch.params[0]
     grid = grid_for(items, first.device)
-    key = "squares", tables.device.strides is None, alike(squares)
+    key = "squares", grid, tables.device.strides is None, alike(squares)
     if key not in tables.launches:
         constants = {
             "GRAD_TYPE": _TRITON[grad_dtype],
@@ -493,8 +491,8 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     grads = _materialized(batch, given)
     with on_device(first):
         for (grad_dtype, _), tables in _tables_of(batch, grads, lacking).items():
-            if len(tables.device.items):
-                _launch_squares(batch, tables, grad_dtype, squares)
+            if items := len(tables.device.items):
+                _launch_squares(batch, tables, items, grad_dtype, squares)
             _keep_until_read(tables, batch)
 
 

@@ -44,6 +44,7 @@ from fastloss.backends.contract import LossInputs, SoftForward, WantedGradients
 from .arguments import (
     Form,
     Strided,
+    block,
     class_offsets,
     compiled_in,
     inside,
@@ -54,7 +55,7 @@ from .arguments import (
     tile_rows,
 )
 from .launch import launch, on_device, scratch
-from .tile_helpers import LOG2_E, fp64, last_to_end, softcapped, tanh
+from .tile_helpers import LOG2_E, finite_maximum, fp64, last_to_end, online_step, softcapped
 from .tiles import ALL_REGISTERS, Tiles, in_blocks, in_cache, plan, power_of_2, vector_width
 
 __all__ = ["narrowed", "soft_cross_entropy_backward", "soft_cross_entropy_forward"]
@@ -182,7 +183,7 @@ def soft_cross_entropy_backward(
 
 def _plan(inputs: LossInputs, *results: Tensor | None) -> Tiles:
     """Return the input's tiles for programs that read the target too."""
-    input, target, _, options = inputs
+    input, target, weight, options = inputs
     written = [t for t in results if t is not None]
     tiles = plan(input, written[0] if written else None)
     classes = input.shape[1]
@@ -201,6 +202,10 @@ def _plan(inputs: LossInputs, *results: Tensor | None) -> Tiles:
         if not tiles.by_inner and (tiles.vec == 1 or options.softcap is not None):
             # Larger blocks have too many pointers, or too much of the softcap's arithmetic, for the registers.
             tiles = tiles._replace(cols=min(tiles.cols, 4096))
+        elif weight is not None and options.label_smoothing and not written and tiles.vec == 8:
+            # 75 to 88 registers, which two programs of 16 warps don't have: compiled for sm_80, 64 of them spill.
+            grid = min(tiles.number, 2 * tiles.grid)
+            tiles = tiles._replace(cols=tiles.cols // 2, warps=tiles.warps // 2, grid=grid)
         if written:  # so few rows at a time that the second visit finds both tensors' rows in the L2 cache
             tiles = in_cache(tiles, input.device, classes * (input.element_size() + target.element_size()))
     return tiles
@@ -382,12 +387,8 @@ def _forward_tile(
         logits = tl.load(base + x_cols[None, :], mask=mask, other=-float("inf")).to(T.ACC)
         base = t.ptr + row_offsets(t, outer, within, T)[:, None]
         target = tl.load(base + t_cols[None, :], mask=mask, other=0.0).to(T.ACC)
-        z, dz = logits, logits
-        if F.SOFTCAP:
-            tanh_x, dz = tanh(logits / scalars.cap[:, None], T.ACC)
-            z = tl.where(col_mask[None, :], tanh_x * scalars.cap[:, None], -float("inf"))
-        m = tl.max(z, axis=1)
-        m = tl.where(m == -float("inf"), 0.0, m)
+        z, dz = softcapped(logits, col_mask[None, :], scalars.cap, True, T, F)
+        m = finite_maximum(tl.max(z, axis=1))
         d = z - m[:, None]
         e = tl.exp2(d * LOG2_E)
         s = tl.sum(e, axis=1)
@@ -436,32 +437,26 @@ def _visit(
 
     A group that has met nothing above −∞ counts its differences from 0: they are −∞, or there are none.
     """
-    cols = start + tl.arange(0, T.COLS)
-    mask = at.in_range[:, None]
-    if MASKED:
-        mask = mask & inside(cols, classes, T)[None, :]
+    cols, mask = block(start, classes, at.in_range, MASKED, T)
     policy: tl.constexpr = "evict_last" if TWICE else "evict_first"
     z = tl.load(pointers(x, at.x, cols, T), mask=mask, other=-float("inf"), eviction_policy=policy).to(T.ACC)
     target = tl.load(pointers(t, at.t, cols, T), mask=mask, other=0.0, eviction_policy=policy).to(T.ACC)
     SPLIT: tl.constexpr = [T.ROWS, T.COLS // T.GROUP, T.GROUP]
-    z = softcapped(z, mask, scalars.cap, MASKED, T, F)
+    z, _ = softcapped(z, mask, scalars.cap, MASKED, T, F)
     wu, wt, _ = _weighted(target, cols, classes, weight_ptr, scalars, MASKED, F)
-    z, wu = tl.reshape(z, SPLIT), tl.reshape(wu, SPLIT)
-    m_new = tl.maximum(sums.m, tl.max(z, axis=2))
-    m_from = tl.where(sums.m == -float("inf"), 0.0, sums.m)
-    m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-    d = z - m_safe[:, :, None]
-    wud = wu * d
+    wu = tl.reshape(wu, SPLIT)
+    step = online_step(sums.m, sums.s, sums.s, z, False, T)
+    wud = wu * step.below
     if MASKED:
         exists = tl.reshape(tl.broadcast_to(mask, [T.ROWS, T.COLS]), SPLIT)
         wud = tl.where(exists, wud, 0.0)
-    s = sums.s * tl.exp2((sums.m - m_safe) * LOG2_E) + tl.sum(tl.exp2(d * LOG2_E), axis=2)
-    wud = sums.wud + (sums.wu * (m_from - m_safe) + tl.sum(wud, axis=2))
+    fall = finite_maximum(sums.m) - finite_maximum(step.m)
+    wud = sums.wud + (sums.wu * fall + tl.sum(wud, axis=2))
     wu_sum = sums.wu + tl.sum(wu, axis=2)
     wt_sum = sums.wt
     if F.Z_LOSS and F.SMOOTHING:
         wt_sum += tl.sum(tl.reshape(wt, SPLIT), axis=2)
-    return GroupSums(m_new, s, wud, wu_sum, wt_sum)
+    return GroupSums(step.m, step.s, wud, wu_sum, wt_sum)
 
 
 @triton.jit
@@ -484,19 +479,14 @@ def _write_gradients(
 
     The target itself is read for the input's gradient alone.
     """
-    cols = start + tl.arange(0, T.COLS)
-    mask = at.in_range[:, None]
-    if MASKED:
-        mask = mask & inside(cols, classes, T)[None, :]
+    cols, mask = block(start, classes, at.in_range, MASKED, T)
     logits = tl.load(
         pointers(x, at.x, cols, T), mask=mask, other=-float("inf"), eviction_policy="evict_first"
     ).to(T.ACC)  # fmt: skip
-    z, dz, target = logits, logits, logits
+    target = logits
     if g.ptr is not None:
         target = tl.load(pointers(t, at.t, cols, T), mask=mask, other=0.0, eviction_policy="evict_first").to(T.ACC)
-    if F.SOFTCAP:
-        tanh_x, dz = tanh(logits / scalars.cap[:, None], T.ACC)
-        z = tanh_x * scalars.cap[:, None]
+    z, dz = softcapped(logits, mask, scalars.cap, False, T, F)
     d = z - of_row.m[:, None]
     wu, _, w = _weighted(target, cols, classes, weight_ptr, scalars, MASKED, F)
     if g.ptr is not None:
@@ -554,9 +544,7 @@ def _forward_loop(
         if full < classes:
             sums = _visit(sums, x, t, weight_ptr, at, full, classes, scalars, True, WRITTEN, T, F)
 
-        m = tl.max(sums.m, axis=1)
-        m = tl.where(m == -float("inf"), 0.0, m)
-        m_from = tl.where(sums.m == -float("inf"), 0.0, sums.m)
+        m, m_from = finite_maximum(tl.max(sums.m, axis=1)), finite_maximum(sums.m)
         s = tl.sum(sums.s * tl.exp2((sums.m - m[:, None]) * LOG2_E), axis=1)
         wud = tl.sum(sums.wud + sums.wu * (m_from - m[:, None]), axis=1)
         wu_sum = tl.sum(sums.wu, axis=1)
@@ -641,8 +629,7 @@ def _visit_probabilities(
     F: tl.constexpr,
 ):
     """Return w u log y of one block of rows of probabilities, and write the block's gradients."""
-    cols = start + tl.arange(0, T.COLS)
-    mask = at.in_range[:, None] & inside(cols, classes, T)[None, :]
+    cols, mask = block(start, classes, at.in_range, True, T)
     y = tl.load(pointers(x, at.x, cols, T), mask=mask, other=1.0, eviction_policy="evict_first").to(T.ACC)
     target = y
     if LOSS or g.ptr is not None:

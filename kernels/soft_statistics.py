@@ -25,11 +25,23 @@ from torch import Tensor
 
 from fastloss.backends.contract import ExternalLabel, LossInputs, SoftRowStatistics, WantedGradients
 
-from .arguments import Form, Strided, compiled_in, inside, pointers, row_offsets, strided, tile_rows
+from .arguments import Form, Strided, block, compiled_in, pointers, row_offsets, strided, tile_rows
 from .launch import launch, on_device
 from .soft_cross_entropy import narrowed
 from .statistics import Ranked, load_label
-from .tile_helpers import LOG2_E, LOG_OF_0, before_label, finite, fp64, rank_with_nans, softcapped, tanh
+from .tile_helpers import (
+    LOG2_E,
+    LOG_OF_0,
+    before_label,
+    finite,
+    finite_maximum,
+    fp64,
+    log_softmax,
+    online_step,
+    rank_with_nans,
+    softcapped,
+    softcapped_rows,
+)
 from .tiles import ALL_REGISTERS, Tiles, in_blocks, plan, vector_width
 
 __all__ = ["soft_statistics_backward", "soft_statistics_forward"]
@@ -161,15 +173,14 @@ def _visit(
     """Return the sums with one more block of classes."""
     SPLIT: tl.constexpr = [T.ROWS, T.COLS // T.GROUP, T.GROUP]
     wz_group, rank_group = sums.wz, sums.rank
-    cols = start + tl.arange(0, T.COLS)
-    mask = read[:, None] & inside(cols, classes, T)[None, :]
+    cols, mask = block(start, classes, read, True, T)
     places = pointers(logits, base, cols, T)
     z = tl.load(places, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(T.ACC)
     places = pointers(target, t_base, cols, T)
     wt = tl.load(places, mask=mask, other=0.0, eviction_policy="evict_first").to(T.ACC)
     if out.rank is not None:
         rank_group += before_label(z, x_label, cols, start, position, T.GROUP, T.ROWS, T.COLS)
-    z = softcapped(z, mask, cap, True, T, F)
+    z, _ = softcapped(z, mask, cap, True, T, F)
     if F.HAS_WEIGHT:
         w = tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(T.ACC)[None, :]
         wt *= w
@@ -178,17 +189,13 @@ def _visit(
         if F.HAS_WEIGHT:
             wz *= w
         wz_group += tl.sum(tl.reshape(tl.where(mask, wz, 0.0), SPLIT), axis=2)
-    m_new = tl.maximum(sums.m, tl.max(tl.reshape(z, SPLIT), axis=2))
-    m = tl.where(m_new == -float("inf"), 0.0, m_new)
-    m_from = tl.where(sums.m == -float("inf"), 0.0, sums.m)
-    factor = tl.exp2(tl.maximum(sums.m - m, LOG_OF_0) * LOG2_E)
-    below = tl.reshape(z, SPLIT) - m[:, :, None]
-    s = sums.s * factor + tl.sum(tl.exp2(below * LOG2_E), axis=2)
+    step = online_step(sums.m, sums.s, sums.s, z, False, T)
     # A column that is no class has wt = 0 beside z = −inf.
-    part = tl.where(tl.reshape(mask, SPLIT), tl.reshape(wt, SPLIT) * below, 0.0)
-    below_group = sums.below + (sums.mass * (m - m_from) - tl.sum(part, axis=2))
+    part = tl.where(tl.reshape(mask, SPLIT), tl.reshape(wt, SPLIT) * step.below, 0.0)
+    rise = finite_maximum(step.m) - finite_maximum(sums.m)
+    below_group = sums.below + (sums.mass * rise - tl.sum(part, axis=2))
     mass = sums.mass + tl.sum(tl.reshape(wt, SPLIT), axis=2)
-    return _GroupSums(m_new, s, mass, below_group, wz_group, rank_group)
+    return _GroupSums(step.m, step.s, mass, below_group, wz_group, rank_group)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -216,9 +223,7 @@ def _soft_statistics(
     near, x_label, position = tl.zeros([T.ROWS], T.ACC), tl.zeros([T.ROWS], T.ACC), row
     if out.weighted_sum is not None:
         near = tl.load(logits.ptr + base, mask=in_range, other=0.0).to(T.ACC)
-        if F.SOFTCAP:
-            t, _ = tanh(near / cap, T.ACC)
-            near = t * cap
+        near = softcapped_rows(near, cap, T, F)
         near = tl.where(finite(near), near, 0.0)
         tl.store(out.near + row, near.to(tl.float64), mask=in_range)
     if out.rank is not None:
@@ -231,8 +236,7 @@ def _soft_statistics(
             cap, T, F,
         )  # fmt: skip
 
-    m = tl.max(sums.m, axis=1)
-    m = tl.where(m == -float("inf"), 0.0, m)
+    m = finite_maximum(tl.max(sums.m, axis=1))
     m_from = tl.where(sums.m == -float("inf"), m[:, None], sums.m)
     s = tl.sum(sums.s * tl.exp2(tl.maximum(sums.m - m[:, None], LOG_OF_0) * LOG2_E), axis=1)
     mass = tl.sum(sums.mass, axis=1).to(tl.float64)
@@ -273,20 +277,11 @@ def _soft_statistics_gradient(
     """Compute both gradients from both tensors and lse. Reads each element once, writes once."""
     cap = tl.full([1], cap, T.ACC)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
-    cols = tl.program_id(1) * T.COLS + tl.arange(0, T.COLS)
-    mask = in_range[:, None] & inside(cols, classes, T)[None, :]
+    cols, mask = block(tl.program_id(1) * T.COLS, classes, in_range, True, T)
     places = pointers(logits, row_offsets(logits, outer, within, T), cols, T)
     x = tl.load(places, mask=mask, other=0.0, eviction_policy="evict_first").to(T.ACC)
-    z, dz = x, x
-    if F.SOFTCAP:
-        t, dz = tanh(x / cap[:, None], T.ACC)
-        z = t * cap[:, None]
-    # lse in two parts, since the logits are near it and the difference must be exact.
-    lse = tl.load(lse_ptr + row, mask=in_range, other=0.0)
-    high = lse.to(T.ACC)
-    log_p = z - high[:, None]
-    if T.ACC != tl.float64:
-        log_p -= (lse - high.to(tl.float64)).to(T.ACC)[:, None]
+    z, dz = softcapped(x, mask, cap, False, T, F)
+    log_p = log_softmax(z, tl.load(lse_ptr + row, mask=in_range, other=0.0), T)
     w = tl.full([1, T.COLS], 1.0, T.ACC)
     if F.HAS_WEIGHT:
         w = tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(T.ACC)[None, :]

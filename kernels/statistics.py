@@ -24,20 +24,23 @@ from torch import Tensor
 
 from fastloss.backends.contract import ExternalLabel, LossInputs, LossOptions, RowStatistics
 
-from .arguments import Form, Strided, compiled_in, inside, pointers, row_offsets, strided, tile_rows
+from .arguments import Form, Strided, block, compiled_in, inside, pointers, row_offsets, strided, tile_rows
 from .launch import launch, on_device
 from .tile_helpers import (
     LOG2_E,
     LOG_OF_0,
     before_label,
     finite,
+    finite_maximum,
     fp64,
     labels,
+    log_softmax,
+    online_step,
     rank_in_tile,
     rank_with_nans,
     rows_to_read,
     softcapped,
-    tanh,
+    softcapped_rows,
     weighted_sums,
 )
 from .tiles import ALL_REGISTERS, in_blocks, plan
@@ -147,15 +150,6 @@ class _Upstreams(NamedTuple):
 
 
 @triton.jit
-def _capped(x, cap, T: tl.constexpr, F: tl.constexpr):
-    """Return the logit z of x, for a vector of rows."""
-    if F.SOFTCAP:
-        t, _ = tanh(x / cap, T.ACC)
-        return t * cap
-    return x
-
-
-@triton.jit
 def _first_nan(logits: Strided, base, of_rows, classes, T: tl.constexpr):
     """Return the class of the first NaN of some rows, no class for the others. NaNs are rare: a pass of its own."""
     first = tl.zeros(base.shape, tl.int32) + _NO_CLASS
@@ -175,9 +169,8 @@ def _store_label_logit(
 
     Σ_c w_c z_c is a float32 sum of numbers that may be far from 0: it is added up of z_c − z_y.
     """
-    z_label = _capped(
-        tl.load(logits.ptr + base + label * logits.stride_class, mask=counted, other=0.0).to(T.ACC), cap, T, F
-    )
+    x_label = tl.load(logits.ptr + base + label * logits.stride_class, mask=counted, other=0.0).to(T.ACC)
+    z_label = softcapped_rows(x_label, cap, T, F)
     tl.store(out.label_logit + row, z_label.to(tl.float64), mask=in_range)
     return tl.where(finite(z_label), z_label, 0.0)
 
@@ -245,12 +238,8 @@ def _statistics_tile(
         tl.store(out.rank + row, rank.to(tl.int64), mask=in_range)
 
     x_max = tl.max(x, axis=1)
-    m = _capped(x_max, cap, T, F)
-    m = tl.where(m == -float("inf"), 0.0, m)
-    z = x
-    if F.SOFTCAP:
-        t, _ = tanh(x / cap[:, None], T.ACC)
-        z = tl.where(col_mask[None, :], t * cap[:, None], -float("inf"))
+    m = finite_maximum(softcapped_rows(x_max, cap, T, F))
+    z, _ = softcapped(x, col_mask[None, :], cap, True, T, F)
     below = z - m[:, None]
     e = tl.exp2(below * LOG2_E)
     s = tl.sum(e, axis=1)
@@ -302,10 +291,7 @@ def _visit(
 ):
     """Return the state with one more block of a looped row."""
     m_group, s_group, u_group, wz_group, best_group, first_group, rank_group = state
-    cols = start + tl.arange(0, T.COLS)
-    mask = read[:, None]
-    if MASKED:
-        mask = mask & inside(cols, classes, T)[None, :]
+    cols, mask = block(start, classes, read, MASKED, T)
     places = pointers(logits, base, cols, T)
     x = tl.load(places, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(T.ACC)
     SPLIT: tl.constexpr = [T.ROWS, T.COLS // T.GROUP, T.GROUP]
@@ -318,20 +304,11 @@ def _visit(
         best_group = tl.maximum(best_group, best)
     if out.rank is not None:
         rank_group += before_label(x, x_label, cols, start, position, T.GROUP, T.ROWS, T.COLS)
-    z = softcapped(x, mask, cap, MASKED, T, F)
+    z, _ = softcapped(x, mask, cap, MASKED, T, F)
     if out.weighted_sum is not None:
         wz_group += weighted_sums(z, near, weight_ptr, cols, classes, mask, MASKED, T, F)
-    z = tl.reshape(z, SPLIT)
-    m_new = tl.maximum(m_group, tl.max(z, axis=2))
-    m = tl.where(m_new == -float("inf"), 0.0, m_new)
-    fall = tl.maximum(m_group - m, LOG_OF_0)
-    factor = tl.exp2(fall * LOG2_E)
-    below = z - m[:, :, None]
-    e = tl.exp2(below * LOG2_E)
-    if out.entropy is not None:
-        u_group = (u_group + s_group * fall) * factor + tl.sum(e * tl.maximum(below, LOG_OF_0), axis=2)
-    s_group = s_group * factor + tl.sum(e, axis=2)
-    return _Online(m_new, s_group, u_group, wz_group, best_group, first_group, rank_group)
+    step = online_step(m_group, s_group, u_group, z, out.entropy is not None, T)
+    return _Online(step.m, step.s, step.u, wz_group, best_group, first_group, rank_group)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
@@ -352,8 +329,7 @@ def _statistics_loop(
 ):
     """Forward with rows longer than a tile: an online softmax over their blocks. Reads each logit once.
 
-    A group of neighbouring classes takes its maximum before anything is rescaled, as in ``cross_entropy``. Where the
-    maximum rises by r, Σ e (z − m) becomes (Σ e (z − m) − r Σ e) exp(−r).
+    A group of neighbouring classes takes its maximum before anything is rescaled, as in ``cross_entropy``.
     """
     cap = tl.full([1], cap, T.ACC)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
@@ -380,8 +356,7 @@ def _statistics_loop(
                 state, logits, weight_ptr, out, base, full, classes, read, near, x_label, position, cap, True, T, F
             )
 
-    m = tl.max(state.m, axis=1)
-    m = tl.where(m == -float("inf"), 0.0, m)
+    m = finite_maximum(tl.max(state.m, axis=1))
     fall = tl.maximum(state.m - m[:, None], LOG_OF_0)
     factor = tl.exp2(fall * LOG2_E)
     s = tl.sum(state.s * factor, axis=1)
@@ -452,15 +427,8 @@ def _statistics_gradient(
     mask = rows_to_read(wanted & in_range, in_range, T.BY_INNER)[:, None] & col_mask[None, :]
     places = pointers(logits, base, cols, T)
     x = tl.load(places, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(T.ACC)
-    z, dz = x, x
-    if F.SOFTCAP:
-        t, dz = tanh(x / cap[:, None], T.ACC)
-        z = t * cap[:, None]
-    # lse in two parts, since the logits are near it and the difference must be exact.
-    high = lse.to(T.ACC)
-    log_p = z - high[:, None]
-    if T.ACC != tl.float64:
-        log_p -= (lse - high.to(tl.float64)).to(T.ACC)[:, None]
+    z, dz = softcapped(x, mask, cap, False, T, F)
+    log_p = log_softmax(z, lse, T)
     p = tl.exp2(log_p * LOG2_E)
     if upstream.entropy is not None:
         g = p * (level.to(T.ACC)[:, None] - of_entropy.to(T.ACC)[:, None] * tl.maximum(log_p, LOG_OF_0))

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .arguments import Strided
+from .arguments import Strided, pointers
 
 fp64 = tl.float64  # annotates scalar arguments that stay doubles; Triton makes floats of the others
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -20,14 +22,6 @@ LOG_OF_0 = tl.constexpr(-2e3)
 def rows_to_read(counted, in_range, BY_INNER: tl.constexpr):
     """Return a mask of the rows to read: ignored rows are not read, unless their neighbours share their accesses."""
     return in_range if BY_INNER else counted
-
-
-@triton.jit
-def class_offsets(cols, stride_class, VEC: tl.constexpr):
-    """Return each class's offset within its row."""
-    if VEC > 1:  # then the stride is 1
-        return cols.to(tl.int64)
-    return cols.to(tl.int64) * stride_class
 
 
 @triton.jit
@@ -179,13 +173,13 @@ def before_label(x, x_label, cols, start, label, GROUP: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
-def nans_before(logits_ptr, base, label, of_rows, x_class, VEC: tl.constexpr, COLS: tl.constexpr):
+def nans_before(logits: Strided, base, label, of_rows, T: tl.constexpr):
     """Return how many NaNs stand before a label whose own logit is NaN. They are rare: a pass of its own."""
     nans = tl.zeros(label.shape, tl.int32)
-    for start in tl.range(0, tl.max(label, axis=0), COLS):
-        cols = start + tl.arange(0, COLS)
+    for start in tl.range(0, tl.max(label, axis=0), T.COLS):
+        cols = start + tl.arange(0, T.COLS)
         mask = of_rows[:, None] & (cols[None, :] < label[:, None])
-        x = tl.load(logits_ptr + base[:, None] + class_offsets(cols, x_class, VEC)[None, :], mask=mask, other=0.0)
+        x = tl.load(pointers(logits, base, cols, T), mask=mask, other=0.0)
         x = x.to(tl.float32)  # the interpreter knows no NaN in bfloat16
         nans += tl.sum((x != x).to(tl.int32), axis=1)
     return nans
@@ -196,20 +190,73 @@ def rank_with_nans(rank, x_label, label, counted, logits: Strided, base, T: tl.c
     """Return the ranks that are the sums of :func:`before_label`, right for labels whose logits are NaN too."""
     is_nan = counted & (x_label != x_label)
     if tl.max(is_nan.to(tl.int32), axis=0) > 0:
-        nans = nans_before(logits.ptr, base, label, is_nan, logits.stride_class, T.VEC, T.COLS)
+        nans = nans_before(logits, base, label, is_nan, T)
         rank = tl.where(is_nan, nans, rank)
     return rank
 
 
 @triton.jit
 def softcapped(x, mask, cap, MASKED: tl.constexpr, T: tl.constexpr, F: tl.constexpr):
-    """Return the logits z of a block x of inputs; −inf, as x has it, where a ``MASKED`` block has no class."""
+    """Return z and dz/dx of a block x of inputs; z is −inf, as x is, where a ``MASKED`` block has no class."""
+    z, dz = x, x
     if F.SOFTCAP:
-        t, _ = tanh(x / cap[:, None], T.ACC)
-        x = t * cap[:, None]
+        t, dz = tanh(x / cap[:, None], T.ACC)
+        z = t * cap[:, None]
         if MASKED:
-            x = tl.where(mask, x, -float("inf"))
+            z = tl.where(mask, z, -float("inf"))
+    return z, dz
+
+
+@triton.jit
+def softcapped_rows(x, cap, T: tl.constexpr, F: tl.constexpr):
+    """Return z of one input x a row."""
+    if F.SOFTCAP:
+        t, _ = tanh(x / cap, T.ACC)
+        x = t * cap
     return x
+
+
+@triton.jit
+def log_softmax(z, lse, T: tl.constexpr):
+    """Return z − lse. The float64 lse is taken in two parts: z is near it, and the difference must be exact."""
+    high = lse.to(T.ACC)
+    log_p = z - high[:, None]
+    if T.ACC != tl.float64:
+        log_p -= (lse - high.to(tl.float64)).to(T.ACC)[:, None]
+    return log_p
+
+
+@triton.jit
+def finite_maximum(m):
+    """Return a maximum to take logits relative to: 0 where none is above −∞."""
+    return tl.where(m == -float("inf"), 0.0, m)
+
+
+class OnlineStep(NamedTuple):
+    """An online softmax of each group of classes, with one more block, z, of a looped row."""
+
+    m: Any  # (ROWS, groups): the running maximum
+    s: Any  # (ROWS, groups): Σ exp(z − m)
+    u: Any  # (ROWS, groups): Σ exp(z − m) (z − m), if ENTROPY
+    below: Any  # (ROWS, groups, GROUP): z − m
+
+
+@triton.jit
+def online_step(m, s, u, z, ENTROPY: tl.constexpr, T: tl.constexpr):
+    """Return the sums with one more block of logits.
+
+    Where the maximum rises by r, Σ e (z − m) becomes (Σ e (z − m) − r Σ e) exp(−r).
+    """
+    z = tl.reshape(z, [T.ROWS, T.COLS // T.GROUP, T.GROUP])
+    m_new = tl.maximum(m, tl.max(z, axis=2))
+    base = finite_maximum(m_new)
+    fall = tl.maximum(m - base, LOG_OF_0) if ENTROPY else m - base
+    factor = tl.exp2(fall * LOG2_E)
+    below = z - base[:, :, None]
+    e = tl.exp2(below * LOG2_E)
+    if ENTROPY:
+        u = (u + s * fall) * factor + tl.sum(e * tl.maximum(below, LOG_OF_0), axis=2)
+    return OnlineStep(m_new, s * factor + tl.sum(e, axis=2), u, below)
 
 
 @triton.jit

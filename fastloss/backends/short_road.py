@@ -193,7 +193,7 @@ class Call:
         self.forward: Callable[..., Any] | None = None  # (stream, input, target, weight) → outputs, tensors to save
         self.node: Any = None  # the long road's autograd function; None: no graph
         self.attributes: dict[str, Any] = {}  # of the long road's node
-        self.own: dict[str, Callable[[Tensor], Any]] = {}  # makers of those that each call has of its own, of its input
+        self.own: dict[str, Callable[[Tensor], Any]] = {}  # of its input, for those that each call has of its own
         self.constant: Any = None  # picks the outputs without a derivative
         self.backwards: dict[Any, Callable[..., Any]] = {}  # by the kinds of the upstream gradients
 
