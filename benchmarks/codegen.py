@@ -26,6 +26,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -49,8 +51,8 @@ from fastloss.backends.contract import (
     WantedGradients,
 )
 
-from .no_gpu import SHARED_BYTES
-from .sass import Loop, hot_loops, tile_loops, wide_loads
+from .no_gpu import PROCESSORS, SHARED_BYTES, pretend_to_be_an_h100
+from .sass import Loop, hot_loops, wide_loads
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -62,8 +64,7 @@ TARGETS = {
 }
 # The most shared memory that a program can have there.
 SHARED = {name: SHARED_BYTES.get(target.arch, 65536) for name, target in TARGETS.items()}
-# The GPU that grids are planned for: an H100. Each of its processors issues four warps' instructions a cycle.
-PROCESSORS, L2_BYTES = 132, 50 << 20
+# Each processor of an H100 issues four warps' instructions a cycle.
 INSTRUCTIONS_PER_SECOND = PROCESSORS * 4 * 32 * 1.755e9
 BYTES_PER_SECOND = 3e12  # what is reached of its 3.35
 
@@ -98,56 +99,26 @@ class Compiled:
     registers: int | None = None
     spills: int | None = None  # bytes
     shared: int = 0  # bytes
-    widths: dict[str, int] = field(default_factory=dict)  # "LDG.128" → how many stand in the code
+    widths: Counter[str] = field(default_factory=Counter)  # "LDG.128" → how many stand in the code
     loops: list[Loop] = field(default_factory=list)
     elements: int = 1  # that a thread takes in a round of those
-    residues: int = 0  # products taken from themselves: see rounding_errors()
-    by_block: bool = True  # do the loops go from block to block of a row or tensor, or from tile to tile?
-    missing: int = 0  # bytes of a round's elements that no 128-bit access loads, if each should be
-    # Logits begin anywhere; or class weights are read, one number for each line of a tile that is wide in rows.
-    may_be_narrow: bool = False
-    error: str | None = None
+    faults: list[str] = field(default_factory=list)  # the words that the report counts against the launch
 
     @property
-    def instructions(self) -> float:
+    def instructions(self) -> float | None:
         """Return the instructions an element, over all hot loops: a kernel that visits its logits twice has two."""
-        return sum(loop.usual for loop in self.loops) / self.elements
+        return sum(loop.usual for loop in self.loops) / self.elements if self.loops else None
 
     @property
-    def special(self) -> float:
+    def special(self) -> float | None:
         """Return the MUFU operations an element, of the loop that has the most."""
-        return max((loop.special for loop in self.loops), default=0) / self.elements
+        return max(loop.special for loop in self.loops) / self.elements if self.loops else None
 
     @property
-    def slots(self) -> float:
+    def slots(self) -> float | None:
         """Return the share of the issue slots, of the loop that needs the most, at the full bandwidth."""
-        return max(
-            (
-                loop.usual / (16 * (loop.loads + loop.stores)) * BYTES_PER_SECOND / INSTRUCTIONS_PER_SECOND
-                for loop in self.loops
-            ),
-            default=0.0,
-        )
-
-    @property
-    def faults(self) -> list[str]:
-        """Return the words that the report counts against the launch."""
-        if self.error:
-            return [self.error]
-        found = [f"spills {self.spills} bytes"] if self.spills else []
-        most_shared = SHARED[self.target]
-        found += [f"{self.shared} bytes of shared memory, over {most_shared}"] if self.shared > most_shared else []
-        # From tile to tile there are numbers of rows.
-        narrow = sum(loop.narrow for loop in self.loops) if self.by_block and not self.may_be_narrow else 0
-        found += [f"{narrow} narrow accesses in hot loops"] if narrow else []
-        found += [f"{self.residues} products taken from themselves"] if self.residues else []
-        found += [f"{self.missing} bytes a thread without 128-bit accesses"] if self.missing else []
-        budget = BUDGETS.get(self.label)
-        if budget is not None and self.loops:
-            for name, value in zip(Budget._fields, (self.instructions, self.special, self.slots), strict=True):
-                most: float | None = getattr(budget, name)
-                found += [f"{value:.2f} {name}, over {most}"] if most is not None and value > most else []
-        return found
+        needed = max((loop.usual / (16 * (loop.loads + loop.stores)) for loop in self.loops), default=None)
+        return None if needed is None else needed * BYTES_PER_SECOND / INSTRUCTIONS_PER_SECOND
 
 
 class Budget(NamedTuple):
@@ -201,43 +172,56 @@ def compile_for(launch: Launch, target: GPUTarget) -> Any:
 
 
 def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
-    """Compile a launch and read registers, spills, shared memory and access widths off it."""
+    """Compile a launch; read registers, spills, shared memory and access widths off it, and its faults."""
     result = Compiled(launch.label, launch.kernel.__name__.strip("_"), name)
     try:
         compiled = compile_for(launch, target)
     except Exception as error:
-        result.error = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:120]}"
+        result.faults.append(f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:120]}")
         return result
     result.shared = compiled.metadata.shared
+    narrow = residues = missing = 0
     if target.backend == "cuda":
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder, "kernel.cubin")
             cubin.write_bytes(compiled.asm["cubin"])
-            usage = _tool("cuobjdump", "-res-usage", str(cubin))
-            result.registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-            stack = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
-            sass = _tool("cuobjdump", "-sass", str(cubin))
-            result.spills = stack if re.search(r"\b(STL|LDL)\b", sass) else 0  # a frame may lie unused
-        result.residues = len(rounding_errors(compiled.asm["ptx"]))
+            usage, sass = (_tool("cuobjdump", option, str(cubin)) for option in ("-res-usage", "-sass"))
+        result.registers = _number(r"REG:(\d+)", usage)
+        result.spills = _number(r"STACK:(\d+)", usage) if re.search(r"\b(STL|LDL)\b", sass) else 0  # or lies unused
         for kind, modifiers in re.findall(r"\b(LDGSTS|LDG|STG)((?:\.\w+)*)", sass):
             width = re.search(r"\.(64|128|U8|U16|S16|S8|256)\b", modifiers)
-            key = f"{kind[:3]}.{width[1] if width else '32'}"
-            result.widths[key] = result.widths.get(key, 0) + 1
-        result.by_block, result.elements = _goes_block_by_block(launch), _elements(launch)
-        result.loops = hot_loops(sass) if result.by_block else tile_loops(sass)
-        shard = "soft_statistics" in launch.kernel.__name__
-        by_line = bool((launch.constants.get("BY_INNER") or shard) and launch.constants.get("HAS_WEIGHT"))
-        result.may_be_narrow = by_line or "@" in launch.label.split()[0]
+            result.widths[f"{kind[:3]}.{width[1] if width else '32'}"] += 1
+        by_block, result.elements = _goes_block_by_block(launch), _elements(launch)
+        result.loops = hot_loops(sass, by_block=by_block)
+        # From tile to tile there are numbers of rows.
+        narrow = sum(loop.narrow for loop in result.loops) if by_block and not _may_be_narrow(launch) else 0
+        residues = len(rounding_errors(compiled.asm["ptx"]))
         if _is_aligned(launch):
-            result.missing = max(0, result.elements * _itemsize(launch) - 16 * wide_loads(sass))
+            missing = max(0, result.elements * _itemsize(launch) - 16 * wide_loads(sass))
     else:
         text = compiled.asm["amdgcn"]
-        result.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
-        result.spills = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # type: ignore[index]
-        for kind, width in re.findall(r"(global_load|global_store|buffer_load|buffer_store)_(\w+)", text):
-            key = f"{'LDG' if 'load' in kind else 'STG'}.{width}"
-            result.widths[key] = result.widths.get(key, 0) + 1
+        result.registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+        result.spills = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+        accesses = re.findall(r"(?:global|buffer)_(load|store)_(\w+)", text)
+        result.widths.update(f"{'LDG' if kind == 'load' else 'STG'}.{width}" for kind, width in accesses)
+    most = SHARED[name]
+    counted = {
+        "spills {} bytes": result.spills,
+        f"{{}} bytes of shared memory, over {most}": result.shared if result.shared > most else 0,
+        "{} narrow accesses in hot loops": narrow,
+        "{} products taken from themselves": residues,
+        "{} bytes a thread without 128-bit accesses": missing,
+    }
+    result.faults += [words.format(value) for words, value in counted.items() if value]
+    for what, limit in BUDGETS.get(launch.label, Budget())._asdict().items():
+        number = getattr(result, what)
+        if None not in (number, limit) and number > limit:
+            result.faults.append(f"{number:.2f} {what}, over {limit}")
     return result
+
+
+def _number(pattern: str, text: str) -> int:
+    return int(re.search(pattern, text)[1])  # type: ignore[index]
 
 
 def rounding_errors(ptx: str) -> list[str]:
@@ -309,6 +293,12 @@ def _elements(launch: Launch) -> int:
 def _itemsize(launch: Launch) -> int:
     """Return the bytes of an element of the logits, or of the parameters: the label says its dtype."""
     return getattr(torch, launch.label.split()[1]).itemsize
+
+
+def _may_be_narrow(launch: Launch) -> bool:
+    """Return True if logits begin anywhere, or class weights are read one for each line of a tile wide in rows."""
+    by_line = launch.constants.get("BY_INNER") or "soft_statistics" in launch.kernel.__name__
+    return bool(by_line and launch.constants.get("HAS_WEIGHT")) or "@" in launch.label.split()[0]
 
 
 def _is_aligned(launch: Launch) -> bool:
@@ -391,7 +381,7 @@ def cases(
         offset: elements by which they begin after a multiple of 128 bits.
     """
 
-    def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    def meta(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(math.prod(shape) + offset, dtype=dtype, device="meta")[offset:].view(shape)
 
     places = f"@{offset}" if offset else ""
@@ -399,140 +389,98 @@ def cases(
         outer, classes, inner = (*shape, 1)[:3]
         logits = meta(outer, classes, inner, dtype=DTYPES[dtype])
         target = meta(outer * inner, dtype=torch.int64)
-        for family in (_hard_cases, _soft_cases, _statistics_cases, _shard_cases):
-            for form, call in family(logits, target, meta):
-                yield f"{'x'.join(map(str, shape))}{places} {dtype} {form}", call
+        for form, call in _forms(logits, target, meta):
+            yield f"{'x'.join(map(str, shape))}{places} {dtype} {form}", call
 
 
-def _hard_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
+def _forms(logits: Tensor, target: Tensor, meta: Callable[..., Tensor]) -> Iterator[Case]:
+    """Yield the forms of a shape, and their calls."""
     from fastloss import kernels
 
-    def backward(forward: Any, inputs: LossInputs) -> Any:
-        saved = forward(gradient=False).saved
-        one = meta(*target.shape if inputs.options.reduction == "none" else (), dtype=logits.dtype)
-        return kernels.cross_entropy_backward(one, inputs, saved, inplace=False)
+    row, one = meta(target.numel(), dtype=torch.float64), meta(dtype=logits.dtype)
+    neither, first, both = (WantedGradients(*wanted) for wanted in ((False, False), (True, False), (True, True)))
+
+    def inputs(form: str, options: LossOptions, labels: Tensor = target) -> LossInputs:
+        weight = meta(logits.shape[1], dtype=logits.dtype) if "weight" in form else None
+        return LossInputs(logits, labels, weight, options)
 
     for form, options in OPTIONS.items():
-        inputs = LossInputs(logits, target, _weight_of(form, logits, meta), options)
-        forward = partial(kernels.cross_entropy_forward, inputs, loss_dtype=logits.dtype, inplace=False)
+        given, waits = inputs(form, options), options.reduction == "none"
+        forward = partial(kernels.cross_entropy_forward, given, loss_dtype=logits.dtype, inplace=False)
         yield f"{form} forward", partial(forward, gradient=False)
-        if options.reduction != "none":  # whose gradient waits for the upstream one
+        if not waits:  # whose gradient waits for the upstream one
             yield f"{form} forward+gradient", partial(forward, gradient=True)
-        yield f"{form} backward", partial(backward, forward, inputs)
-    yield (
-        "chunk of a larger batch",
-        partial(
-            kernels.cross_entropy_forward,
-            LossInputs(logits, target, None, LossOptions(reduction="sum", topk=(1,))),
-            loss_dtype=torch.float32,
-            gradient=True,
-            inplace=True,
-            divisor=meta(dtype=torch.float64),
-        ),
-    )
-    yield "rescale", partial(kernels.rescale, logits, meta(dtype=logits.dtype), inplace=True)
+        backward = partial(kernels.cross_entropy_backward, meta(*target.shape, dtype=logits.dtype) if waits else one)
+        yield f"{form} backward", partial(_after, partial(forward, gradient=False), backward, given, inplace=False)
+    chunk = inputs("chunk", LossOptions(reduction="sum", topk=(1,)))
+    how = {"loss_dtype": torch.float32, "gradient": True, "inplace": True, "divisor": meta(dtype=torch.float64)}
+    yield "chunk of a larger batch", partial(kernels.cross_entropy_forward, chunk, **how)
+    yield "rescale", partial(kernels.rescale, logits, one, inplace=True)
     yield "accuracy alone", partial(kernels.accuracy, logits, target, (1, 5), -100, "mean")
-
-
-def _soft_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
-    from fastloss import kernels
-
-    def backward(forward: Any, inputs: LossInputs) -> Any:
-        saved = forward(WantedGradients(False, False)).saved
-        return kernels.soft_cross_entropy_backward(
-            meta(dtype=logits.dtype), inputs, saved, WantedGradients(True, False)
-        )
-
     for form, options in SOFT.items():
-        inputs = LossInputs(logits, logits, _weight_of(form, logits, meta), options)
-        forward = partial(kernels.soft_cross_entropy_forward, inputs, loss_dtype=logits.dtype)
-        yield f"{form} forward", partial(forward, WantedGradients(False, False))
-        yield f"{form} forward+gradient", partial(forward, WantedGradients(True, False))
-        yield f"{form} forward+gradients", partial(forward, WantedGradients(True, True))
-        yield f"{form} backward", partial(backward, forward, inputs)
-
-
-def _statistics_cases(
-    logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]
-) -> Iterator[Case]:
-    from fastloss import kernels
-
-    row = meta(target.numel(), dtype=torch.float64)
+        given = inputs(form, options, logits)
+        forward = partial(kernels.soft_cross_entropy_forward, given, loss_dtype=logits.dtype)
+        for words, wanted in (("forward", neither), ("forward+gradient", first), ("forward+gradients", both)):
+            yield f"{form} {words}", partial(forward, wanted)
+        backward = partial(kernels.soft_cross_entropy_backward, one)
+        yield f"{form} backward", partial(_after, partial(forward, neither), backward, given, first)
     for form, options in STATISTICS.items():
-        every, inputs = "every" in form, LossInputs(logits, target, _weight_of(form, logits, meta), options)
-        wanted = {"entropy": every, "predicted": every, "every_row": every}
-        yield f"{form} forward", partial(kernels.row_statistics_forward, inputs, **wanted)
+        every, given = "every" in form, inputs(form, options)
+        numbers = dict.fromkeys(("entropy", "predicted", "every_row"), every)
+        yield f"{form} forward", partial(kernels.row_statistics_forward, given, **numbers)
         upstreams = (row, row, row if every else None, row if options.label_smoothing else None)
-        backward = partial(kernels.row_statistics_backward, inplace=False)
-        yield f"{form} backward", partial(backward, upstreams, inputs, row, row)
-
-
-def _shard_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
-    """Yield the calls that visit a shard of the classes."""
-    from fastloss import kernels
-
-    row = meta(target.numel(), dtype=torch.float64)
-    elsewhere = ExternalLabel(row, target, 5)
+        yield f"{form} backward", partial(kernels.row_statistics_backward, upstreams, given, row, row, inplace=False)
+    # A shard of the classes.
+    elsewhere, numbers = ExternalLabel(row, target, 5), dict.fromkeys(("entropy", "predicted", "every_row"), False)
     yield "shard ranks", partial(kernels.label_ranks, logits, elsewhere)
     for form, options in SHARDS.items():
-        weight = _weight_of(form, logits, meta)
-        wanted = {"entropy": False, "predicted": False, "every_row": False}
-        hard, soft = (LossInputs(logits, labels, weight, options) for labels in (target, logits))
-        yield f"{form} forward", partial(kernels.row_statistics_forward, hard, **wanted, ranked=elsewhere)
+        hard, soft = inputs(form, options), inputs(form, options, logits)
+        yield f"{form} forward", partial(kernels.row_statistics_forward, hard, **numbers, ranked=elsewhere)
         yield f"{form} soft forward", partial(kernels.soft_statistics_forward, soft, ranked=elsewhere)
         upstreams = (row, row, None, row if options.label_smoothing else None)
-        numbers = row, row, WantedGradients(True, False)
-        yield f"{form} soft backward", partial(kernels.soft_statistics_backward, upstreams, soft, *numbers)
+        yield f"{form} soft backward", partial(kernels.soft_statistics_backward, upstreams, soft, row, row, first)
 
 
-def _weight_of(form: str, logits: torch.Tensor, meta: Callable[..., torch.Tensor]) -> torch.Tensor | None:
-    return meta(logits.shape[1], dtype=logits.dtype) if "weight" in form else None
+def _after(
+    forward: Callable[[], Any], backward: Callable[..., Any], given: LossInputs, *wanted: Any, **how: Any
+) -> Any:
+    """Call backward with what the forward pass saves."""
+    return backward(given, forward().saved, *wanted, **how)
 
 
-# An SGD step's forms: dtype of the parameters and of the momentum, rounding, and what else.
-SGD = {
-    "sgd float32 plain": (torch.float32, None, "nearest", ""),
-    "sgd float32 momentum": (torch.float32, torch.float32, "nearest", ""),
-    "sgd float32 momentum+4groups": (torch.float32, torch.float32, "nearest", "4groups"),
-    "sgd float32 momentum+5groups": (torch.float32, torch.float32, "nearest", "5groups"),
-    "sgd float32 momentum+amp+clip": (torch.float32, torch.float32, "nearest", "amp+clip"),
-    "sgd float32 momentum+amp+clip+begun+strided+tensors": (
-        torch.float32,
-        torch.float32,
-        "nearest",
-        "amp+clip+begun+strided+tensors",
-    ),
-    "sgd float64 momentum": (torch.float64, torch.float64, "nearest", ""),
-    "sgd bfloat16 momentum": (torch.bfloat16, torch.bfloat16, "nearest", ""),
-    "sgd bfloat16 float32-momentum": (torch.bfloat16, torch.float32, "nearest", ""),
-    "sgd bfloat16 master": (torch.bfloat16, torch.float32, "master", ""),
-    "sgd bfloat16 kahan": (torch.bfloat16, torch.bfloat16, "kahan", ""),
-    "sgd bfloat16 stochastic": (torch.bfloat16, torch.bfloat16, "stochastic", ""),
-    "sgd float16 stochastic": (torch.float16, torch.float16, "stochastic", ""),
-}
+# An SGD step's forms: the parameters' dtype, then the momentum's, where it is another, or the rounding; and more.
+SGD = (
+    *(f"float32 {form}" for form in ("plain", "momentum", "momentum+4groups", "momentum+5groups")),
+    *("float32 momentum+amp+clip", "float32 momentum+amp+clip+begun+strided+tensors", "float64 momentum"),
+    *(f"bfloat16 {form}" for form in ("momentum", "float32-momentum", "master", "kahan", "stochastic")),
+    "float16 stochastic",
+)
 
 
 def sgd_cases() -> Iterator[Case]:
     """Yield an optimizer's launches. They are recorded from tensors that exist: their addresses are in a table."""
     from fastloss import kernels
 
-    for label, (dtype, momentum_dtype, rounding, extras) in SGD.items():
+    for name in SGD:
+        dtype, form = getattr(torch, name.split()[0]), name.split()[1]
         param, grad = torch.empty(64, 64, dtype=dtype), torch.empty(64, 64, dtype=dtype)
-        if "strided" in extras:
+        if "strided" in form:
             grad = grad.T
-        momentum = None if momentum_dtype is None else torch.empty(64, 64, dtype=momentum_dtype)
-        companion = {"master": param.float(), "kahan": param.clone()}.get(rounding)
-        begun = {0: torch.zeros(1, dtype=torch.uint8)} if "begun" in extras else {}
+        wide = form in ("master", "float32-momentum")
+        momentum = None if form == "plain" else torch.empty_like(param, dtype=torch.float32 if wide else dtype)
+        companion = {"master": param.float(), "kahan": param.clone()}.get(form)
+        begun = {0: torch.zeros(1, dtype=torch.uint8)} if "begun" in form else {}
+        rounding = form if form in ("master", "kahan", "stochastic") else "nearest"
         batch = SGDBatch([param], [momentum], [companion], [0], rounding, begun)
         scalar = torch.ones(())
-        lr = scalar if "tensors" in extras else 0.1
-        groups = next((n for n in (4, 5) if f"{n}groups" in extras), 1)
+        lr = scalar if "tensors" in form else 0.1
+        groups = next((n for n in (4, 5) if f"{n}groups" in form), 1)
         rule = SGDRule(lr, 0.9 if momentum is not None else 0.0, 0.0, 1e-4, False, False, False)
-        scale = scalar if "amp" in extras else None
-        controls = SGDControls(scale, scale, scalar.double() if "clip" in extras else None, 1.0)
-        yield f"{label} step", partial(kernels.sgd_step, batch, [grad], [rule] * groups, controls)
-        if "clip" in extras or dtype == torch.bfloat16:
-            yield f"{label} squares", partial(kernels.sgd_squares, batch, [grad], scalar.double())
+        scale = scalar if "amp" in form else None
+        controls = SGDControls(scale, scale, scalar.double() if "clip" in form else None, 1.0)
+        yield f"sgd {name} step", partial(kernels.sgd_step, batch, [grad], [rule] * groups, controls)
+        if "clip" in form or dtype == torch.bfloat16:
+            yield f"sgd {name} squares", partial(kernels.sgd_squares, batch, [grad], scalar.double())
 
 
 def chosen(quick: bool, only: str = "") -> list[Launch]:
@@ -583,9 +531,6 @@ def distinct(launches: Iterable[Launch], targets: Sequence[str]) -> list[tuple[L
 def examined(work: Sequence[tuple[Launch, str]], jobs: int) -> Iterator[Compiled]:
     """Compile each launch, by ``jobs`` processes, and yield the results in their order."""
     global _work
-    if jobs == 1:
-        yield from (examine(launch, name, TARGETS[name]) for launch, name in work)
-        return
     _work = work  # which the processes inherit: launches hold functions that can't be sent
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         yield from pool.imap(_examine_number, range(len(work)))
@@ -599,13 +544,19 @@ def _examine_number(number: int) -> Compiled:
     return examine(launch, name, TARGETS[name])
 
 
-_COLUMNS = (  # their widths, and what they say
-    ("regs", 4, "registers of a thread"),
-    ("spill", 5, "bytes that a thread spills"),
-    ("shared", 6, "bytes of shared memory of a program"),
-    ("instr", 5, "instructions an element, of all hot loops (NVIDIA's targets, as the next two)"),
-    ("MUFU", 4, "special-function operations an element, of the hot loop that has the most"),
-    ("slots", 5, "share of an H100's issue slots that the hottest loop takes at 3 TB/s"),
+_COLUMNS = (  # names, widths, numbers and their forms, and meanings
+    ("regs", 4, "registers", "", "registers of a thread"),
+    ("spill", 5, "spills", "", "bytes that a thread spills"),
+    ("shared", 6, "shared", "", "bytes of shared memory of a program"),
+    (
+        "instr",
+        5,
+        "instructions",
+        ".1f",
+        "instructions an element, of all hot loops (NVIDIA's targets, as the next two)",
+    ),
+    ("MUFU", 4, "special", ".2f", "special-function operations an element, of the hot loop that has the most"),
+    ("slots", 5, "slots", ".0%", "share of an H100's issue slots that the hottest loop takes at 3 TB/s"),
 )
 _REST = (
     ("accesses", "to device memory: LDG loads, STG stores, of so many bits, × how many stand in the code; faults"),
@@ -613,17 +564,23 @@ _REST = (
 )
 
 
-def _legend() -> str:
-    meanings = [*((name, meaning) for name, _, meaning in _COLUMNS), *_REST]
-    return "\n".join(["columns:", *(f"  {name:10}{meaning}" for name, meaning in meanings)])
+def _line(r: Compiled) -> str:
+    numbers = ((getattr(r, attribute), form, width) for _, width, attribute, form, _ in _COLUMNS)
+    cells = " ".join(
+        ("-" if number is None else format(number, form)).rjust(width) for number, form, width in numbers
+    )
+    widths = " ".join(f"{kind}×{count}" for kind, count in sorted(r.widths.items()))
+    faults = "".join(f" FAULT: {fault};" for fault in r.faults)
+    return f"{r.kernel:19} {r.target:7} {cells}  {widths};{faults} {r.label}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print one line a compiled kernel; exit code 1 if any has a fault."""
+    meanings = [*((name, meaning) for name, *_, meaning in _COLUMNS), *_REST]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.codegen",
         description=__doc__,
-        epilog=_legend(),
+        epilog="\n".join(["columns:", *(f"  {name:10}{meaning}" for name, meaning in meanings)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")
@@ -650,7 +607,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not work:
         print(f"benchmarks.codegen: --only is {parsed.only!r}; no label contains it", file=sys.stderr)
         return 2
-    titles = " ".join(name.rjust(width) for name, width, _ in _COLUMNS)
+    titles = " ".join(name.rjust(width) for name, width, *_ in _COLUMNS)
     print(f"{'kernel':19} {'target':7} {titles}  {'; '.join(name for name, _ in _REST)}")
     faults, measured, budgeted = 0, set(), set()
     for r in examined(work, parsed.jobs):
@@ -666,37 +623,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def pretend_to_be_an_h100(shared_bytes: int = SHARED["sm_90"]) -> None:
-    """From now on, plan grids for an H100, and tiles for so much shared memory a program."""
-    from fastloss.kernels import launch, tiles
-
-    launch.forget()
-    tiles._shared_bytes = lambda device: shared_bytes  # type: ignore[assignment]
-    tiles._processors = lambda device: PROCESSORS  # type: ignore[assignment]
-    tiles._l2_bytes = lambda device: L2_BYTES  # type: ignore[assignment]
-
-
-def _line(r: Compiled) -> str:
-    numbers = [r.registers, r.spills, r.shared]
-    cells = [
-        f"{'-' if number is None else number:>{width}}" for number, width in zip(numbers, (4, 5, 6), strict=True)
-    ]
-    if r.loops:
-        cells += [f"{r.instructions:5.1f}", f"{r.special:4.2f}", f"{100 * r.slots:4.0f}%"]
-    else:
-        cells += [f"{'-':>5}", f"{'-':>4}", f"{'-':>5}"]
-    widths = " ".join(f"{kind}×{count}" for kind, count in sorted(r.widths.items()))
-    faults = "".join(f" FAULT: {fault};" for fault in r.faults)
-    return f"{r.kernel:19} {r.target:7} {' '.join(cells)}  {widths};{faults} {r.label}"
-
-
 def _specialized(argument: Any) -> Any:
     """Return what Triton specializes on: pointers that are None or multiples of 16, integers that are 1 or that."""
     if isinstance(argument, tuple):
         return tuple(map(_specialized, argument))
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, argument >= 1 << 31
-    if isinstance(argument, torch.Tensor):
+    if isinstance(argument, Tensor):
         return str(argument.dtype), argument.data_ptr() % 16 == 0
     return argument is None
 
