@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,14 @@ from ..measuring.reference import errors_of_eager, operation, verdict
 from ..measuring.sgd import ready_step, step_errors
 from .workloads import Workload
 
-Check = Callable[[Contender], Callable[[], Step]]  # returns a maker of the step if the contender is right
+
+class Checked(NamedTuple):
+    """A maker of a contender's step, why its results are wrong, if they are, and the error of its gradient."""
+
+    make: Callable[[], Step]
+    wrong: str | None
+    gradient_error: float | None = None
+
 
 _HOST_BLOCK = 20
 _CHECKED_PARAMETERS = 1 << 22  # of an optimizer; the first tensors
@@ -66,6 +73,7 @@ class Row:
     teraflops: float | None = None  # the three products' operations over the time
     products_milliseconds: float | None = None  # of three bare products in the same turns
     times_products: float | None = None
+    gradient_error: float | None = None  # ‖gradient − exact‖ / ‖exact‖
 
     @classmethod
     def of(cls, workload: Workload, contender: Contender, status: str, reason: str = "") -> Row:
@@ -93,6 +101,7 @@ class Prepared:
     device: torch.device
     steps: dict[str, Step] = field(default_factory=dict)  # one call each
     peaks: dict[str, int | None] = field(default_factory=dict)
+    errors: dict[str, float | None] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)  # of contenders that are not to be timed, or have been
     products: Callable[[], Products] | None = None  # makes the limit of "linear"
 
@@ -106,15 +115,8 @@ class Prepared:
         try:
             yield
         except Exception as error:
-            status, reason = (full if is_out_of_memory(error) else "failed"), first_line(error)
-            if isinstance(error, WrongResultError):
-                status, reason = "wrong", str(error)
             for contender in contenders:
-                self.refuse(contender, status, reason)
-
-
-class WrongResultError(Exception):
-    """A contender's result is further from float64 than the rule allows."""
+                self.refuse(contender, full if is_out_of_memory(error) else "failed", first_line(error))
 
 
 def measure(
@@ -124,6 +126,7 @@ def measure(
     *,
     budget: float,
     seed: int = 0,
+    timing_wrong: bool = False,
     progress: Progress = lambda share: None,
 ) -> list[Row]:
     """Check every contender, then time those that are right; return a row for each, in their order.
@@ -134,10 +137,11 @@ def measure(
         device: the device.
         budget: seconds of timing; there are at least five turns.
         seed: of the inputs.
+        timing_wrong: True if wrong contenders are timed too.
         progress: called with the share of the timing that is done.
     """
     try:
-        prepared = prepare(workload, contenders, device, seed=seed)
+        prepared = prepare(workload, contenders, device, seed=seed, timing_wrong=timing_wrong)
         if prepared.steps:
             _time(prepared, contenders, budget, progress)
         return [prepared.rows[contender.name] for contender in contenders]
@@ -147,7 +151,14 @@ def measure(
             torch.cuda.empty_cache()
 
 
-def prepare(workload: Workload, contenders: Sequence[Contender], device: torch.device, *, seed: int = 0) -> Prepared:
+def prepare(
+    workload: Workload,
+    contenders: Sequence[Contender],
+    device: torch.device,
+    *,
+    seed: int = 0,
+    timing_wrong: bool = False,
+) -> Prepared:
     """Sort the contenders: absent, unfit, too large, wrong, failed; or checked, run and ready."""
     prepared = Prepared(workload, device)
     candidates = []
@@ -162,7 +173,7 @@ def prepare(workload: Workload, contenders: Sequence[Contender], device: torch.d
             candidates.append(contender)
     needed, free = _least_bytes(workload, len(candidates), device), free_bytes(device)
     if candidates and needed <= free:
-        _prepare_steps(prepared, candidates, seed)
+        _prepare_steps(prepared, candidates, seed, timing_wrong)
         return prepared
     for contender in candidates:
         words = f"needs {needed / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free on {device}"
@@ -170,15 +181,19 @@ def prepare(workload: Workload, contenders: Sequence[Contender], device: torch.d
     return prepared
 
 
-def _prepare_steps(prepared: Prepared, candidates: Sequence[Contender], seed: int) -> None:
+def _prepare_steps(prepared: Prepared, candidates: Sequence[Contender], seed: int, timing_wrong: bool) -> None:
     workload = prepared.workload
-    check: Check | None = None
+    check: Callable[[Contender], Checked] | None = None
     makers: dict[Contender, Callable[[], Step]] = {}
     with prepared.failing(candidates, "too large"):
         check = _sgd_check(prepared) if workload.op == "sgd" else _loss_check(prepared, seed)
     for contender in candidates if check is not None else ():
         with prepared.failing([contender]):
-            makers[contender] = check(contender)
+            checked = check(contender)
+            if checked.wrong is not None:
+                prepared.refuse(contender, "wrong", checked.wrong)
+            if checked.wrong is None or timing_wrong:
+                makers[contender], prepared.errors[contender.name] = checked.make, checked.gradient_error
     del check  # whose reference is large for "linear"; the contenders' peaks need its memory
     for contender, make in makers.items():
         with prepared.failing([contender]):
@@ -188,7 +203,7 @@ def _prepare_steps(prepared: Prepared, candidates: Sequence[Contender], seed: in
             prepared.peaks[contender.name], prepared.steps[contender.name] = peak, step
 
 
-def _loss_check(prepared: Prepared, seed: int) -> Check:
+def _loss_check(prepared: Prepared, seed: int) -> Callable[[Contender], Checked]:
     workload, is_linear = prepared.workload, prepared.workload.op == "linear"
     inputs: list[Any] = list(workload.inputs(prepared.device, seed))
     exact = workload.reference(inputs[0])
@@ -201,15 +216,18 @@ def _loss_check(prepared: Prepared, seed: int) -> Check:
     if is_linear:
         prepared.products = partial(Products, *inputs[0][:2])
 
-    def check(contender: Contender) -> Callable[[], Step]:
+    def check(contender: Contender) -> Checked:
         call = operation(contender.load(), workload.op, workload.upstream)
         overwrites = contender.overwrites and not is_linear
         (errors,) = exact.errors(call(*(inputs[0].copy() if overwrites else inputs[0])))
-        if (wrong := verdict(errors, allowed, workload.dtype)) is not None:
-            raise WrongResultError(wrong)
-        return lambda: partial(
-            _next_call, call, itertools.cycle([each.copy() for each in inputs] if overwrites else inputs)
-        )
+
+        def make() -> Step:
+            return partial(
+                _next_call, call, itertools.cycle([each.copy() for each in inputs] if overwrites else inputs)
+            )
+
+        error = errors.gradient_norm if workload.differentiates else None
+        return Checked(make, verdict(errors, allowed, workload.dtype), error)
 
     return check
 
@@ -219,17 +237,18 @@ def _next_call(call: Callable[..., object], following: Iterator[Iterable[Tensor]
     call(*next(following))
 
 
-def _sgd_check(prepared: Prepared) -> Check:
+def _sgd_check(prepared: Prepared) -> Callable[[Contender], Checked]:
     (tensors, elements, _), dtype, device = prepared.workload.shape, prepared.workload.dtype, prepared.device
     shapes = [(elements,)] * tensors
 
-    def check(contender: Contender) -> Callable[[], Step]:
+    def check(contender: Contender) -> Checked:
         sgd: Any = contender.load().sgd
         make = partial(sgd, **SGD_OPTIONS)
         (errors,) = step_errors([make], shapes[: max(1, _CHECKED_PARAMETERS // elements)], dtype, device)
+        wrong = None
         if not errors.of_rounding <= 1.0:
-            raise WrongResultError(f"parameters off by {errors.of_rounding:.3g} x what rounding explains")
-        return partial(ready_step, make, shapes, dtype, device)
+            wrong = f"parameters off by {errors.of_rounding:.3g} x what rounding explains"
+        return Checked(partial(ready_step, make, shapes, dtype, device), wrong)
 
     return check
 
@@ -286,7 +305,7 @@ def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, p
         hosts = [each.host for each in turn if each.host is not None]
         speed = workload.moved_bytes / median / 1e9 if workload.moved_bytes else None
         rows[name] = replace(
-            Row.of(workload, contender, "timed"),
+            prepared.rows.get(name) or Row.of(workload, contender, "timed"),  # or it is wrong
             milliseconds=1e3 * median,
             host_milliseconds=1e3 * statistics.median(hosts) / blocks[name] if hosts else None,
             gigabytes_per_second=speed,
@@ -300,6 +319,7 @@ def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, p
             teraflops=workload.operations / median / 1e12 if workload.operations else None,
             products_milliseconds=1e3 * bare if bare else None,
             times_products=median / bare if bare else None,
+            gradient_error=prepared.errors.get(name),
         )
     return rows
 

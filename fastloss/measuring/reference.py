@@ -46,7 +46,7 @@ class Errors(NamedTuple):
     loss: float = 0.0
     gradient: float = 0.0  # the greatest of any entry
     accuracy: float = 0.0
-    gradient_norm: float = 0.0  # ‖gradient − exact‖ / ‖exact‖, of logits alone
+    gradient_norm: float = 0.0  # ‖gradient − exact‖ / ‖exact‖; of several the greatest
 
 
 Call = Callable[..., Outcome]  # takes logits and target, or hidden states, head and labels
@@ -169,13 +169,14 @@ class LinearReference:
         """Return the errors of each outcome."""
         results = []
         for outcome in outcomes:
-            greatest = 0.0
+            greatest = norm = 0.0
             for gradient, exact, terms in zip(outcome.gradients, self._exact, self._terms, strict=True):
                 error = _GradientError((gradient,), exact.shape)
                 for part in _parts(len(exact), exact.shape[1], self._elements):
                     error.add(part, exact[part], terms[part])
                 greatest = max(greatest, error.greatest)
-            results.append(Errors(_loss_error(outcome.loss, self._loss), greatest))
+                norm = max(norm, error.squares**0.5 / float(torch.linalg.vector_norm(exact)))
+            results.append(Errors(_loss_error(outcome.loss, self._loss), greatest, gradient_norm=norm))
         return results
 
 
