@@ -58,7 +58,7 @@ def compare(
     *,
     budget: float,
     block: int,
-    say: Callable[[str], None] = partial(print, flush=True),
+    say: Callable[[str], object] = print,
 ) -> int:
     """Time each contest, say a line for each of its pairs, and return the number of bars that are missed."""
     missed = 0

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ import torch
 
 import fastloss
 from fastloss.backends import choice
-from fastloss.bench.measure import Row, measure
+from fastloss.bench.measure import COLUMNS, Row, measure
 from fastloss.bench.workloads import Shape, Workload
 from fastloss.measuring.clock import Step, medians
 from fastloss.measuring.contenders import LOSS_OPS, contenders_of, eager, ours
@@ -85,7 +85,7 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Write JSON, and Markdown beside it."""
-        record = {**vars(self), "rows": [row.as_dict() for row in self.rows]}
+        record = {**vars(self), "rows": [asdict(row) for row in self.rows]}
         path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
 
@@ -98,9 +98,8 @@ class Record:
             lines += [f"  - {failure}" for failure in part.get("failures", ())]
         lines += [f"- no time was left for {', '.join(self.left_out)}"] if self.left_out else []
         lines += [] if self.finished else ["- the run was not finished"]
-        head = ["", "shape", "dtype", "contender", "ms", "host, ms", "GB/s", "of a copy", "peak, MB"]
-        rows = [_cells(row) for row in self.rows if row.status not in ("absent", "unfit")]
-        lines += ["", *markdown(head, rows)]
+        shown = [row for row in self.rows if row.status not in ("absent", "unfit")]
+        lines += ["", *markdown(["", "shape", "dtype", "contender", *COLUMNS], map(_cells, shown))]
         if self.graphs:
             times = [f"{name}, ms" for name in _IN_GRAPHS]
             head = ["loss, accuracy, gradient, float32", *times, "the first over the last"]
@@ -109,31 +108,20 @@ class Record:
 
 
 def _cells(row: Row) -> list[str]:
-    cells = [row.op, row.shape, row.dtype, row.contender]
-    if not row.timed:
-        return [*cells, f"{row.status}: {_cell(row.reason)}", "", "", "", ""]
-    return [
-        *cells,
-        _cell(row.milliseconds),
-        _cell(row.host_milliseconds),
-        _cell(row.teraflops, ".4g", " Tflop/s") or _cell(row.gigabytes_per_second, ".0f"),
-        _cell(row.times_products, ".3f", " of 3 products") or _cell(row.share_of_copy, ".0%"),
-        _cell(None if row.peak_bytes is None else row.peak_bytes / 1e6, ".1f"),
-    ]
+    cells = row.cells() if row.timed else {"ms": f"{row.status}: {_in_a_cell(row.reason)}"}
+    return [row.op, row.shape, row.dtype, row.contender, *(cells.get(head, "") for head in COLUMNS)]
 
 
 def _cells_of_graph(graph: dict[str, Any]) -> list[str]:
     if "error" in graph:
-        return [graph["shape"], _cell(graph["error"]), *[""] * len(_IN_GRAPHS)]
+        return [graph["shape"], _in_a_cell(graph["error"]), *[""] * len(_IN_GRAPHS)]
     times = [graph[name] for name in _IN_GRAPHS]
-    return [graph["shape"], *map(_cell, times), _cell(times[0] / times[-1], ".3f")]
+    cells = [_in_a_cell(time) if isinstance(time, str) else f"{time:.4f}" for time in times]
+    return [graph["shape"], *cells, f"{times[0] / times[-1]:.3f}"]
 
 
-def _cell(value: float | str | None, form: str = ".4f", unit: str = "") -> str:
-    """Return a number, the reason that there is none, or nothing."""
-    if isinstance(value, str):
-        return value.replace("|", "/")
-    return "" if value is None else f"{value:{form}}{unit}"
+def _in_a_cell(reason: str) -> str:
+    return reason.replace("|", "/")
 
 
 def workloads(device: torch.device) -> list[Workload]:

@@ -198,19 +198,15 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(arguments).check
-    differing = 0
-    for name in DOCUMENTS:
-        path = root / name
-        old = path.read_text(encoding="utf-8")
-        new = filled(old, root)
-        if new != old:
-            differing += 1
-            print(f"{name}: {'its tables are not those of the records' if check else 'written'}")
-            if not check:
-                path.write_text(new, encoding="utf-8")
+    texts = {root / name: (root / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+    differing = {path: text for path, old in texts.items() if (text := filled(old, root)) != old}
+    for path, text in differing.items():
+        print(f"{path.relative_to(root)}: {'its tables are not those of the records' if check else 'written'}")
+        if not check:
+            path.write_text(text, encoding="utf-8")
     if not differing:
         print(f"{' and '.join(DOCUMENTS)} show the records")
-    return 1 if check and differing else 0
+    return int(check and bool(differing))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 import fastloss
-from fastloss.demo import data
+from fastloss.demo.training import digits
 from fastloss.measuring import pictures
 from fastloss.measuring.tables import progress_bar
 
@@ -440,7 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(output: Path, epochs: int, seeds: Sequence[int], fewer_seeds: int) -> None:
-    split = data.digits(0, CPU)
+    split = digits(0, CPU)
     scans = Scans(*split)
     for_sweep = Scans(scans.train[KEPT:], scans.train_digit[KEPT:], scans.train[:KEPT], scans.train_digit[:KEPT])
     tried = range(FIRST_SWEEP_SEED, FIRST_SWEEP_SEED + fewer_seeds)

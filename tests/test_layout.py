@@ -243,7 +243,7 @@ UPWARDS = {"fastloss/backends/choice.py imports fastloss.kernels"}
 FILES = {
     "faces": ("patch", "modules"),
     "bench": ("plot", "report", "measure", "workloads"),
-    "demo": ("picture", "report", "training", "language_model", "loss_at_scale", "optimizer_step", "data", "runs"),
+    "demo": ("picture", "report", "training", "language_model", "loss_at_scale", "optimizer_step", "runs"),
     "measuring": (
         *("sgd", "reference", "contenders", "inputs", "limits"),
         *("clock", "machine", "info", "pictures", "tables"),

@@ -11,7 +11,7 @@ import gc
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..measuring.clock import Clock, FullStream, Progress, Step, Times, block_size, by_the_clock, in_turns, repeated
 from ..measuring.contenders import SGD_OPTIONS, Contender
 from ..measuring.limits import Copy, Products
-from ..measuring.machine import OtherPrograms, first_line, free_bytes, is_out_of_memory, peak_bytes
+from ..measuring.machine import OtherPrograms, bytes_in_words, first_line, free_bytes, is_out_of_memory, peak_bytes
 from ..measuring.reference import errors_of_eager, operation, verdict
 from ..measuring.sgd import ready_step, step_errors
 from .workloads import Workload
@@ -88,9 +88,25 @@ class Row:
         """True if the row has a time."""
         return self.status == "timed"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields, for JSON."""
-        return asdict(self)
+    def cells(self) -> dict[str, str]:
+        """Return the numbers that the row has, as they are printed, by the heads of their columns."""
+        return {
+            head: form(number)
+            for head, (name, form) in COLUMNS.items()
+            if (number := getattr(self, name)) is not None
+        }
+
+
+# Heads, fields and forms.
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "ms": ("milliseconds", "{:.4f}".format),
+    "host ms": ("host_milliseconds", "{:.4f}".format),
+    "Tflop/s": ("teraflops", "{:.4g}".format),
+    "of the products": ("times_products", "{:.3f}".format),
+    "GB/s": ("gigabytes_per_second", "{:.2f}".format),
+    "of a copy": ("share_of_copy", "{:.0%}".format),
+    "peak": ("peak_bytes", bytes_in_words),
+}
 
 
 @dataclass
@@ -142,8 +158,9 @@ def measure(
     """
     try:
         prepared = prepare(workload, contenders, device, seed=seed, timing_wrong=timing_wrong)
-        if prepared.steps:
-            _time(prepared, contenders, budget, progress)
+        ready = [contender for contender in contenders if contender.name in prepared.steps]
+        with prepared.failing(ready):  # if one fails now, no contender's turns can be compared
+            prepared.rows.update(_timed(prepared, ready, budget, progress) if ready else {})
         return [prepared.rows[contender.name] for contender in contenders]
     finally:
         gc.collect()
@@ -172,21 +189,16 @@ def prepare(
         else:
             candidates.append(contender)
     needed, free = _least_bytes(workload, len(candidates), device), free_bytes(device)
-    if candidates and needed <= free:
-        _prepare_steps(prepared, candidates, seed, timing_wrong)
-        return prepared
-    for contender in candidates:
-        words = f"needs {needed / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free on {device}"
-        prepared.refuse(contender, "too large", words)
-    return prepared
-
-
-def _prepare_steps(prepared: Prepared, candidates: Sequence[Contender], seed: int, timing_wrong: bool) -> None:
-    workload = prepared.workload
+    if needed > free:
+        for contender in candidates:
+            words = f"needs {needed / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free on {device}"
+            prepared.refuse(contender, "too large", words)
+        candidates = []
     check: Callable[[Contender], Checked] | None = None
     makers: dict[Contender, Callable[[], Step]] = {}
     with prepared.failing(candidates, "too large"):
-        check = _sgd_check(prepared) if workload.op == "sgd" else _loss_check(prepared, seed)
+        if candidates:
+            check = _sgd_check(prepared) if workload.op == "sgd" else _loss_check(prepared, seed)
     for contender in candidates if check is not None else ():
         with prepared.failing([contender]):
             checked = check(contender)
@@ -199,8 +211,9 @@ def _prepare_steps(prepared: Prepared, candidates: Sequence[Contender], seed: in
         with prepared.failing([contender]):
             step = make()
             step()
-            peak = None if workload.op == "host" else peak_bytes(step, prepared.device) - workload.gradient_bytes
+            peak = None if workload.op == "host" else max(0, peak_bytes(step, device) - workload.gradient_bytes)
             prepared.peaks[contender.name], prepared.steps[contender.name] = peak, step
+    return prepared
 
 
 def _loss_check(prepared: Prepared, seed: int) -> Callable[[Contender], Checked]:
@@ -274,13 +287,6 @@ def _least_bytes(workload: Workload, contenders: int, device: torch.device) -> i
     if workload.op == "linear":  # with the exact gradients in float64 and their terms
         logits += _LINEAR_BYTES * workload.gradient_bytes // workload.dtype.itemsize
     return workload.input_bytes + logits
-
-
-def _time(prepared: Prepared, contenders: Sequence[Contender], budget: float, progress: Progress) -> None:
-    """Add the rows of the contenders that are ready; if one fails now, no contender's turns can be compared."""
-    ready = [contender for contender in contenders if contender.name in prepared.steps]
-    with prepared.failing(ready):
-        prepared.rows.update(_timed(prepared, ready, budget, progress))
 
 
 def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, progress: Progress) -> dict[str, Row]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,8 +15,8 @@ from rich.text import Text
 
 from ..measuring import info, machine
 from ..measuring.contenders import OURS, Contender
-from ..measuring.tables import NOTABLE_SHARE, TIMES, bytes_in_words, notes, plain_table
-from .measure import Row
+from ..measuring.tables import NOTABLE_SHARE, TIMES, notes, plain_table
+from .measure import COLUMNS, Row
 from .workloads import Workload
 
 LEGEND = (
@@ -91,7 +92,7 @@ def write_json(path: Path | None, device: torch.device, rows: Sequence[Row], *, 
         "torch": torch.__version__,
         "device": machine.description(device),
         "finished": finished,
-        "rows": [row.as_dict() for row in rows],
+        "rows": [asdict(row) for row in rows],
     }
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -107,34 +108,27 @@ def _title(workload: Workload) -> str:
     title = ", ".join([workload.op, f"{n} {TIMES} {v}", workload.dtype_name, *target])
     if workload.op == "host":
         return f"{title}: until the call returns"
-    return f"{title}: {bytes_in_words(workload.moved_bytes)} must move"
+    return f"{title}: {machine.bytes_in_words(workload.moved_bytes)} must move"
 
 
 def _timed(rows: Sequence[Row], op: str) -> Table:
     """Return the contenders' numbers, and those of the limit that took turns with them."""
     ours, first = next((row for row in rows if row.contender == OURS), None), rows[0]
-    bare, copied = first.products_milliseconds, first.copy_gigabytes_per_second
-    speed = (first.teraflops or 0.0) * (first.times_products or 0.0)
-    # Headings, the contenders' cells and the limit's.
-    columns: dict[str, tuple[Callable[[Row], str], str]] = {
-        "contender": (lambda row: row.contender, "three products" if op == "linear" else "a copy"),
-        "ms": (lambda row: f"{row.milliseconds:.4f}", f"{bare:.4f}" if bare else ""),
-        "host ms": (lambda row: f"{row.host_milliseconds or 0.0:.4f}", ""),
-        "Tflop/s": (lambda row: f"{row.teraflops or 0.0:.4g}", f"{speed:.4g}"),
-        "of the products": (lambda row: f"{row.times_products or 0.0:.3f}", "1.000"),
-        "GB/s": (lambda row: f"{row.gigabytes_per_second or 0.0:.2f}", f"{copied or 0.0:.2f}"),
-        "of a copy": (lambda row: f"{row.share_of_copy or 0.0:.0%}", "100%"),
-        "peak": (lambda row: bytes_in_words(max(0, row.peak_bytes or 0)), ""),
-        "ratio": (lambda row: f"{ours.ratios[row.contender]:.3f}" if ours and row is not ours else "", ""),
-    }
-    absent = {"linear": {"GB/s", "of a copy"}, "host": {"Tflop/s", "of the products", "GB/s", "of a copy", "peak"}}
-    unwanted = absent.get(op, {"Tflop/s", "of the products"})
-    if first.host_milliseconds is None:
-        unwanted = unwanted | {"host ms"}
-    columns = {heading: cells for heading, cells in columns.items() if heading not in unwanted}
+    limit = {"contender": "a copy", "GB/s": f"{first.copy_gigabytes_per_second or 0.0:.2f}", "of a copy": "100%"}
+    if bare := first.products_milliseconds:
+        speed = (first.teraflops or 0.0) * (first.times_products or 0.0)
+        limit = {
+            "contender": "three products",
+            "ms": f"{bare:.4f}",
+            "Tflop/s": f"{speed:.4g}",
+            "of the products": "1.000",
+        }
+    ratios = {name: f"{ratio:.3f}" for name, ratio in ours.ratios.items()} if ours else {}
+    columns = ["contender", *(head for head in COLUMNS if head in first.cells()), "ratio"]
     result = plain_table("", *columns)
     for row in rows:
-        result.add_row(*(cell(row) for cell, _ in columns.values()), style="cyan" if row is ours else "")
-    if bare or copied:
-        result.add_row(*(limit for _, limit in columns.values()), style="dim")
+        cells = {"contender": row.contender, **row.cells(), "ratio": ratios.get(row.contender, "")}
+        result.add_row(*(cells[head] for head in columns), style="cyan" if row is ours else "")
+    if bare or first.copy_gigabytes_per_second:
+        result.add_row(*(limit.get(head, "") for head in columns), style="dim")
     return result

@@ -2,7 +2,7 @@
 
 Every number it prints or draws is measured in that run. The modules, in the order in which they are used:
 
-- :mod:`.data`, :mod:`.training`: the two runs on real scans of digits;
+- :mod:`.training`: the two runs on real scans of digits;
 - :mod:`.loss_at_scale`: the loss alone, at language-model size;
 - :mod:`.language_model`: the two runs on Python's own source, with logits and without;
 - :mod:`.optimizer_step`: SGD's step alone, over the tensors of a ResNet-50;
@@ -14,9 +14,10 @@ can name those that are not installed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,9 +25,11 @@ from ..measuring.machine import missing
 from .language_model import LanguageModel, Size, size_for, train_language_model
 from .loss_at_scale import Case, LossAtScale, cases_for, compare
 from .optimizer_step import OptimizerStep, compare_steps, width_that_fits
-from .training import Training, train_side_by_side
+from .training import Training, digits, train_side_by_side
 
 __all__ = ["Outcome", "Settings", "missing_extras", "run"]
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -65,31 +68,27 @@ def run(settings: Settings) -> Outcome:
 
     from ..measuring import machine
     from ..measuring.tables import progress_bar, task
-    from . import data, picture, report
+    from . import picture, report
 
     console, seed = Console(), settings.seed
     device = settings.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def measured(words: str, measure: Callable[..., Result], *given: Any, **options: Any) -> Result:
+        with progress_bar(console) as bar:
+            return measure(*given, **options, progress=task(bar, words))
+
     console.print(report.heading(device))
-    with progress_bar(console) as bar:
-        progress = task(bar, "training, with fastloss and with PyTorch")
-        split = data.digits(seed, device)
-        training = train_side_by_side(split, epochs=settings.epochs, seed=seed, progress=progress)
+    words = "training, with fastloss and with PyTorch"
+    training = measured(words, train_side_by_side, digits(seed, device), epochs=settings.epochs, seed=seed)
     console.print(report.training(training))
-    at_scale = []
-    with progress_bar(console) as bar:
-        for case in cases_for(device) if settings.cases is None else settings.cases:
-            progress = task(bar, f"loss alone, {case}")
-            at_scale.append(compare(case, device, seed=seed, budget=settings.seconds_a_case, progress=progress))
+    cases, budget = cases_for(device) if settings.cases is None else settings.cases, settings.seconds_a_case
+    at_scale = [measured(f"loss alone, {case}", compare, case, device, seed=seed, budget=budget) for case in cases]
     console.print(report.at_scale(at_scale, device))
-    with progress_bar(console) as bar:
-        progress = task(bar, "a language model, with logits and without")
-        size = settings.language_model or size_for(device)
-        language_model = train_language_model(device, size=size, seed=seed, progress=progress)
+    words, size = "a language model, with logits and without", settings.language_model or size_for(device)
+    language_model = measured(words, train_language_model, device, size=size, seed=seed)
     console.print(report.language_model(language_model, device))
-    with progress_bar(console) as bar:
-        progress = task(bar, "SGD's step alone")
-        width = settings.optimizer_width or width_that_fits(device)
-        optimizer = compare_steps(device, width=width, budget=settings.seconds_of_optimizer, progress=progress)
+    width, budget = settings.optimizer_width or width_that_fits(device), settings.seconds_of_optimizer
+    optimizer = measured("SGD's step alone", compare_steps, device, width=width, budget=budget)
     console.print(report.optimizer(optimizer, device))
     outcome = Outcome(training, tuple(at_scale), language_model, optimizer)
     picture.draw(outcome, settings.output, caption=machine.description(device))

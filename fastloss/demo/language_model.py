@@ -6,6 +6,7 @@ there are 65536 of them, as many as a language model's vocabulary has, and no vo
 
 from __future__ import annotations
 
+import itertools
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import fastloss
 
 from ..measuring.clock import Progress
 from ..measuring.machine import OtherPrograms
-from .runs import Run
+from .runs import Run, in_turn
 
 CLASSES = 1 << 16  # pairs of bytes
 LEARNING_RATE, MOMENTUM = 0.5, 0.5
@@ -83,12 +84,8 @@ def train_language_model(
     pytorch, ours = runs = [_new_run(loss, size, seed, device) for loss in (_by_logits, _without_logits)]
     for run in runs:
         run.measure_peak(next(_batches(text, size, seed)))
-    others = OtherPrograms()
-    for step, tokens in zip(range(size.steps), _batches(text, size, seed), strict=False):
-        # The first of the two alternates, so that neither always finds the other's data in the cache.
-        for run in runs if step % 2 == 0 else reversed(runs):
-            run.step(tokens)
-        progress((step + 1) / size.steps)
+    others, batches = OtherPrograms(), list(itertools.islice(_batches(text, size, seed), size.steps))
+    in_turn(runs, size.steps, lambda run, step: run.step(batches[step]), progress)
     return LanguageModel(size, 2 * len(text), pytorch, ours, others.share())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 
 from ..measuring.clock import Progress, in_turns, seconds
 from ..measuring.inputs import loss_inputs
-from ..measuring.machine import OtherPrograms, free_bytes, peak_bytes
+from ..measuring.machine import OtherPrograms, halved_to_fit, peak_bytes
 from ..measuring.reference import Errors, LossReference, operation
 from .runs import FASTLOSS, PYTORCH
 
@@ -19,8 +20,7 @@ from .runs import FASTLOSS, PYTORCH
 # and the 256 special ones that its published configuration adds).
 VOCABULARIES = (32000, 128256)
 DTYPES = (torch.float32, torch.bfloat16)
-TOKENS_ON_CPU = 512
-TOKENS_ON_GPU = 8192
+TOKENS = {"cpu": 512, "cuda": 8192}
 FEWEST_TOKENS = 16
 COPIES = 6  # of the logits' size, that a case takes at its highest: plain PyTorch's backward, and some room
 
@@ -33,29 +33,19 @@ class Case(NamedTuple):
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{self.size} {self.dtype_name}"
+        return " ".join(self.words)
 
     @property
-    def size(self) -> str:
-        """``512 × 32000``."""
-        return f"{self.tokens} × {self.classes}"
-
-    @property
-    def dtype_name(self) -> str:
-        """``float32``, ``bfloat16``."""
-        return str(self.dtype).removeprefix("torch.")
+    def words(self) -> tuple[str, str]:
+        """``512 × 32000`` and ``float32``."""
+        return f"{self.tokens} × {self.classes}", str(self.dtype).removeprefix("torch.")
 
 
 class Timed(NamedTuple):
     """The forward and backward pass of one side."""
 
-    seconds: list[float]  # one a round
+    median: float  # seconds
     peak_bytes: int  # beyond the logits and the labels
-
-    @property
-    def median(self) -> float:
-        """The median seconds."""
-        return statistics.median(self.seconds)
 
 
 class Measured(NamedTuple):
@@ -75,31 +65,18 @@ class LossAtScale:
     pytorch: Measured
     fastloss: Measured
     accuracy: float  # in [0, 1], from the float64 reference
+    rounds: int  # how often each step was timed
     others_share: float  # of the CPUs, that other programs took meanwhile
 
-    @property
-    def rounds(self) -> int:
-        """How often each step was timed."""
-        return len(self.pytorch.loss.seconds)
 
-
-def cases_for(device: torch.device) -> tuple[Case, ...]:
+def cases_for(device: torch.device) -> list[Case]:
     """Return every vocabulary in every dtype, with as many tokens as there is memory for."""
-    free = free_bytes(device)
-    wanted = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
-    return tuple(
-        Case(_tokens_that_fit(wanted, classes * dtype.itemsize, free), classes, dtype)
-        for classes in VOCABULARIES
-        for dtype in DTYPES
-    )
-
-
-def _tokens_that_fit(wanted: int, bytes_a_token: int, free: int) -> int:
-    """Return ``wanted``, halved until the case takes no more than half of the free memory."""
-    tokens = wanted
-    while tokens > FEWEST_TOKENS and COPIES * tokens * bytes_a_token > free / 2:
-        tokens //= 2
-    return tokens
+    cases = []
+    for classes, dtype in itertools.product(VOCABULARIES, DTYPES):
+        size = COPIES * classes * dtype.itemsize
+        tokens = halved_to_fit(TOKENS[device.type], FEWEST_TOKENS, lambda tokens, size=size: tokens * size, device)
+        cases.append(Case(tokens, classes, dtype))
+    return cases
 
 
 def compare(
@@ -116,6 +93,6 @@ def compare(
     peaks = [peak_bytes(step, device) for step in steps]  # and a first, untimed, run of each
     others = OtherPrograms()
     times = in_turns(steps, partial(seconds, device=device), budget=budget, progress=progress)
-    timed = list(map(Timed, times, peaks))
+    timed = list(map(Timed, map(statistics.median, times), peaks))
     pytorch, fastloss = map(Measured, timed[0::2], timed[1::2], errors, accuracies)
-    return LossAtScale(case, pytorch, fastloss, reference.top1, others.share())
+    return LossAtScale(case, pytorch, fastloss, reference.top1, len(times[0]), others.share())

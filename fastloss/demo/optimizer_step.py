@@ -16,7 +16,7 @@ import fastloss
 from ..measuring.clock import Progress, in_turns, seconds
 from ..measuring.contenders import SGD_OPTIONS
 from ..measuring.inputs import RESNET50_WIDTH, resnet50_shapes
-from ..measuring.machine import OtherPrograms, free_bytes
+from ..measuring.machine import OtherPrograms, halved_to_fit
 from ..measuring.sgd import MakeOptimizer, Shape, random_parameters, step_errors
 
 NARROWEST = 8
@@ -59,10 +59,7 @@ class _Clipping:
 
 def width_that_fits(device: torch.device) -> int:
     """Return a ResNet-50's own width, halved until the step takes no more than half of the free memory."""
-    width, free = RESNET50_WIDTH, free_bytes(device)
-    while width > NARROWEST and COPIES * 4 * count(resnet50_shapes(width)) > free / 2:
-        width //= 2
-    return width
+    return halved_to_fit(RESNET50_WIDTH, NARROWEST, lambda width: COPIES * 4 * count(resnet50_shapes(width)), device)
 
 
 def count(shapes: Sequence[Shape]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -39,46 +39,37 @@ _MEGABYTES = _Unit("MB", 1e-6, "less", "more")
 
 def draw(outcome: Outcome, path: Path, *, caption: str) -> None:
     """Write the picture to ``path``, a PNG; ``caption`` names the machine."""
-    training, at_scale, model, optimizer = (
-        outcome.training,
-        outcome.at_scale,
-        outcome.language_model,
-        outcome.optimizer,
-    )
-    sizes = [f"{result.case.size}\n{result.case.dtype_name}" for result in at_scale]
+    at_scale, model, optimizer = outcome.at_scale, outcome.language_model, outcome.optimizer
+    sizes = ["\n".join(result.case.words) for result in at_scale]
     both = [(result.pytorch.loss_and_accuracy, result.fastloss.loss_and_accuracy) for result in at_scale]
     ways = [optimizer.compared[i] for i in (0, 1, 3)]  # without PyTorch's slower way a second time
+    names = [way.name.replace(" (", "\n(") + (",\nclipped" if way.clipped else "") for way in ways]
     others_share = max([optimizer.others_share, *(result.others_share for result in at_scale)])
     noise = f" · other programs took up to {others_share:.0%} of the CPUs" if others_share >= NOTABLE_SHARE else ""
     rounds = min((result.rounds for result in at_scale), default=0)
+    widths = [max(pairs, 3) for pairs in (len(at_scale), len(at_scale), len(ways))]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(16, 9.2), dpi=120, facecolor="white")
-        above = figure.add_gridspec(
-            1, 3, left=LEFT, right=RIGHT, top=0.805, bottom=0.54, wspace=0.17, width_ratios=[3.3, 3, 1.9]
+        place = {"left": LEFT, "right": RIGHT}
+        above = figure.add_gridspec(1, 3, top=0.805, bottom=0.54, wspace=0.17, width_ratios=[3.3, 3, 1.9], **place)
+        below = figure.add_gridspec(1, 3, top=0.38, bottom=0.115, wspace=0.1, width_ratios=widths, **place)
+        losses, held_out, memory, times, peaks, steps = (
+            figure.add_subplot(grid[i]) for grid in (above, below) for i in range(3)
         )
-        widths = [max(pairs, 3) for pairs in (len(at_scale), len(at_scale), len(ways))]
-        below = figure.add_gridspec(
-            1, 3, left=LEFT, right=RIGHT, top=0.38, bottom=0.115, wspace=0.1, width_ratios=widths
-        )
-        _draw_losses(figure.add_subplot(above[0]), training)
-        _draw_held_out(figure.add_subplot(above[1]), training)
-        peaks = [(model.pytorch.peak_bytes, model.fastloss.peak_bytes)]
-        axes = figure.add_subplot(above[2])
-        _bars(axes, [f"{model.size.rows} {TIMES} {CLASSES}\nfloat32"], peaks, _MEGABYTES)
-        axes.set_xlim(-1, 1)
-        title(axes, "A language model's memory", "peak of a step; fastloss holds no logits")
-        axes = figure.add_subplot(below[0])
-        _bars(axes, sizes, [(a.median, b.median) for a, b in both], _MILLISECONDS)
+        _draw_losses(losses, outcome.training)
+        _draw_held_out(held_out, outcome.training)
+        pairs = [(model.pytorch.peak_bytes, model.fastloss.peak_bytes)]
+        _bars(memory, [f"{model.size.rows} {TIMES} {CLASSES}\nfloat32"], pairs, _MEGABYTES)
+        memory.set_xlim(-1, 1)
+        title(memory, "A language model's memory", "peak of a step; fastloss holds no logits")
+        _bars(times, sizes, [(a.median, b.median) for a, b in both], _MILLISECONDS)
         detail = f"forward and backward, tokens {TIMES} classes; median of {rounds} or more turns"
-        title(axes, "Time of cross-entropy with top-1 accuracy", detail)
-        axes = figure.add_subplot(below[1])
-        _bars(axes, sizes, [(a.peak_bytes, b.peak_bytes) for a, b in both], _MEGABYTES)
-        title(axes, "Peak memory of the same", "bytes of tensors, beyond the logits and the labels")
-        axes = figure.add_subplot(below[2])
-        names = [way.name.replace(" (", "\n(") + (",\nclipped" if way.clipped else "") for way in ways]
-        _bars(axes, names, [way.seconds for way in ways], _MILLISECONDS)
+        title(times, "Time of cross-entropy with top-1 accuracy", detail)
+        _bars(peaks, sizes, [(a.peak_bytes, b.peak_bytes) for a, b in both], _MEGABYTES)
+        title(peaks, "Peak memory of the same", "bytes of tensors, beyond the logits and the labels")
+        _bars(steps, names, [way.seconds for way in ways], _MILLISECONDS)
         detail = tensors_of(optimizer).replace("million parameters", "M numbers")
-        title(axes, "Time of SGD's step, beside torch's", detail)
+        title(steps, "Time of SGD's step, beside torch's", detail)
         _draw_head(figure)
         figure.text(LEFT, 0.03, caption + noise, fontsize=9.5, color=FAINT)
         figure.savefig(path, format="png")
@@ -91,15 +82,9 @@ def _draw_head(figure: Figure) -> None:
         "Below, the loss alone at language-model size, and SGD's step alone."
     )
     figure.text(LEFT, 0.913, words, fontsize=11.5, color=FAINT)
-    figure.legend(
-        handles=[Patch(color=PYTORCH, label="PyTorch"), Patch(color=FASTLOSS, label="fastloss")],
-        loc="upper right",
-        bbox_to_anchor=(0.977, 0.99),
-        ncols=2,
-        fontsize=13,
-        handlelength=1.0,
-        handleheight=1.0,
-    )
+    handles = [Patch(color=PYTORCH, label="PyTorch"), Patch(color=FASTLOSS, label="fastloss")]
+    where: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (0.977, 0.99)}
+    figure.legend(handles=handles, ncols=2, fontsize=13, handlelength=1.0, handleheight=1.0, **where)
 
 
 def _draw_losses(axes: Axes, training: Training) -> None:

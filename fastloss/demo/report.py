@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ..measuring import machine
 from ..measuring.info import reason
 from ..measuring.inputs import resnet50_shapes
-from ..measuring.tables import TIMES, bytes_in_words, notes, plain_table
+from ..measuring.machine import bytes_in_words
+from ..measuring.tables import TIMES, notes, plain_table
 from .language_model import CLASSES, LanguageModel
 from .loss_at_scale import LossAtScale, Measured
 from .optimizer_step import OptimizerStep, count
@@ -34,7 +34,7 @@ def heading(device: torch.device) -> RenderableType:
     )
 
 
-def _pair(form: Callable[[Any], str], pytorch: float, fastloss: float, *, ratio: bool = False) -> list[str]:
+def _cells(form: Callable[[Any], str], pytorch: float, fastloss: float, ratio: bool = False) -> list[str]:
     """Return the cells of PyTorch, fastloss and their ratio."""
     return [form(pytorch), form(fastloss), f"{pytorch / fastloss:.2f}x" if ratio else ""]
 
@@ -42,14 +42,8 @@ def _pair(form: Callable[[Any], str], pytorch: float, fastloss: float, *, ratio:
 def training(result: Training) -> RenderableType:
     """Return the two runs by epoch, then side by side as wholes."""
     a, b = result.pytorch, result.fastloss
-    by_epoch = plain_table(
-        f"Training on {result.trained_on} scans of digits, {result.held_out} held out",
-        "epoch",
-        "PyTorch loss",
-        "fastloss loss",
-        "PyTorch held out",
-        "fastloss held out",
-    )
+    columns = ("epoch", "PyTorch loss", "fastloss loss", "PyTorch held out", "fastloss held out")
+    by_epoch = plain_table(f"Training on {result.trained_on} scans of digits, {result.held_out} held out", *columns)
     last = len(a.epoch_losses) - 1
     for epoch in sorted({round(last * i / (EPOCHS_SHOWN - 1)) for i in range(EPOCHS_SHOWN)}):
         losses, accuracies = [run.epoch_losses[epoch] for run in (a, b)], [run.held_out[epoch] for run in (a, b)]
@@ -74,7 +68,10 @@ def at_scale(results: Sequence[LossAtScale], device: torch.device) -> Renderable
     for i, result in enumerate(results):
         if i:
             table.add_row()
-        _add_case(table, result)
+        names = [*result.case.words, f"{result.rounds} runs", f"others' CPU {result.others_share:.0%}", "", "", ""]
+        for name, (words, form, number, ratio) in zip(names, _AT_SCALE, strict=True):
+            numbers = _cells(form, number(result.pytorch), number(result.fastloss), ratio)
+            table.add_row(name, words.format(result), *numbers)
     words = (
         "Time: median of interleaved runs. Others' CPU: the share that other programs took meanwhile. "
         "Peak: bytes of tensors, beyond the logits and the labels. Ratio: PyTorch's number / fastloss's, so "
@@ -84,22 +81,16 @@ def at_scale(results: Sequence[LossAtScale], device: torch.device) -> Renderable
     return Group("", table, notes(words))
 
 
-def _add_case(table: Table, result: LossAtScale) -> None:
-    case = result.case
-    names = [case.size, case.dtype_name, f"{result.rounds} runs", f"others' CPU {result.others_share:.0%}"]
-    # Words, the form of a number, each side's number, and whether their ratio is shown.
-    rows: list[tuple[str, Callable[[Any], str], Callable[[Measured], float], bool]] = [
-        ("time, loss + accuracy", _tenths, lambda side: side.loss_and_accuracy.median * 1e3, True),
-        ("time, loss", _tenths, lambda side: side.loss.median * 1e3, True),
-        ("peak, loss + accuracy", bytes_in_words, lambda side: side.loss_and_accuracy.peak_bytes, True),
-        ("peak, loss", bytes_in_words, lambda side: side.loss.peak_bytes, True),
-        ("error of the loss", _error, lambda side: side.errors.loss, False),
-        ("error of the gradient", _error, lambda side: side.errors.gradient_norm, False),
-        (f"accuracy (float64: {result.accuracy:.2%})", _share, lambda side: side.accuracy, False),
-    ]
-    for i, (words, form, number, ratio) in enumerate(rows):
-        numbers = _pair(form, number(result.pytorch), number(result.fastloss), ratio=ratio)
-        table.add_row(names[i] if i < len(names) else "", words, *numbers)
+# The rows of each case: words, the form of a number, each side's number, and whether their ratio is shown.
+_AT_SCALE: list[tuple[str, Callable[[Any], str], Callable[[Measured], float], bool]] = [
+    ("time, loss + accuracy", _tenths, lambda side: side.loss_and_accuracy.median * 1e3, True),
+    ("time, loss", _tenths, lambda side: side.loss.median * 1e3, True),
+    ("peak, loss + accuracy", bytes_in_words, lambda side: side.loss_and_accuracy.peak_bytes, True),
+    ("peak, loss", bytes_in_words, lambda side: side.loss.peak_bytes, True),
+    ("error of the loss", _error, lambda side: side.errors.loss, False),
+    ("error of the gradient", _error, lambda side: side.errors.gradient_norm, False),
+    ("accuracy (float64: {0.accuracy:.2%})", _share, lambda side: side.accuracy, False),
+]
 
 
 def language_model(result: LanguageModel, device: torch.device) -> RenderableType:
@@ -107,10 +98,13 @@ def language_model(result: LanguageModel, device: torch.device) -> RenderableTyp
     a, b, size, saved = result.pytorch, result.fastloss, result.size, result.saved_bytes
     title = f"A language model on {result.text_bytes / 1e6:.1f} MB of Python's own source, on {device.type}"
     table = plain_table(title, f"{size.rows} tokens {TIMES} {CLASSES} classes a step", "PyTorch", "fastloss", "ratio")
-    table.add_row("loss of the first step", *_pair(_loss, a.losses[0], b.losses[0]))
-    table.add_row(f"loss of step {size.steps}", *_pair(_loss, a.losses[-1], b.losses[-1]))
-    table.add_row("time of a step", *_pair(_tenths, a.median_step * 1e3, b.median_step * 1e3, ratio=True))
-    table.add_row("peak of a step", *_pair(bytes_in_words, a.peak_bytes, b.peak_bytes, ratio=True))
+    for name, form, pytorch, fastloss, ratio in (
+        ("loss of the first step", _loss, a.losses[0], b.losses[0], False),
+        (f"loss of step {size.steps}", _loss, a.losses[-1], b.losses[-1], False),
+        ("time of a step", _tenths, a.median_step * 1e3, b.median_step * 1e3, True),
+        ("peak of a step", bytes_in_words, a.peak_bytes, b.peak_bytes, True),
+    ):
+        table.add_row(name, *_cells(form, pytorch, fastloss, ratio))
     change = "saved" if saved >= 0 else "more taken"
     table.add_row(f"memory {change}", "", bytes_in_words(abs(saved)), f"{abs(saved) / a.peak_bytes:.0%}")
     words = (
@@ -129,8 +123,8 @@ def optimizer(result: OptimizerStep, device: torch.device) -> RenderableType:
     table = plain_table(title, "", "", "PyTorch", "fastloss", "ratio")
     for way in result.compared:
         name, times = "clipping and step" if way.clipped else "step", [seconds * 1e3 for seconds in way.seconds]
-        table.add_row(way.name, f"{name}, time", *_pair("{:.2f} ms".format, *times, ratio=True))
-        table.add_row("", f"{name}, error", *_pair(_error, *way.errors))
+        table.add_row(way.name, f"{name}, time", *_cells("{:.2f} ms".format, *times, ratio=True))
+        table.add_row("", f"{name}, error", *_cells(_error, *way.errors))
     words = (
         "In float32 with momentum and weight decay; the first column names PyTorch's way. Clipping: clip_grad_norm_ "
         "and the step, or fastloss's step with max_norm. "

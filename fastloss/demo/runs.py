@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..measuring.clock import seconds
+from ..measuring.clock import Progress, seconds
 from ..measuring.contenders import eager, ours
 from ..measuring.machine import peak_bytes
 
@@ -52,6 +53,14 @@ class Run:
         loss.backward()
         self.optimizer.step()
         return loss.detach()
+
+
+def in_turn(runs: Sequence[Run], rounds: int, advance: Callable[[Any, int], object], progress: Progress) -> None:
+    """Advance the runs round by round. The first alternates: else one would always find the other's data cached."""
+    for number in range(rounds):
+        for run in runs if number % 2 == 0 else reversed(runs):
+            advance(run, number)
+        progress((number + 1) / rounds)
 
 
 def largest_difference(first: Run, second: Run) -> float:

@@ -57,6 +57,14 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def halved_to_fit(size: int, least: int, nbytes: Callable[[int], int], device: torch.device) -> int:
+    """Return ``size``, halved until its ``nbytes`` are no more than half of the free memory, or ``least``."""
+    free = free_bytes(device)
+    while size > least and nbytes(size) > free / 2:
+        size //= 2
+    return size
+
+
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Return the most bytes of tensors that ``step`` holds at one time, beyond those alive before it.
 
@@ -119,3 +127,11 @@ def first_line(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if memory ran out: a GPU's allocator has a class for that, a CPU's a message only."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def bytes_in_words(number: int) -> str:
+    """Return ``1.2 MB``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} B"

@@ -40,11 +40,3 @@ def task(bar: Progress, description: str) -> Callable[[float], None]:
     """Add a task to a progress bar; return the function that takes the share of it that is done."""
     number = bar.add_task(description, total=1.0)
     return lambda share: bar.update(number, completed=share)
-
-
-def bytes_in_words(number: int) -> str:
-    """Return ``1.2 MB``."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} B"
