@@ -41,33 +41,22 @@ GATHERED = "gathered, F.cross_entropy"
 _TIMES_GATHERED = 4.0  # an error past so many times that of the gathered form is wrong
 
 
-def on_a_dtensor(logits: Any, target: Tensor) -> Any:
-    return _gradient(fastloss.cross_entropy(logits, target), logits)
+def _step(loss: Callable[[Any, Tensor], Tensor]) -> Step:
+    """Return the step of a loss; to add the gradient to ``.grad`` torch 2.11 gathers shards of unequal sizes."""
+    return lambda logits, target: torch.autograd.grad(loss(logits, target), logits)[0]
 
 
-def on_a_group(logits: Any, target: Tensor) -> Any:
-    group = logits.device_mesh.get_group()
-    return _gradient(fastloss.cross_entropy(logits.to_local(), target, group=group), logits)
+def _on_a_group(logits: Any, target: Tensor) -> Tensor:
+    return fastloss.cross_entropy(logits.to_local(), target, group=logits.device_mesh.get_group())
 
 
-def by_loss_parallel(logits: Any, target: Tensor) -> Any:
-    with loss_parallel():
-        return _gradient(F.cross_entropy(logits, target), logits)
-
-
-def _gradient(loss: Tensor, logits: Any) -> Any:
-    """Return the gradient; to add it to ``.grad`` torch 2.11 gathers shards of unequal sizes."""
-    return torch.autograd.grad(loss, logits)[0]
-
-
+on_a_dtensor, by_loss_parallel = _step(fastloss.cross_entropy), loss_parallel()(_step(F.cross_entropy))
 CONTENDERS: dict[str, Step] = {
     OURS: on_a_dtensor,
-    "fastloss, group": on_a_group,
+    "fastloss, group": _step(_on_a_group),
     "loss_parallel": by_loss_parallel,
-    GATHERED: lambda logits, target: _gradient(F.cross_entropy(logits.full_tensor(), target), logits),
-    "gathered, fastloss": lambda logits, target: _gradient(
-        fastloss.cross_entropy(logits.full_tensor(), target), logits
-    ),
+    GATHERED: _step(lambda logits, target: F.cross_entropy(logits.full_tensor(), target)),
+    "gathered, fastloss": _step(lambda logits, target: fastloss.cross_entropy(logits.full_tensor(), target)),
 }
 
 
@@ -90,7 +79,7 @@ def error_of(step: Step, logits: Any, target: Tensor) -> float:
     """Return the norm of the gradient's error over that of the float64 gradient, over all processes."""
     local = step(logits, target).redistribute(placements=logits.placements).to_local().double()
     whole = logits.detach().full_tensor().double().requires_grad_()
-    exact, mesh = _gradient(F.cross_entropy(whole, target), whole), logits.device_mesh
+    exact, mesh = _step(F.cross_entropy)(whole, target), logits.device_mesh
     shard = exact[:, mesh.get_local_rank() * -(-exact.shape[1] // mesh.size()) :][:, : local.shape[1]]
     squares = torch.stack([(local - shard).square().sum(), shard.square().sum()])
     dist.all_reduce(squares)
@@ -99,16 +88,15 @@ def error_of(step: Step, logits: Any, target: Tensor) -> float:
 
 def times(steps: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> list[float]:
     """Return the median in ms of each step, of the slowest process; every round takes each of them."""
-    table = torch.zeros(rounds, len(steps), dtype=torch.float64)
-    for round in range(-2, rounds):  # two to warm up
-        for number, step in enumerate(steps):
+    rows: list[list[float]] = []
+    for _ in range(rounds + 2):  # two to warm up
+        rows.append([])
+        for step in steps:
             dist.barrier()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            took = seconds(step, device)
-            if round >= 0:
-                table[round, number] = took
-    table = table.to(device)
+            rows[-1].append(seconds(step, device))
+    table = torch.tensor(rows[2:], dtype=torch.float64, device=device)
     dist.all_reduce(table, op=dist.ReduceOp.MAX)
     return [1e3 * statistics.median(column) for column in table.t().tolist()]
 
