@@ -28,11 +28,12 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -53,13 +54,10 @@ from fastloss.backends.contract import (
 
 from .no_gpu import PROCESSORS, SHARED_BYTES, pretend_to_be_an_h100
 from .sass import Loop, hot_loops, wide_loads
+from .shared import refuse
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
+    **{f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 86, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # The most shared memory that a program can have there.
@@ -131,31 +129,23 @@ class Budget(NamedTuple):
 
 # On sm_90. The first two are for every element read once, or read and written; at 3 TB/s the H100 can issue 19.8
 # instructions for each bfloat16 element that it reads, 39 for one that it reads and writes.
+_SGD_FORMS = ("float32 momentum", "float32 momentum+amp+clip", "bfloat16 momentum", "bfloat16 master")
 BUDGETS = {
     "8192x32000 bfloat16 plain forward": Budget(instructions=16, special=1.2),
     "8192x32000 bfloat16 accuracy forward": Budget(instructions=16, special=1.2),
     "8192x32000 bfloat16 accuracy forward+gradient": Budget(instructions=26, special=1.2),
     "4096x128256 bfloat16 accuracy forward+gradient": Budget(instructions=26, special=1.2),
-    "sgd float32 momentum step": Budget(slots=0.5),
-    "sgd float32 momentum+amp+clip step": Budget(slots=0.5),
-    "sgd bfloat16 momentum step": Budget(slots=0.5),
-    "sgd bfloat16 master step": Budget(slots=0.5),
+    **dict.fromkeys([f"sgd {form} step" for form in _SGD_FORMS], Budget(slots=0.5)),
 }
 
 
-@contextmanager
-def recorded(launches: list[Launch], label: str) -> Iterator[None]:
+def recorded(launches: list[Launch], label: str) -> AbstractContextManager[object]:
     """Record launches instead of making them."""
-    run = JITFunction.run
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(Launch(self, args, kwargs, label))
 
-    JITFunction.run = record
-    try:
-        yield
-    finally:
-        JITFunction.run = run
+    return mock.patch.object(JITFunction, "run", record)
 
 
 def compile_for(launch: Launch, target: GPUTarget) -> Any:
@@ -544,19 +534,13 @@ def _examine_number(number: int) -> Compiled:
     return examine(launch, name, TARGETS[name])
 
 
-_COLUMNS = (  # names, widths, numbers and their forms, and meanings
-    ("regs", 4, "registers", "", "registers of a thread"),
-    ("spill", 5, "spills", "", "bytes that a thread spills"),
-    ("shared", 6, "shared", "", "bytes of shared memory of a program"),
-    (
-        "instr",
-        5,
-        "instructions",
-        ".1f",
-        "instructions an element, of all hot loops (NVIDIA's targets, as the next two)",
-    ),
-    ("MUFU", 4, "special", ".2f", "special-function operations an element, of the hot loop that has the most"),
-    ("slots", 5, "slots", ".0%", "share of an H100's issue slots that the hottest loop takes at 3 TB/s"),
+_COLUMNS = (  # titles, numbers and their forms, and meanings
+    ("regs", "registers", "", "registers of a thread"),
+    ("spill", "spills", "", "bytes that a thread spills"),
+    ("shared", "shared", "", "bytes of shared memory of a program"),
+    ("instr", "instructions", ".1f", "instructions an element, of all hot loops (NVIDIA's targets, as the next two)"),
+    ("MUFU", "special", ".2f", "special-function operations an element, of the hot loop that has the most"),
+    ("slots", "slots", ".0%", "share of an H100's issue slots that the hottest loop takes at 3 TB/s"),
 )
 _REST = (
     ("accesses", "to device memory: LDG loads, STG stores, of so many bits, × how many stand in the code; faults"),
@@ -565,10 +549,8 @@ _REST = (
 
 
 def _line(r: Compiled) -> str:
-    numbers = ((getattr(r, attribute), form, width) for _, width, attribute, form, _ in _COLUMNS)
-    cells = " ".join(
-        ("-" if number is None else format(number, form)).rjust(width) for number, form, width in numbers
-    )
+    numbers = [(len(title), getattr(r, name), form) for title, name, form, _ in _COLUMNS]
+    cells = " ".join(("-" if number is None else format(number, form)).rjust(size) for size, number, form in numbers)
     widths = " ".join(f"{kind}×{count}" for kind, count in sorted(r.widths.items()))
     faults = "".join(f" FAULT: {fault};" for fault in r.faults)
     return f"{r.kernel:19} {r.target:7} {cells}  {widths};{faults} {r.label}"
@@ -591,11 +573,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parsed = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        print("benchmarks.codegen compiles: unset TRITON_INTERPRET", file=sys.stderr)
-        return 2
+        return refuse("codegen", "it compiles; unset TRITON_INTERPRET")
     if parsed.jobs < 1:
-        print(f"benchmarks.codegen: --jobs is {parsed.jobs}; expected 1 or more", file=sys.stderr)
-        return 2
+        return refuse("codegen", f"--jobs is {parsed.jobs}; expected 1 or more")
     work = []
     targets = parsed.target or list(TARGETS)
     # AMD's compiler puts no stages into shared memory: plan() asks NVIDIA's devices alone.
@@ -605,18 +585,16 @@ def main(arguments: list[str] | None = None) -> int:
         launches = chosen(parsed.quick, parsed.only)
         work += distinct(launches, [name for name in targets if planned[name] == shared_bytes])
     if not work:
-        print(f"benchmarks.codegen: --only is {parsed.only!r}; no label contains it", file=sys.stderr)
-        return 2
-    titles = " ".join(name.rjust(width) for name, width, *_ in _COLUMNS)
-    print(f"{'kernel':19} {'target':7} {titles}  {'; '.join(name for name, _ in _REST)}")
-    faults, measured, budgeted = 0, set(), set()
+        return refuse("codegen", f"--only is {parsed.only!r}; no label contains it")
+    titles = " ".join(title for title, *_ in _COLUMNS)
+    print(f"{'kernel':19} {'target':7} {titles}  {'; '.join(title for title, _ in _REST)}")
+    faults, with_loops = 0, dict[tuple[str, str], bool]()
     for r in examined(work, parsed.jobs):
         faults += bool(r.faults)
         if r.label in BUDGETS and TARGETS[r.target].backend == "cuda":
-            budgeted.add((r.label, r.target))
-            measured |= {(r.label, r.target)} if r.loops else set()
+            with_loops[r.label, r.target] = with_loops.get((r.label, r.target), False) or bool(r.loops)
         print(_line(r), flush=True)
-    for label, target in sorted(budgeted - measured):
+    for label, target in sorted(key for key, has_loops in with_loops.items() if not has_loops):
         faults += 1
         print(f"FAULT: a budget, and no hot loop found; {target} {label}")
     print(f"{len(work)} compiled, {faults} with faults")

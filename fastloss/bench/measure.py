@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,18 +22,12 @@ from ..measuring.clock import Clock, FullStream, Progress, Step, Times, block_si
 from ..measuring.contenders import SGD_OPTIONS, Contender
 from ..measuring.limits import Copy, Products
 from ..measuring.machine import OtherPrograms, bytes_in_words, first_line, free_bytes, is_out_of_memory, peak_bytes
-from ..measuring.reference import errors_of_eager, operation, verdict
+from ..measuring.reference import LinearReference, LossReference, errors_of_eager, operation, verdict
 from ..measuring.sgd import ready_step, step_errors
 from .workloads import Workload
 
-
-class Checked(NamedTuple):
-    """A maker of a contender's step, why its results are wrong, if they are, and the error of its gradient."""
-
-    make: Callable[[], Step]
-    wrong: str | None
-    gradient_error: float | None = None
-
+# Returns a maker of a contender's step, why its results are wrong, if they are, and the error of its gradient.
+Check = Callable[[Contender], tuple[Callable[[], Step], "str | None", "float | None"]]
 
 _HOST_BLOCK = 20
 _CHECKED_PARAMETERS = 1 << 22  # of an optimizer; the first tensors
@@ -76,7 +70,7 @@ class Row:
     gradient_error: float | None = None  # ‖gradient − exact‖ / ‖exact‖
 
     @classmethod
-    def of(cls, workload: Workload, contender: Contender, status: str, reason: str = "") -> Row:
+    def of(cls, workload: Workload, contender: Contender, status: str = "timed", reason: str = "") -> Row:
         """Return a row without numbers."""
         op, (rows, classes, features), dtype = workload.op, workload.shape, workload.dtype_name
         target, note = "" if op in ("sgd", "linear") else workload.target, contender.note
@@ -111,28 +105,26 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 @dataclass
 class Prepared:
-    """A workload with its right contenders, ready to be timed; the others have their rows."""
+    """A workload, the steps that are ready to be timed, and a row of each contender."""
 
     workload: Workload
     device: torch.device
+    rows: dict[str, Row]
     steps: dict[str, Step] = field(default_factory=dict)  # one call each
-    peaks: dict[str, int | None] = field(default_factory=dict)
-    errors: dict[str, float | None] = field(default_factory=dict)
-    rows: dict[str, Row] = field(default_factory=dict)  # of contenders that are not to be timed, or have been
     products: Callable[[], Products] | None = None  # makes the limit of "linear"
 
-    def refuse(self, contender: Contender, status: str, reason: str) -> None:
-        """Give a contender a row without numbers."""
-        self.rows[contender.name] = Row.of(self.workload, contender, status, reason)
+    def change(self, name: str, **fields: Any) -> None:
+        """Change a contender's row."""
+        self.rows[name] = replace(self.rows[name], **fields)
 
     @contextlib.contextmanager
-    def failing(self, contenders: Iterable[Contender], full: str = "out of memory") -> Iterator[None]:
-        """Turn an error into rows of the contenders that name it."""
+    def failing(self, names: Iterable[str], full: str = "out of memory") -> Iterator[None]:
+        """Write an error into the rows of the contenders that are named."""
         try:
             yield
         except Exception as error:
-            for contender in contenders:
-                self.refuse(contender, full if is_out_of_memory(error) else "failed", first_line(error))
+            for name in names:
+                self.change(name, status=full if is_out_of_memory(error) else "failed", reason=first_line(error))
 
 
 def measure(
@@ -158,9 +150,8 @@ def measure(
     """
     try:
         prepared = prepare(workload, contenders, device, seed=seed, timing_wrong=timing_wrong)
-        ready = [contender for contender in contenders if contender.name in prepared.steps]
-        with prepared.failing(ready):  # if one fails now, no contender's turns can be compared
-            prepared.rows.update(_timed(prepared, ready, budget, progress) if ready else {})
+        with prepared.failing(prepared.steps):  # if one fails now, no contender's turns can be compared
+            prepared.rows.update(_timed(prepared, budget, progress) if prepared.steps else {})
         return [prepared.rows[contender.name] for contender in contenders]
     finally:
         gc.collect()
@@ -177,70 +168,68 @@ def prepare(
     timing_wrong: bool = False,
 ) -> Prepared:
     """Sort the contenders: absent, unfit, too large, wrong, failed; or checked, run and ready."""
-    prepared = Prepared(workload, device)
-    candidates = []
+    prepared = Prepared(workload, device, {each.name: Row.of(workload, each) for each in contenders})
+    candidates: dict[str, Contender] = {}
     for contender in contenders:
         obstacle = contender.obstacle(workload.op, workload.dtype, device, soft=workload.soft)
         if (absence := contender.absence()) is not None:
             unfit = f"; {contender.unfit}" if contender.unfit and workload.op not in contender.ops else ""
-            prepared.refuse(contender, "absent", absence + unfit)
+            prepared.change(contender.name, status="absent", reason=absence + unfit)
         elif obstacle is not None:
-            prepared.refuse(contender, "unfit", obstacle)
+            prepared.change(contender.name, status="unfit", reason=obstacle)
         else:
-            candidates.append(contender)
+            candidates[contender.name] = contender
     needed, free = _least_bytes(workload, len(candidates), device), free_bytes(device)
     if needed > free:
-        for contender in candidates:
-            words = f"needs {needed / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free on {device}"
-            prepared.refuse(contender, "too large", words)
-        candidates = []
-    check: Callable[[Contender], Checked] | None = None
-    makers: dict[Contender, Callable[[], Step]] = {}
+        words = f"needs {needed / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free on {device}"
+        for name in candidates:
+            prepared.change(name, status="too large", reason=words)
+        candidates = {}
+    check: Check | None = None
+    makers: dict[str, Callable[[], Step]] = {}
     with prepared.failing(candidates, "too large"):
         if candidates:
             check = _sgd_check(prepared) if workload.op == "sgd" else _loss_check(prepared, seed)
-    for contender in candidates if check is not None else ():
-        with prepared.failing([contender]):
-            checked = check(contender)
-            if checked.wrong is not None:
-                prepared.refuse(contender, "wrong", checked.wrong)
-            if checked.wrong is None or timing_wrong:
-                makers[contender], prepared.errors[contender.name] = checked.make, checked.gradient_error
+    for name, contender in candidates.items() if check is not None else ():
+        with prepared.failing([name]):
+            make, wrong, error = check(contender)
+            prepared.change(name, status="wrong" if wrong else "timed", reason=wrong or "", gradient_error=error)
+            if timing_wrong or not wrong:
+                makers[name] = make
     del check  # whose reference is large for "linear"; the contenders' peaks need its memory
-    for contender, make in makers.items():
-        with prepared.failing([contender]):
+    for name, make in makers.items():
+        with prepared.failing([name]):
             step = make()
             step()
             peak = None if workload.op == "host" else max(0, peak_bytes(step, device) - workload.gradient_bytes)
-            prepared.peaks[contender.name], prepared.steps[contender.name] = peak, step
+            prepared.change(name, peak_bytes=peak)
+            prepared.steps[name] = step
     return prepared
 
 
-def _loss_check(prepared: Prepared, seed: int) -> Callable[[Contender], Checked]:
+def _loss_check(prepared: Prepared, seed: int) -> Check:
     workload, is_linear = prepared.workload, prepared.workload.op == "linear"
     inputs: list[Any] = list(workload.inputs(prepared.device, seed))
     exact = workload.reference(inputs[0])
-    allowed = errors_of_eager(
-        inputs[0],
-        workload.op,
-        lambda first: exact if first is inputs[0] else workload.reference(first),
-        workload.upstream,
-    )
+
+    def reference(first: Any) -> LossReference | LinearReference:
+        return exact if first is inputs[0] else workload.reference(first)
+
+    allowed = errors_of_eager(inputs[0], workload.op, reference, workload.upstream)
     if is_linear:
         prepared.products = partial(Products, *inputs[0][:2])
 
-    def check(contender: Contender) -> Checked:
+    def check(contender: Contender) -> tuple[Callable[[], Step], str | None, float | None]:
         call = operation(contender.load(), workload.op, workload.upstream)
         overwrites = contender.overwrites and not is_linear
         (errors,) = exact.errors(call(*(inputs[0].copy() if overwrites else inputs[0])))
 
         def make() -> Step:
-            return partial(
-                _next_call, call, itertools.cycle([each.copy() for each in inputs] if overwrites else inputs)
-            )
+            own = [each.copy() for each in inputs] if overwrites else inputs
+            return partial(_next_call, call, itertools.cycle(own))
 
-        error = errors.gradient_norm if workload.differentiates else None
-        return Checked(make, verdict(errors, allowed, workload.dtype), error)
+        wrong = verdict(errors, allowed, workload.dtype)
+        return make, wrong, errors.gradient_norm if workload.differentiates else None
 
     return check
 
@@ -250,18 +239,16 @@ def _next_call(call: Callable[..., object], following: Iterator[Iterable[Tensor]
     call(*next(following))
 
 
-def _sgd_check(prepared: Prepared) -> Callable[[Contender], Checked]:
+def _sgd_check(prepared: Prepared) -> Check:
     (tensors, elements, _), dtype, device = prepared.workload.shape, prepared.workload.dtype, prepared.device
     shapes = [(elements,)] * tensors
 
-    def check(contender: Contender) -> Checked:
+    def check(contender: Contender) -> tuple[Callable[[], Step], str | None, float | None]:
         sgd: Any = contender.load().sgd
         make = partial(sgd, **SGD_OPTIONS)
         (errors,) = step_errors([make], shapes[: max(1, _CHECKED_PARAMETERS // elements)], dtype, device)
-        wrong = None
-        if not errors.of_rounding <= 1.0:
-            wrong = f"parameters off by {errors.of_rounding:.3g} x what rounding explains"
-        return Checked(partial(ready_step, make, shapes, dtype, device), wrong)
+        wrong = f"parameters off by {errors.of_rounding:.3g} x what rounding explains"
+        return partial(ready_step, make, shapes, dtype, device), None if errors.of_rounding <= 1.0 else wrong, None
 
     return check
 
@@ -289,7 +276,7 @@ def _least_bytes(workload: Workload, contenders: int, device: torch.device) -> i
     return workload.input_bytes + logits
 
 
-def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, progress: Progress) -> dict[str, Row]:
+def _timed(prepared: Prepared, budget: float, progress: Progress) -> dict[str, Row]:
     workload, device, steps = prepared.workload, prepared.device, prepared.steps
     copy, clock = clock_of(workload, device)
     blocks = {name: block_of(step, clock, device, workload.op) for name, step in steps.items()}
@@ -306,18 +293,16 @@ def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, p
     bare = _median(times[-1]) if products else None
     medians = {name: _median(turn) / blocks[name] for name, turn in zip(steps, times, strict=False)}
     rows = {}
-    for contender, turn in zip(contenders, times, strict=False):  # which are in the order of the steps
-        name, median = contender.name, medians[contender.name]
+    for (name, median), turn in zip(medians.items(), times, strict=False):
         hosts = [each.host for each in turn if each.host is not None]
         speed = workload.moved_bytes / median / 1e9 if workload.moved_bytes else None
         rows[name] = replace(
-            prepared.rows.get(name) or Row.of(workload, contender, "timed"),  # or it is wrong
+            prepared.rows[name],
             milliseconds=1e3 * median,
             host_milliseconds=1e3 * statistics.median(hosts) / blocks[name] if hosts else None,
             gigabytes_per_second=speed,
             share_of_copy=speed / copied if speed and copied else None,
             copy_gigabytes_per_second=copied,
-            peak_bytes=prepared.peaks[name],
             turns=len(turn),
             calls_a_turn=blocks[name],
             others_share=others_share,
@@ -325,7 +310,6 @@ def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, p
             teraflops=workload.operations / median / 1e12 if workload.operations else None,
             products_milliseconds=1e3 * bare if bare else None,
             times_products=median / bare if bare else None,
-            gradient_error=prepared.errors.get(name),
         )
     return rows
 

@@ -66,13 +66,11 @@ def size_for(device: torch.device) -> Size:
 
 def source_tokens(device: torch.device) -> Tensor:
     """Return the source of the standard library's modules, in the order of their names: pairs of bytes, int64."""
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = bytearray()
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        text += path.read_bytes()
-        if len(text) >= TEXT_BYTES:
-            break
-    del text[len(text) // 2 * 2 :]
-    pairs = torch.frombuffer(text, dtype=torch.uint8).view(-1, 2).long()
+    while modules and len(text) < TEXT_BYTES:
+        text += modules.pop(0).read_bytes()
+    pairs = torch.frombuffer(text[: len(text) // 2 * 2], dtype=torch.uint8).view(-1, 2).long()
     return (pairs[:, 0] * 256 + pairs[:, 1]).to(device)
 
 

@@ -46,15 +46,15 @@ class OptimizerStep:
     others_share: float  # of the CPUs, that other programs took meanwhile
 
 
-class _Clipping:
-    """PyTorch's step after its clipping, which writes to the gradients."""
+def _clipping(params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+    """Return PyTorch's optimizer, whose step clips first, which writes to the gradients."""
+    optimizer = torch.optim.SGD(params, **options)
 
-    def __init__(self, params: list[Tensor], **options: Any) -> None:
-        self._params, self._optimizer = params, torch.optim.SGD(params, **options)
+    def clip(*_: object) -> None:
+        nn.utils.clip_grad_norm_(params, MAX_NORM)
 
-    def step(self) -> None:
-        nn.utils.clip_grad_norm_(self._params, MAX_NORM)
-        self._optimizer.step()
+    optimizer.register_step_pre_hook(clip)
+    return optimizer
 
 
 def width_that_fits(device: torch.device) -> int:
@@ -72,7 +72,7 @@ def _optimizers(device: torch.device) -> list[tuple[str, bool, MakeOptimizer]]:
     default = f"default ({'foreach' if device.type == 'cuda' else 'loop'})"
     return [
         (name, clipped, partial(make, **options, **SGD_OPTIONS))
-        for clipped, torchs, max_norm in ((False, torch.optim.SGD, None), (True, _Clipping, MAX_NORM))
+        for clipped, torchs, max_norm in ((False, torch.optim.SGD, None), (True, _clipping, MAX_NORM))
         for name, make, options in (
             (default, torchs, {}),
             ("fused=True", torchs, {"fused": True}),

@@ -7,7 +7,6 @@ doi:10.24432/C50P49.)
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -85,22 +84,15 @@ def train_side_by_side(split: Split, *, epochs: int, seed: int, progress: Progre
         run.epoch_losses.append(statistics.fmean(run.losses[steps:]))
         _evaluate(run, split)
 
-    with _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the network is too small to gain from more, and on a busy CPU they wait for each other
+    try:
         for run in runs:
             run.measure_peak(*next(_batches(split, seed=0)))
         in_turn(runs, epochs, advance, progress)
-    return Training(*runs, len(split.train), len(split.held_out))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread: the network is too small to gain from more, and on a busy CPU they wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
     finally:
         torch.set_num_threads(threads)
+    return Training(*runs, len(split.train), len(split.held_out))
 
 
 def _new_run(side: Functions, split: Split, seed: int) -> TrainingRun:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.autograd.profiler import profile
 
 import fastloss
@@ -93,13 +91,9 @@ def _cpu_allocations(step: Callable[[], object]) -> list[int]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(profile_memory=True) as record:
         step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        record.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    events = [event for event in events if event.get("name") == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    return [event["args"]["Bytes"] for event in events if event["args"]["Device Type"] == 0]
+    events = record.kineto_results.events() if record.kineto_results else []
+    changes = [event for event in events if event.name() == "[memory]" and event.device_type() == DeviceType.CPU]
+    return [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
 
 
 def description(device: torch.device) -> str:
