@@ -17,9 +17,8 @@ import torch
 
 from fastloss.bench.measure import Prepared, clock_of, prepare
 from fastloss.bench.workloads import SIZES, TARGETS, Workload, workloads
-from fastloss.measuring.clock import Clock, EventClock
+from fastloss.measuring.clock import Clock, Copy, EventClock
 from fastloss.measuring.contenders import CONTENDERS, DTYPES, contenders_of
-from fastloss.measuring.limits import Copy
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPS = {

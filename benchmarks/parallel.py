@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,14 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
+from torch.utils._pytree import tree_leaves
 
 import fastloss
 from fastloss.measuring.clock import seconds
 from fastloss.measuring.machine import peak_bytes
 
 from .shared import circumstances, header, name_of
-from .wire import sent_by
 
 Step = Callable[[Any, Tensor], Any]  # the gradient of logits that are a DTensor, from them and labels
 
@@ -73,6 +74,53 @@ def random_inputs(
     target = torch.randint(classes, (rows,), generator=torch.Generator(device).manual_seed(seed), device=device)
     target[::7] = -100
     return logits.requires_grad_(), target
+
+
+class Sent(NamedTuple):
+    """The collectives and bytes of one process."""
+
+    collectives: int
+    bytes: float
+
+
+def sent_by(call: Callable[[], object]) -> Sent:
+    """Count the collectives of ``call`` and their bytes, those of its backward passes too."""
+    with _Wire() as wire:
+        call()
+    return Sent(wire.collectives, wire.bytes)
+
+
+class _Wire(CommDebugMode):
+    """CommDebugMode, and the bytes: each of R processes sends (R − 1) / R of a tensor that is gathered or scattered,
+    and twice that of one that is summed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives, self.bytes = 0, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.get_total_counts()
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.get_total_counts() > before:
+            name, ranks = func._schema.name, _group(args).size()
+            whole = max(tensor.nbytes for tensor in tree_leaves((args, out)) if isinstance(tensor, Tensor))
+            twice = 2 if "reduce" in name and "scatter" not in name else 1
+            self.collectives += 1
+            self.bytes += twice * whole * (ranks - 1) / ranks
+        return out
+
+
+def _group(args: Any) -> Any:
+    """Return a collective's group: its last argument's name or, in torch.distributed's own, an object among them."""
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject):
+            try:
+                return dist.ProcessGroup.unbox(arg)
+            except RuntimeError:  # another object
+                continue
+    name = [arg for arg in args if isinstance(arg, str)][-1]
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def error_of(step: Step, logits: Any, target: Tensor) -> float:

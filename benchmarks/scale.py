@@ -23,9 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fastloss
 
-from .parallel import Step, by_loss_parallel, on_a_dtensor
+from .parallel import Sent, Step, by_loss_parallel, on_a_dtensor, sent_by
 from .shared import markdown
-from .wire import Sent, sent_by
 
 GPUS_IN_A_NODE = 8
 # GB/s of one GPU in one direction: NVLink 4 has 900 in both, and each GPU has an InfiniBand adapter of 400 Gbit/s

@@ -30,10 +30,9 @@ from typing import Any, NamedTuple
 import torch
 
 import fastloss
-from fastloss.measuring.clock import Step, in_turns, medians, repeated, seconds
+from fastloss.measuring.clock import Copy, Step, in_turns, medians, repeated, seconds
 from fastloss.measuring.contenders import DTYPES, SGD_OPTIONS
 from fastloss.measuring.inputs import resnet50_shapes
-from fastloss.measuring.limits import Copy
 from fastloss.measuring.sgd import MakeOptimizer, Shape, ready_step, step_errors
 
 from .shared import CPU, Report, name_of, parsed_by, parser_of, verdict

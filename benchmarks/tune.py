@@ -26,8 +26,7 @@ from torch import Tensor
 
 from fastloss.backends import choice as backends
 from fastloss.backends.contract import LossInputs, LossOptions
-from fastloss.measuring.clock import repeated, seconds
-from fastloss.measuring.limits import Copy
+from fastloss.measuring.clock import Copy, repeated, seconds
 
 from .shared import captured, header, parser_of, refuse
 

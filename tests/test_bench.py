@@ -34,7 +34,7 @@ from rich.console import Console
 from fastloss.bench import plot, report
 from fastloss.bench.measure import Row, measure
 from fastloss.bench.workloads import Shape, Workload, parse_shape, workloads
-from fastloss.measuring import contenders, inputs, limits
+from fastloss.measuring import clock, contenders, inputs
 from fastloss.measuring.contenders import CONTENDERS, DTYPES, LOSS_OPS, OPS, Contender, Functions, contenders_of
 from fastloss.measuring.machine import first_line
 from fastloss.measuring.reference import Outcome, errors_of_eager, verdict
@@ -59,7 +59,7 @@ def _as_a_user_runs_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("FASTLOSS_BACKEND", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(inputs, "_ROTATED_BYTES", 1 << 22)
-    monkeypatch.setattr(limits, "_COPIED_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(clock, "_COPIED_BYTES", {"cpu": 1 << 20})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would wait for each other where other programs run too
     yield

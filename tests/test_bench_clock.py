@@ -12,9 +12,8 @@ import torch
 
 from fastloss.bench import measure
 from fastloss.bench.workloads import Shape, Workload
-from fastloss.measuring.clock import EventClock, FullStream, by_the_clock, repeated
+from fastloss.measuring.clock import Copy, EventClock, FullStream, by_the_clock, repeated
 from fastloss.measuring.contenders import CONTENDERS
-from fastloss.measuring.limits import Copy
 
 GPU = torch.device("cuda")
 COPY = 7e-4  # seconds that a copy takes

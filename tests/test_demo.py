@@ -15,14 +15,14 @@ import fastloss
 from fastloss import demo
 from fastloss.demo import language_model, loss_at_scale, optimizer_step, training
 from fastloss.demo.loss_at_scale import Case
-from fastloss.demo.runs import PYTORCH, largest_difference
+from fastloss.demo.training import PYTORCH, largest_difference
 from fastloss.measuring import clock, inputs, machine, reference
 
 if demo.missing_extras():
     pytest.skip('the demo needs pip install "fastloss[demo]"', allow_module_level=True)
 
 from fastloss.measuring.machine import bytes_in_words
-from fastloss.measuring.tables import TIMES
+from fastloss.measuring.style import TIMES
 
 CPU = torch.device("cpu")
 SMALL = language_model.Size(passages=5, tokens=64, features=4, steps=2)

@@ -158,7 +158,7 @@ def run(settings: Settings) -> int:
 
 def _measure(settings: Settings, console: Console, rows: list[measure.Row]) -> None:
     """Add a workload's rows when it is finished."""
-    from ..measuring.tables import progress_bar
+    from ..measuring.style import progress_bar
     from . import report
 
     names, device = settings.contenders, settings.device

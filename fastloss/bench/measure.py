@@ -18,9 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measuring.clock import Clock, FullStream, Progress, Step, Times, block_size, by_the_clock, in_turns, repeated
+from ..measuring.clock import (
+    Clock,
+    Copy,
+    FullStream,
+    Products,
+    Progress,
+    Step,
+    Times,
+    block_size,
+    by_the_clock,
+    in_turns,
+    repeated,
+)
 from ..measuring.contenders import SGD_OPTIONS, Contender
-from ..measuring.limits import Copy, Products
 from ..measuring.machine import OtherPrograms, bytes_in_words, first_line, free_bytes, is_out_of_memory, peak_bytes
 from ..measuring.reference import LinearReference, LossReference, errors_of_eager, operation, verdict
 from ..measuring.sgd import ready_step, step_errors

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..measuring.contenders import CONTENDERS, OURS
-from ..measuring.pictures import FAINT, FASTLOSS, STYLE, title
+from ..measuring.style import FAINT, FASTLOSS, STYLE, title
 from .measure import Row
 
 COLUMNS = 2

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ..measuring import info, machine
 from ..measuring.contenders import OURS, Contender
-from ..measuring.tables import NOTABLE_SHARE, TIMES, notes, plain_table
+from ..measuring.style import NOTABLE_SHARE, TIMES, notes, plain_table
 from .measure import COLUMNS, Row
 from .workloads import Workload
 

@@ -67,7 +67,7 @@ def run(settings: Settings) -> Outcome:
     from rich.console import Console
 
     from ..measuring import machine
-    from ..measuring.tables import progress_bar, task
+    from ..measuring.style import progress_bar, task
     from . import picture, report
 
     console, seed = Console(), settings.seed

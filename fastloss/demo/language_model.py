@@ -21,7 +21,7 @@ import fastloss
 
 from ..measuring.clock import Progress
 from ..measuring.machine import OtherPrograms
-from .runs import Run, in_turn
+from .training import Run, in_turn
 
 CLASSES = 1 << 16  # pairs of bytes
 LEARNING_RATE, MOMENTUM = 0.5, 0.5

@@ -14,7 +14,7 @@ from ..measuring.clock import Progress, in_turns, seconds
 from ..measuring.inputs import loss_inputs
 from ..measuring.machine import OtherPrograms, halved_to_fit, peak_bytes
 from ..measuring.reference import Errors, LossReference, operation
-from .runs import FASTLOSS, PYTORCH
+from .training import FASTLOSS, PYTORCH
 
 # The vocabularies of Llama 2 (arXiv:2307.09288, §2.2) and of Llama 3 (128000 tokens, arXiv:2407.21783, §3.2,
 # and the 256 special ones that its published configuration adds).

@@ -12,12 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from ..measuring.pictures import FAINT, FASTLOSS, PYTORCH, STYLE, title
-from ..measuring.tables import NOTABLE_SHARE, TIMES
+from ..measuring.style import FAINT, FASTLOSS, NOTABLE_SHARE, PYTORCH, STYLE, TIMES, title
 from .language_model import CLASSES
 from .report import tensors_of
-from .runs import largest_difference
-from .training import Training
+from .training import Training, largest_difference
 
 if TYPE_CHECKING:
     from . import Outcome

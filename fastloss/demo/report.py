@@ -13,12 +13,11 @@ from ..measuring import machine
 from ..measuring.info import reason
 from ..measuring.inputs import resnet50_shapes
 from ..measuring.machine import bytes_in_words
-from ..measuring.tables import TIMES, notes, plain_table
+from ..measuring.style import TIMES, notes, plain_table
 from .language_model import CLASSES, LanguageModel
 from .loss_at_scale import LossAtScale, Measured
 from .optimizer_step import OptimizerStep, count
-from .runs import largest_difference
-from .training import Training
+from .training import Training, largest_difference
 
 EPOCHS_SHOWN = 7
 
