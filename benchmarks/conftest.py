@@ -55,18 +55,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     dtypes = {"tiny": ["float32"], "quick": ["bfloat16", "float32"], "full": list(DTYPES)}[size]
     targets = ["hard"] if size == "quick" or name == "test_host" else TARGETS
     chosen = workloads(OPS[name], dtypes, targets, DEVICE, size=size)
-    pairs = [(workload, contender.name) for workload in chosen for contender in contenders_of(workload.op)]
-    ids = [f"{workload}-{contender}" for workload, contender in pairs]
-    metafunc.parametrize(("contest", "contender"), pairs, indirect=["contest"], ids=ids, scope="session")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each workload a table; on a GPU its own clock, but for the host's time."""
-    for item in items:
-        if workload := getattr(getattr(item, "callspec", None), "params", {}).get("contest"):
-            on_gpu = DEVICE.type == "cuda" and workload.op != "host"
-            timer: Callable[[], float] = EventClock() if on_gpu else time.perf_counter
-            item.add_marker(pytest.mark.benchmark(group=str(workload), timer=timer))
+    pairs = []
+    for workload, contender in ((each, contender) for each in chosen for contender in contenders_of(each.op)):
+        # A table for each workload; on a GPU its own clock, but for the host's time.
+        on_gpu = DEVICE.type == "cuda" and workload.op != "host"
+        timer: Callable[[], float] = EventClock() if on_gpu else time.perf_counter
+        marks, name = pytest.mark.benchmark(group=str(workload), timer=timer), f"{workload}-{contender.name}"
+        pairs.append(pytest.param(workload, contender.name, marks=marks, id=name))
+    metafunc.parametrize(("contest", "contender"), pairs, indirect=["contest"], scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ GPUS_IN_A_NODE = 8
 # (NVIDIA DGX H100 User Guide, https://docs.nvidia.com/dgx/dgxh100-user-guide). Whole nodes use all of their adapters.
 NVLINK, ADAPTER = 450.0, 50.0
 MEMORY, COMPUTE = 3000.0, 800.0  # GB/s and Tflop/s of an H100, as everywhere in docs/performance.md
-ROWS, CLASSES, FEATURES, PARAMETERS, LAYERS = 8192, 128256, 4096, 8.03e9, 32  # Llama 3 8B and a batch of 8192 tokens
+ROWS, CLASSES, PARAMETERS, LAYERS = 8192, 128256, 8.03e9, 32  # Llama 3 8B and a batch of 8192 tokens
 SHARDS = 64  # of HSDP: processes that share one copy of the parameters
 
 SHARING = (2, 8, 64, 512, 4096, 16384)

@@ -8,16 +8,16 @@ processes of their own, which fill Triton's cache.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,19 +125,23 @@ def problems(only: list[str], only_classes: list[int]) -> Iterator[tuple[str, tu
             yield form, shape, [] if form == "gradient+smoothing" else whole(shape[1])
 
 
-def compile_share(share: int, of: int, only: list[str], only_classes: list[int]) -> None:
-    """Compile one choice in ``of``, from number ``share`` on, on few rows."""
+def compile_all(forms: list[str], classes: list[int], jobs: int) -> None:
+    """Compile every choice, on few rows, by ``jobs`` processes, whose results Triton's cache holds."""
     todo: dict[tuple[object, ...], tuple[str, int, int, Choice | None]] = {}
-    for form, (rows, classes), choices in problems(only, only_classes):
+    for form, (rows, width), choices in problems(forms, classes):
         for choice in [None, *choices]:
-            alike = classes if choice is None or choice.kind == "tile" else classes % 8 == 0
-            todo.setdefault((form, choice, alike), (form, min(rows, 2304), classes, choice))
-    made = lru_cache(1)(make)
-    for form, rows, classes, choice in list(todo.values())[share::of]:
-        try:
-            run(*made(rows, classes), form, choice)()
-        except Exception as error:
-            print(f"{form} {classes} {choice}: {type(error).__name__}", file=sys.stderr)
+            alike = width if choice is None or choice.kind == "tile" else width % 8 == 0
+            todo.setdefault((form, choice, alike), (form, min(rows, 2304), width, choice))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, todo.values()))
+
+
+def _compile(todo: tuple[str, int, int, Choice | None]) -> None:
+    form, rows, classes, choice = todo
+    try:
+        run(*make(rows, classes), form, choice)()
+    except Exception as error:
+        print(f"{form} {classes} {choice}: {type(error).__name__}", file=sys.stderr)
 
 
 def make(rows: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -198,20 +202,11 @@ def main() -> int:
     parser.add_argument("--classes", type=int, action="append", default=[], help="of rows of 2²⁸ logits in all")
     parser.add_argument("--output", type=Path, help="JSON lines")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-    parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         return refuse("tune", "needs a GPU, and torch finds none")
-    if options.share:
-        compile_share(*options.share, options.form, options.classes)
-        return 0
     start = time.perf_counter()
-    forms = [text for form in options.form for text in ("--form", form)]
-    forms += [text for classes in options.classes for text in ("--classes", str(classes))]
-    command = [sys.executable, "-m", "benchmarks.tune", *forms, "--share"]
-    workers = [subprocess.Popen([*command, str(i), str(options.workers)]) for i in range(options.workers)]
-    for worker in workers:
-        worker.wait()
+    compile_all(options.form, options.classes, options.workers)
     print(header(torch.cuda.get_device_name()), f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
     found: list[dict[str, Any]] = []
     end, device_copy = time.perf_counter() + options.seconds, Copy(GPU)
