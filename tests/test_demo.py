@@ -13,8 +13,8 @@ import torch
 
 import fastloss
 from fastloss import demo
-from fastloss.demo import language_model, loss_at_scale, optimizer_step, training
-from fastloss.demo.loss_at_scale import Case
+from fastloss.demo import alone, language_model, training
+from fastloss.demo.alone import Case
 from fastloss.demo.training import PYTORCH, largest_difference
 from fastloss.measuring import clock, inputs, machine, reference
 
@@ -139,7 +139,7 @@ def test_training_leaves_the_callers_state_alone(split: training.Split) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_loss_alone_is_checked_against_float64(case: Case) -> None:
-    result = loss_at_scale.compare(case, CPU, seed=3, budget=0.01)
+    result = alone.compare_losses(case, CPU, seed=3, budget=0.01)
     assert result.rounds >= 5
     ulp = torch.finfo(case.dtype).eps
     for measured in (result.pytorch, result.fastloss):
@@ -210,15 +210,15 @@ def test_the_optimizers_tensors_are_a_resnet50s() -> None:
 
 
 def test_the_optimizers_width_shrinks_with_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for free, width in ((1 << 40, 64), (1 << 30, 32), (0, optimizer_step.NARROWEST)):
+    for free, width in ((1 << 40, 64), (1 << 30, 32), (0, alone.NARROWEST)):
         monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: free)
-        assert optimizer_step.width_that_fits(CPU) == width
+        assert alone.width_that_fits(CPU) == width
 
 
 @pytest.mark.slow
 def test_the_optimizers_step_is_checked_against_float64() -> None:
     shares: list[float] = []
-    result = optimizer_step.compare_steps(CPU, width=8, budget=1e-9, progress=shares.append)
+    result = alone.compare_steps(CPU, width=8, budget=1e-9, progress=shares.append)
     assert (result.tensors, result.rounds, shares[-1]) == (161, 5, 1.0)
     assert [each.clipped for each in result.compared] == [False, False, True, True]
     for each in result.compared:
@@ -228,11 +228,11 @@ def test_the_optimizers_step_is_checked_against_float64() -> None:
 
 def test_the_reference_of_the_optimizer_finds_a_wrong_step(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = [(100, 100), (8,)]  # norm 5
-    right = optimizer_step._errors(shapes, CPU)
+    right = alone._errors(shapes, CPU)
     assert max(right) < torch.finfo(torch.float32).eps
     monkeypatch.setattr(fastloss.SGD, "_max_norm", lambda self: None)  # clips no more
-    wrong = optimizer_step._errors(shapes, CPU)
-    names = [(name, clipped) for name, clipped, _ in optimizer_step._optimizers(CPU)]
+    wrong = alone._errors(shapes, CPU)
+    names = [(name, clipped) for name, clipped, _ in alone._optimizers(CPU)]
     ours, ours_clipped = names.index(("fastloss", False)), names.index(("fastloss", True))
     assert wrong[ours_clipped] > 100 * right[ours_clipped]
     assert wrong[ours] == right[ours]
@@ -240,10 +240,10 @@ def test_the_reference_of_the_optimizer_finds_a_wrong_step(monkeypatch: pytest.M
 
 def test_cases_shrink_with_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     row = 128256 * 4
-    plenty, little = 1 << 40, 2 * loss_at_scale.COPIES * 100 * row
-    for free, tokens in ((plenty, 512), (little, 64), (0, loss_at_scale.FEWEST_TOKENS)):
+    plenty, little = 1 << 40, 2 * alone.LOGITS_COPIES * 100 * row
+    for free, tokens in ((plenty, 512), (little, 64), (0, alone.FEWEST_TOKENS)):
         monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: free)
-        cases = {(case.classes, case.dtype): case.tokens for case in loss_at_scale.cases_for(CPU)}
+        cases = {(case.classes, case.dtype): case.tokens for case in alone.cases_for(CPU)}
         assert cases[128256, torch.float32] == tokens
 
 
@@ -297,6 +297,6 @@ def test_other_programs_take_a_share() -> None:
     ],
 )
 def test_the_picture_names_the_faster_side(pytorch: float, fastloss: float, words: str) -> None:
-    from fastloss.demo import picture
+    from fastloss.demo import report
 
-    assert picture._verdict(pytorch, fastloss, better="faster", worse="slower")[0] == words
+    assert report._verdict(pytorch, fastloss, better="faster", worse="slower")[0] == words

@@ -243,7 +243,7 @@ UPWARDS = {"fastloss/backends/choice.py imports fastloss.kernels"}
 FILES = {
     "faces": ("patch", "modules"),
     "bench": ("plot", "report", "measure", "workloads"),
-    "demo": ("picture", "report", "language_model", "loss_at_scale", "optimizer_step", "training"),
+    "demo": ("report", "language_model", "alone", "training"),
     "measuring": ("sgd", "reference", "contenders", "inputs", "clock", "machine", "info", "style"),
     "loss": ("statistics", "functional", "routes", "sharded", "row_numbers", "compiled", "autograd", "composite"),
     "linear": ("functional", "sharded", "compiled", "autograd", "chunks", "arguments"),

@@ -3,10 +3,9 @@
 Every number it prints or draws is measured in that run. The modules, in the order in which they are used:
 
 - :mod:`.training`: the two runs on real scans of digits;
-- :mod:`.loss_at_scale`: the loss alone, at language-model size;
+- :mod:`.alone`: the loss alone, at language-model size; SGD's step alone, over the tensors of a ResNet-50;
 - :mod:`.language_model`: the two runs on Python's own source, with logits and without;
-- :mod:`.optimizer_step`: SGD's step alone, over the tensors of a ResNet-50;
-- :mod:`.report`, :mod:`.picture`: the tables and the PNG.
+- :mod:`.report`: the tables and the PNG.
 
 The packages of the extra ``fastloss[demo]`` are imported where they are used, so that :func:`missing_extras`
 can name those that are not installed.
@@ -22,9 +21,8 @@ from typing import Any, TypeVar
 import torch
 
 from ..measuring.machine import missing
+from .alone import Case, LossAtScale, OptimizerStep, cases_for, compare_losses, compare_steps, width_that_fits
 from .language_model import LanguageModel, Size, size_for, train_language_model
-from .loss_at_scale import Case, LossAtScale, cases_for, compare
-from .optimizer_step import OptimizerStep, compare_steps, width_that_fits
 from .training import Training, digits, train_side_by_side
 
 __all__ = ["Outcome", "Settings", "missing_extras", "run"]
@@ -68,7 +66,7 @@ def run(settings: Settings) -> Outcome:
 
     from ..measuring import machine
     from ..measuring.style import progress_bar, task
-    from . import picture, report
+    from . import report
 
     console, seed = Console(), settings.seed
     device = settings.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,7 +80,9 @@ def run(settings: Settings) -> Outcome:
     training = measured(words, train_side_by_side, digits(seed, device), epochs=settings.epochs, seed=seed)
     console.print(report.training(training))
     cases, budget = cases_for(device) if settings.cases is None else settings.cases, settings.seconds_a_case
-    at_scale = [measured(f"loss alone, {case}", compare, case, device, seed=seed, budget=budget) for case in cases]
+    at_scale = [
+        measured(f"loss alone, {case}", compare_losses, case, device, seed=seed, budget=budget) for case in cases
+    ]
     console.print(report.at_scale(at_scale, device))
     words, size = "a language model, with logits and without", settings.language_model or size_for(device)
     language_model = measured(words, train_language_model, device, size=size, seed=seed)
@@ -91,6 +91,6 @@ def run(settings: Settings) -> Outcome:
     optimizer = measured("SGD's step alone", compare_steps, device, width=width, budget=budget)
     console.print(report.optimizer(optimizer, device))
     outcome = Outcome(training, tuple(at_scale), language_model, optimizer)
-    picture.draw(outcome, settings.output, caption=machine.description(device))
+    report.draw(outcome, settings.output, caption=machine.description(device))
     console.print(f"The picture: {settings.output}", highlight=False, markup=False, soft_wrap=True)
     return outcome
