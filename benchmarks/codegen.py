@@ -274,8 +274,10 @@ def _goes_block_by_block(launch: Launch) -> bool:
 
 def _elements(launch: Launch) -> int:
     """Return how many elements a thread takes of a tile or a block."""
+    from fastloss.kernels import sgd
+
     constants = launch.constants
-    block = constants.get("BLOCK") or _sgd_block()
+    block = constants.get("BLOCK") or sgd.BLOCK.value
     tile = constants.get("ROWS", 1) * constants["COLS"] if "COLS" in constants else block
     return int(tile) // (32 * constants["num_warps"])
 
@@ -303,12 +305,6 @@ def _is_aligned(launch: Launch) -> bool:
     return bool(launch.constants.get("VEC", widest) == widest)
 
 
-def _sgd_block() -> int:
-    from fastloss.kernels import sgd
-
-    return int(sgd.BLOCK.value)
-
-
 def _tool(name: str, *arguments: str) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
@@ -321,32 +317,22 @@ VIEWS = [(8, 19, 65536), (8, 1000, 4096)]
 MORE_VIEWS = [(64, 10, 4096), (64, 50, 4096), (64, 19, 49), (64, 1000, 49)]
 UNALIGNED = [(8192, 50257), (8192, 32000)]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-OPTIONS = {
-    "plain": LossOptions(),
-    "accuracy": LossOptions(topk=(1, 5)),
-    "smoothing": LossOptions(label_smoothing=0.1),
-    "smoothing+accuracy": LossOptions(topk=(1, 5), label_smoothing=0.1),
-    "weight+smoothing+accuracy": LossOptions(topk=(1, 5), label_smoothing=0.1),
-    "none+accuracy": LossOptions(reduction="none", topk=(1, 5)),
-    "softcap+z": LossOptions(softcap=30.0, lse_square_scale=1e-4),
-    # Whose sum of logits is relative to a product, the label's capped logit.
-    "smoothing+softcap": LossOptions(label_smoothing=0.1, softcap=30.0),
-    "weight+smoothing+softcap+z+accuracy": LossOptions(-100, 0.1, "mean", 1e-4, 30.0, (1, 5)),
-}
-SOFT = {
-    "soft": LossOptions(),
-    "soft-weight+smoothing": LossOptions(label_smoothing=0.1),
-    "soft-softcap+z": LossOptions(softcap=30.0, lse_square_scale=1e-4),
-    "soft-probabilities": LossOptions(from_logits=False),
-}
-STATISTICS = {
-    "statistics": LossOptions(),
-    "statistics-every": LossOptions(),
-    "statistics-every+weight+smoothing+softcap": LossOptions(label_smoothing=0.1, softcap=30.0),
-}
-SHARDS = {
-    "shard": LossOptions(),
-    "shard-weight+smoothing+softcap": LossOptions(label_smoothing=0.1, softcap=30.0),
+# Forms of the loss, of class probabilities, of the numbers of each row, and beside a shard of the classes. The sum of
+# logits of "smoothing+softcap" is relative to a product, the label's capped logit.
+HARD = (
+    *("plain", "accuracy", "smoothing", "smoothing+accuracy", "weight+smoothing+accuracy", "none+accuracy"),
+    *("softcap+z", "smoothing+softcap", "weight+smoothing+softcap+z+accuracy"),
+)
+SOFT = ("soft", "soft-weight+smoothing", "soft-softcap+z", "soft-probabilities")
+STATISTICS = ("statistics", "statistics-every", "statistics-every+weight+smoothing+softcap")
+SHARDS = ("shard", "shard-weight+smoothing+softcap")
+_OPTIONS: dict[str, tuple[str, Any]] = {  # of a form's words
+    "accuracy": ("topk", (1, 5)),
+    "smoothing": ("label_smoothing", 0.1),
+    "none": ("reduction", "none"),
+    "softcap": ("softcap", 30.0),
+    "z": ("lse_square_scale", 1e-4),
+    "probabilities": ("from_logits", False),
 }
 
 
@@ -390,44 +376,46 @@ def _forms(logits: Tensor, target: Tensor, meta: Callable[..., Tensor]) -> Itera
     row, one = meta(target.numel(), dtype=torch.float64), meta(dtype=logits.dtype)
     neither, first, both = (WantedGradients(*wanted) for wanted in ((False, False), (True, False), (True, True)))
 
-    def inputs(form: str, options: LossOptions, labels: Tensor = target) -> LossInputs:
-        weight = meta(logits.shape[1], dtype=logits.dtype) if "weight" in form else None
-        return LossInputs(logits, labels, weight, options)
+    def inputs(form: str, labels: Tensor = target) -> LossInputs:
+        words = re.split("[-+]", form)
+        weight = meta(logits.shape[1], dtype=logits.dtype) if "weight" in words else None
+        options = dict(_OPTIONS[word] for word in words if word in _OPTIONS)
+        return LossInputs(logits, labels, weight, LossOptions(**options))
 
-    for form, options in OPTIONS.items():
-        given, waits = inputs(form, options), options.reduction == "none"
+    for form in HARD:
+        given, waits = inputs(form), "none" in form
         forward = partial(kernels.cross_entropy_forward, given, loss_dtype=logits.dtype, inplace=False)
         yield f"{form} forward", partial(forward, gradient=False)
         if not waits:  # whose gradient waits for the upstream one
             yield f"{form} forward+gradient", partial(forward, gradient=True)
         backward = partial(kernels.cross_entropy_backward, meta(*target.shape, dtype=logits.dtype) if waits else one)
         yield f"{form} backward", partial(_after, partial(forward, gradient=False), backward, given, inplace=False)
-    chunk = inputs("chunk", LossOptions(reduction="sum", topk=(1,)))
+    chunk = LossInputs(logits, target, None, LossOptions(reduction="sum", topk=(1,)))
     how = {"loss_dtype": torch.float32, "gradient": True, "inplace": True, "divisor": meta(dtype=torch.float64)}
     yield "chunk of a larger batch", partial(kernels.cross_entropy_forward, chunk, **how)
     yield "rescale", partial(kernels.rescale, logits, one, inplace=True)
     yield "accuracy alone", partial(kernels.accuracy, logits, target, (1, 5), -100, "mean")
-    for form, options in SOFT.items():
-        given = inputs(form, options, logits)
+    for form in SOFT:
+        given = inputs(form, logits)
         forward = partial(kernels.soft_cross_entropy_forward, given, loss_dtype=logits.dtype)
         for words, wanted in (("forward", neither), ("forward+gradient", first), ("forward+gradients", both)):
             yield f"{form} {words}", partial(forward, wanted)
         backward = partial(kernels.soft_cross_entropy_backward, one)
         yield f"{form} backward", partial(_after, partial(forward, neither), backward, given, first)
-    for form, options in STATISTICS.items():
-        every, given = "every" in form, inputs(form, options)
+    for form in STATISTICS:
+        every, given = "every" in form, inputs(form)
         numbers = dict.fromkeys(("entropy", "predicted", "every_row"), every)
         yield f"{form} forward", partial(kernels.row_statistics_forward, given, **numbers)
-        upstreams = (row, row, row if every else None, row if options.label_smoothing else None)
+        upstreams = (row, row, row if every else None, row if "smoothing" in form else None)
         yield f"{form} backward", partial(kernels.row_statistics_backward, upstreams, given, row, row, inplace=False)
     # A shard of the classes.
     elsewhere, numbers = ExternalLabel(row, target, 5), dict.fromkeys(("entropy", "predicted", "every_row"), False)
     yield "shard ranks", partial(kernels.label_ranks, logits, elsewhere)
-    for form, options in SHARDS.items():
-        hard, soft = inputs(form, options), inputs(form, options, logits)
+    for form in SHARDS:
+        hard, soft = inputs(form), inputs(form, logits)
         yield f"{form} forward", partial(kernels.row_statistics_forward, hard, **numbers, ranked=elsewhere)
         yield f"{form} soft forward", partial(kernels.soft_statistics_forward, soft, ranked=elsewhere)
-        upstreams = (row, row, None, row if options.label_smoothing else None)
+        upstreams = (row, row, None, row if "smoothing" in form else None)
         yield f"{form} soft backward", partial(kernels.soft_statistics_backward, upstreams, soft, row, row, first)
 
 

@@ -40,7 +40,7 @@ from fastloss.measuring.inputs import loss_inputs
 from fastloss.measuring.machine import first_line
 from fastloss.measuring.reference import operation
 
-from .shared import ROOT, captured, circumstances, markdown
+from .shared import ROOT, captured, circumstances, markdown, refuse
 
 MINUTES = 8.0
 # Of the time, at most: the tests, the memory checker; the rest is the measurements'.
@@ -99,29 +99,26 @@ class Record:
         lines += [f"- no time was left for {', '.join(self.left_out)}"] if self.left_out else []
         lines += [] if self.finished else ["- the run was not finished"]
         shown = [row for row in self.rows if row.status not in ("absent", "unfit")]
-        lines += ["", *markdown(["", "shape", "dtype", "contender", *COLUMNS], map(_cells, shown))]
-        if self.graphs:
-            times = [f"{name}, ms" for name in _IN_GRAPHS]
-            head = ["loss, accuracy, gradient, float32", *times, "the first over the last"]
-            lines += ["", *markdown(head, map(_cells_of_graph, self.graphs))]
+        tables = [(["", "shape", "dtype", "contender", *COLUMNS], list(map(_cells, shown)))]
+        times = [f"{name}, ms" for name in _IN_GRAPHS]
+        head = ["loss, accuracy, gradient, float32", *times, "the first over the last"]
+        tables += [(head, list(map(_cells_of_graph, self.graphs)))] if self.graphs else []
+        for head, rows in tables:
+            lines += ["", *markdown(head, [[cell.replace("|", "/") for cell in cells] for cells in rows])]
         return "\n".join(lines) + "\n"
 
 
 def _cells(row: Row) -> list[str]:
-    cells = row.cells() if row.timed else {"ms": f"{row.status}: {_in_a_cell(row.reason)}"}
+    cells = row.cells() if row.timed else {"ms": f"{row.status}: {row.reason}"}
     return [row.op, row.shape, row.dtype, row.contender, *(cells.get(head, "") for head in COLUMNS)]
 
 
 def _cells_of_graph(graph: dict[str, Any]) -> list[str]:
     if "error" in graph:
-        return [graph["shape"], _in_a_cell(graph["error"]), *[""] * len(_IN_GRAPHS)]
+        return [graph["shape"], graph["error"], *[""] * len(_IN_GRAPHS)]
     times = [graph[name] for name in _IN_GRAPHS]
-    cells = [_in_a_cell(time) if isinstance(time, str) else f"{time:.4f}" for time in times]
+    cells = [time if isinstance(time, str) else f"{time:.4f}" for time in times]
     return [graph["shape"], *cells, f"{times[0] / times[-1]:.3f}"]
-
-
-def _in_a_cell(reason: str) -> str:
-    return reason.replace("|", "/")
 
 
 def workloads(device: torch.device) -> list[Workload]:
@@ -266,16 +263,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-tests", action="store_true", help="measurements alone")
     parser.add_argument("--no-checker", action="store_true", help="tests, but none under a memory checker")
     options = parser.parse_args(arguments)
-    error = None
     if options.device == "cuda" and not torch.cuda.is_available():
-        error = "needs a GPU, and torch finds none (--device cpu tries the command)"
-    elif not 0 <= options.minutes < math.inf:
-        error = f"--minutes is {options.minutes}; expected 0 or more"
-    elif not options.output.is_dir():
-        error = f"--output is {str(options.output)!r}; expected a folder that exists"
-    if error is not None:
-        print(f"benchmarks.record: {error}", file=sys.stderr)
-        return 2
+        return refuse("record", "needs a GPU, and torch finds none (--device cpu tries the command)")
+    if not 0 <= options.minutes < math.inf:
+        return refuse("record", f"--minutes is {options.minutes}; expected 0 or more")
+    if not options.output.is_dir():
+        return refuse("record", f"--output is {str(options.output)!r}; expected a folder that exists")
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")  # nvidia-h100-80gb-hbm3-2026-01-31

@@ -9,7 +9,7 @@ but a few of its rounds (a branch forward, around code without such accesses) is
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["Loop", "hot_loops", "wide_loads"]
 
@@ -17,8 +17,7 @@ _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)
 _ACCESS = re.compile(r"^(LDG|STG|LDGSTS)\b")  # LDGSTS: into shared memory
 
 
-@dataclass(frozen=True)
-class Loop:
+class Loop(NamedTuple):
     """Instructions of one round of a loop, for each thread."""
 
     instructions: int  # all that stand in it
@@ -29,8 +28,7 @@ class Loop:
     narrow: int  # usual accesses to device memory that are narrower
 
 
-@dataclass(frozen=True)
-class _Instruction:
+class _Instruction(NamedTuple):
     address: int
     predicate: str
     name: str

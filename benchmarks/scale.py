@@ -11,8 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,8 +37,7 @@ SHARING = (2, 8, 64, 512, 4096, 16384)
 PROCESSES = (8, 64, 512, 4096, 16384)
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """Latencies of NCCL in µs: of a start, and of a step over NVLink and over the network."""
 
     tree: tuple[float, float, float]

@@ -39,9 +39,11 @@ from .shared import CPU, Report, name_of, parsed_by, parser_of, verdict
 
 _COPIED_BYTES = 100_000_000
 OURS = "fastloss.SGD"
-CONTENDERS: dict[str, MakeOptimizer] = {OURS: partial(fastloss.SGD, **SGD_OPTIONS)} | {
-    f"torch {way}={on}": partial(torch.optim.SGD, **{way: on}, **SGD_OPTIONS)
-    for way, on in (("fused", True), ("foreach", True), ("foreach", False))
+CONTENDERS: dict[str, MakeOptimizer] = {
+    OURS: partial(fastloss.SGD, **SGD_OPTIONS),
+    "torch fused=True": partial(torch.optim.SGD, fused=True, **SGD_OPTIONS),
+    "torch foreach=True": partial(torch.optim.SGD, foreach=True, **SGD_OPTIONS),
+    "torch foreach=False": partial(torch.optim.SGD, foreach=False, **SGD_OPTIONS),
 }
 
 # In float32. On a CPU: our time over theirs.

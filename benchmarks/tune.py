@@ -85,9 +85,8 @@ def whole(classes: int) -> list[Choice]:
 def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, resident: float = 1) -> Callable[[], Any]:
     """Return a call with the tiles of ``choice``; None: with those that the package chooses."""
     backends.load("triton")
-    module, launch, tables = (
-        sys.modules[f"fastloss.kernels.{name}"] for name in ("cross_entropy", "launch", "tiles")
-    )
+    modules: Any = sys.modules
+    module, launch, tables = (modules[f"fastloss.kernels.{name}"] for name in ("cross_entropy", "launch", "tiles"))
     gradient, options = FORMS[form]
 
     def chosen(x: Tensor, result: Tensor | None = None, **how: bool) -> Any:

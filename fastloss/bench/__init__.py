@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -58,8 +57,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """The workloads, the device, the contenders, and the files of the results."""
 
     workloads: Sequence[Workload]

@@ -201,7 +201,9 @@ def prepare(
     with prepared.failing(candidates, "too large"):
         if candidates:
             check = _sgd_check(prepared) if workload.op == "sgd" else _loss_check(prepared, seed)
-    for name, contender in candidates.items() if check is not None else ():
+    if check is None:
+        return prepared
+    for name, contender in candidates.items():
         with prepared.failing([name]):
             make, wrong, error = check(contender)
             prepared.change(name, status="wrong" if wrong else "timed", reason=wrong or "", gradient_error=error)

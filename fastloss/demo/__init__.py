@@ -14,9 +14,8 @@ can name those that are not installed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -30,8 +29,7 @@ __all__ = ["Outcome", "Settings", "missing_extras", "run"]
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """How large the demo is, where it runs and where its picture goes."""
 
     output: Path
@@ -45,8 +43,7 @@ class Settings:
     seconds_of_optimizer: float = 1.5  # of timing
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Everything that was measured."""
 
     training: Training

@@ -6,9 +6,9 @@ The loss is timed forward and backward. The step has momentum and weight decay, 
 from __future__ import annotations
 
 import itertools
+import operator
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -72,8 +72,7 @@ class Measured(NamedTuple):
     accuracy: float  # in [0, 1]
 
 
-@dataclass(frozen=True)
-class LossAtScale:
+class LossAtScale(NamedTuple):
     """Both sides in one case."""
 
     case: Case
@@ -88,8 +87,8 @@ def cases_for(device: torch.device) -> list[Case]:
     """Return every vocabulary in every dtype, with as many tokens as there is memory for."""
     cases = []
     for classes, dtype in itertools.product(VOCABULARIES, DTYPES):
-        size = LOGITS_COPIES * classes * dtype.itemsize
-        tokens = halved_to_fit(TOKENS[device.type], FEWEST_TOKENS, lambda tokens, size=size: tokens * size, device)
+        needed = partial(operator.mul, LOGITS_COPIES * classes * dtype.itemsize)
+        tokens = halved_to_fit(TOKENS[device.type], FEWEST_TOKENS, needed, device)
         cases.append(Case(tokens, classes, dtype))
     return cases
 
@@ -122,8 +121,7 @@ class Compared(NamedTuple):
     errors: tuple[float, float]  # ‖θ − reference‖ / ‖reference‖ after a few steps
 
 
-@dataclass(frozen=True)
-class OptimizerStep:
+class OptimizerStep(NamedTuple):
     """All ways, over the same shapes."""
 
     tensors: int

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,8 +42,7 @@ class Size(NamedTuple):
         return self.passages * (self.tokens - 1)
 
 
-@dataclass(frozen=True)
-class LanguageModel:
+class LanguageModel(NamedTuple):
     """The two runs; their peaks are those of a step beyond the model, gradients and all."""
 
     size: Size

@@ -43,7 +43,7 @@ def heading(device: torch.device) -> RenderableType:
     )
 
 
-def _cells(form: Callable[[Any], str], pytorch: float, fastloss: float, ratio: bool = False) -> list[str]:
+def _cells(form: Callable[[Any], str], pytorch: float, fastloss: float, *, ratio: bool = False) -> list[str]:
     """Return the cells of PyTorch, fastloss and their ratio."""
     return [form(pytorch), form(fastloss), f"{pytorch / fastloss:.2f}x" if ratio else ""]
 
@@ -79,7 +79,7 @@ def at_scale(results: Sequence[LossAtScale], device: torch.device) -> Renderable
             table.add_row()
         names = [*result.case.words, f"{result.rounds} runs", f"others' CPU {result.others_share:.0%}", "", "", ""]
         for name, (words, form, number, ratio) in zip(names, _AT_SCALE, strict=True):
-            numbers = _cells(form, number(result.pytorch), number(result.fastloss), ratio)
+            numbers = _cells(form, number(result.pytorch), number(result.fastloss), ratio=ratio)
             table.add_row(name, words.format(result), *numbers)
     words = (
         "Time: median of interleaved runs. Others' CPU: the share that other programs took meanwhile. "
@@ -113,7 +113,7 @@ def language_model(result: LanguageModel, device: torch.device) -> RenderableTyp
         ("time of a step", _tenths, a.median_step * 1e3, b.median_step * 1e3, True),
         ("peak of a step", bytes_in_words, a.peak_bytes, b.peak_bytes, True),
     ):
-        table.add_row(name, *_cells(form, pytorch, fastloss, ratio))
+        table.add_row(name, *_cells(form, pytorch, fastloss, ratio=ratio))
     change = "saved" if saved >= 0 else "more taken"
     table.add_row(f"memory {change}", "", bytes_in_words(abs(saved)), f"{abs(saved) / a.peak_bytes:.0%}")
     words = (

@@ -112,8 +112,7 @@ class TrainingRun(Run):
     predictions: Tensor = field(default_factory=lambda: torch.empty(0))  # of the held-out scans, at the end
 
 
-@dataclass(frozen=True)
-class Training:
+class Training(NamedTuple):
     """The two runs."""
 
     pytorch: TrainingRun
@@ -129,7 +128,7 @@ class Training:
 
 def train_side_by_side(split: Split, *, epochs: int, seed: int, progress: Progress = lambda share: None) -> Training:
     """Train both."""
-    runs = [_new_run(side, split, seed) for side in (PYTORCH, FASTLOSS)]
+    pytorch, ours = runs = [_new_run(side, split, seed) for side in (PYTORCH, FASTLOSS)]
 
     def advance(run: TrainingRun, epoch: int) -> None:
         steps = len(run.losses)
@@ -146,7 +145,7 @@ def train_side_by_side(split: Split, *, epochs: int, seed: int, progress: Progre
         in_turn(runs, epochs, advance, progress)
     finally:
         torch.set_num_threads(threads)
-    return Training(*runs, len(split.train), len(split.held_out))
+    return Training(pytorch, ours, len(split.train), len(split.held_out))
 
 
 def _new_run(side: Functions, split: Split, seed: int) -> TrainingRun:
