@@ -222,48 +222,36 @@ def rounding_errors(ptx: str) -> list[str]:
     """
     products: dict[str, list[str]] = {}
     negated: dict[str, str] = {}
+    halves: dict[str, list[str]] = {}  # of a register of two numbers
+    names: dict[str, str] = {}  # by which a register that was taken out of such a one is known here
     found = []
 
-    def factors(names: list[str]) -> tuple[list[str], int]:
-        """Return the factors without their signs, in order, and the number of signs."""
-        return sorted(negated.get(name, name) for name in names), sum(name in negated for name in names)
-
-    for operation, result, *operands in _arithmetic(ptx):
-        if operation == "mul":
-            products[result] = operands
-        elif operation == "neg":
-            negated[result] = operands[0]
-        else:
-            term = negated.get(operands[2], operands[2])
-            mine, signs = factors(operands[:2])
-            theirs, other_signs = factors(products.get(term, []))
-            if mine == theirs and (signs + other_signs + (operands[2] in negated)) % 2:
-                found.append(result)
-    return found
-
-
-def _arithmetic(ptx: str) -> Iterator[tuple[str, ...]]:
-    """Yield name, result and operands of each product, negation, and fused product and sum."""
-    halves: dict[str, tuple[str, str]] = {}  # of a register of two numbers
-    whole: dict[str, str] = {}  # what a register that was taken out of such a one is called here
-
     def half(register: str, which: int) -> str:
-        return halves[register][which] if register in halves else f"{register}.{which}"
+        return halves.get(register, [f"{register}.0", f"{register}.1"])[which]
 
-    numbers = r"(?P<numbers>\{[^}]*\}|%\w+), (?P<rest>[^;]+);"
-    for line in re.finditer(
-        rf"\b(?:(?P<name>mul|neg|fma)(?:\.\w+)*\.f(?:32|64)|mov\.b64)(?P<two>x2)?\s+{numbers}", ptx
-    ):
-        name, two, result, rest = line.group("name", "two", "numbers", "rest")
-        if name is None and result.startswith("{"):
-            whole |= {register.strip(): half(rest, which) for which, register in enumerate(result[1:-1].split(","))}
-        elif name is None and rest.startswith("{"):
-            low, high = (whole.get(register.strip(), register.strip()) for register in rest[1:-1].split(","))
-            halves[result] = low, high
-        elif name is not None:
-            registers = [result, *(operand.strip() for operand in rest.split(","))]
-            for which in range(2 if two else 1):
-                yield (name, *(half(r, which) if two else whole.get(r, r) for r in registers))
+    def factors(registers: list[str]) -> tuple[list[str], int]:
+        """Return the factors without their signs, in order, and the number of signs."""
+        return sorted(negated.get(name, name) for name in registers), sum(name in negated for name in registers)
+
+    pattern = r"\b(?:(mul|neg|fma)(?:\.\w+)*?\.f(?:32|64)|mov\.b64)(x2)?\s+(\{[^}]*\}|%\w+), ([^;]+);"
+    for operation, two, result, rest in re.findall(pattern, ptx):
+        results, operands = (re.split(r",\s*", registers.strip("{}")) for registers in (result, rest))
+        if not operation and len(operands) == 2:
+            halves[result] = [names.get(register, register) for register in operands]
+        elif not operation and len(results) == 2:
+            names |= {register: half(rest, which) for which, register in enumerate(results)}
+        for which in range(0 if not operation else 2 if two else 1):
+            known = [half(each, which) if two else names.get(each, each) for each in (result, *operands)]
+            if operation == "mul":
+                products[known[0]] = known[1:]
+            elif operation == "neg":
+                negated[known[0]] = known[1]
+            else:
+                term = known[3]
+                (left, signs), (right, more) = factors(known[1:3]), factors(products.get(negated.get(term, term), []))
+                if left == right and (signs + more + (term in negated)) % 2:
+                    found.append(known[0])
+    return found
 
 
 def _goes_block_by_block(launch: Launch) -> bool:
