@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils._pytree import tree_leaves
 
 import fastloss
-from fastloss.measuring.clock import seconds
+from fastloss.measuring.clock import in_turns, seconds
 from fastloss.measuring.machine import peak_bytes
 
 from .shared import circumstances, header, name_of
@@ -39,6 +39,7 @@ CPU_SHAPES = ((512, 32000),)
 CHECKED_ROWS = 64
 OURS = "fastloss, DTensor"
 GATHERED = "gathered, F.cross_entropy"
+_AT_ONCE = 1e-9  # seconds: as many rounds as are asked for, and no more
 _TIMES_GATHERED = 4.0  # an error past so many times that of the gathered form is wrong
 
 
@@ -136,17 +137,18 @@ def error_of(step: Step, logits: Any, target: Tensor) -> float:
 
 def times(steps: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> list[float]:
     """Return the median in ms of each step, of the slowest process; every round takes each of them."""
-    rows: list[list[float]] = []
-    for _ in range(rounds + 2):  # two to warm up
-        rows.append([])
-        for step in steps:
-            dist.barrier()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            rows[-1].append(seconds(step, device))
-    table = torch.tensor(rows[2:], dtype=torch.float64, device=device)
+
+    def of_this_process(step: Callable[[], object]) -> float:
+        dist.barrier()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return seconds(step, device)
+
+    in_turns(steps, of_this_process, budget=_AT_ONCE, least=2)  # to warm up
+    turns = in_turns(steps, of_this_process, budget=_AT_ONCE, least=rounds)
+    table = torch.tensor(turns, dtype=torch.float64, device=device)
     dist.all_reduce(table, op=dist.ReduceOp.MAX)
-    return [1e3 * statistics.median(column) for column in table.t().tolist()]
+    return [1e3 * statistics.median(times) for times in table.tolist()]
 
 
 def compare(shape: tuple[int, int], dtype: torch.dtype, mesh: Any, rounds: int, say: Callable[[str], None]) -> bool:

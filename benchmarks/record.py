@@ -30,10 +30,9 @@ from typing import Any
 
 import torch
 
-import fastloss
-from fastloss.backends import choice
 from fastloss.bench.measure import COLUMNS, Row, measure
 from fastloss.bench.workloads import Shape, Workload
+from fastloss.measuring import info
 from fastloss.measuring.clock import Step, medians
 from fastloss.measuring.contenders import LOSS_OPS, contenders_of, eager, ours
 from fastloss.measuring.inputs import loss_inputs
@@ -214,10 +213,8 @@ def under_a_graph(shape: Shape, device: torch.device, seconds: float) -> dict[st
 
 
 def _versions(device: torch.device) -> dict[str, str]:
-    triton = choice.triton_version() or "not installed"
-    versions = {"fastloss": fastloss.__version__, "torch": torch.__version__, "triton": triton}
+    versions = dict(info.facts())
     if device.type == "cuda":
-        versions |= {"CUDA": str(torch.version.cuda or torch.version.hip), "driver": "unknown"}
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
             versions["driver"] = subprocess.check_output(query, text=True, timeout=30).split()[0]

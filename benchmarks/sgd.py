@@ -18,9 +18,7 @@ others, which lie elsewhere.
 
 from __future__ import annotations
 
-import itertools
 import math
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fastloss
-from fastloss.measuring.clock import Copy, Step, in_turns, medians, repeated, seconds
+from fastloss.measuring.clock import Copy, medians, repeated
 from fastloss.measuring.contenders import DTYPES, SGD_OPTIONS
 from fastloss.measuring.inputs import resnet50_shapes
 from fastloss.measuring.sgd import MakeOptimizer, Shape, ready_step, step_errors
@@ -171,25 +169,18 @@ class Run:
         lines = self.lines(forms, shapes)
         few = shapes if self.device.type == "cuda" else _of_one_element(shapes)
         steps = [ready_step(make, few, self.dtype, self.device) for make in CONTENDERS.values()]
-        hosts = in_turns(steps, self.until_return, budget=max(self.seconds / 4, 1e-9), least=-(-5 // self.block))
+        # On a GPU a call may wait for room in a full queue: it begins with an empty one.
+        empty = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        hosts = medians(steps, CPU, budget=self.seconds / 4, block=self.block, before=empty)
         words = f"{_elements(shapes) / 1e6:.2f} M {name_of(self.dtype)}, {size} bytes each"
         self.report.say(f"{name}: {len(shapes)} tensors, {words}; a copy moves {lines[0].copied:.2f} GB/s")
-        for line, times in zip(lines, hosts, strict=True):
-            line.host = 1e6 * statistics.median(itertools.chain(*times)) / len(shapes)
+        for line, host in zip(lines, hosts, strict=True):
+            line.host = 1e6 * host / len(shapes)
             line.ratio = lines[0].ms / line.ms if line.name != OURS else None
             if self.dtype == torch.float32 and self.scale == 1:
                 ratio = _BARS.get((name, line.name)) if self.device.type == "cpu" else None
                 line.bars = _HOST_BAR if line.name == OURS else None, ratio
         self.report.say(*lines)
-
-    def until_return(self, step: Step) -> list[float]:
-        """Return the seconds until ``step`` returns, of a block of calls."""
-        times = []
-        for _ in range(self.block):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # else the call may wait for room in a full queue
-            times.append(seconds(step, CPU))
-        return times
 
     def launches(self, name: str) -> None:
         """Time the host alone, with gradients that stay and with others."""
@@ -202,15 +193,11 @@ class Run:
             for param, gradient in zip(params, gradients[0], strict=True):
                 param.grad = gradient
 
-        def turn(prepare: Step) -> list[float]:
-            prepare()
-            return self.until_return(step)
-
         move()
         repeated(step, 3)
-        stayed, after_moves = in_turns([lambda: None, move], turn, budget=max(self.seconds, 1e-9))
-        host = 1e6 * statistics.median(itertools.chain(*stayed)) / len(shapes)
-        moved = 1e6 * statistics.median(times[0] for times in after_moves) / len(shapes)
+        (stayed,) = medians([step], CPU, budget=self.seconds / 2, block=self.block)
+        (moved,) = medians([step], CPU, budget=self.seconds / 2, before=move)
+        host, moved = (1e6 * time / len(shapes) for time in (stayed, moved))
         bar = verdict(host, _HOST_BAR if self.scale == 1 else None)
         words = f"{name + ':':10} {len(shapes):5} tensors  host {host:7.3f} us a tensor {bar}".rstrip()
         self.report.say(f"{words}  {moved:7.3f} where gradients have moved")

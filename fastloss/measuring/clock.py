@@ -100,18 +100,29 @@ def in_turns(
 
 
 def medians(
-    steps: Sequence[Step], device: torch.device, *, budget: float, block: int = 1, least: int = 5
+    steps: Sequence[Step],
+    device: torch.device,
+    *,
+    budget: float,
+    block: int = 1,
+    least: int = 5,
+    before: Step = lambda: None,
 ) -> list[float]:
     """Return the median seconds of one call of each step, measured in turns of ``block`` calls.
 
-    On a CPU each call is timed by itself, on a GPU the calls of a turn together. There are at least ``least`` times.
+    On a CPU each call is timed by itself, after a call of ``before``; on a GPU the calls of a turn are timed together.
+    There are at least ``least`` times.
     """
     on_gpu = device.type == "cuda"
 
     def turn(step: Step) -> list[float]:
         if on_gpu:
             return [seconds(partial(repeated, step, block), device) / block]
-        return [seconds(step, device) for _ in range(block)]
+        times = []
+        for _ in range(block):
+            before()
+            times.append(seconds(step, device))
+        return times
 
     turns = in_turns(steps, turn, budget=max(budget, 1e-9), least=least if on_gpu else -(-least // block))
     return [statistics.median(itertools.chain(*times)) for times in turns]
