@@ -18,7 +18,6 @@ others, which lie elsewhere.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ import torch
 import fastloss
 from fastloss.measuring.clock import Copy, medians, repeated
 from fastloss.measuring.contenders import DTYPES, SGD_OPTIONS
-from fastloss.measuring.inputs import resnet50_shapes
+from fastloss.measuring.inputs import count, resnet50_shapes
 from fastloss.measuring.sgd import MakeOptimizer, Shape, ready_step, step_errors
 
 from .shared import CPU, Report, name_of, parsed_by, parser_of, verdict
@@ -96,10 +95,6 @@ def shrunk(name: str, scale: int) -> list[Shape]:
     return [(max(1, shape[0] // scale), *shape[1:]) for shape in SETS[name]]
 
 
-def _elements(shapes: Sequence[Shape]) -> int:
-    return sum(map(math.prod, shapes))
-
-
 def _of_one_element(shapes: Sequence[Shape]) -> list[Shape]:
     return [tuple(1 for _ in shape) for shape in shapes]
 
@@ -151,7 +146,7 @@ class Run:
             alike = {form.name: form.make for form in forms if (form.dtype, form.max_norm) == (dtype, max_norm)}
             errors = step_errors([*alike.values()], shapes, dtype, self.device, max_norm=max_norm)
             off.update(zip(alike, (error.of_rounding for error in errors), strict=True))
-        copy, elements = Copy(self.device, _COPIED_BYTES), _elements(shapes)
+        copy, elements = Copy(self.device, _COPIED_BYTES), count(shapes)
         steps = [ready_step(form.make, shapes, form.dtype, self.device) for form in forms]
         *times, copying = medians([*steps, copy.step], self.device, budget=self.seconds, block=self.block)
         copied = copy.gigabytes_per_second(copying)
@@ -172,7 +167,7 @@ class Run:
         # On a GPU a call may wait for room in a full queue: it begins with an empty one.
         empty = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         hosts = medians(steps, CPU, budget=self.seconds / 4, block=self.block, before=empty)
-        words = f"{_elements(shapes) / 1e6:.2f} M {name_of(self.dtype)}, {size} bytes each"
+        words = f"{count(shapes) / 1e6:.2f} M {name_of(self.dtype)}, {size} bytes each"
         self.report.say(f"{name}: {len(shapes)} tensors, {words}; a copy moves {lines[0].copied:.2f} GB/s")
         for line, host in zip(lines, hosts, strict=True):
             line.host = 1e6 * host / len(shapes)
@@ -206,7 +201,7 @@ class Run:
         """Check, time and print fastloss alone, in all its forms, on one set."""
         shapes = shrunk(name, self.scale)
         lines = self.lines(VARIANTS, shapes)
-        words = f"{len(shapes)} tensors, {_elements(shapes) / 1e6:.2f} M parameters"
+        words = f"{len(shapes)} tensors, {count(shapes) / 1e6:.2f} M parameters"
         self.report.say(f"variants, {name}: {words}; a copy moves {lines[0].copied:.2f} GB/s")
         self.report.say(*(f"{line}  at {form.bytes} bytes each" for line, form in zip(lines, VARIANTS, strict=True)))
 

@@ -19,7 +19,7 @@ import fastloss
 
 from ..measuring.clock import Progress, in_turns, seconds
 from ..measuring.contenders import SGD_OPTIONS
-from ..measuring.inputs import RESNET50_WIDTH, loss_inputs, resnet50_shapes
+from ..measuring.inputs import RESNET50_WIDTH, count, loss_inputs, resnet50_shapes
 from ..measuring.machine import OtherPrograms, halved_to_fit, peak_bytes
 from ..measuring.reference import Errors, LossReference, operation
 from ..measuring.sgd import MakeOptimizer, Shape, random_parameters, step_errors
@@ -147,11 +147,6 @@ def width_that_fits(device: torch.device) -> int:
     return halved_to_fit(
         RESNET50_WIDTH, NARROWEST, lambda width: SGD_COPIES * 4 * count(resnet50_shapes(width)), device
     )
-
-
-def count(shapes: Sequence[Shape]) -> int:
-    """Return the number of parameters."""
-    return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def _optimizers(device: torch.device) -> list[tuple[str, bool, MakeOptimizer]]:

@@ -17,10 +17,10 @@ from rich.text import Text
 
 from ..measuring import machine
 from ..measuring.info import reason
-from ..measuring.inputs import resnet50_shapes
+from ..measuring.inputs import count, resnet50_shapes
 from ..measuring.machine import bytes_in_words
 from ..measuring.style import FAINT, FASTLOSS, NOTABLE_SHARE, PYTORCH, STYLE, TIMES, notes, plain_table, title
-from .alone import LossAtScale, Measured, OptimizerStep, count
+from .alone import LossAtScale, Measured, OptimizerStep
 from .language_model import CLASSES, LanguageModel
 from .training import Training, largest_difference
 

@@ -110,7 +110,7 @@ def medians(
 ) -> list[float]:
     """Return the median seconds of one call of each step, measured in turns of ``block`` calls.
 
-    On a CPU each call is timed by itself, after a call of ``before``; on a GPU the calls of a turn are timed together.
+    On a CPU each call is timed by itself, after a call of ``before``, on a GPU the calls of a turn together.
     There are at least ``least`` times.
     """
     on_gpu = device.type == "cuda"
