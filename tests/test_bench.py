@@ -31,7 +31,7 @@ if bench.missing_extras():
 
 from rich.console import Console
 
-from fastloss.bench import plot, report
+from fastloss.bench import report
 from fastloss.bench.measure import Row, measure
 from fastloss.bench.workloads import Shape, Workload, parse_shape, workloads
 from fastloss.measuring import clock, contenders, inputs
@@ -936,12 +936,12 @@ def test_the_command_without_its_extras_says_what_to_install() -> None:
 def test_the_picture_has_a_panel_for_what_is_comparable(tmp_path: Path) -> None:
     rows = [row for op in ("forward", "host") for row in run(op, CONTENDERS["fastloss"], CONTENDERS["torch"])]
     rows += run("forward", CONTENDERS["torch"], losing("wrong", _wrong_loss), dtype="float32", target="soft")
-    panels = plot.panels(rows)
+    panels = report.panels(rows)
     assert {name: [row.contender for row in of_panel] for name, of_panel in panels.items()} == {
         "forward, float32, class indices": ["fastloss", "torch"],
         "forward, float32, class probabilities": ["torch"],
     }
-    assert not plot.draw(rows[2:4], tmp_path / "none.png", caption="")
+    assert not report.draw(rows[2:4], tmp_path / "none.png", caption="")
     assert not (tmp_path / "none.png").exists()
 
 

@@ -242,7 +242,7 @@ UPWARDS = {"fastloss/backends/choice.py imports fastloss.kernels"}
 # The same for the files of a room. Kernels have no order.
 FILES = {
     "faces": ("patch", "modules"),
-    "bench": ("plot", "report", "measure", "workloads"),
+    "bench": ("report", "measure", "workloads"),
     "demo": ("report", "language_model", "alone", "training"),
     "measuring": ("sgd", "reference", "contenders", "inputs", "clock", "machine", "info", "style"),
     "loss": ("statistics", "functional", "routes", "sharded", "row_numbers", "compiled", "autograd", "composite"),

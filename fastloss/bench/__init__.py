@@ -4,7 +4,7 @@ Every number is measured in the run that prints it. The modules, in the order in
 
 - :mod:`.workloads`: operations, shapes, inputs, and the bytes that must move;
 - :mod:`.measure`: the check against float64, turns, medians, peak memory, and a row for each contender;
-- :mod:`.report`, :mod:`.plot`: the tables, the JSON and the PNG; they need rich and matplotlib.
+- :mod:`.report`: the tables, the JSON and the PNG; it needs rich and matplotlib.
 
 ``pytest benchmarks --benchmark-only``, in a clone, runs the same workloads and contenders under pytest-benchmark.
 """
@@ -128,7 +128,7 @@ def run(settings: Settings) -> int:
     """
     from rich.console import Console
 
-    from . import plot, report
+    from . import report
 
     console, device, names = Console(), settings.device, settings.contenders
     rows: list[measure.Row] = []
@@ -146,7 +146,7 @@ def run(settings: Settings) -> int:
     if not interrupted and not any(row.timed for row in rows):
         console.print("Nothing was timed.", highlight=False)
     if settings.plot is not None:
-        drawn = plot.draw(rows, settings.plot, caption=machine.description(device))
+        drawn = report.draw(rows, settings.plot, caption=machine.description(device))
         words = f"The picture: {settings.plot}" if drawn else "No picture: nothing that moves bytes was timed."
         console.print(words, highlight=False, markup=False, soft_wrap=True)
     if interrupted:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import fastloss
 
 from ..measuring.clock import Progress
 from ..measuring.machine import OtherPrograms
-from .training import Run, in_turn
+from .training import Run, in_turn, new_model
 
 CLASSES = 1 << 16  # pairs of bytes
 LEARNING_RATE, MOMENTUM = 0.5, 0.5
@@ -77,12 +78,14 @@ def train_language_model(
 ) -> LanguageModel:
     """Train both, step by step in turn."""
     text = source_tokens(device)
-    pytorch, ours = runs = [_new_run(loss, size, seed, device) for loss in (_by_logits, _without_logits)]
-    for run in runs:
-        run.measure_peak(next(_batches(text, size, seed)))
+    runs = []
+    for loss in (_by_logits, _without_logits):
+        model = new_model(partial(_Network, size, seed), seed, device)
+        runs.append(Run(model, loss, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)))
+        runs[-1].measure_peak(next(_batches(text, size, seed)))
     others, batches = OtherPrograms(), list(itertools.islice(_batches(text, size, seed), size.steps))
     in_turn(runs, size.steps, lambda run, step: run.step(batches[step]), progress)
-    return LanguageModel(size, 2 * len(text), pytorch, ours, others.share())
+    return LanguageModel(size, 2 * len(text), runs[0], runs[1], others.share())
 
 
 class _Network(nn.Module):
@@ -107,14 +110,6 @@ def _by_logits(model: _Network, tokens: Tensor) -> Tensor:
 
 def _without_logits(model: _Network, tokens: Tensor) -> Tensor:
     return fastloss.linear_cross_entropy(model(tokens), model.embedding.weight, tokens, shift=True)
-
-
-def _new_run(loss: Callable[[_Network, Tensor], Tensor], size: Size, seed: int, device: torch.device) -> Run:
-    """Return a run; the same seed gives the same weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _Network(size, seed).to(device)
-    return Run(model, loss, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM))
 
 
 def _batches(text: Tensor, size: Size, seed: int) -> Iterator[Tensor]:

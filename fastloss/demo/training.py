@@ -11,7 +11,7 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ..measuring.clock import Progress, seconds
 from ..measuring.contenders import Functions, eager, ours
 from ..measuring.machine import peak_bytes
 
+Model = TypeVar("Model", bound=nn.Module)
 PYTORCH, FASTLOSS = eager(topk=(1,)), ours(topk=(1,))
 
 HELD_OUT = 0.25  # the share of the scans that no run is trained on
@@ -148,22 +149,27 @@ def train_side_by_side(split: Split, *, epochs: int, seed: int, progress: Progre
     return Training(pytorch, ours, len(split.train), len(split.held_out))
 
 
+def new_model(make: Callable[[], Model], seed: int, device: torch.device) -> Model:
+    """Return a model whose weights ``seed`` decides; the caller's random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make().to(device)
+
+
 def _new_run(side: Functions, split: Split, seed: int) -> TrainingRun:
-    """Return a run with the same weights for both sides; the caller's random state stays as it is.
+    """Return a run with the same weights for both sides.
 
     GELU is smooth: a unit that switches on in one run and not in the other, for a difference in the last bit,
     would pull the two apart.
     """
     assert side.sgd is not None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = nn.Sequential(
-            nn.Linear(split.train.shape[1], HIDDEN),
-            nn.GELU(),
-            nn.Linear(HIDDEN, HIDDEN),
-            nn.GELU(),
-            nn.Linear(HIDDEN, int(split.train_digit.max()) + 1),
-        ).to(split.train.device)
+    pixels, digits = split.train.shape[1], int(split.train_digit.max()) + 1
+
+    def network() -> nn.Module:
+        hidden = nn.Linear(pixels, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN), nn.GELU()
+        return nn.Sequential(*hidden, nn.Linear(HIDDEN, digits))
+
+    model = new_model(network, seed, split.train.device)
     optimizer = side.sgd(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     return TrainingRun(model, lambda model, scans, digit: _loss(side, model(scans), digit)[0], optimizer, side=side)
 

@@ -129,18 +129,14 @@ def _with_accuracies(loss: Loss, topk: tuple[int, ...] = TOPK) -> LossAndAccurac
     return both
 
 
-def _torch_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target)
-
-
 def _torch_linear_loss(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, head), target)
 
 
 def eager(topk: tuple[int, ...] = TOPK) -> Functions:
     """Return plain PyTorch's functions."""
-    both = _with_accuracies(_torch_loss, topk)
-    return Functions(_torch_loss, partial(_accuracies, topk=topk), both, torch.optim.SGD, _torch_linear_loss)
+    both = _with_accuracies(F.cross_entropy, topk)
+    return Functions(F.cross_entropy, partial(_accuracies, topk=topk), both, torch.optim.SGD, _torch_linear_loss)
 
 
 def ours(topk: tuple[int, ...] = TOPK) -> Functions:

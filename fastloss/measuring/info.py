@@ -38,7 +38,8 @@ def facts() -> list[tuple[str, str]]:
     rows.append(("backend on the CPU", reason(torch.device("cpu"))))
     devices = _accelerators()
     for device in devices:
-        rows += [(f"GPU {device}", _name(device)), (f"backend on {device}", reason(device))]
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        rows += [(f"GPU {device}", name), (f"backend on {device}", reason(device))]
     rows += [] if devices else [("GPU", "none that torch can use")]
     return rows
 
@@ -58,10 +59,6 @@ def _accelerators() -> list[torch.device]:
     if kind is None:
         return []
     return [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def reason(device: torch.device) -> str:
