@@ -157,20 +157,16 @@ def _of_ops(record: dict[str, Any], ops: Sequence[str]) -> str:
     with_host = {row["contender"] for row in rows if row.get("host_milliseconds")}
     hosts = [name for name in ("fastloss", "torch") if name in with_host]
 
-    def cell(row: dict[str, Any]) -> str:
-        if row.get("status", "absent") in ("absent", "unfit"):
-            return "–"
-        return f"{row['milliseconds']:.3f}" if row["status"] == "timed" else str(row["status"])
-
-    def host(row: dict[str, Any]) -> str:
-        return "–" if row.get("host_milliseconds") is None else f"{row['host_milliseconds']:.3f}"
+    def cell(row: dict[str, Any], number: str = "milliseconds") -> str:
+        unknown = number != "milliseconds" or row.get("status", "absent") in ("absent", "unfit")
+        return f"{row[number]:.3f}" if row.get(number) is not None else "–" if unknown else row["status"]
 
     lines = []
     for workload, by_contender in by_workload.items():
         ours, *theirs = (by_contender.get(name, {}) for name in ("fastloss", *others))
         share = 1 / ours["times_products"] if ours.get("times_products") else ours.get("share_of_copy")
-        line = [*workload, cell(ours), f"{share:.0%}" if share else "–", *map(cell, theirs)]
-        lines.append(line + [host(by_contender.get(name, {})) for name in hosts])
+        lines.append([*workload, cell(ours), f"{share:.0%}" if share else "–", *map(cell, theirs)])
+        lines[-1] += [cell(by_contender.get(name, {}), "host_milliseconds") for name in hosts]
     head = ["ms", "N x V", "dtype", "fastloss", "of the limit", *others, *(f"host: {name}" for name in hosts)]
     return _table(head, lines)
 
