@@ -8,6 +8,7 @@ that is off is marked and not compared with. Other shapes than the chosen ones h
 
 from __future__ import annotations
 
+import math
 import sys
 
 import torch
@@ -53,7 +54,9 @@ def _line(row: Row) -> str:
         words += f" {row.status}: {row.reason}"
     else:
         words += f" {row.milliseconds:9.2f} ms  {row.times_products:5.2f} of the products"
-        words += f"  {_megabytes(row):9.1f} MB  error {row.gradient_error:.1e}"
+        words += (
+            f"  {_megabytes(row):9.1f} MB  error {math.inf if row.gradient_error is None else row.gradient_error:.1e}"
+        )
     words += " INEXACT" if row.status == "wrong" else ""
     return words + (" MISSED" if row.contender == OURS and not row.timed else "")
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -287,6 +287,7 @@ def test_a_wrong_loss_is_marked_and_not_timed(
     assert wrong.reason.startswith(f"{what} off by ")
     assert wrong.milliseconds is wrong.gigabytes_per_second is wrong.peak_bytes is None
     assert "wrong" not in right.ratios
+    json.dumps([asdict(right), asdict(wrong)], allow_nan=False)
 
 
 def _linear_off(hidden: Tensor, head: Tensor, target: Tensor, off: float = 1e-2) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,7 +79,7 @@ class Row:
     teraflops: float | None = None  # the three products' operations over the time
     products_milliseconds: float | None = None  # of three bare products in the same turns
     times_products: float | None = None
-    gradient_error: float | None = None  # ‖gradient − exact‖ / ‖exact‖
+    gradient_error: float | None = None  # ‖gradient − exact‖ / ‖exact‖, if it is finite
 
     @classmethod
     def of(cls, workload: Workload, contender: Contender, status: str = "timed", reason: str = "") -> Row:
@@ -241,8 +242,8 @@ def _loss_check(prepared: Prepared, seed: int) -> Check:
             own = [each.copy() for each in inputs] if overwrites else inputs
             return partial(_next_call, call, itertools.cycle(own))
 
-        wrong = verdict(errors, allowed, workload.dtype)
-        return make, wrong, errors.gradient_norm if workload.differentiates else None
+        is_known = workload.differentiates and math.isfinite(errors.gradient_norm)
+        return make, verdict(errors, allowed, workload.dtype), errors.gradient_norm if is_known else None
 
     return check
 

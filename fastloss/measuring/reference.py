@@ -186,7 +186,7 @@ class _GradientError:
     def __init__(self, gradients: tuple[Tensor, ...], shape: torch.Size) -> None:
         self._gradients = tuple(gradient for gradient in gradients if gradient.shape == shape)
         self.greatest = 0.0 if len(self._gradients) == len(gradients) else math.inf
-        self.squares = 0.0  # of the difference's norm
+        self.squares = self.greatest  # of the difference's norm
 
     def add(self, part: slice, exact: Tensor, terms: Tensor | None) -> None:
         for gradient in self._gradients:
