@@ -42,15 +42,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastloss.backends.contract import (
-    ExternalLabel,
-    LossInputs,
-    LossOptions,
-    SGDBatch,
-    SGDControls,
-    SGDRule,
-    WantedGradients,
-)
+from fastloss.backends import contract
+from fastloss.backends.contract import LossInputs, LossOptions, WantedGradients
 
 from .no_gpu import PROCESSORS, SHARED_BYTES, pretend_to_be_an_h100
 from .sass import Loop, hot_loops, wide_loads
@@ -397,7 +390,10 @@ def _forms(logits: Tensor, target: Tensor, meta: Callable[..., Tensor]) -> Itera
         upstreams = (row, row, row if every else None, row if "smoothing" in form else None)
         yield f"{form} backward", partial(kernels.row_statistics_backward, upstreams, given, row, row, inplace=False)
     # A shard of the classes.
-    elsewhere, numbers = ExternalLabel(row, target, 5), dict.fromkeys(("entropy", "predicted", "every_row"), False)
+    elsewhere, numbers = (
+        contract.ExternalLabel(row, target, 5),
+        dict.fromkeys(("entropy", "predicted", "every_row"), False),
+    )
     yield "shard ranks", partial(kernels.label_ranks, logits, elsewhere)
     for form in SHARDS:
         hard, soft = inputs(form), inputs(form, logits)
@@ -437,13 +433,13 @@ def sgd_cases() -> Iterator[Case]:
         companion = {"master": param.float(), "kahan": param.clone()}.get(form)
         begun = {0: torch.zeros(1, dtype=torch.uint8)} if "begun" in form else {}
         rounding = form if form in ("master", "kahan", "stochastic") else "nearest"
-        batch = SGDBatch([param], [momentum], [companion], [0], rounding, begun)
+        batch = contract.SGDBatch([param], [momentum], [companion], [0], rounding, begun)
         scalar = torch.ones(())
         lr = scalar if "tensors" in form else 0.1
         groups = next((n for n in (4, 5) if f"{n}groups" in form), 1)
-        rule = SGDRule(lr, 0.9 if momentum is not None else 0.0, 0.0, 1e-4, False, False, False)
+        rule = contract.SGDRule(lr, 0.9 if momentum is not None else 0.0, 0.0, 1e-4, False, False, False)
         scale = scalar if "amp" in form else None
-        controls = SGDControls(scale, scale, scalar.double() if "clip" in form else None, 1.0)
+        controls = contract.SGDControls(scale, scale, scalar.double() if "clip" in form else None, 1.0)
         yield f"sgd {name} step", partial(kernels.sgd_step, batch, [grad], [rule] * groups, controls)
         if "clip" in form or dtype == torch.bfloat16:
             yield f"sgd {name} squares", partial(kernels.sgd_squares, batch, [grad], scalar.double())

@@ -19,19 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measuring.clock import (
-    Clock,
-    Copy,
-    FullStream,
-    Products,
-    Progress,
-    Step,
-    Times,
-    block_size,
-    by_the_clock,
-    in_turns,
-    repeated,
-)
+from ..measuring import clock
+from ..measuring.clock import Clock, Copy, Products, Progress, Step, Times
 from ..measuring.contenders import SGD_OPTIONS, Contender
 from ..measuring.machine import OtherPrograms, bytes_in_words, first_line, free_bytes, is_out_of_memory, peak_bytes
 from ..measuring.reference import LinearReference, LossReference, errors_of_eager, operation, verdict
@@ -270,14 +259,14 @@ def _sgd_check(prepared: Prepared) -> Check:
 def clock_of(workload: Workload, device: torch.device) -> tuple[Copy | None, Clock]:
     """Return the clock of a workload, and the copy that it or the limit needs."""
     if workload.op == "host" or device.type != "cuda":  # the host's time is that until a call returns
-        return (Copy(device) if workload.moved_bytes else None), by_the_clock
+        return (Copy(device) if workload.moved_bytes else None), clock.by_the_clock
     copy = Copy(device)
-    return copy, FullStream(copy.step, device)
+    return copy, clock.FullStream(copy.step, device)
 
 
-def block_of(step: Step, clock: Clock, device: torch.device, op: str = "") -> int:
+def block_of(step: Step, timer: Clock, device: torch.device, op: str = "") -> int:
     """Return how many calls make a turn."""
-    return _HOST_BLOCK if op == "host" else block_size(step, clock, device)
+    return _HOST_BLOCK if op == "host" else clock.block_size(step, timer, device)
 
 
 def _least_bytes(workload: Workload, contenders: int, device: torch.device) -> int:
@@ -292,16 +281,16 @@ def _least_bytes(workload: Workload, contenders: int, device: torch.device) -> i
 
 def _timed(prepared: Prepared, budget: float, progress: Progress) -> dict[str, Row]:
     workload, device, steps = prepared.workload, prepared.device, prepared.steps
-    copy, clock = clock_of(workload, device)
-    blocks = {name: block_of(step, clock, device, workload.op) for name, step in steps.items()}
-    turns: list[Step] = [partial(repeated, step, blocks[name]) for name, step in steps.items()]
+    copy, timer = clock_of(workload, device)
+    blocks = {name: block_of(step, timer, device, workload.op) for name, step in steps.items()}
+    turns: list[Step] = [partial(clock.repeated, step, blocks[name]) for name, step in steps.items()]
     products = prepared.products() if prepared.products else None
     limit = products or (copy if workload.moved_bytes else None)
     if limit is not None:
         limit.step()
         turns.append(limit.step)
     others = OtherPrograms()
-    times = in_turns(turns, clock, budget=max(budget, 1e-6), progress=progress)
+    times = clock.in_turns(turns, timer, budget=max(budget, 1e-6), progress=progress)
     others_share = others.share()
     copied = copy.gigabytes_per_second(_median(times[-1])) if copy and limit is copy else None
     bare = _median(times[-1]) if products else None
