@@ -64,7 +64,6 @@ class Settings(NamedTuple):
     device: torch.device
     contenders: Sequence[str] = ()  # by name; none: all that have the operation
     seconds: float = SECONDS
-    seed: int = 0
     json: Path | None = None
     plot: Path | None = None
 
@@ -169,9 +168,7 @@ def _measure(settings: Settings, console: Console, rows: list[measure.Row]) -> N
             def progress(share: float, done: int = done) -> None:
                 bar.update(task, completed=done + share)
 
-            new = measure.measure(
-                workload, contenders, device, budget=settings.seconds, seed=settings.seed, progress=progress
-            )
+            new = measure.measure(workload, contenders, device, budget=settings.seconds, progress=progress)
             rows += new
             report.write_json(settings.json, device, rows, finished=False)
             console.print(report.table(workload, new))

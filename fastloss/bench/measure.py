@@ -134,7 +134,6 @@ def measure(
     device: torch.device,
     *,
     budget: float,
-    seed: int = 0,
     timing_wrong: bool = False,
     progress: Progress = lambda share: None,
 ) -> list[Row]:
@@ -145,12 +144,11 @@ def measure(
         contenders: the contenders, whether they can serve or not.
         device: the device.
         budget: seconds of timing; there are at least five turns.
-        seed: of the inputs.
         timing_wrong: True if wrong contenders are timed too.
         progress: called with the share of the timing that is done.
     """
     try:
-        prepared = prepare(workload, contenders, device, seed=seed, timing_wrong=timing_wrong)
+        prepared = prepare(workload, contenders, device, timing_wrong=timing_wrong)
         with prepared.failing(prepared.steps):  # if one fails now, no contender's turns can be compared
             prepared.rows.update(_timed(prepared, budget, progress) if prepared.steps else {})
         return [prepared.rows[contender.name] for contender in contenders]
@@ -161,12 +159,7 @@ def measure(
 
 
 def prepare(
-    workload: Workload,
-    contenders: Sequence[Contender],
-    device: torch.device,
-    *,
-    seed: int = 0,
-    timing_wrong: bool = False,
+    workload: Workload, contenders: Sequence[Contender], device: torch.device, *, timing_wrong: bool = False
 ) -> Prepared:
     """Sort the contenders: absent, unfit, too large, wrong, failed; or checked, run and ready."""
     prepared = Prepared(workload, device, {each.name: Row.of(workload, each) for each in contenders})
@@ -190,7 +183,7 @@ def prepare(
     makers: dict[str, Callable[[], Step]] = {}
     with prepared.failing(candidates, "too large"):
         if candidates:
-            check = _sgd_check(prepared) if workload.op == "sgd" else _loss_check(prepared, seed)
+            check = _sgd_check(prepared) if workload.op == "sgd" else _loss_check(prepared)
     if check is None:
         return prepared
     for name, contender in candidates.items():
@@ -210,9 +203,9 @@ def prepare(
     return prepared
 
 
-def _loss_check(prepared: Prepared, seed: int) -> Check:
+def _loss_check(prepared: Prepared) -> Check:
     workload, is_linear = prepared.workload, prepared.workload.op == "linear"
-    inputs: list[Any] = list(workload.inputs(prepared.device, seed))
+    inputs: list[Any] = list(workload.inputs(prepared.device, seed=0))
     exact = workload.reference(inputs[0])
 
     def reference(first: Any) -> LossReference | LinearReference:

@@ -71,7 +71,7 @@ def table(workload: Workload, rows: Sequence[Row]) -> RenderableType:
     parts: list[RenderableType] = [Text(_title(workload), style="bold")]
     timed = sorted((row for row in rows if row.timed), key=lambda row: row.milliseconds or 0.0)
     if timed:
-        parts.append(_timed(timed, workload.op))
+        parts.append(_timed(timed))
     rest = Table.grid(padding=(0, 2))
     for row in rows:
         if not row.timed and row.status != "absent":  # those are listed above
@@ -123,24 +123,20 @@ def _title(workload: Workload) -> str:
     return f"{title}: {machine.bytes_in_words(workload.moved_bytes)} must move"
 
 
-def _timed(rows: Sequence[Row], op: str) -> Table:
+def _timed(rows: Sequence[Row]) -> Table:
     """Return the contenders' numbers, and those of the limit that took turns with them."""
     ours, first = next((row for row in rows if row.contender == OURS), None), rows[0]
     limit = {"contender": "a copy", "GB/s": f"{first.copy_gigabytes_per_second or 0.0:.2f}", "of a copy": "100%"}
     if bare := first.products_milliseconds:
         speed = (first.teraflops or 0.0) * (first.times_products or 0.0)
-        limit = {
-            "contender": "three products",
-            "ms": f"{bare:.4f}",
-            "Tflop/s": f"{speed:.4g}",
-            "of the products": "1.000",
-        }
+        limit = {"contender": "three products", "ms": f"{bare:.4f}", "Tflop/s": f"{speed:.4g}"}
+        limit["of the products"] = "1.000"
     ratios = {name: f"{ratio:.3f}" for name, ratio in ours.ratios.items()} if ours else {}
     columns = ["contender", *(head for head in COLUMNS if head in first.cells()), "ratio"]
     result = plain_table("", *columns)
     for row in rows:
         cells = {"contender": row.contender, **row.cells(), "ratio": ratios.get(row.contender, "")}
-        result.add_row(*(cells[head] for head in columns), style="cyan" if row is ours else "")
+        result.add_row(*(cells.get(head, "") for head in columns), style="cyan" if row is ours else "")
     if bare or first.copy_gigabytes_per_second:
         result.add_row(*(limit.get(head, "") for head in columns), style="dim")
     return result
