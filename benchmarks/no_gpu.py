@@ -16,8 +16,6 @@ from triton.runtime import driver
 
 from fastloss.backends import choice
 
-__all__ = ["PROCESSORS", "SHARED_BYTES", "pretend", "pretend_to_be_an_h100"]
-
 # The most shared memory of a program, by compute capability, in bytes: CUDA C++ Programming Guide, "Compute
 # Capabilities", table "Technical Specifications".
 SHARED_BYTES = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}

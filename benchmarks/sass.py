@@ -11,8 +11,6 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-__all__ = ["Loop", "hot_loops", "wide_loads"]
-
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
 _ACCESS = re.compile(r"^(LDG|STG|LDGSTS)\b")  # LDGSTS: into shared memory
 

@@ -11,8 +11,6 @@ import fastloss
 
 from ..backends import choice
 
-__all__ = ["VERSION", "facts", "processor", "reason", "show"]
-
 VERSION = fastloss.__version__
 
 
