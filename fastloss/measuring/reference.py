@@ -83,7 +83,6 @@ class LossReference:
         self, inputs: LossInputs, upstream: float = 1.0, topk: Sequence[int] = (), *, by_entry: bool = True
     ) -> None:
         self._inputs, self._upstream, self._topk, self._by_entry = inputs, upstream, topk, by_entry
-        self.top1 = 0.0  # the share of rows whose first greatest logit is the label's; known after `errors`
 
     @torch.no_grad()
     def errors(self, *outcomes: Outcome) -> list[Errors]:
@@ -92,7 +91,7 @@ class LossReference:
         rows, classes = logits.shape
         scale, tiny = self._upstream / rows, torch.finfo(logits.dtype).tiny
         loss = squares = 0.0
-        right, least, most = 0, [0] * len(self._topk), [0] * len(self._topk)
+        least, most = [0] * len(self._topk), [0] * len(self._topk)
         gradients = [_GradientError(outcome.gradients, logits.shape) for outcome in outcomes]
         for part in _parts(rows, classes, _LOSS_ELEMENTS.get(logits.device.type, 1 << 21)):
             x, t = logits[part], target[part]
@@ -105,7 +104,6 @@ class LossReference:
                 loss -= float(log_p.gather(1, label).sum()) / rows
             if self._topk:
                 score = x.gather(1, label)
-                right += int((x.argmax(1, keepdim=True) == label).sum())
                 above, level = (x > score).sum(1), (x == score).sum(1) - 1
                 for i, k in enumerate(self._topk):
                     least[i] += int((above + level < k).sum())
@@ -126,7 +124,6 @@ class LossReference:
                 squares += float(torch.linalg.vector_norm(exact)) ** 2
                 for gradient in gradients:
                     gradient.add(part, exact, terms)
-        self.top1 = right / rows
         shares = [(low / rows, high / rows) for low, high in zip(least, most, strict=True)]
         return [
             Errors(
@@ -202,11 +199,9 @@ def _loss_error(loss: Tensor | None, exact: float) -> float:
 
 
 def _accuracy_error(accuracies: tuple[Tensor, ...], shares: Sequence[tuple[float, float]]) -> float:
-    worst = 0.0
-    for accuracy, (low, high) in zip(accuracies, shares, strict=True):
-        share = _finite(float(accuracy))
-        worst = max(worst, low - share, share - high)
-    return worst
+    found = [_finite(float(accuracy)) for accuracy in accuracies]
+    outside = [max(low - share, share - high) for share, (low, high) in zip(found, shares, strict=True)]
+    return max(0.0, *outside) if outside else 0.0
 
 
 def _finite(error: float) -> float:
