@@ -217,7 +217,7 @@ def rounding_errors(ptx: str) -> list[str]:
     negated: dict[str, str] = {}
     halves: dict[str, list[str]] = {}  # of a register of two numbers
     names: dict[str, str] = {}  # by which a register that was taken out of such a one is known here
-    found = []
+    residues = []
 
     def half(register: str, which: int) -> str:
         return halves.get(register, [f"{register}.0", f"{register}.1"])[which]
@@ -243,8 +243,8 @@ def rounding_errors(ptx: str) -> list[str]:
                 term = known[3]
                 (left, signs), (right, more) = factors(known[1:3]), factors(products.get(negated.get(term, term), []))
                 if left == right and (signs + more + (term in negated)) % 2:
-                    found.append(known[0])
-    return found
+                    residues.append(known[0])
+    return residues
 
 
 def _goes_block_by_block(launch: Launch) -> bool:
@@ -452,10 +452,10 @@ def chosen(quick: bool, only: str = "") -> list[Launch]:
     def record(calls: Iterable[Case]) -> Iterator[Launch]:
         for label, call in calls:
             if only in label:
-                found: list[Launch] = []
-                with recorded(found, label):
+                of_call: list[Launch] = []
+                with recorded(of_call, label):
                     call()
-                yield from found
+                yield from of_call
 
     if quick:
         launches += record(itertools.chain(cases([*QUICK_SHAPES, *VIEWS], ["bfloat16"]), sgd_cases()))
@@ -480,14 +480,14 @@ def form_and_tile(launch: Launch) -> tuple[object, ...]:
 
 def distinct(launches: Iterable[Launch], targets: Sequence[str]) -> list[tuple[Launch, str]]:
     """Pair each launch with each target, once where Triton would compile the same; those with a budget always."""
-    found, seen = [], set()
+    pairs, seen = [], set()
     for launch, target in itertools.product(launches, targets):
         constants = tuple(sorted((name, str(value)) for name, value in launch.options.items()))
         key = launch.kernel.__name__, target, constants, launch.label.split()[1], str(_specialized(launch.arguments))
         if key not in seen or launch.label in BUDGETS:
-            found.append((launch, target))
+            pairs.append((launch, target))
         seen.add(key)
-    return found
+    return pairs
 
 
 def examined(work: Sequence[tuple[Launch, str]], jobs: int) -> Iterator[Compiled]:

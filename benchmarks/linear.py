@@ -32,20 +32,20 @@ TIME_BAR, MEMORY_BAR, GPU_TIME_BAR = 1.0, 0.25, 1.15
 def compare(workload: Workload, device: torch.device, seconds: float, bars: bool = True) -> list[str]:
     """Return the lines of one shape."""
     rows, classes, features = workload.shape
-    found = measure(workload, [CONTENDERS[name] for name in NAMES], device, budget=seconds, timing_wrong=True)
-    found = [row for row in found if row.status != "absent"]
-    lines = [f"({rows}, {features}) x {classes} {workload.dtype_name}", *map(_line, found)]
-    times = {row.contender: row.milliseconds for row in found if row.milliseconds is not None}
+    results = measure(workload, [CONTENDERS[name] for name in NAMES], device, budget=seconds, timing_wrong=True)
+    results = [row for row in results if row.status != "absent"]
+    lines = [f"({rows}, {features}) x {classes} {workload.dtype_name}", *map(_line, results)]
+    times = {row.contender: row.milliseconds for row in results if row.milliseconds is not None}
     if OURS in times and REFERENCE in times:
-        ours, plain = (next(row for row in found if row.contender == name) for name in (OURS, REFERENCE))
-        ratio = times[OURS] / min(row.milliseconds or 0.0 for row in found if row.timed and row is not ours)
+        ours, plain = (next(row for row in results if row.contender == name) for name in (OURS, REFERENCE))
+        ratio = times[OURS] / min(row.milliseconds or 0.0 for row in results if row.timed and row is not ours)
         memory = _megabytes(ours) / _megabytes(plain)
         bar = TIME_BAR if bars and device.type == "cpu" and workload.dtype == torch.float32 else None
         lines[1] += f"  of the faster other {ratio:.3f} {verdict(ratio, bar)}"
         lines[1] += f"  of the plain form's memory {memory:.3f} {verdict(memory, MEMORY_BAR if bars else None)}"
         if bars and device.type == "cuda":
             lines[1] += f"  {verdict(ours.times_products or 0.0, GPU_TIME_BAR)}"
-    return [*lines, f"{'three products':<29} {found[0].products_milliseconds or 0.0:9.2f} ms"]
+    return [*lines, f"{'three products':<29} {results[0].products_milliseconds or 0.0:9.2f} ms"]
 
 
 def _line(row: Row) -> str:

@@ -59,9 +59,9 @@ def _code(disassembly: str) -> list[_Instruction]:
         address = re.search(r"0x([0-9a-f]+)\s*$", operands.strip()) if name.startswith("BRA") else None
         return int(address[1], 16) if address else None
 
-    found = _LINE.findall(disassembly)
+    matches = _LINE.findall(disassembly)
     return [
-        _Instruction(int(place, 16), guard, name, target(name, operands)) for place, guard, name, operands in found
+        _Instruction(int(place, 16), guard, name, target(name, operands)) for place, guard, name, operands in matches
     ]
 
 

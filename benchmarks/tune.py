@@ -60,12 +60,12 @@ class Choice(NamedTuple):
 
 LOOPED = [
     Choice("loop", 1, cols, *sizes)
-    for cols, tried in {
+    for cols, ways in {
         4096: ((4, 3, 0), (8, 3, 0)),
         8192: ((8, 1, 128), (16, 1, 64), (16, 3, 64)),
         16384: ((16, 1, 128), (32, 1, 64), (32, 3, 64)),
     }.items()
-    for sizes in tried
+    for sizes in ways
 ]
 # Programs a processor; below 1, some processors have none, so that fewer rows are in flight.
 RESIDENT = (1, 2, 3, 4, 6, 8)
@@ -74,12 +74,12 @@ SHARES = (0.5, 0.75, 0.9)
 
 def whole(classes: int) -> list[Choice]:
     """Return the choices for rows that are held whole."""
-    cols, found = max(16, 1 << (classes - 1).bit_length()), []
+    cols, choices = max(16, 1 << (classes - 1).bit_length()), []
     for elements, (per_thread, stages) in itertools.product((1024, 2048, 4096), ((16, 1), (32, 1), (64, 1), (64, 2))):
         rows = max(1, min(64, elements // cols))
         warps = rows * cols // (32 * per_thread)
-        found += [Choice("tile", rows, cols, warps, stages, 128 if per_thread == 64 else 0)] if warps else []
-    return list(dict.fromkeys(found))
+        choices += [Choice("tile", rows, cols, warps, stages, 128 if per_thread == 64 else 0)] if warps else []
+    return list(dict.fromkeys(choices))
 
 
 def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, resident: float = 1) -> Callable[[], Any]:
@@ -168,7 +168,7 @@ def by_graph(call: Callable[[], Any], block: int) -> float:
     return min(seconds(graph.replay, GPU) for _ in range(3)) / block
 
 
-def tried(form: str, rows: int, classes: int, choices: list[Choice], copy: float) -> Iterator[dict[str, Any]]:
+def trials(form: str, rows: int, classes: int, choices: list[Choice], copy: float) -> Iterator[dict[str, Any]]:
     """Yield the record of each choice, of the one that is made today first; ``copy`` is a copy's bytes a second."""
     logits, target = make(rows, classes)
     moved = logits.nbytes * (2 if form.startswith("gradient") else 1)
@@ -207,7 +207,7 @@ def main() -> int:
     start = time.perf_counter()
     compile_all(options.form, options.classes, options.workers)
     print(header(torch.cuda.get_device_name()), f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     end, device_copy = time.perf_counter() + options.seconds, Copy(GPU)
     for form, (rows, classes), choices in problems(options.form, options.classes):
         if time.perf_counter() > end:
@@ -215,14 +215,14 @@ def main() -> int:
             break
         took = min(seconds(partial(repeated, device_copy.step, 5), GPU) for _ in range(3)) / 5
         copy = 1e9 * device_copy.gigabytes_per_second(took)
-        results = list(tried(form, rows, classes, choices, copy))
+        results = list(trials(form, rows, classes, choices, copy))
         said = [each.pop("words", each["choice"]) for each in results]
         best = sorted(zip((each["ms"] for each in results), said, strict=True))[:8]
         print(f"{form} {rows}x{classes} copy {copy / 1e9:.0f}; now {said[0]}")
         print(*(f"  {words}" for _, words in best), sep="\n", flush=True)
-        found += [each for each in results if "share" in each]
+        records += [each for each in results if "share" in each]
         if options.output:
-            options.output.write_text("\n".join(map(json.dumps, found)) + "\n")
+            options.output.write_text("\n".join(map(json.dumps, records)) + "\n")
     return 0
 
 

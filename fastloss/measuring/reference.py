@@ -199,9 +199,9 @@ def _loss_error(loss: Tensor | None, exact: float) -> float:
 
 
 def _accuracy_error(accuracies: tuple[Tensor, ...], shares: Sequence[tuple[float, float]]) -> float:
-    found = [_finite(float(accuracy)) for accuracy in accuracies]
-    outside = [max(low - share, share - high) for share, (low, high) in zip(found, shares, strict=True)]
-    return max(0.0, *outside) if outside else 0.0
+    values = [_finite(float(accuracy)) for accuracy in accuracies]
+    errors = [max(low - share, share - high) for share, (low, high) in zip(values, shares, strict=True)]
+    return max(0.0, *errors) if errors else 0.0
 
 
 def _finite(error: float) -> float:
