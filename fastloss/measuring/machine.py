@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import platform
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -77,11 +79,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    highest = current = 0
-    for change in _cpu_allocations(step):
-        current += change
-        highest = max(highest, current)
-    return highest
+    return max(itertools.accumulate(_cpu_allocations(step), initial=0))
 
 
 def _cpu_allocations(step: Callable[[], object]) -> list[int]:
@@ -91,8 +89,9 @@ def _cpu_allocations(step: Callable[[], object]) -> list[int]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(profile_memory=True) as record:
         step()
-    events = record.kineto_results.events() if record.kineto_results else []
-    changes = [event for event in events if event.name() == "[memory]" and event.device_type() == DeviceType.CPU]
+    results: Any = record.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    changes = [event for event in events if event.device_type() == DeviceType.CPU]
     return [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
 
 
