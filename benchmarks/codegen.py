@@ -26,44 +26,36 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastloss.backends.contract import (
-    ExternalLabel,
-    LossInputs,
-    LossOptions,
-    SGDBatch,
-    SGDControls,
-    SGDRule,
-    WantedGradients,
-)
+from fastloss.backends import contract
+from fastloss.backends.contract import LossInputs, LossOptions, WantedGradients
 
-from .no_gpu import SHARED_BYTES
-from .sass import Loop, hot_loops, tile_loops, wide_loads
+from .no_gpu import PROCESSORS, SHARED_BYTES, pretend_to_be_an_h100
+from .sass import Loop, hot_loops, wide_loads
+from .shared import refuse
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
+    **{f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 86, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # The most shared memory that a program can have there.
 SHARED = {name: SHARED_BYTES.get(target.arch, 65536) for name, target in TARGETS.items()}
-# The GPU that grids are planned for: an H100. Each of its processors issues four warps' instructions a cycle.
-PROCESSORS, L2_BYTES = 132, 50 << 20
+# Each processor of an H100 issues four warps' instructions a cycle.
 INSTRUCTIONS_PER_SECOND = PROCESSORS * 4 * 32 * 1.755e9
 BYTES_PER_SECOND = 3e12  # what is reached of its 3.35
 
@@ -98,56 +90,26 @@ class Compiled:
     registers: int | None = None
     spills: int | None = None  # bytes
     shared: int = 0  # bytes
-    widths: dict[str, int] = field(default_factory=dict)  # "LDG.128" → how many stand in the code
+    widths: Counter[str] = field(default_factory=Counter)  # "LDG.128" → how many stand in the code
     loops: list[Loop] = field(default_factory=list)
     elements: int = 1  # that a thread takes in a round of those
-    residues: int = 0  # products taken from themselves: see rounding_errors()
-    by_block: bool = True  # do the loops go from block to block of a row or tensor, or from tile to tile?
-    missing: int = 0  # bytes of a round's elements that no 128-bit access loads, if each should be
-    # Logits begin anywhere; or class weights are read, one number for each line of a tile that is wide in rows.
-    may_be_narrow: bool = False
-    error: str | None = None
+    faults: list[str] = field(default_factory=list)  # the words that the report counts against the launch
 
     @property
-    def instructions(self) -> float:
+    def instructions(self) -> float | None:
         """Return the instructions an element, over all hot loops: a kernel that visits its logits twice has two."""
-        return sum(loop.usual for loop in self.loops) / self.elements
+        return sum(loop.usual for loop in self.loops) / self.elements if self.loops else None
 
     @property
-    def special(self) -> float:
+    def special(self) -> float | None:
         """Return the MUFU operations an element, of the loop that has the most."""
-        return max((loop.special for loop in self.loops), default=0) / self.elements
+        return max(loop.special for loop in self.loops) / self.elements if self.loops else None
 
     @property
-    def slots(self) -> float:
+    def slots(self) -> float | None:
         """Return the share of the issue slots, of the loop that needs the most, at the full bandwidth."""
-        return max(
-            (
-                loop.usual / (16 * (loop.loads + loop.stores)) * BYTES_PER_SECOND / INSTRUCTIONS_PER_SECOND
-                for loop in self.loops
-            ),
-            default=0.0,
-        )
-
-    @property
-    def faults(self) -> list[str]:
-        """Return the words that the report counts against the launch."""
-        if self.error:
-            return [self.error]
-        found = [f"spills {self.spills} bytes"] if self.spills else []
-        most_shared = SHARED[self.target]
-        found += [f"{self.shared} bytes of shared memory, over {most_shared}"] if self.shared > most_shared else []
-        # From tile to tile there are numbers of rows.
-        narrow = sum(loop.narrow for loop in self.loops) if self.by_block and not self.may_be_narrow else 0
-        found += [f"{narrow} narrow accesses in hot loops"] if narrow else []
-        found += [f"{self.residues} products taken from themselves"] if self.residues else []
-        found += [f"{self.missing} bytes a thread without 128-bit accesses"] if self.missing else []
-        budget = BUDGETS.get(self.label)
-        if budget is not None and self.loops:
-            for name, value in zip(Budget._fields, (self.instructions, self.special, self.slots), strict=True):
-                most: float | None = getattr(budget, name)
-                found += [f"{value:.2f} {name}, over {most}"] if most is not None and value > most else []
-        return found
+        needed = max((loop.usual / (16 * (loop.loads + loop.stores)) for loop in self.loops), default=None)
+        return None if needed is None else needed * BYTES_PER_SECOND / INSTRUCTIONS_PER_SECOND
 
 
 class Budget(NamedTuple):
@@ -160,31 +122,23 @@ class Budget(NamedTuple):
 
 # On sm_90. The first two are for every element read once, or read and written; at 3 TB/s the H100 can issue 19.8
 # instructions for each bfloat16 element that it reads, 39 for one that it reads and writes.
+_SGD_FORMS = ("float32 momentum", "float32 momentum+amp+clip", "bfloat16 momentum", "bfloat16 master")
 BUDGETS = {
     "8192x32000 bfloat16 plain forward": Budget(instructions=16, special=1.2),
     "8192x32000 bfloat16 accuracy forward": Budget(instructions=16, special=1.2),
     "8192x32000 bfloat16 accuracy forward+gradient": Budget(instructions=26, special=1.2),
     "4096x128256 bfloat16 accuracy forward+gradient": Budget(instructions=26, special=1.2),
-    "sgd float32 momentum step": Budget(slots=0.5),
-    "sgd float32 momentum+amp+clip step": Budget(slots=0.5),
-    "sgd bfloat16 momentum step": Budget(slots=0.5),
-    "sgd bfloat16 master step": Budget(slots=0.5),
+    **dict.fromkeys([f"sgd {form} step" for form in _SGD_FORMS], Budget(slots=0.5)),
 }
 
 
-@contextmanager
-def recorded(launches: list[Launch], label: str) -> Iterator[None]:
+def recorded(launches: list[Launch], label: str) -> AbstractContextManager[object]:
     """Record launches instead of making them."""
-    run = JITFunction.run
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(Launch(self, args, kwargs, label))
 
-    JITFunction.run = record
-    try:
-        yield
-    finally:
-        JITFunction.run = run
+    return mock.patch.object(JITFunction, "run", record)
 
 
 def compile_for(launch: Launch, target: GPUTarget) -> Any:
@@ -201,43 +155,56 @@ def compile_for(launch: Launch, target: GPUTarget) -> Any:
 
 
 def examine(launch: Launch, name: str, target: GPUTarget) -> Compiled:
-    """Compile a launch and read registers, spills, shared memory and access widths off it."""
+    """Compile a launch; read registers, spills, shared memory and access widths off it, and its faults."""
     result = Compiled(launch.label, launch.kernel.__name__.strip("_"), name)
     try:
         compiled = compile_for(launch, target)
     except Exception as error:
-        result.error = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:120]}"
+        result.faults.append(f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:120]}")
         return result
     result.shared = compiled.metadata.shared
+    narrow = residues = missing = 0
     if target.backend == "cuda":
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder, "kernel.cubin")
             cubin.write_bytes(compiled.asm["cubin"])
-            usage = _tool("cuobjdump", "-res-usage", str(cubin))
-            result.registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-            stack = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
-            sass = _tool("cuobjdump", "-sass", str(cubin))
-            result.spills = stack if re.search(r"\b(STL|LDL)\b", sass) else 0  # a frame may lie unused
-        result.residues = len(rounding_errors(compiled.asm["ptx"]))
+            usage, sass = (_tool("cuobjdump", option, str(cubin)) for option in ("-res-usage", "-sass"))
+        result.registers = _number(r"REG:(\d+)", usage)
+        result.spills = _number(r"STACK:(\d+)", usage) if re.search(r"\b(STL|LDL)\b", sass) else 0  # or lies unused
         for kind, modifiers in re.findall(r"\b(LDGSTS|LDG|STG)((?:\.\w+)*)", sass):
             width = re.search(r"\.(64|128|U8|U16|S16|S8|256)\b", modifiers)
-            key = f"{kind[:3]}.{width[1] if width else '32'}"
-            result.widths[key] = result.widths.get(key, 0) + 1
-        result.by_block, result.elements = _goes_block_by_block(launch), _elements(launch)
-        result.loops = hot_loops(sass) if result.by_block else tile_loops(sass)
-        shard = "soft_statistics" in launch.kernel.__name__
-        by_line = bool((launch.constants.get("BY_INNER") or shard) and launch.constants.get("HAS_WEIGHT"))
-        result.may_be_narrow = by_line or "@" in launch.label.split()[0]
+            result.widths[f"{kind[:3]}.{width[1] if width else '32'}"] += 1
+        by_block, result.elements = _goes_block_by_block(launch), _elements(launch)
+        result.loops = hot_loops(sass, by_block=by_block)
+        # From tile to tile there are numbers of rows.
+        narrow = sum(loop.narrow for loop in result.loops) if by_block and not _may_be_narrow(launch) else 0
+        residues = len(rounding_errors(compiled.asm["ptx"]))
         if _is_aligned(launch):
-            result.missing = max(0, result.elements * _itemsize(launch) - 16 * wide_loads(sass))
+            missing = max(0, result.elements * _itemsize(launch) - 16 * wide_loads(sass))
     else:
         text = compiled.asm["amdgcn"]
-        result.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
-        result.spills = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # type: ignore[index]
-        for kind, width in re.findall(r"(global_load|global_store|buffer_load|buffer_store)_(\w+)", text):
-            key = f"{'LDG' if 'load' in kind else 'STG'}.{width}"
-            result.widths[key] = result.widths.get(key, 0) + 1
+        result.registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+        result.spills = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+        accesses = re.findall(r"(?:global|buffer)_(load|store)_(\w+)", text)
+        result.widths.update(f"{'LDG' if kind == 'load' else 'STG'}.{width}" for kind, width in accesses)
+    most = SHARED[name]
+    counted = {
+        "spills {} bytes": result.spills,
+        f"{{}} bytes of shared memory, over {most}": result.shared if result.shared > most else 0,
+        "{} narrow accesses in hot loops": narrow,
+        "{} products taken from themselves": residues,
+        "{} bytes a thread without 128-bit accesses": missing,
+    }
+    result.faults += [words.format(value) for words, value in counted.items() if value]
+    for what, limit in BUDGETS.get(launch.label, Budget())._asdict().items():
+        number = getattr(result, what)
+        if None not in (number, limit) and number > limit:
+            result.faults.append(f"{number:.2f} {what}, over {limit}")
     return result
+
+
+def _number(pattern: str, text: str) -> int:
+    return int(re.search(pattern, text)[1])  # type: ignore[index]
 
 
 def rounding_errors(ptx: str) -> list[str]:
@@ -248,48 +215,36 @@ def rounding_errors(ptx: str) -> list[str]:
     """
     products: dict[str, list[str]] = {}
     negated: dict[str, str] = {}
-    found = []
-
-    def factors(names: list[str]) -> tuple[list[str], int]:
-        """Return the factors without their signs, in order, and the number of signs."""
-        return sorted(negated.get(name, name) for name in names), sum(name in negated for name in names)
-
-    for operation, result, *operands in _arithmetic(ptx):
-        if operation == "mul":
-            products[result] = operands
-        elif operation == "neg":
-            negated[result] = operands[0]
-        else:
-            term = negated.get(operands[2], operands[2])
-            mine, signs = factors(operands[:2])
-            theirs, other_signs = factors(products.get(term, []))
-            if mine == theirs and (signs + other_signs + (operands[2] in negated)) % 2:
-                found.append(result)
-    return found
-
-
-def _arithmetic(ptx: str) -> Iterator[tuple[str, ...]]:
-    """Yield name, result and operands of each product, negation, and fused product and sum."""
-    halves: dict[str, tuple[str, str]] = {}  # of a register of two numbers
-    whole: dict[str, str] = {}  # what a register that was taken out of such a one is called here
+    halves: dict[str, list[str]] = {}  # of a register of two numbers
+    names: dict[str, str] = {}  # by which a register that was taken out of such a one is known here
+    residues = []
 
     def half(register: str, which: int) -> str:
-        return halves[register][which] if register in halves else f"{register}.{which}"
+        return halves.get(register, [f"{register}.0", f"{register}.1"])[which]
 
-    numbers = r"(?P<numbers>\{[^}]*\}|%\w+), (?P<rest>[^;]+);"
-    for line in re.finditer(
-        rf"\b(?:(?P<name>mul|neg|fma)(?:\.\w+)*\.f(?:32|64)|mov\.b64)(?P<two>x2)?\s+{numbers}", ptx
-    ):
-        name, two, result, rest = line.group("name", "two", "numbers", "rest")
-        if name is None and result.startswith("{"):
-            whole |= {register.strip(): half(rest, which) for which, register in enumerate(result[1:-1].split(","))}
-        elif name is None and rest.startswith("{"):
-            low, high = (whole.get(register.strip(), register.strip()) for register in rest[1:-1].split(","))
-            halves[result] = low, high
-        elif name is not None:
-            registers = [result, *(operand.strip() for operand in rest.split(","))]
-            for which in range(2 if two else 1):
-                yield (name, *(half(r, which) if two else whole.get(r, r) for r in registers))
+    def factors(registers: list[str]) -> tuple[list[str], int]:
+        """Return the factors without their signs, in order, and the number of signs."""
+        return sorted(negated.get(name, name) for name in registers), sum(name in negated for name in registers)
+
+    pattern = r"\b(?:(mul|neg|fma)(?:\.\w+)*?\.f(?:32|64)|mov\.b64)(x2)?\s+(\{[^}]*\}|%\w+), ([^;]+);"
+    for operation, two, result, rest in re.findall(pattern, ptx):
+        results, operands = (re.split(r",\s*", registers.strip("{}")) for registers in (result, rest))
+        if not operation and len(operands) == 2:
+            halves[result] = [names.get(register, register) for register in operands]
+        elif not operation and len(results) == 2:
+            names |= {register: half(rest, which) for which, register in enumerate(results)}
+        for which in range(0 if not operation else 2 if two else 1):
+            known = [half(each, which) if two else names.get(each, each) for each in (result, *operands)]
+            if operation == "mul":
+                products[known[0]] = known[1:]
+            elif operation == "neg":
+                negated[known[0]] = known[1]
+            else:
+                term = known[3]
+                (left, signs), (right, more) = factors(known[1:3]), factors(products.get(negated.get(term, term), []))
+                if left == right and (signs + more + (term in negated)) % 2:
+                    residues.append(known[0])
+    return residues
 
 
 def _goes_block_by_block(launch: Launch) -> bool:
@@ -300,8 +255,10 @@ def _goes_block_by_block(launch: Launch) -> bool:
 
 def _elements(launch: Launch) -> int:
     """Return how many elements a thread takes of a tile or a block."""
+    from fastloss.kernels import sgd
+
     constants = launch.constants
-    block = constants.get("BLOCK") or _sgd_block()
+    block = constants.get("BLOCK") or sgd.BLOCK.value
     tile = constants.get("ROWS", 1) * constants["COLS"] if "COLS" in constants else block
     return int(tile) // (32 * constants["num_warps"])
 
@@ -309,6 +266,12 @@ def _elements(launch: Launch) -> int:
 def _itemsize(launch: Launch) -> int:
     """Return the bytes of an element of the logits, or of the parameters: the label says its dtype."""
     return getattr(torch, launch.label.split()[1]).itemsize
+
+
+def _may_be_narrow(launch: Launch) -> bool:
+    """Return True if logits begin anywhere, or class weights are read one for each line of a tile wide in rows."""
+    by_line = launch.constants.get("BY_INNER") or "soft_statistics" in launch.kernel.__name__
+    return bool(by_line and launch.constants.get("HAS_WEIGHT")) or "@" in launch.label.split()[0]
 
 
 def _is_aligned(launch: Launch) -> bool:
@@ -323,12 +286,6 @@ def _is_aligned(launch: Launch) -> bool:
     return bool(launch.constants.get("VEC", widest) == widest)
 
 
-def _sgd_block() -> int:
-    from fastloss.kernels import sgd
-
-    return int(sgd.BLOCK.value)
-
-
 def _tool(name: str, *arguments: str) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
@@ -341,32 +298,22 @@ VIEWS = [(8, 19, 65536), (8, 1000, 4096)]
 MORE_VIEWS = [(64, 10, 4096), (64, 50, 4096), (64, 19, 49), (64, 1000, 49)]
 UNALIGNED = [(8192, 50257), (8192, 32000)]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-OPTIONS = {
-    "plain": LossOptions(),
-    "accuracy": LossOptions(topk=(1, 5)),
-    "smoothing": LossOptions(label_smoothing=0.1),
-    "smoothing+accuracy": LossOptions(topk=(1, 5), label_smoothing=0.1),
-    "weight+smoothing+accuracy": LossOptions(topk=(1, 5), label_smoothing=0.1),
-    "none+accuracy": LossOptions(reduction="none", topk=(1, 5)),
-    "softcap+z": LossOptions(softcap=30.0, lse_square_scale=1e-4),
-    # Whose sum of logits is relative to a product, the label's capped logit.
-    "smoothing+softcap": LossOptions(label_smoothing=0.1, softcap=30.0),
-    "weight+smoothing+softcap+z+accuracy": LossOptions(-100, 0.1, "mean", 1e-4, 30.0, (1, 5)),
-}
-SOFT = {
-    "soft": LossOptions(),
-    "soft-weight+smoothing": LossOptions(label_smoothing=0.1),
-    "soft-softcap+z": LossOptions(softcap=30.0, lse_square_scale=1e-4),
-    "soft-probabilities": LossOptions(from_logits=False),
-}
-STATISTICS = {
-    "statistics": LossOptions(),
-    "statistics-every": LossOptions(),
-    "statistics-every+weight+smoothing+softcap": LossOptions(label_smoothing=0.1, softcap=30.0),
-}
-SHARDS = {
-    "shard": LossOptions(),
-    "shard-weight+smoothing+softcap": LossOptions(label_smoothing=0.1, softcap=30.0),
+# Forms of the loss, of class probabilities, of the numbers of each row, and beside a shard of the classes. The sum of
+# logits of "smoothing+softcap" is relative to a product, the label's capped logit.
+HARD = (
+    *("plain", "accuracy", "smoothing", "smoothing+accuracy", "weight+smoothing+accuracy", "none+accuracy"),
+    *("softcap+z", "smoothing+softcap", "weight+smoothing+softcap+z+accuracy"),
+)
+SOFT = ("soft", "soft-weight+smoothing", "soft-softcap+z", "soft-probabilities")
+STATISTICS = ("statistics", "statistics-every", "statistics-every+weight+smoothing+softcap")
+SHARDS = ("shard", "shard-weight+smoothing+softcap")
+_OPTIONS: dict[str, tuple[str, Any]] = {  # of a form's words
+    "accuracy": ("topk", (1, 5)),
+    "smoothing": ("label_smoothing", 0.1),
+    "none": ("reduction", "none"),
+    "softcap": ("softcap", 30.0),
+    "z": ("lse_square_scale", 1e-4),
+    "probabilities": ("from_logits", False),
 }
 
 
@@ -391,7 +338,7 @@ def cases(
         offset: elements by which they begin after a multiple of 128 bits.
     """
 
-    def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    def meta(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(math.prod(shape) + offset, dtype=dtype, device="meta")[offset:].view(shape)
 
     places = f"@{offset}" if offset else ""
@@ -399,140 +346,103 @@ def cases(
         outer, classes, inner = (*shape, 1)[:3]
         logits = meta(outer, classes, inner, dtype=DTYPES[dtype])
         target = meta(outer * inner, dtype=torch.int64)
-        for family in (_hard_cases, _soft_cases, _statistics_cases, _shard_cases):
-            for form, call in family(logits, target, meta):
-                yield f"{'x'.join(map(str, shape))}{places} {dtype} {form}", call
+        for form, call in _forms(logits, target, meta):
+            yield f"{'x'.join(map(str, shape))}{places} {dtype} {form}", call
 
 
-def _hard_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
+def _forms(logits: Tensor, target: Tensor, meta: Callable[..., Tensor]) -> Iterator[Case]:
+    """Yield the forms of a shape, and their calls."""
     from fastloss import kernels
 
-    def backward(forward: Any, inputs: LossInputs) -> Any:
-        saved = forward(gradient=False).saved
-        one = meta(*target.shape if inputs.options.reduction == "none" else (), dtype=logits.dtype)
-        return kernels.cross_entropy_backward(one, inputs, saved, inplace=False)
+    row, one = meta(target.numel(), dtype=torch.float64), meta(dtype=logits.dtype)
+    neither, first, both = (WantedGradients(*wanted) for wanted in ((False, False), (True, False), (True, True)))
 
-    for form, options in OPTIONS.items():
-        inputs = LossInputs(logits, target, _weight_of(form, logits, meta), options)
-        forward = partial(kernels.cross_entropy_forward, inputs, loss_dtype=logits.dtype, inplace=False)
+    def inputs(form: str, labels: Tensor = target) -> LossInputs:
+        words = re.split("[-+]", form)
+        weight = meta(logits.shape[1], dtype=logits.dtype) if "weight" in words else None
+        options = dict(_OPTIONS[word] for word in words if word in _OPTIONS)
+        return LossInputs(logits, labels, weight, LossOptions(**options))
+
+    for form in HARD:
+        given, waits = inputs(form), "none" in form
+        forward = partial(kernels.cross_entropy_forward, given, loss_dtype=logits.dtype, inplace=False)
         yield f"{form} forward", partial(forward, gradient=False)
-        if options.reduction != "none":  # whose gradient waits for the upstream one
+        if not waits:  # whose gradient waits for the upstream one
             yield f"{form} forward+gradient", partial(forward, gradient=True)
-        yield f"{form} backward", partial(backward, forward, inputs)
-    yield (
-        "chunk of a larger batch",
-        partial(
-            kernels.cross_entropy_forward,
-            LossInputs(logits, target, None, LossOptions(reduction="sum", topk=(1,))),
-            loss_dtype=torch.float32,
-            gradient=True,
-            inplace=True,
-            divisor=meta(dtype=torch.float64),
-        ),
-    )
-    yield "rescale", partial(kernels.rescale, logits, meta(dtype=logits.dtype), inplace=True)
+        backward = partial(kernels.cross_entropy_backward, meta(*target.shape, dtype=logits.dtype) if waits else one)
+        yield f"{form} backward", partial(_after, partial(forward, gradient=False), backward, given, inplace=False)
+    chunk = LossInputs(logits, target, None, LossOptions(reduction="sum", topk=(1,)))
+    how = {"loss_dtype": torch.float32, "gradient": True, "inplace": True, "divisor": meta(dtype=torch.float64)}
+    yield "chunk of a larger batch", partial(kernels.cross_entropy_forward, chunk, **how)
+    yield "rescale", partial(kernels.rescale, logits, one, inplace=True)
     yield "accuracy alone", partial(kernels.accuracy, logits, target, (1, 5), -100, "mean")
-
-
-def _soft_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
-    from fastloss import kernels
-
-    def backward(forward: Any, inputs: LossInputs) -> Any:
-        saved = forward(WantedGradients(False, False)).saved
-        return kernels.soft_cross_entropy_backward(
-            meta(dtype=logits.dtype), inputs, saved, WantedGradients(True, False)
-        )
-
-    for form, options in SOFT.items():
-        inputs = LossInputs(logits, logits, _weight_of(form, logits, meta), options)
-        forward = partial(kernels.soft_cross_entropy_forward, inputs, loss_dtype=logits.dtype)
-        yield f"{form} forward", partial(forward, WantedGradients(False, False))
-        yield f"{form} forward+gradient", partial(forward, WantedGradients(True, False))
-        yield f"{form} forward+gradients", partial(forward, WantedGradients(True, True))
-        yield f"{form} backward", partial(backward, forward, inputs)
-
-
-def _statistics_cases(
-    logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]
-) -> Iterator[Case]:
-    from fastloss import kernels
-
-    row = meta(target.numel(), dtype=torch.float64)
-    for form, options in STATISTICS.items():
-        every, inputs = "every" in form, LossInputs(logits, target, _weight_of(form, logits, meta), options)
-        wanted = {"entropy": every, "predicted": every, "every_row": every}
-        yield f"{form} forward", partial(kernels.row_statistics_forward, inputs, **wanted)
-        upstreams = (row, row, row if every else None, row if options.label_smoothing else None)
-        backward = partial(kernels.row_statistics_backward, inplace=False)
-        yield f"{form} backward", partial(backward, upstreams, inputs, row, row)
-
-
-def _shard_cases(logits: torch.Tensor, target: torch.Tensor, meta: Callable[..., torch.Tensor]) -> Iterator[Case]:
-    """Yield the calls that visit a shard of the classes."""
-    from fastloss import kernels
-
-    row = meta(target.numel(), dtype=torch.float64)
-    elsewhere = ExternalLabel(row, target, 5)
+    for form in SOFT:
+        given = inputs(form, logits)
+        forward = partial(kernels.soft_cross_entropy_forward, given, loss_dtype=logits.dtype)
+        for words, wanted in (("forward", neither), ("forward+gradient", first), ("forward+gradients", both)):
+            yield f"{form} {words}", partial(forward, wanted)
+        backward = partial(kernels.soft_cross_entropy_backward, one)
+        yield f"{form} backward", partial(_after, partial(forward, neither), backward, given, first)
+    for form in STATISTICS:
+        every, given = "every" in form, inputs(form)
+        numbers = dict.fromkeys(("entropy", "predicted", "every_row"), every)
+        yield f"{form} forward", partial(kernels.row_statistics_forward, given, **numbers)
+        upstreams = (row, row, row if every else None, row if "smoothing" in form else None)
+        yield f"{form} backward", partial(kernels.row_statistics_backward, upstreams, given, row, row, inplace=False)
+    # A shard of the classes.
+    elsewhere, numbers = (
+        contract.ExternalLabel(row, target, 5),
+        dict.fromkeys(("entropy", "predicted", "every_row"), False),
+    )
     yield "shard ranks", partial(kernels.label_ranks, logits, elsewhere)
-    for form, options in SHARDS.items():
-        weight = _weight_of(form, logits, meta)
-        wanted = {"entropy": False, "predicted": False, "every_row": False}
-        hard, soft = (LossInputs(logits, labels, weight, options) for labels in (target, logits))
-        yield f"{form} forward", partial(kernels.row_statistics_forward, hard, **wanted, ranked=elsewhere)
+    for form in SHARDS:
+        hard, soft = inputs(form), inputs(form, logits)
+        yield f"{form} forward", partial(kernels.row_statistics_forward, hard, **numbers, ranked=elsewhere)
         yield f"{form} soft forward", partial(kernels.soft_statistics_forward, soft, ranked=elsewhere)
-        upstreams = (row, row, None, row if options.label_smoothing else None)
-        numbers = row, row, WantedGradients(True, False)
-        yield f"{form} soft backward", partial(kernels.soft_statistics_backward, upstreams, soft, *numbers)
+        upstreams = (row, row, None, row if "smoothing" in form else None)
+        yield f"{form} soft backward", partial(kernels.soft_statistics_backward, upstreams, soft, row, row, first)
 
 
-def _weight_of(form: str, logits: torch.Tensor, meta: Callable[..., torch.Tensor]) -> torch.Tensor | None:
-    return meta(logits.shape[1], dtype=logits.dtype) if "weight" in form else None
+def _after(
+    forward: Callable[[], Any], backward: Callable[..., Any], given: LossInputs, *wanted: Any, **how: Any
+) -> Any:
+    """Call backward with what the forward pass saves."""
+    return backward(given, forward().saved, *wanted, **how)
 
 
-# An SGD step's forms: dtype of the parameters and of the momentum, rounding, and what else.
-SGD = {
-    "sgd float32 plain": (torch.float32, None, "nearest", ""),
-    "sgd float32 momentum": (torch.float32, torch.float32, "nearest", ""),
-    "sgd float32 momentum+4groups": (torch.float32, torch.float32, "nearest", "4groups"),
-    "sgd float32 momentum+5groups": (torch.float32, torch.float32, "nearest", "5groups"),
-    "sgd float32 momentum+amp+clip": (torch.float32, torch.float32, "nearest", "amp+clip"),
-    "sgd float32 momentum+amp+clip+begun+strided+tensors": (
-        torch.float32,
-        torch.float32,
-        "nearest",
-        "amp+clip+begun+strided+tensors",
-    ),
-    "sgd float64 momentum": (torch.float64, torch.float64, "nearest", ""),
-    "sgd bfloat16 momentum": (torch.bfloat16, torch.bfloat16, "nearest", ""),
-    "sgd bfloat16 float32-momentum": (torch.bfloat16, torch.float32, "nearest", ""),
-    "sgd bfloat16 master": (torch.bfloat16, torch.float32, "master", ""),
-    "sgd bfloat16 kahan": (torch.bfloat16, torch.bfloat16, "kahan", ""),
-    "sgd bfloat16 stochastic": (torch.bfloat16, torch.bfloat16, "stochastic", ""),
-    "sgd float16 stochastic": (torch.float16, torch.float16, "stochastic", ""),
-}
+# An SGD step's forms: the parameters' dtype, then the momentum's, where it is another, or the rounding; and more.
+SGD = (
+    *(f"float32 {form}" for form in ("plain", "momentum", "momentum+4groups", "momentum+5groups")),
+    *("float32 momentum+amp+clip", "float32 momentum+amp+clip+begun+strided+tensors", "float64 momentum"),
+    *(f"bfloat16 {form}" for form in ("momentum", "float32-momentum", "master", "kahan", "stochastic")),
+    "float16 stochastic",
+)
 
 
 def sgd_cases() -> Iterator[Case]:
     """Yield an optimizer's launches. They are recorded from tensors that exist: their addresses are in a table."""
     from fastloss import kernels
 
-    for label, (dtype, momentum_dtype, rounding, extras) in SGD.items():
+    for name in SGD:
+        dtype, form = getattr(torch, name.split()[0]), name.split()[1]
         param, grad = torch.empty(64, 64, dtype=dtype), torch.empty(64, 64, dtype=dtype)
-        if "strided" in extras:
+        if "strided" in form:
             grad = grad.T
-        momentum = None if momentum_dtype is None else torch.empty(64, 64, dtype=momentum_dtype)
-        companion = {"master": param.float(), "kahan": param.clone()}.get(rounding)
-        begun = {0: torch.zeros(1, dtype=torch.uint8)} if "begun" in extras else {}
-        batch = SGDBatch([param], [momentum], [companion], [0], rounding, begun)
+        wide = form in ("master", "float32-momentum")
+        momentum = None if form == "plain" else torch.empty_like(param, dtype=torch.float32 if wide else dtype)
+        companion = {"master": param.float(), "kahan": param.clone()}.get(form)
+        begun = {0: torch.zeros(1, dtype=torch.uint8)} if "begun" in form else {}
+        rounding = form if form in ("master", "kahan", "stochastic") else "nearest"
+        batch = contract.SGDBatch([param], [momentum], [companion], [0], rounding, begun)
         scalar = torch.ones(())
-        lr = scalar if "tensors" in extras else 0.1
-        groups = next((n for n in (4, 5) if f"{n}groups" in extras), 1)
-        rule = SGDRule(lr, 0.9 if momentum is not None else 0.0, 0.0, 1e-4, False, False, False)
-        scale = scalar if "amp" in extras else None
-        controls = SGDControls(scale, scale, scalar.double() if "clip" in extras else None, 1.0)
-        yield f"{label} step", partial(kernels.sgd_step, batch, [grad], [rule] * groups, controls)
-        if "clip" in extras or dtype == torch.bfloat16:
-            yield f"{label} squares", partial(kernels.sgd_squares, batch, [grad], scalar.double())
+        lr = scalar if "tensors" in form else 0.1
+        groups = next((n for n in (4, 5) if f"{n}groups" in form), 1)
+        rule = contract.SGDRule(lr, 0.9 if momentum is not None else 0.0, 0.0, 1e-4, False, False, False)
+        scale = scalar if "amp" in form else None
+        controls = contract.SGDControls(scale, scale, scalar.double() if "clip" in form else None, 1.0)
+        yield f"sgd {name} step", partial(kernels.sgd_step, batch, [grad], [rule] * groups, controls)
+        if "clip" in form or dtype == torch.bfloat16:
+            yield f"sgd {name} squares", partial(kernels.sgd_squares, batch, [grad], scalar.double())
 
 
 def chosen(quick: bool, only: str = "") -> list[Launch]:
@@ -542,10 +452,10 @@ def chosen(quick: bool, only: str = "") -> list[Launch]:
     def record(calls: Iterable[Case]) -> Iterator[Launch]:
         for label, call in calls:
             if only in label:
-                found: list[Launch] = []
-                with recorded(found, label):
+                of_call: list[Launch] = []
+                with recorded(of_call, label):
                     call()
-                yield from found
+                yield from of_call
 
     if quick:
         launches += record(itertools.chain(cases([*QUICK_SHAPES, *VIEWS], ["bfloat16"]), sgd_cases()))
@@ -570,22 +480,19 @@ def form_and_tile(launch: Launch) -> tuple[object, ...]:
 
 def distinct(launches: Iterable[Launch], targets: Sequence[str]) -> list[tuple[Launch, str]]:
     """Pair each launch with each target, once where Triton would compile the same; those with a budget always."""
-    found, seen = [], set()
+    pairs, seen = [], set()
     for launch, target in itertools.product(launches, targets):
         constants = tuple(sorted((name, str(value)) for name, value in launch.options.items()))
         key = launch.kernel.__name__, target, constants, launch.label.split()[1], str(_specialized(launch.arguments))
         if key not in seen or launch.label in BUDGETS:
-            found.append((launch, target))
+            pairs.append((launch, target))
         seen.add(key)
-    return found
+    return pairs
 
 
 def examined(work: Sequence[tuple[Launch, str]], jobs: int) -> Iterator[Compiled]:
     """Compile each launch, by ``jobs`` processes, and yield the results in their order."""
     global _work
-    if jobs == 1:
-        yield from (examine(launch, name, TARGETS[name]) for launch, name in work)
-        return
     _work = work  # which the processes inherit: launches hold functions that can't be sent
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         yield from pool.imap(_examine_number, range(len(work)))
@@ -599,13 +506,13 @@ def _examine_number(number: int) -> Compiled:
     return examine(launch, name, TARGETS[name])
 
 
-_COLUMNS = (  # their widths, and what they say
-    ("regs", 4, "registers of a thread"),
-    ("spill", 5, "bytes that a thread spills"),
-    ("shared", 6, "bytes of shared memory of a program"),
-    ("instr", 5, "instructions an element, of all hot loops (NVIDIA's targets, as the next two)"),
-    ("MUFU", 4, "special-function operations an element, of the hot loop that has the most"),
-    ("slots", 5, "share of an H100's issue slots that the hottest loop takes at 3 TB/s"),
+_COLUMNS = (  # titles, numbers and their forms, and meanings
+    ("regs", "registers", "", "registers of a thread"),
+    ("spill", "spills", "", "bytes that a thread spills"),
+    ("shared", "shared", "", "bytes of shared memory of a program"),
+    ("instr", "instructions", ".1f", "instructions an element, of all hot loops (NVIDIA's targets, as the next two)"),
+    ("MUFU", "special", ".2f", "special-function operations an element, of the hot loop that has the most"),
+    ("slots", "slots", ".0%", "share of an H100's issue slots that the hottest loop takes at 3 TB/s"),
 )
 _REST = (
     ("accesses", "to device memory: LDG loads, STG stores, of so many bits, × how many stand in the code; faults"),
@@ -613,17 +520,21 @@ _REST = (
 )
 
 
-def _legend() -> str:
-    meanings = [*((name, meaning) for name, _, meaning in _COLUMNS), *_REST]
-    return "\n".join(["columns:", *(f"  {name:10}{meaning}" for name, meaning in meanings)])
+def _line(r: Compiled) -> str:
+    numbers = [(len(title), getattr(r, name), form) for title, name, form, _ in _COLUMNS]
+    cells = " ".join(("-" if number is None else format(number, form)).rjust(size) for size, number, form in numbers)
+    widths = " ".join(f"{kind}×{count}" for kind, count in sorted(r.widths.items()))
+    faults = "".join(f" FAULT: {fault};" for fault in r.faults)
+    return f"{r.kernel:19} {r.target:7} {cells}  {widths};{faults} {r.label}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print one line a compiled kernel; exit code 1 if any has a fault."""
+    meanings = [*((name, meaning) for name, *_, meaning in _COLUMNS), *_REST]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.codegen",
         description=__doc__,
-        epilog=_legend(),
+        epilog="\n".join(["columns:", *(f"  {name:10}{meaning}" for name, meaning in meanings)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")
@@ -634,11 +545,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parsed = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        print("benchmarks.codegen compiles: unset TRITON_INTERPRET", file=sys.stderr)
-        return 2
+        return refuse("codegen", "it compiles; unset TRITON_INTERPRET")
     if parsed.jobs < 1:
-        print(f"benchmarks.codegen: --jobs is {parsed.jobs}; expected 1 or more", file=sys.stderr)
-        return 2
+        return refuse("codegen", f"--jobs is {parsed.jobs}; expected 1 or more")
     work = []
     targets = parsed.target or list(TARGETS)
     # AMD's compiler puts no stages into shared memory: plan() asks NVIDIA's devices alone.
@@ -648,46 +557,20 @@ def main(arguments: list[str] | None = None) -> int:
         launches = chosen(parsed.quick, parsed.only)
         work += distinct(launches, [name for name in targets if planned[name] == shared_bytes])
     if not work:
-        print(f"benchmarks.codegen: --only is {parsed.only!r}; no label contains it", file=sys.stderr)
-        return 2
-    titles = " ".join(name.rjust(width) for name, width, _ in _COLUMNS)
-    print(f"{'kernel':19} {'target':7} {titles}  {'; '.join(name for name, _ in _REST)}")
-    faults, measured, budgeted = 0, set(), set()
+        return refuse("codegen", f"--only is {parsed.only!r}; no label contains it")
+    titles = " ".join(title for title, *_ in _COLUMNS)
+    print(f"{'kernel':19} {'target':7} {titles}  {'; '.join(title for title, _ in _REST)}")
+    faults, with_loops = 0, dict[tuple[str, str], bool]()
     for r in examined(work, parsed.jobs):
         faults += bool(r.faults)
         if r.label in BUDGETS and TARGETS[r.target].backend == "cuda":
-            budgeted.add((r.label, r.target))
-            measured |= {(r.label, r.target)} if r.loops else set()
+            with_loops[r.label, r.target] = with_loops.get((r.label, r.target), False) or bool(r.loops)
         print(_line(r), flush=True)
-    for label, target in sorted(budgeted - measured):
+    for label, target in sorted(key for key, has_loops in with_loops.items() if not has_loops):
         faults += 1
         print(f"FAULT: a budget, and no hot loop found; {target} {label}")
     print(f"{len(work)} compiled, {faults} with faults")
     return 1 if faults else 0
-
-
-def pretend_to_be_an_h100(shared_bytes: int = SHARED["sm_90"]) -> None:
-    """From now on, plan grids for an H100, and tiles for so much shared memory a program."""
-    from fastloss.kernels import launch, tiles
-
-    launch.forget()
-    tiles._shared_bytes = lambda device: shared_bytes  # type: ignore[assignment]
-    tiles._processors = lambda device: PROCESSORS  # type: ignore[assignment]
-    tiles._l2_bytes = lambda device: L2_BYTES  # type: ignore[assignment]
-
-
-def _line(r: Compiled) -> str:
-    numbers = [r.registers, r.spills, r.shared]
-    cells = [
-        f"{'-' if number is None else number:>{width}}" for number, width in zip(numbers, (4, 5, 6), strict=True)
-    ]
-    if r.loops:
-        cells += [f"{r.instructions:5.1f}", f"{r.special:4.2f}", f"{100 * r.slots:4.0f}%"]
-    else:
-        cells += [f"{'-':>5}", f"{'-':>4}", f"{'-':>5}"]
-    widths = " ".join(f"{kind}×{count}" for kind, count in sorted(r.widths.items()))
-    faults = "".join(f" FAULT: {fault};" for fault in r.faults)
-    return f"{r.kernel:19} {r.target:7} {' '.join(cells)}  {widths};{faults} {r.label}"
 
 
 def _specialized(argument: Any) -> Any:
@@ -696,7 +579,7 @@ def _specialized(argument: Any) -> Any:
         return tuple(map(_specialized, argument))
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, argument >= 1 << 31
-    if isinstance(argument, torch.Tensor):
+    if isinstance(argument, Tensor):
         return str(argument.dtype), argument.data_ptr() % 16 == 0
     return argument is None
 

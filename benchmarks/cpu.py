@@ -24,9 +24,8 @@ from torch import Tensor
 import fastloss
 from fastloss.measuring.clock import medians
 from fastloss.measuring.inputs import rotated
-from fastloss.measuring.machine import OtherPrograms
 
-from .shared import CPU, closing, header, name_of, parsed_by, parser_of, verdict
+from .shared import CPU, Report, name_of, parsed_by, parser_of, verdict
 
 Function = Callable[[Tensor, Tensor], Any]  # takes logits and labels
 Call = Callable[[Tensor], object]  # takes logits
@@ -54,9 +53,14 @@ Contest = tuple[Sequence[Tensor], list[Pair]]  # calls that take turns, each wit
 
 
 def compare(
-    contests: Iterable[Contest], form: Callable[[Pair, float, float], str], *, budget: float, block: int
+    contests: Iterable[Contest],
+    form: Callable[[Pair, float, float], str],
+    *,
+    budget: float,
+    block: int,
+    say: Callable[[str], object] = print,
 ) -> int:
-    """Time each contest, print a line for each of its pairs, and return the number of bars that are missed."""
+    """Time each contest, say a line for each of its pairs, and return the number of bars that are missed."""
     missed = 0
     for inputs, pairs in contests:
         following = itertools.cycle(inputs)
@@ -68,7 +72,7 @@ def compare(
         for pair in pairs:
             ours, theirs = seconds[pair.ours], seconds[pair.theirs]
             missed += pair.bar is not None and ours / theirs > pair.bar
-            print(form(pair, ours, theirs), flush=True)
+            say(form(pair, ours, theirs))
     return missed
 
 
@@ -161,13 +165,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--crossover", action="store_true", help="only where fused and torch's operator meet")
     parser.add_argument("--op", choices=("cross_entropy", "accuracy"), help="only this one")
     options = parsed_by(parser, arguments)
-    print(header(f"{torch.get_num_threads()} threads"))
+    report = Report("cpu", arguments, f"{torch.get_num_threads()} threads")
     by_op = {"cross_entropy": losses(options.compile), "accuracy": accuracies()}
     chosen = [crossover()] if options.crossover else [by_op[options.op]] if options.op else by_op.values()
-    others = OtherPrograms()
-    missed = compare(itertools.chain(*chosen), _form, budget=options.seconds, block=options.block)
-    print(closing(missed, others))
-    return int(missed > 0)
+    compare(itertools.chain(*chosen), _form, budget=options.seconds, block=options.block, say=report.say)
+    return report.close()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,14 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
+from torch.utils._pytree import tree_leaves
 
 import fastloss
-from fastloss.measuring.clock import seconds
+from fastloss.measuring.clock import in_turns, seconds
 from fastloss.measuring.machine import peak_bytes
 
 from .shared import circumstances, header, name_of
-from .wire import sent_by
 
 Step = Callable[[Any, Tensor], Any]  # the gradient of logits that are a DTensor, from them and labels
 
@@ -38,36 +39,26 @@ CPU_SHAPES = ((512, 32000),)
 CHECKED_ROWS = 64
 OURS = "fastloss, DTensor"
 GATHERED = "gathered, F.cross_entropy"
+_AT_ONCE = 1e-9  # seconds: as many rounds as are asked for, and no more
 _TIMES_GATHERED = 4.0  # an error past so many times that of the gathered form is wrong
 
 
-def on_a_dtensor(logits: Any, target: Tensor) -> Any:
-    return _gradient(fastloss.cross_entropy(logits, target), logits)
+def _step(loss: Callable[[Any, Tensor], Tensor]) -> Step:
+    """Return the step of a loss; to add the gradient to ``.grad`` torch 2.11 gathers shards of unequal sizes."""
+    return lambda logits, target: torch.autograd.grad(loss(logits, target), logits)[0]
 
 
-def on_a_group(logits: Any, target: Tensor) -> Any:
-    group = logits.device_mesh.get_group()
-    return _gradient(fastloss.cross_entropy(logits.to_local(), target, group=group), logits)
+def _on_a_group(logits: Any, target: Tensor) -> Tensor:
+    return fastloss.cross_entropy(logits.to_local(), target, group=logits.device_mesh.get_group())
 
 
-def by_loss_parallel(logits: Any, target: Tensor) -> Any:
-    with loss_parallel():
-        return _gradient(F.cross_entropy(logits, target), logits)
-
-
-def _gradient(loss: Tensor, logits: Any) -> Any:
-    """Return the gradient; to add it to ``.grad`` torch 2.11 gathers shards of unequal sizes."""
-    return torch.autograd.grad(loss, logits)[0]
-
-
+on_a_dtensor, by_loss_parallel = _step(fastloss.cross_entropy), loss_parallel()(_step(F.cross_entropy))
 CONTENDERS: dict[str, Step] = {
     OURS: on_a_dtensor,
-    "fastloss, group": on_a_group,
+    "fastloss, group": _step(_on_a_group),
     "loss_parallel": by_loss_parallel,
-    GATHERED: lambda logits, target: _gradient(F.cross_entropy(logits.full_tensor(), target), logits),
-    "gathered, fastloss": lambda logits, target: _gradient(
-        fastloss.cross_entropy(logits.full_tensor(), target), logits
-    ),
+    GATHERED: _step(lambda logits, target: F.cross_entropy(logits.full_tensor(), target)),
+    "gathered, fastloss": _step(lambda logits, target: fastloss.cross_entropy(logits.full_tensor(), target)),
 }
 
 
@@ -86,11 +77,58 @@ def random_inputs(
     return logits.requires_grad_(), target
 
 
+class Sent(NamedTuple):
+    """The collectives and bytes of one process."""
+
+    collectives: int
+    bytes: float
+
+
+def sent_by(call: Callable[[], object]) -> Sent:
+    """Count the collectives of ``call`` and their bytes, those of its backward passes too."""
+    with _Wire() as wire:
+        call()
+    return Sent(wire.collectives, wire.bytes)
+
+
+class _Wire(CommDebugMode):
+    """CommDebugMode, and the bytes: each of R processes sends (R − 1) / R of a tensor that is gathered or scattered,
+    and twice that of one that is summed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives, self.bytes = 0, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.get_total_counts()
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.get_total_counts() > before:
+            name, ranks = func._schema.name, _group(args).size()
+            whole = max(tensor.nbytes for tensor in tree_leaves((args, out)) if isinstance(tensor, Tensor))
+            twice = 2 if "reduce" in name and "scatter" not in name else 1
+            self.collectives += 1
+            self.bytes += twice * whole * (ranks - 1) / ranks
+        return out
+
+
+def _group(args: Any) -> Any:
+    """Return a collective's group: its last argument's name or, in torch.distributed's own, an object among them."""
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject):
+            try:
+                return dist.ProcessGroup.unbox(arg)
+            except RuntimeError:  # another object
+                continue
+    name = [arg for arg in args if isinstance(arg, str)][-1]
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
 def error_of(step: Step, logits: Any, target: Tensor) -> float:
     """Return the norm of the gradient's error over that of the float64 gradient, over all processes."""
     local = step(logits, target).redistribute(placements=logits.placements).to_local().double()
     whole = logits.detach().full_tensor().double().requires_grad_()
-    exact, mesh = _gradient(F.cross_entropy(whole, target), whole), logits.device_mesh
+    exact, mesh = _step(F.cross_entropy)(whole, target), logits.device_mesh
     shard = exact[:, mesh.get_local_rank() * -(-exact.shape[1] // mesh.size()) :][:, : local.shape[1]]
     squares = torch.stack([(local - shard).square().sum(), shard.square().sum()])
     dist.all_reduce(squares)
@@ -99,18 +137,18 @@ def error_of(step: Step, logits: Any, target: Tensor) -> float:
 
 def times(steps: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> list[float]:
     """Return the median in ms of each step, of the slowest process; every round takes each of them."""
-    table = torch.zeros(rounds, len(steps), dtype=torch.float64)
-    for round in range(-2, rounds):  # two to warm up
-        for number, step in enumerate(steps):
-            dist.barrier()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            took = seconds(step, device)
-            if round >= 0:
-                table[round, number] = took
-    table = table.to(device)
+
+    def of_this_process(step: Callable[[], object]) -> float:
+        dist.barrier()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return seconds(step, device)
+
+    in_turns(steps, of_this_process, budget=_AT_ONCE, least=2)  # to warm up
+    turns = in_turns(steps, of_this_process, budget=_AT_ONCE, least=rounds)
+    table = torch.tensor(turns, dtype=torch.float64, device=device)
     dist.all_reduce(table, op=dist.ReduceOp.MAX)
-    return [1e3 * statistics.median(column) for column in table.t().tolist()]
+    return [1e3 * statistics.median(times) for times in table.tolist()]
 
 
 def compare(shape: tuple[int, int], dtype: torch.dtype, mesh: Any, rounds: int, say: Callable[[str], None]) -> bool:

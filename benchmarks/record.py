@@ -23,24 +23,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fastloss
-from fastloss.backends import choice
-from fastloss.bench.measure import Row, measure
+from fastloss.bench.measure import COLUMNS, Row, measure
 from fastloss.bench.workloads import Shape, Workload
+from fastloss.measuring import info
 from fastloss.measuring.clock import Step, medians
 from fastloss.measuring.contenders import LOSS_OPS, contenders_of, eager, ours
 from fastloss.measuring.inputs import loss_inputs
 from fastloss.measuring.machine import first_line
 from fastloss.measuring.reference import operation
 
-from .shared import ROOT, captured, circumstances, markdown
+from .shared import ROOT, captured, circumstances, markdown, refuse
 
 MINUTES = 8.0
 # Of the time, at most: the tests, the memory checker; the rest is the measurements'.
@@ -85,7 +84,7 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Write JSON, and Markdown beside it."""
-        record = {**vars(self), "rows": [row.as_dict() for row in self.rows]}
+        record = {**vars(self), "rows": [asdict(row) for row in self.rows]}
         path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
 
@@ -98,42 +97,27 @@ class Record:
             lines += [f"  - {failure}" for failure in part.get("failures", ())]
         lines += [f"- no time was left for {', '.join(self.left_out)}"] if self.left_out else []
         lines += [] if self.finished else ["- the run was not finished"]
-        head = ["", "shape", "dtype", "contender", "ms", "host, ms", "GB/s", "of a copy", "peak, MB"]
-        rows = [_cells(row) for row in self.rows if row.status not in ("absent", "unfit")]
-        lines += ["", *markdown(head, rows)]
-        if self.graphs:
-            times = [f"{name}, ms" for name in _IN_GRAPHS]
-            head = ["loss, accuracy, gradient, float32", *times, "the first over the last"]
-            lines += ["", *markdown(head, map(_cells_of_graph, self.graphs))]
+        shown = [row for row in self.rows if row.status not in ("absent", "unfit")]
+        tables = [(["", "shape", "dtype", "contender", *COLUMNS], list(map(_cells, shown)))]
+        times = [f"{name}, ms" for name in _IN_GRAPHS]
+        head = ["loss, accuracy, gradient, float32", *times, "the first over the last"]
+        tables += [(head, list(map(_cells_of_graph, self.graphs)))] if self.graphs else []
+        for head, rows in tables:
+            lines += ["", *markdown(head, [[cell.replace("|", "/") for cell in cells] for cells in rows])]
         return "\n".join(lines) + "\n"
 
 
 def _cells(row: Row) -> list[str]:
-    cells = [row.op, row.shape, row.dtype, row.contender]
-    if not row.timed:
-        return [*cells, f"{row.status}: {_cell(row.reason)}", "", "", "", ""]
-    return [
-        *cells,
-        _cell(row.milliseconds),
-        _cell(row.host_milliseconds),
-        _cell(row.teraflops, ".4g", " Tflop/s") or _cell(row.gigabytes_per_second, ".0f"),
-        _cell(row.times_products, ".3f", " of 3 products") or _cell(row.share_of_copy, ".0%"),
-        _cell(None if row.peak_bytes is None else row.peak_bytes / 1e6, ".1f"),
-    ]
+    cells = row.cells() if row.timed else {"ms": f"{row.status}: {row.reason}"}
+    return [row.op, row.shape, row.dtype, row.contender, *(cells.get(head, "") for head in COLUMNS)]
 
 
 def _cells_of_graph(graph: dict[str, Any]) -> list[str]:
     if "error" in graph:
-        return [graph["shape"], _cell(graph["error"]), *[""] * len(_IN_GRAPHS)]
+        return [graph["shape"], graph["error"], *[""] * len(_IN_GRAPHS)]
     times = [graph[name] for name in _IN_GRAPHS]
-    return [graph["shape"], *map(_cell, times), _cell(times[0] / times[-1], ".3f")]
-
-
-def _cell(value: float | str | None, form: str = ".4f", unit: str = "") -> str:
-    """Return a number, the reason that there is none, or nothing."""
-    if isinstance(value, str):
-        return value.replace("|", "/")
-    return "" if value is None else f"{value:{form}}{unit}"
+    cells = [time if isinstance(time, str) else f"{time:.4f}" for time in times]
+    return [graph["shape"], *cells, f"{times[0] / times[-1]:.3f}"]
 
 
 def workloads(device: torch.device) -> list[Workload]:
@@ -229,10 +213,8 @@ def under_a_graph(shape: Shape, device: torch.device, seconds: float) -> dict[st
 
 
 def _versions(device: torch.device) -> dict[str, str]:
-    triton = choice.triton_version() or "not installed"
-    versions = {"fastloss": fastloss.__version__, "torch": torch.__version__, "triton": triton}
+    versions = dict(info.facts())
     if device.type == "cuda":
-        versions |= {"CUDA": str(torch.version.cuda or torch.version.hip), "driver": "unknown"}
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
             versions["driver"] = subprocess.check_output(query, text=True, timeout=30).split()[0]
@@ -278,16 +260,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-tests", action="store_true", help="measurements alone")
     parser.add_argument("--no-checker", action="store_true", help="tests, but none under a memory checker")
     options = parser.parse_args(arguments)
-    error = None
     if options.device == "cuda" and not torch.cuda.is_available():
-        error = "needs a GPU, and torch finds none (--device cpu tries the command)"
-    elif not 0 <= options.minutes < math.inf:
-        error = f"--minutes is {options.minutes}; expected 0 or more"
-    elif not options.output.is_dir():
-        error = f"--output is {str(options.output)!r}; expected a folder that exists"
-    if error is not None:
-        print(f"benchmarks.record: {error}", file=sys.stderr)
-        return 2
+        return refuse("record", "needs a GPU, and torch finds none (--device cpu tries the command)")
+    if not 0 <= options.minutes < math.inf:
+        return refuse("record", f"--minutes is {options.minutes}; expected 0 or more")
+    if not options.output.is_dir():
+        return refuse("record", f"--output is {str(options.output)!r}; expected a folder that exists")
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")  # nvidia-h100-80gb-hbm3-2026-01-31

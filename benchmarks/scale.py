@@ -11,8 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,24 +22,22 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fastloss
 
-from .parallel import Step, by_loss_parallel, on_a_dtensor
+from .parallel import Sent, Step, by_loss_parallel, on_a_dtensor, sent_by
 from .shared import markdown
-from .wire import Sent, sent_by
 
 GPUS_IN_A_NODE = 8
 # GB/s of one GPU in one direction: NVLink 4 has 900 in both, and each GPU has an InfiniBand adapter of 400 Gbit/s
 # (NVIDIA DGX H100 User Guide, https://docs.nvidia.com/dgx/dgxh100-user-guide). Whole nodes use all of their adapters.
 NVLINK, ADAPTER = 450.0, 50.0
 MEMORY, COMPUTE = 3000.0, 800.0  # GB/s and Tflop/s of an H100, as everywhere in docs/performance.md
-ROWS, CLASSES, FEATURES, PARAMETERS, LAYERS = 8192, 128256, 4096, 8.03e9, 32  # Llama 3 8B and a batch of 8192 tokens
+ROWS, CLASSES, PARAMETERS, LAYERS = 8192, 128256, 8.03e9, 32  # Llama 3 8B and a batch of 8192 tokens
 SHARDS = 64  # of HSDP: processes that share one copy of the parameters
 
 SHARING = (2, 8, 64, 512, 4096, 16384)
 PROCESSES = (8, 64, 512, 4096, 16384)
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """Latencies of NCCL in µs: of a start, and of a step over NVLink and over the network."""
 
     tree: tuple[float, float, float]

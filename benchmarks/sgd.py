@@ -18,27 +18,21 @@ others, which lie elsewhere.
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import math
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 import fastloss
-from fastloss.measuring.clock import Step, in_turns, medians, repeated, seconds
-from fastloss.measuring.contenders import SGD_OPTIONS
-from fastloss.measuring.inputs import resnet50_shapes
-from fastloss.measuring.limits import Copy
-from fastloss.measuring.machine import OtherPrograms
+from fastloss.measuring.clock import Copy, medians, repeated
+from fastloss.measuring.contenders import DTYPES, SGD_OPTIONS
+from fastloss.measuring.inputs import count, resnet50_shapes
 from fastloss.measuring.sgd import MakeOptimizer, Shape, ready_step, step_errors
 
-from .shared import CPU, closing, header, name_of, parsed_by, parser_of, verdict, write_record
+from .shared import CPU, Report, name_of, parsed_by, parser_of, verdict
 
 _COPIED_BYTES = 100_000_000
 OURS = "fastloss.SGD"
@@ -69,22 +63,22 @@ class Form(NamedTuple):
     max_norm: float | None = None
 
 
-def _variant(name: str, bytes: int, max_norm: float | None = None, **options: Any) -> Form:
-    dtype = getattr(torch, name.partition(",")[0])
-    return Form(name, partial(fastloss.SGD, **SGD_OPTIONS, max_norm=max_norm, **options), dtype, bytes, max_norm)
-
-
-_MAX_NORM = 1.0  # random gradients are far longer
+# fastloss alone: the bytes that a step must move for each parameter, and the options. Random gradients are far longer
+# than a norm of 1.
+_VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "float32": (20, {}),
+    "float32, max_norm, clipped": (24, {"max_norm": 1.0}),
+    "float32, max_norm, not clipped": (24, {"max_norm": 1e9}),
+    "bfloat16": (10, {}),
+    "bfloat16, max_norm, clipped": (12, {"max_norm": 1.0}),
+    "bfloat16, momentum_dtype=float32": (14, {"momentum_dtype": torch.float32}),
+    "bfloat16, master_weights": (18, {"master_weights": True}),
+    "bfloat16, kahan_sum": (14, {"kahan_sum": True}),
+    "bfloat16, stochastic_rounding": (10, {"stochastic_rounding": True}),
+}
 VARIANTS = [
-    _variant("float32", 20),
-    _variant("float32, max_norm, clipped", 24, _MAX_NORM),
-    _variant("float32, max_norm, not clipped", 24, 1e9),
-    _variant("bfloat16", 10),
-    _variant("bfloat16, max_norm, clipped", 12, _MAX_NORM),
-    _variant("bfloat16, momentum_dtype=float32", 14, momentum_dtype=torch.float32),
-    _variant("bfloat16, master_weights", 18, master_weights=True),
-    _variant("bfloat16, kahan_sum", 14, kahan_sum=True),
-    _variant("bfloat16, stochastic_rounding", 10, stochastic_rounding=True),
+    Form(name, partial(fastloss.SGD, **SGD_OPTIONS, **how), DTYPES[name.split(",")[0]], size, how.get("max_norm"))
+    for name, (size, how) in _VARIANTS.items()
 ]
 
 SETS: dict[str, list[Shape]] = {
@@ -99,10 +93,6 @@ def shrunk(name: str, scale: int) -> list[Shape]:
     if name == "small":
         return SETS[name][: max(2, len(SETS[name]) // scale)]
     return [(max(1, shape[0] // scale), *shape[1:]) for shape in SETS[name]]
-
-
-def _elements(shapes: Sequence[Shape]) -> int:
-    return sum(map(math.prod, shapes))
 
 
 def _of_one_element(shapes: Sequence[Shape]) -> list[Shape]:
@@ -120,91 +110,75 @@ class Line:
     deviation: float
     host: float | None = None  # µs a tensor
     ratio: float | None = None  # of our time to this one's
-    bars: dict[str, float] = field(default_factory=dict)  # of "host" and "ratio"
+    bars: tuple[float | None, float | None] = None, None  # of host and ratio
 
     @property
     def wrong(self) -> bool:
         return not self.deviation <= 1.0
 
-    @property
-    def missed(self) -> int:
-        values = {"host": self.host, "ratio": self.ratio}
-        return sum((value := values[name]) is not None and value > bar for name, bar in self.bars.items())
-
     def __str__(self) -> str:
         line = f"{self.name:32} {self.ms:9.3f} ms  {self.speed:8.2f} GB/s  {self.speed / self.copied:5.0%} of a copy"
         if self.host is not None:
-            line += f"  host {self.host:7.3f} us a tensor {verdict(self.host, self.bars.get('host'))}".rstrip()
+            line += f"  host {self.host:7.3f} us a tensor {verdict(self.host, self.bars[0])}".rstrip()
         if self.wrong:
             line += f"  WRONG: off by {self.deviation:.3g} x what rounding explains"
         elif self.ratio is not None:
-            line += f"  ratio {self.ratio:5.3f} {verdict(self.ratio, self.bars.get('ratio'))}".rstrip()
+            line += f"  ratio {self.ratio:5.3f} {verdict(self.ratio, self.bars[1])}".rstrip()
         return line
 
 
 @dataclass
 class Run:
-    """The options of a run, and the lines that it has printed."""
+    """The options of a run, and what it prints."""
 
+    report: Report
     dtype: torch.dtype
     device: torch.device
     seconds: float
     block: int
     scale: int
-    printed: list[str] = field(default_factory=list)
-
-    def say(self, line: object) -> None:
-        print(line, flush=True)
-        self.printed.append(str(line))
+    wrong: int = 0  # lines in which fastloss is
 
     def lines(self, forms: Sequence[Form], shapes: Sequence[Shape]) -> list[Line]:
         """Check and time the steps of all forms, and a copy in turn with them."""
         off: dict[str, float] = {}
         for dtype, max_norm in dict.fromkeys((form.dtype, form.max_norm) for form in forms):
-            alike = [form for form in forms if (form.dtype, form.max_norm) == (dtype, max_norm)]
-            errors = step_errors([form.make for form in alike], shapes, dtype, self.device, max_norm=max_norm)
-            off.update((form.name, error.of_rounding) for form, error in zip(alike, errors, strict=True))
-        copy, elements = Copy(self.device, _COPIED_BYTES), _elements(shapes)
+            alike = {form.name: form.make for form in forms if (form.dtype, form.max_norm) == (dtype, max_norm)}
+            errors = step_errors([*alike.values()], shapes, dtype, self.device, max_norm=max_norm)
+            off.update(zip(alike, (error.of_rounding for error in errors), strict=True))
+        copy, elements = Copy(self.device, _COPIED_BYTES), count(shapes)
         steps = [ready_step(form.make, shapes, form.dtype, self.device) for form in forms]
         *times, copying = medians([*steps, copy.step], self.device, budget=self.seconds, block=self.block)
         copied = copy.gigabytes_per_second(copying)
-        return [
+        lines = [
             Line(form.name, 1e3 * time, elements * form.bytes / time / 1e9, copied, off[form.name])
             for form, time in zip(forms, times, strict=True)
         ]
-
-    def contest(self, name: str) -> list[Line]:
-        """Check, time and print all contenders on one set."""
-        shapes, size = shrunk(name, self.scale), 5 * self.dtype.itemsize
-        lines = self.lines([Form(each, make, self.dtype, size) for each, make in CONTENDERS.items()], shapes)
-        few = shapes if self.device.type == "cuda" else _of_one_element(shapes)
-        steps = [ready_step(make, few, self.dtype, self.device) for make in CONTENDERS.values()]
-        hosts = in_turns(steps, self.until_return, budget=max(self.seconds / 4, 1e-9), least=-(-5 // self.block))
-        is_held = self.dtype == torch.float32 and self.scale == 1
-        words = f"{_elements(shapes) / 1e6:.2f} M {name_of(self.dtype)}, {size} bytes each"
-        self.say(f"{name}: {len(shapes)} tensors, {words}; a copy moves {lines[0].copied:.2f} GB/s")
-        for line, times in zip(lines, hosts, strict=True):
-            line.host = 1e6 * statistics.median(itertools.chain(*times)) / len(shapes)
-            if line.name != OURS and not line.wrong:
-                line.ratio = lines[0].ms / line.ms
-            if is_held and line.name == OURS:
-                line.bars["host"] = _HOST_BAR
-            if is_held and self.device.type == "cpu" and (name, line.name) in _BARS:
-                line.bars["ratio"] = _BARS[name, line.name]
-            self.say(line)
+        self.wrong += sum(line.wrong for line in lines if line.name == OURS or forms is VARIANTS)
         return lines
 
-    def until_return(self, step: Step) -> list[float]:
-        """Return the seconds until ``step`` returns, of a block of calls."""
-        times = []
-        for _ in range(self.block):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # else the call may wait for room in a full queue
-            times.append(seconds(step, CPU))
-        return times
+    def contest(self, name: str) -> None:
+        """Check, time and print all contenders on one set."""
+        shapes, size = shrunk(name, self.scale), 5 * self.dtype.itemsize
+        forms = [Form(each, make, self.dtype, size) for each, make in CONTENDERS.items()]
+        lines = self.lines(forms, shapes)
+        few = shapes if self.device.type == "cuda" else _of_one_element(shapes)
+        steps = [ready_step(make, few, self.dtype, self.device) for make in CONTENDERS.values()]
+        # On a GPU a call may wait for room in a full queue: it begins with an empty one.
+        empty = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        hosts = medians(steps, CPU, budget=self.seconds / 4, block=self.block, before=empty)
+        words = f"{count(shapes) / 1e6:.2f} M {name_of(self.dtype)}, {size} bytes each"
+        self.report.say(f"{name}: {len(shapes)} tensors, {words}; a copy moves {lines[0].copied:.2f} GB/s")
+        for line, host in zip(lines, hosts, strict=True):
+            line.host = 1e6 * host / len(shapes)
+            line.ratio = lines[0].ms / line.ms if line.name != OURS else None
+            if self.dtype == torch.float32 and self.scale == 1:
+                ratio = _BARS.get((name, line.name)) if self.device.type == "cpu" else None
+                line.bars = _HOST_BAR if line.name == OURS else None, ratio
+        self.report.say(*lines)
 
-    def launches(self, name: str) -> int:
-        """Time the host alone, with gradients that stay and with others; return 1 if the bar is missed."""
+    def launches(self, name: str) -> None:
+        """Time the host alone, with gradients that stay and with others."""
         shapes = _of_one_element(shrunk(name, self.scale))
         params, *gradients = ([torch.randn(shape, dtype=self.dtype) for shape in shapes] for _ in range(3))
         step = CONTENDERS[OURS](params).step
@@ -214,61 +188,26 @@ class Run:
             for param, gradient in zip(params, gradients[0], strict=True):
                 param.grad = gradient
 
-        def turn(prepare: Step) -> list[float]:
-            prepare()
-            return self.until_return(step)
-
         move()
         repeated(step, 3)
-        stayed, after_moves = in_turns([lambda: None, move], turn, budget=max(self.seconds, 1e-9))
-        host = 1e6 * statistics.median(itertools.chain(*stayed)) / len(shapes)
-        moved = 1e6 * statistics.median(times[0] for times in after_moves) / len(shapes)
-        bar = _HOST_BAR if self.scale == 1 else None
-        words = f"{name + ':':10} {len(shapes):5} tensors  host {host:7.3f} us a tensor {verdict(host, bar)}".rstrip()
-        self.say(f"{words}  {moved:7.3f} where gradients have moved")
-        return int(bar is not None and host > bar)
+        (stayed,) = medians([step], CPU, budget=self.seconds / 2, block=self.block)
+        (moved,) = medians([step], CPU, budget=self.seconds / 2, before=move)
+        host, moved = (1e6 * time / len(shapes) for time in (stayed, moved))
+        bar = verdict(host, _HOST_BAR if self.scale == 1 else None)
+        words = f"{name + ':':10} {len(shapes):5} tensors  host {host:7.3f} us a tensor {bar}".rstrip()
+        self.report.say(f"{words}  {moved:7.3f} where gradients have moved")
 
-    def variants(self, name: str) -> list[Line]:
+    def variants(self, name: str) -> None:
         """Check, time and print fastloss alone, in all its forms, on one set."""
         shapes = shrunk(name, self.scale)
         lines = self.lines(VARIANTS, shapes)
-        words = f"{len(shapes)} tensors, {_elements(shapes) / 1e6:.2f} M parameters"
-        self.say(f"variants, {name}: {words}; a copy moves {lines[0].copied:.2f} GB/s")
-        for line, form in zip(lines, VARIANTS, strict=True):
-            self.say(f"{line}  at {form.bytes} bytes each")
-        return lines
+        words = f"{len(shapes)} tensors, {count(shapes) / 1e6:.2f} M parameters"
+        self.report.say(f"variants, {name}: {words}; a copy moves {lines[0].copied:.2f} GB/s")
+        self.report.say(*(f"{line}  at {form.bytes} bytes each" for line, form in zip(lines, VARIANTS, strict=True)))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables; exit code 1 if a bar is missed or fastloss is wrong."""
-    options = _parsed(arguments)
-    device = torch.device(options.device)
-    run = Run(getattr(torch, options.dtype), device, options.seconds, options.block, options.scale)
-    where = "launches that start nothing" if options.launches else options.device
-    run.say(header(f"{torch.get_num_threads()} threads", where, options.dtype))
-    if options.scale != 1:
-        run.say(f"sets of a {options.scale}th of their size: no bars")
-    names, wrong = [options.set] if options.set else list(SETS), 0
-    others = OtherPrograms()
-    if options.launches:
-        from .no_gpu import pretend
-
-        pretend()
-        missed = sum(map(run.launches, names))
-    else:
-        tables = list(map(run.contest, names))
-        alone = list(map(run.variants, names)) if options.variants else []
-        missed = sum(line.missed for line in itertools.chain(*tables))
-        wrong = sum(line.wrong for line in itertools.chain((ours for ours, *_ in tables), *alone))
-    run.say(closing(missed, others, f"fastloss WRONG in {wrong} lines; " if wrong else ""))
-    if options.output is not None:
-        words = f"Medians of turns of {options.block} steps in one process. "
-        words += "A line's ratio is fastloss's time over this contender's."
-        write_record(options.output, "SGD beside torch's", "sgd", arguments, device, words, run.printed)
-    return int(missed > 0 or wrong > 0)
-
-
-def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = parser_of("sgd", __doc__, seconds=10.0, each="table", output=True)
     parser.add_argument("--set", choices=SETS, help="only this one")
     parser.add_argument("--block", type=int, default=10, help="steps in a turn (default: %(default)s)")
@@ -277,11 +216,27 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--launches", action="store_true", help="the kernels' host side alone, without a GPU")
     parser.add_argument("--scale", type=int, default=1, help="make the sets so many times smaller; no bars then")
     options = parsed_by(parser, arguments)
+    if options.launches and (options.variants or options.output is not None):
+        parser.error("argument --launches: goes with neither --variants nor --output")
+    device = CPU if options.launches else torch.device(options.device)
+    where = "launches that start nothing" if options.launches else options.device
+    report = Report("sgd", arguments, f"{torch.get_num_threads()} threads", where, options.dtype)
+    run = Run(report, DTYPES[options.dtype], device, options.seconds, options.block, options.scale)
+    if options.scale != 1:
+        report.say(f"sets of a {options.scale}th of their size: no bars")
     if options.launches:
-        if options.variants or options.output is not None:
-            parser.error("argument --launches: goes with neither --variants nor --output")
-        options.device = "cpu"
-    return options
+        from .no_gpu import pretend
+
+        pretend()
+    parts = [run.launches] if options.launches else [run.contest, run.variants] if options.variants else [run.contest]
+    for part in parts:
+        for name in [options.set] if options.set else SETS:
+            part(name)
+    code = report.close(f"fastloss WRONG in {run.wrong} lines; " if run.wrong else "")
+    words = f"Medians of turns of {options.block} steps in one process. "
+    words += "A line's ratio is fastloss's time over this contender's."
+    report.write(options.output, "SGD beside torch's", device, words)
+    return code
 
 
 if __name__ == "__main__":

@@ -80,9 +80,10 @@ def header(*details: str) -> str:
     return ", ".join([f"fastloss {fastloss.__version__}", f"torch {torch.__version__}", *details])
 
 
-def closing(missed: int, others: OtherPrograms, more: str = "") -> str:
-    """Return the last line of a program's output."""
-    return f"{missed} bars missed; {more}others used {others.share():.0%} of the CPU time"
+def refuse(name: str, words: str) -> int:
+    """Print why ``python -m benchmarks.NAME`` can't begin; return its exit code."""
+    print(f"benchmarks.{name}: {words}", file=sys.stderr)
+    return 2
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -91,25 +92,39 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [first, f"|{'---|' * len(head)}", *others]
 
 
-def write_record(
-    path: Path,
-    title: str,
-    name: str,
-    arguments: Sequence[str] | None,
-    device: torch.device,
-    words: str,
-    lines: list[str],
-) -> None:
-    """Write how the lines were made, and the lines. The record does not say where it lies."""
-    shown, remaining = [], iter(sys.argv[1:] if arguments is None else arguments)
-    for argument in remaining:
-        if argument == "--output":
-            next(remaining)
-        elif not argument.startswith("--output="):
-            shown.append(argument)
-    command = shlex.join(["python", "-m", f"benchmarks.{name}", *shown])
-    text = [f"# {title}", "", f"`{command}` {circumstances(device)}. {words}", "", "```", *lines, "```", ""]
-    path.write_text("\n".join(text), encoding="utf-8")
+class Report:
+    """The lines that ``python -m benchmarks.NAME`` prints, which ``--output`` writes as a record."""
+
+    def __init__(self, name: str, arguments: Sequence[str] | None, *details: str) -> None:
+        self._name, self._arguments = name, sys.argv[1:] if arguments is None else arguments
+        self._lines: list[str] = []
+        self.say(header(*details))
+        self._others = OtherPrograms()
+
+    def say(self, *lines: object) -> None:
+        """Print lines."""
+        self._lines += map(str, lines)
+        print(*lines, sep="\n", flush=True)
+
+    def close(self, more: str = "") -> int:
+        """Print the number of missed bars, which the lines say, and ``more``; return the exit code."""
+        missed = sum(line.count("MISSED") for line in self._lines)
+        self.say(f"{missed} bars missed; {more}others used {self._others.share():.0%} of the CPU time")
+        return int(missed > 0 or bool(more))
+
+    def write(self, path: Path | None, title: str, device: torch.device, words: str) -> None:
+        """Write how the lines were made, and the lines. The record does not say where it lies."""
+        if path is None:
+            return
+        shown, remaining = [], iter(self._arguments)
+        for argument in remaining:
+            if argument == "--output":
+                next(remaining)
+            elif not argument.startswith("--output="):
+                shown.append(argument)
+        command = shlex.join(["python", "-m", f"benchmarks.{self._name}", *shown])
+        text = [f"# {title}", "", f"`{command}` {circumstances(device)}. {words}", "", "```", *self._lines, "```", ""]
+        path.write_text("\n".join(text), encoding="utf-8")
 
 
 def circumstances(device: torch.device) -> str:

@@ -157,20 +157,16 @@ def _of_ops(record: dict[str, Any], ops: Sequence[str]) -> str:
     with_host = {row["contender"] for row in rows if row.get("host_milliseconds")}
     hosts = [name for name in ("fastloss", "torch") if name in with_host]
 
-    def cell(row: dict[str, Any]) -> str:
-        if row.get("status", "absent") in ("absent", "unfit"):
-            return "–"
-        return f"{row['milliseconds']:.3f}" if row["status"] == "timed" else str(row["status"])
-
-    def host(row: dict[str, Any]) -> str:
-        return "–" if row.get("host_milliseconds") is None else f"{row['host_milliseconds']:.3f}"
+    def cell(row: dict[str, Any], number: str = "milliseconds") -> str:
+        unknown = number != "milliseconds" or row.get("status", "absent") in ("absent", "unfit")
+        return f"{row[number]:.3f}" if row.get(number) is not None else "–" if unknown else row["status"]
 
     lines = []
     for workload, by_contender in by_workload.items():
         ours, *theirs = (by_contender.get(name, {}) for name in ("fastloss", *others))
         share = 1 / ours["times_products"] if ours.get("times_products") else ours.get("share_of_copy")
-        line = [*workload, cell(ours), f"{share:.0%}" if share else "–", *map(cell, theirs)]
-        lines.append(line + [host(by_contender.get(name, {})) for name in hosts])
+        lines.append([*workload, cell(ours), f"{share:.0%}" if share else "–", *map(cell, theirs)])
+        lines[-1] += [cell(by_contender.get(name, {}), "host_milliseconds") for name in hosts]
     head = ["ms", "N x V", "dtype", "fastloss", "of the limit", *others, *(f"host: {name}" for name in hosts)]
     return _table(head, lines)
 
@@ -198,19 +194,15 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(arguments).check
-    differing = 0
-    for name in DOCUMENTS:
-        path = root / name
-        old = path.read_text(encoding="utf-8")
-        new = filled(old, root)
-        if new != old:
-            differing += 1
-            print(f"{name}: {'its tables are not those of the records' if check else 'written'}")
-            if not check:
-                path.write_text(new, encoding="utf-8")
+    texts = {root / name: (root / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+    differing = {path: text for path, old in texts.items() if (text := filled(old, root)) != old}
+    for path, text in differing.items():
+        print(f"{path.relative_to(root)}: {'its tables are not those of the records' if check else 'written'}")
+        if not check:
+            path.write_text(text, encoding="utf-8")
     if not differing:
         print(f"{' and '.join(DOCUMENTS)} show the records")
-    return 1 if check and differing else 0
+    return int(check and bool(differing))
 
 
 if __name__ == "__main__":

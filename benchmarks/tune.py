@@ -8,14 +8,16 @@ processes of their own, which fill Triton's cache.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
+import math
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +26,11 @@ from torch import Tensor
 
 from fastloss.backends import choice as backends
 from fastloss.backends.contract import LossInputs, LossOptions
-from fastloss.measuring.clock import repeated, seconds
+from fastloss.measuring.clock import Copy, repeated, seconds
 
-from .shared import captured, header
+from .shared import captured, header, parser_of, refuse
 
+GPU = torch.device("cuda")
 FORMS = {
     "gradient": (True, LossOptions()),
     "gradient+accuracy": (True, LossOptions(topk=(1, 5))),
@@ -56,17 +59,13 @@ class Choice(NamedTuple):
 
 
 LOOPED = [
-    Choice("loop", 1, *sizes)
-    for sizes in (
-        (4096, 4, 3, 0),
-        (4096, 8, 3, 0),
-        (8192, 8, 1, 128),
-        (8192, 16, 1, 64),
-        (8192, 16, 3, 64),
-        (16384, 16, 1, 128),
-        (16384, 32, 1, 64),
-        (16384, 32, 3, 64),
-    )
+    Choice("loop", 1, cols, *sizes)
+    for cols, ways in {
+        4096: ((4, 3, 0), (8, 3, 0)),
+        8192: ((8, 1, 128), (16, 1, 64), (16, 3, 64)),
+        16384: ((16, 1, 128), (32, 1, 64), (32, 3, 64)),
+    }.items()
+    for sizes in ways
 ]
 # Programs a processor; below 1, some processors have none, so that fewer rows are in flight.
 RESIDENT = (1, 2, 3, 4, 6, 8)
@@ -75,28 +74,20 @@ SHARES = (0.5, 0.75, 0.9)
 
 def whole(classes: int) -> list[Choice]:
     """Return the choices for rows that are held whole."""
-    cols = max(16, 1 << (classes - 1).bit_length())
-    found = []
-    for elements in (1024, 2048, 4096):
+    cols, choices = max(16, 1 << (classes - 1).bit_length()), []
+    for elements, (per_thread, stages) in itertools.product((1024, 2048, 4096), ((16, 1), (32, 1), (64, 1), (64, 2))):
         rows = max(1, min(64, elements // cols))
-        for per_thread, stages in ((16, 1), (32, 1), (64, 1), (64, 2)):
-            warps = rows * cols // (32 * per_thread)
-            choice = Choice("tile", rows, cols, warps, stages, 128 if per_thread == 64 else 0)
-            if choice not in found and warps:
-                found.append(choice)
-    return found
-
-
-def _loss_kernels() -> Any:
-    backends.load("triton")
-    return sys.modules["fastloss.kernels.cross_entropy"]
+        warps = rows * cols // (32 * per_thread)
+        choices += [Choice("tile", rows, cols, warps, stages, 128 if per_thread == 64 else 0)] if warps else []
+    return list(dict.fromkeys(choices))
 
 
 def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, resident: float = 1) -> Callable[[], Any]:
     """Return a call with the tiles of ``choice``; None: with those that the package chooses."""
-    module = _loss_kernels()
+    backends.load("triton")
+    modules: Any = sys.modules
+    module, launch, tables = (modules[f"fastloss.kernels.{name}"] for name in ("cross_entropy", "launch", "tiles"))
     gradient, options = FORMS[form]
-    launch, tables = sys.modules["fastloss.kernels.launch"], sys.modules["fastloss.kernels.tiles"]
 
     def chosen(x: Tensor, result: Tensor | None = None, **how: bool) -> Any:
         tiles = tables.plan(x, result, **how)
@@ -105,12 +96,8 @@ def run(logits: Tensor, target: Tensor, form: str, choice: Choice | None, reside
         kind, *sizes = choice
         number = -(-x.shape[0] // choice.rows)
         programs = int(torch.cuda.get_device_properties(0).multi_processor_count * resident)
-        return tiles._replace(
-            **dict(zip(Choice._fields[1:], sizes, strict=True)),
-            looped=kind == "loop",
-            number=number,
-            grid=max(1, min(number, programs)),
-        )
+        changes = dict(zip(Choice._fields[1:], sizes, strict=True))
+        return tiles._replace(**changes, looped=kind == "loop", number=number, grid=max(1, min(number, programs)))
 
     def call() -> Any:
         launch.forget()
@@ -137,131 +124,105 @@ def problems(only: list[str], only_classes: list[int]) -> Iterator[tuple[str, tu
             yield form, shape, [] if form == "gradient+smoothing" else whole(shape[1])
 
 
-def compile_share(share: int, of: int, only: list[str], only_classes: list[int]) -> None:
-    """Compile one choice in ``of``, from number ``share`` on, on few rows."""
-    todo, seen = [], set()
-    for form, (rows, classes), choices in problems(only, only_classes):
+def compile_all(forms: list[str], classes: list[int], jobs: int) -> None:
+    """Compile every choice, on few rows, by ``jobs`` processes, whose results Triton's cache holds."""
+    todo: dict[tuple[object, ...], tuple[str, int, int, Choice | None]] = {}
+    for form, (rows, width), choices in problems(forms, classes):
         for choice in [None, *choices]:
-            alike = (form, choice, classes if choice is None or choice.kind == "tile" else classes % 8 == 0)
-            if alike not in seen:
-                todo.append((form, min(rows, 2304), classes, choice))
-            seen.add(alike)
-    cache: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    for form, rows, classes, choice in todo[share::of]:
-        if (rows, classes) not in cache:
-            cache.clear()
-            cache[rows, classes] = make(rows, classes)
-        try:
-            run(*cache[rows, classes], form, choice)()
-        except Exception as error:
-            print(f"{form} {classes} {choice}: {type(error).__name__}", file=sys.stderr)
+            alike = width if choice is None or choice.kind == "tile" else width % 8 == 0
+            todo.setdefault((form, choice, alike), (form, min(rows, 2304), width, choice))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, todo.values()))
+
+
+def _compile(todo: tuple[str, int, int, Choice | None]) -> None:
+    form, rows, classes, choice = todo
+    try:
+        run(*make(rows, classes), form, choice)()
+    except Exception as error:
+        print(f"{form} {classes} {choice}: {type(error).__name__}", file=sys.stderr)
 
 
 def make(rows: int, classes: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
-    logits = torch.randn(rows, classes, device="cuda", dtype=torch.bfloat16, generator=generator) * 3
-    return logits, torch.randint(classes, (rows,), device="cuda", generator=generator)
+    generator = torch.Generator(GPU).manual_seed(0)
+    logits = torch.randn(rows, classes, device=GPU, dtype=torch.bfloat16, generator=generator) * 3
+    return logits, torch.randint(classes, (rows,), device=GPU, generator=generator)
 
 
-def off_by(mine: Tensor, right: Tensor) -> str:
-    """Return words that say where two gradients differ."""
-    few = slice(None, None, max(1, len(mine) // 64))
-    off = float((mine[few].float() - right[few].float()).abs().max()) / max(
-        float(right[few].float().abs().max()), 1e-30
-    )
-    return "" if off < 0.01 else f" GRADIENT WRONG by {off:.3g}"
+def off_by(result: Any, exact: Any) -> str:
+    """Return words that say where two results differ."""
+    if result.gradient is not None:
+        few = slice(None, None, max(1, len(exact.gradient) // 64))
+        gradient, right = result.gradient[few].float(), exact.gradient[few].float()
+        off = float((gradient - right).abs().max()) / max(float(right.abs().max()), 1e-30)
+        if not off < 0.01:
+            return f" GRADIENT WRONG by {off:.3g}"
+    off = abs(float(result.loss) - float(exact.loss))
+    return "" if off < 0.05 else f" WRONG by {off:.3g}"
 
 
 def by_graph(call: Callable[[], Any], block: int) -> float:
     """Return the seconds that a GPU takes for a call when the host does not hold it up."""
     graph = captured(lambda: [call() for _ in range(block)])
     graph.replay()
-    return min(seconds(graph.replay, torch.device("cuda")) for _ in range(3)) / block
+    return min(seconds(graph.replay, GPU) for _ in range(3)) / block
+
+
+def trials(form: str, rows: int, classes: int, choices: list[Choice], copy: float) -> Iterator[dict[str, Any]]:
+    """Yield the record of each choice, of the one that is made today first; ``copy`` is a copy's bytes a second."""
+    logits, target = make(rows, classes)
+    moved = logits.nbytes * (2 if form.startswith("gradient") else 1)
+    long = classes not in [v for _, v in SHORT]
+    shares = SHARES if form.startswith("gradient") and classes > 1 << 17 else ()
+    exact = run(logits, target, form, None)()
+    for choice, resident in [(None, 0), *itertools.product(choices, (*shares, *RESIDENT) if long else (4, 8, 12))]:
+        if choice and resident * choice.warps * 32 * max(choice.registers, 32) > 65536:
+            continue
+        record = {"form": form, "rows": rows, "classes": classes}
+        try:
+            call = run(logits, target, form, choice, resident)
+            words = off_by(call(), exact)
+            took = by_graph(call, 6 if long else 20)
+        except Exception as error:
+            yield {
+                **record,
+                "choice": f"{choice} {resident} {type(error).__name__}: {str(error)[:80]}",
+                "ms": math.inf,
+            }
+            continue
+        share, name = moved / took / copy, "as it is" if choice is None else f"{choice}, {resident} a processor"
+        words = f"{name}: {1e3 * took:.4f} ms {moved / took / 1e9:.0f} GB/s {share:.3f}{words}"
+        yield {**record, "choice": name, "ms": 1e3 * took, "share": share, "copy": copy / 1e9, "words": words}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
+    parser = parser_of("tune", __doc__, seconds=60.0, each="run, after compilation", device=False)
     parser.add_argument("--form", action="append", choices=tuple(FORMS), default=[])
     parser.add_argument("--classes", type=int, action="append", default=[], help="of rows of 2²⁸ logits in all")
     parser.add_argument("--output", type=Path, help="JSON lines")
-    parser.add_argument(
-        "--seconds", type=float, default=60.0, help="of timing, after compilation (default: %(default)s)"
-    )
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-    parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("benchmarks.tune: needs a GPU, and torch finds none", file=sys.stderr)
-        return 2
-    if options.share:
-        compile_share(options.share[0], options.share[1], options.form, options.classes)
-        return 0
+        return refuse("tune", "needs a GPU, and torch finds none")
     start = time.perf_counter()
-    forms = [text for form in options.form for text in ("--form", form)]
-    forms += [text for classes in options.classes for text in ("--classes", str(classes))]
-    command = [sys.executable, "-m", "benchmarks.tune", *forms, "--share"]
-    workers = [subprocess.Popen([*command, str(i), str(options.workers)]) for i in range(options.workers)]
-    for worker in workers:
-        worker.wait()
+    compile_all(options.form, options.classes, options.workers)
     print(header(torch.cuda.get_device_name()), f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    found = []
-    end = time.perf_counter() + options.seconds
-    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
-    sink = torch.empty_like(source)
+    records: list[dict[str, Any]] = []
+    end, device_copy = time.perf_counter() + options.seconds, Copy(GPU)
     for form, (rows, classes), choices in problems(options.form, options.classes):
         if time.perf_counter() > end:
             print("out of time", flush=True)
             break
-        logits, target = make(rows, classes)
-        bytes_moved = logits.nbytes * (2 if form.startswith("gradient") else 1)
-        copied = min(seconds(lambda: repeated(lambda: sink.copy_(source), 5), source.device) for _ in range(3)) / 5
-        copy = 2 * source.nbytes / copied
-        long = classes not in [v for _, v in SHORT]
-        residents = (*(SHARES if form.startswith("gradient") and classes > 1 << 17 else ()), *RESIDENT)
-        residents = residents if long else (4, 8, 12)
-        exact = run(logits, target, form, None)()
-        results: list[tuple[float, str]] = []
-        for choice, resident in [(None, 0), *itertools.product(choices, residents)]:
-            if choice and resident * choice.warps * 32 * max(choice.registers, 32) > 65536:
-                continue
-            try:
-                call = run(logits, target, form, choice, resident)
-                mine = call()
-                wrong = "" if mine.gradient is None else off_by(mine.gradient, exact.gradient)
-                off = abs(float(mine.loss) - float(exact.loss))
-                bad = wrong or ("" if off < 0.05 else f" WRONG by {off:.3g}")
-                del mine
-                seconds = by_graph(call, 6 if long else 20)
-            except Exception as error:
-                results.append((float("inf"), f"{choice} {resident} {type(error).__name__}: {str(error)[:80]}"))
-                continue
-            words = "as it is" if choice is None else f"{choice}, {resident} a processor"
-            share = bytes_moved / seconds / copy
-            results.append(
-                (seconds, f"{words}: {1e3 * seconds:.4f} ms {bytes_moved / seconds / 1e9:.0f} GB/s {share:.3f}{bad}")
-            )
-            found.append(
-                {
-                    "form": form,
-                    "rows": rows,
-                    "classes": classes,
-                    "choice": words,
-                    "ms": 1e3 * seconds,
-                    "share": share,
-                    "copy": copy / 1e9,
-                }
-            )
-        now = results[0]
-        results.sort()
-        print(
-            f"{form} {rows}x{classes} copy {copy / 1e9:.0f}; now {now[1]}",
-            *(f"  {text}" for _, text in results[:8]),
-            sep="\n",
-            flush=True,
-        )
+        took = min(seconds(partial(repeated, device_copy.step, 5), GPU) for _ in range(3)) / 5
+        copy = 1e9 * device_copy.gigabytes_per_second(took)
+        results = list(trials(form, rows, classes, choices, copy))
+        said = [each.pop("words", each["choice"]) for each in results]
+        best = sorted(zip((each["ms"] for each in results), said, strict=True))[:8]
+        print(f"{form} {rows}x{classes} copy {copy / 1e9:.0f}; now {said[0]}")
+        print(*(f"  {words}" for _, words in best), sep="\n", flush=True)
+        records += [each for each in results if "share" in each]
         if options.output:
-            options.output.write_text("\n".join(map(json.dumps, found)) + "\n")
-        del logits, target, exact
+            options.output.write_text("\n".join(map(json.dumps, records)) + "\n")
     return 0
 
 

@@ -35,9 +35,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 import fastloss
-from fastloss.demo import data
-from fastloss.measuring import pictures
-from fastloss.measuring.tables import progress_bar
+from fastloss.demo.training import digits
+from fastloss.measuring import style
+from fastloss.measuring.style import progress_bar
 
 HIDDEN = 128
 BATCH = 64
@@ -75,7 +75,7 @@ CONTENDERS = (
         "SGD, momentum",
         lambda params, lr: fastloss.SGD(params, lr, momentum=MOMENTUM),
         (0.01, 0.03, 0.1, 0.3, 1),
-        pictures.FASTLOSS,
+        style.FASTLOSS,
     ),
     Contender(
         "SGD, nesterov",
@@ -87,7 +87,7 @@ CONTENDERS = (
         "torch's Adam",
         lambda params, lr: torch.optim.Adam(params, lr),
         (0.001, 0.003, 0.01, 0.03, 0.1),
-        pictures.PYTORCH,
+        style.PYTORCH,
     ),
 )
 
@@ -103,12 +103,12 @@ class Stored(NamedTuple):
 
 
 STORED = (
-    Stored("float32", torch.float32, {}, pictures.FAINT),
+    Stored("float32", torch.float32, {}, style.FAINT),
     Stored("bfloat16", torch.bfloat16, {}, "#dc2626"),
     Stored("momentum_dtype=torch.float32", torch.bfloat16, {"momentum_dtype": torch.float32}, "#f2a65a", ":"),
     Stored("stochastic_rounding=True", torch.bfloat16, {"stochastic_rounding": True}, "#0f9d7a"),
     Stored("kahan_sum=True", torch.bfloat16, {"kahan_sum": True}, "#93b4f5", "--"),
-    Stored("master_weights=True", torch.bfloat16, {"master_weights": True}, pictures.FASTLOSS, ":"),
+    Stored("master_weights=True", torch.bfloat16, {"master_weights": True}, style.FASTLOSS, ":"),
 )
 
 
@@ -367,7 +367,7 @@ def print_buffers() -> None:
 
 def draw(compared: dict[str, list[Run]], narrow: dict[str, list[Run]], path: Path) -> None:
     """Curves over the epochs, means over the seeds, with a band from the least to the greatest; and the schedule."""
-    with matplotlib.rc_context(pictures.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = Figure(figsize=(14, 9.2), dpi=110, facecolor="white")
         FigureCanvasAgg(figure)
         (losses, accuracies), (schedule, bits) = figure.subplots(2, 2)
@@ -382,8 +382,8 @@ def draw(compared: dict[str, list[Run]], narrow: dict[str, list[Run]], path: Pat
         accuracies.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         accuracies.set_ylim(0.8, 1)
         accuracies.yaxis.set_major_locator(MultipleLocator(0.05))
-        pictures.title(losses, "Training loss, logarithmic", detail)
-        pictures.title(accuracies, "Accuracy on held-out scans, from 80 % up", "after each epoch; as on the left")
+        style.title(losses, "Training loss, logarithmic", detail)
+        style.title(accuracies, "Accuracy on held-out scans, from 80 % up", "after each epoch; as on the left")
         for axes in (losses, accuracies):
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 5, 10]))
@@ -391,19 +391,19 @@ def draw(compared: dict[str, list[Run]], narrow: dict[str, list[Run]], path: Pat
 
         rates = compared[CONTENDERS[0].name][0].rates
         schedule.plot(
-            range(1, len(rates) + 1), [rate / max(rates) for rate in rates], color=pictures.FASTLOSS, linewidth=2
+            range(1, len(rates) + 1), [rate / max(rates) for rate in rates], color=style.FASTLOSS, linewidth=2
         )
         schedule.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         schedule.set_xlabel("step")
         schedule.set_ylim(0)
-        pictures.title(schedule, "Learning rate", "as a share of the chosen one: linear warm-up, then a cosine")
+        style.title(schedule, "Learning rate", "as a share of the chosen one: linear warm-up, then a cosine")
 
         for stored in STORED:
             _curve(bits, [run.losses for run in narrow[stored.name]], stored.name, stored.color, stored.line)
         bits.set_ylim(0)
         bits.set_xlabel("epoch")
         bits.legend(loc="center right", bbox_to_anchor=(1.0, 0.66), fontsize=9.5)
-        pictures.title(
+        style.title(
             bits,
             f"Training loss, SGD with momentum at {SMALL_RATE:g}",
             "bfloat16 parameters with the option named, and float32; four curves are as one",
@@ -440,7 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(output: Path, epochs: int, seeds: Sequence[int], fewer_seeds: int) -> None:
-    split = data.digits(0, CPU)
+    split = digits(0, CPU)
     scans = Scans(*split)
     for_sweep = Scans(scans.train[KEPT:], scans.train_digit[KEPT:], scans.train[:KEPT], scans.train_digit[:KEPT])
     tried = range(FIRST_SWEEP_SEED, FIRST_SWEEP_SEED + fewer_seeds)

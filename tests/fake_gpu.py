@@ -10,7 +10,9 @@ import functools
 import math
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -18,8 +20,10 @@ from torch import Tensor
 
 import fastloss.backends.choice as backends
 from benchmarks import codegen
+from benchmarks import tune as tuner
 from benchmarks.no_gpu import pretend
 from fastloss.backends.contract import LossInputs, LossOptions, SGDBatch, SGDControls, SGDRule, WantedGradients
+from fastloss.measuring.clock import Copy
 
 Started = tuple[object, ...]
 started: list[Started] = []
@@ -212,8 +216,25 @@ def fit(capability: int, only: str) -> None:
     print(f"{len(calls)} calls fit")
 
 
+def tune(record: str) -> None:
+    """Try out some tiles at two shapes, as on a GPU. What the launches would write is not there."""
+    pretend()
+    problems = [("gradient", (64, 50257), tuner.LOOPED[:2]), ("gradient", (64, 1000), tuner.whole(1000)[:1])]
+    small, processors = functools.partial(Copy, nbytes=1 << 20), SimpleNamespace(multi_processor_count=132)
+    with (
+        mock.patch.multiple(tuner, GPU=torch.device("cpu"), Copy=small, problems=lambda *_: problems),
+        mock.patch.multiple(tuner, compile_all=lambda *_: None, captured=lambda call: SimpleNamespace(replay=call)),
+        mock.patch.multiple(torch.cuda, is_available=lambda: True, get_device_name=lambda: "A GPU"),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=processors),
+        mock.patch.object(sys, "argv", ["tune", "--output", record]),
+    ):
+        assert tuner.main() == 0
+
+
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[1:2] == ["tune"]:
+        tune(*sys.argv[2:])
+    elif sys.argv[1:]:
         fit(int(sys.argv[1]), *sys.argv[2:])
     else:
         main()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,10 +31,10 @@ if bench.missing_extras():
 
 from rich.console import Console
 
-from fastloss.bench import plot, report
+from fastloss.bench import report
 from fastloss.bench.measure import Row, measure
 from fastloss.bench.workloads import Shape, Workload, parse_shape, workloads
-from fastloss.measuring import contenders, inputs, limits
+from fastloss.measuring import clock, contenders, inputs
 from fastloss.measuring.contenders import CONTENDERS, DTYPES, LOSS_OPS, OPS, Contender, Functions, contenders_of
 from fastloss.measuring.machine import first_line
 from fastloss.measuring.reference import Outcome, errors_of_eager, verdict
@@ -59,7 +59,7 @@ def _as_a_user_runs_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("FASTLOSS_BACKEND", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(inputs, "_ROTATED_BYTES", 1 << 22)
-    monkeypatch.setattr(limits, "_COPIED_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(clock, "_COPIED_BYTES", {"cpu": 1 << 20})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would wait for each other where other programs run too
     yield
@@ -287,6 +287,7 @@ def test_a_wrong_loss_is_marked_and_not_timed(
     assert wrong.reason.startswith(f"{what} off by ")
     assert wrong.milliseconds is wrong.gigabytes_per_second is wrong.peak_bytes is None
     assert "wrong" not in right.ratios
+    json.dumps([asdict(right), asdict(wrong)], allow_nan=False)
 
 
 def _linear_off(hidden: Tensor, head: Tensor, target: Tensor, off: float = 1e-2) -> Tensor:
@@ -936,12 +937,12 @@ def test_the_command_without_its_extras_says_what_to_install() -> None:
 def test_the_picture_has_a_panel_for_what_is_comparable(tmp_path: Path) -> None:
     rows = [row for op in ("forward", "host") for row in run(op, CONTENDERS["fastloss"], CONTENDERS["torch"])]
     rows += run("forward", CONTENDERS["torch"], losing("wrong", _wrong_loss), dtype="float32", target="soft")
-    panels = plot.panels(rows)
+    panels = report.panels(rows)
     assert {name: [row.contender for row in of_panel] for name, of_panel in panels.items()} == {
         "forward, float32, class indices": ["fastloss", "torch"],
         "forward, float32, class probabilities": ["torch"],
     }
-    assert not plot.draw(rows[2:4], tmp_path / "none.png", caption="")
+    assert not report.draw(rows[2:4], tmp_path / "none.png", caption="")
     assert not (tmp_path / "none.png").exists()
 
 

@@ -12,9 +12,8 @@ import torch
 
 from fastloss.bench import measure
 from fastloss.bench.workloads import Shape, Workload
-from fastloss.measuring.clock import EventClock, FullStream, by_the_clock, repeated
+from fastloss.measuring.clock import Copy, EventClock, FullStream, by_the_clock, repeated
 from fastloss.measuring.contenders import CONTENDERS
-from fastloss.measuring.limits import Copy
 
 GPU = torch.device("cuda")
 COPY = 7e-4  # seconds that a copy takes
@@ -134,10 +133,11 @@ def test_rows_have_both(model: Model, monkeypatch: pytest.MonkeyPatch, op: str) 
         "torch": partial(model.queue, 2e-4, 8e-4),
     }
     workload = Workload(op, Shape(64, 1000, 8 if op == "linear" else 0), torch.float32)
-    prepared = measure.Prepared(workload, GPU, steps=steps, peaks=dict.fromkeys(steps, 0))
+    of_contenders = {name: measure.Row.of(workload, CONTENDERS[name]) for name in steps}
+    prepared = measure.Prepared(workload, GPU, of_contenders, steps)
     if op == "linear":
         prepared.products = lambda: SimpleNamespace(step=partial(model.queue, 9e-4, 3e-4))
-    rows = measure._timed(prepared, [CONTENDERS[name] for name in steps], 1e-9, lambda share: None)
+    rows = measure._timed(prepared, 1e-9, lambda share: None)
     ours, other = rows["fastloss"], rows["torch"]
     if op == "host":
         assert (ours.milliseconds, other.milliseconds) == (pytest.approx(0.5), pytest.approx(0.2))

@@ -13,15 +13,16 @@ import torch
 
 import fastloss
 from fastloss import demo
-from fastloss.demo import data, language_model, loss_at_scale, optimizer_step, training
-from fastloss.demo.loss_at_scale import Case
-from fastloss.demo.runs import PYTORCH, largest_difference
+from fastloss.demo import alone, language_model, training
+from fastloss.demo.alone import Case
+from fastloss.demo.training import PYTORCH, largest_difference
 from fastloss.measuring import clock, inputs, machine, reference
 
 if demo.missing_extras():
     pytest.skip('the demo needs pip install "fastloss[demo]"', allow_module_level=True)
 
-from fastloss.measuring.tables import TIMES, bytes_in_words
+from fastloss.measuring.machine import bytes_in_words
+from fastloss.measuring.style import TIMES
 
 CPU = torch.device("cpu")
 SMALL = language_model.Size(passages=5, tokens=64, features=4, steps=2)
@@ -29,12 +30,12 @@ CASES = (Case(64, 1000, torch.float32), Case(64, 1000, torch.bfloat16))
 
 
 @pytest.fixture(scope="module")
-def split() -> data.Split:
-    return data.digits(0, CPU)
+def split() -> training.Split:
+    return training.digits(0, CPU)
 
 
 @pytest.fixture(scope="module")
-def short(split: data.Split) -> training.Training:
+def short(split: training.Split) -> training.Training:
     return training.train_side_by_side(split, epochs=3, seed=0)
 
 
@@ -71,7 +72,7 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert f"{run.held_out[-1]:.2%}" in printed
         assert f"{run.median_step * 1e6:.0f} µs" in printed
     for result in outcome.at_scale:
-        assert result.case.size in printed
+        assert result.case.words[0] in printed
         for measured in (result.pytorch, result.fastloss):
             assert f"{measured.loss.median * 1e3:.1f} ms" in printed
             assert f"{measured.errors.gradient_norm:.1e}" in printed
@@ -91,7 +92,7 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             assert f"{error:.1e}" in printed
 
 
-def test_the_split_is_real_stratified_and_disjoint(split: data.Split) -> None:
+def test_the_split_is_real_stratified_and_disjoint(split: training.Split) -> None:
     assert (len(split.train), len(split.held_out)) == (1347, 450)
     assert 0 == split.train.min() < split.train.max() == 1
     for digit in range(10):
@@ -121,7 +122,7 @@ def test_each_run_has_the_optimizer_of_its_side(short: training.Training) -> Non
     }
 
 
-def test_the_same_seed_gives_the_same_run(split: data.Split, short: training.Training) -> None:
+def test_the_same_seed_gives_the_same_run(split: training.Split, short: training.Training) -> None:
     again = training.train_side_by_side(split, epochs=3, seed=0)
     other = training.train_side_by_side(split, epochs=3, seed=1)
     assert again.fastloss.losses == short.fastloss.losses
@@ -129,7 +130,7 @@ def test_the_same_seed_gives_the_same_run(split: data.Split, short: training.Tra
     assert other.fastloss.losses != short.fastloss.losses
 
 
-def test_training_leaves_the_callers_state_alone(split: data.Split) -> None:
+def test_training_leaves_the_callers_state_alone(split: training.Split) -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     training.train_side_by_side(split, epochs=1, seed=5)
     assert torch.equal(torch.get_rng_state(), state)
@@ -138,7 +139,7 @@ def test_training_leaves_the_callers_state_alone(split: data.Split) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_loss_alone_is_checked_against_float64(case: Case) -> None:
-    result = loss_at_scale.compare(case, CPU, seed=3, budget=0.01)
+    result = alone.compare_losses(case, CPU, seed=3, budget=0.01)
     assert result.rounds >= 5
     ulp = torch.finfo(case.dtype).eps
     for measured in (result.pytorch, result.fastloss):
@@ -209,15 +210,15 @@ def test_the_optimizers_tensors_are_a_resnet50s() -> None:
 
 
 def test_the_optimizers_width_shrinks_with_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for free, width in ((1 << 40, 64), (1 << 30, 32), (0, optimizer_step.NARROWEST)):
-        monkeypatch.setattr(optimizer_step, "free_bytes", lambda device, free=free: free)
-        assert optimizer_step.width_that_fits(CPU) == width
+    for free, width in ((1 << 40, 64), (1 << 30, 32), (0, alone.NARROWEST)):
+        monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: free)
+        assert alone.width_that_fits(CPU) == width
 
 
 @pytest.mark.slow
 def test_the_optimizers_step_is_checked_against_float64() -> None:
     shares: list[float] = []
-    result = optimizer_step.compare_steps(CPU, width=8, budget=1e-9, progress=shares.append)
+    result = alone.compare_steps(CPU, width=8, budget=1e-9, progress=shares.append)
     assert (result.tensors, result.rounds, shares[-1]) == (161, 5, 1.0)
     assert [each.clipped for each in result.compared] == [False, False, True, True]
     for each in result.compared:
@@ -227,22 +228,23 @@ def test_the_optimizers_step_is_checked_against_float64() -> None:
 
 def test_the_reference_of_the_optimizer_finds_a_wrong_step(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = [(100, 100), (8,)]  # norm 5
-    right = optimizer_step._errors(shapes, CPU)
+    right = alone._errors(shapes, CPU)
     assert max(right) < torch.finfo(torch.float32).eps
     monkeypatch.setattr(fastloss.SGD, "_max_norm", lambda self: None)  # clips no more
-    wrong = optimizer_step._errors(shapes, CPU)
-    names = [(name, clipped) for name, clipped, _ in optimizer_step._optimizers(CPU)]
+    wrong = alone._errors(shapes, CPU)
+    names = [(name, clipped) for name, clipped, _ in alone._optimizers(CPU)]
     ours, ours_clipped = names.index(("fastloss", False)), names.index(("fastloss", True))
     assert wrong[ours_clipped] > 100 * right[ours_clipped]
     assert wrong[ours] == right[ours]
 
 
-def test_cases_shrink_with_the_memory() -> None:
+def test_cases_shrink_with_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     row = 128256 * 4
-    plenty, little = 1 << 40, 2 * loss_at_scale.COPIES * 100 * row
-    assert loss_at_scale._tokens_that_fit(512, row, plenty) == 512
-    assert loss_at_scale._tokens_that_fit(512, row, little) == 64
-    assert loss_at_scale._tokens_that_fit(512, row, 0) == loss_at_scale.FEWEST_TOKENS
+    plenty, little = 1 << 40, 2 * alone.LOGITS_COPIES * 100 * row
+    for free, tokens in ((plenty, 512), (little, 64), (0, alone.FEWEST_TOKENS)):
+        monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: free)
+        cases = {(case.classes, case.dtype): case.tokens for case in alone.cases_for(CPU)}
+        assert cases[128256, torch.float32] == tokens
 
 
 def test_peak_bytes_is_what_is_held_at_one_time() -> None:
@@ -295,6 +297,6 @@ def test_other_programs_take_a_share() -> None:
     ],
 )
 def test_the_picture_names_the_faster_side(pytorch: float, fastloss: float, words: str) -> None:
-    from fastloss.demo import picture
+    from fastloss.demo import report
 
-    assert picture._verdict(pytorch, fastloss, better="faster", worse="slower")[0] == words
+    assert report._verdict(pytorch, fastloss, better="faster", worse="slower")[0] == words

@@ -110,7 +110,7 @@ def test_the_picture_is_there_and_readme_links_the_page() -> None:
 
 @pytest.mark.slow
 def test_plain_bfloat16_stalls_and_the_options_learn(script: ModuleType) -> None:
-    split = script.data.digits(0, torch.device("cpu"))
+    split = script.digits(0, torch.device("cpu"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

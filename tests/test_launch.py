@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +108,21 @@ def test_no_launch_is_shared_by_calls_that_differ(
                 loss = fastloss.linear_cross_entropy(hidden, head, labels, accumulate_grad=accumulate_grad, **more)
                 loss.backward(torch.ones_like(loss))
         fastloss.accuracy(x.detach(), labels)
+
+
+@pytest.mark.slow
+def test_the_tuner_prints_what_it_tried(tmp_path: Path) -> None:
+    """And writes it; that the numbers are wrong is said, as nothing has run."""
+    record = tmp_path / "tiles.jsonl"
+    head, *lines = without_gpu(tmp_path, "tests.fake_gpu", "tune", str(record)).splitlines()
+    assert "A GPU compiled in " in head
+    for shape in ("64x50257", "64x1000"):
+        (number,) = (i for i, line in enumerate(lines) if line.startswith(f"gradient {shape} copy "))
+        assert re.search(r"; now as it is: \d+\.\d{4} ms \d+ GB/s \d+\.\d{3}", lines[number])
+        assert re.match(r"  (as it is|loop|tile).*: \d+\.\d{4} ms ", lines[number + 1])
+    tried = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    assert [each["classes"] for each in tried if each["choice"] == "as it is"] == [50257, 1000]
+    assert any(each["choice"].startswith("loop 1x4096 w4 s3, ") for each in tried)
 
 
 @pytest.mark.slow

@@ -242,12 +242,9 @@ UPWARDS = {"fastloss/backends/choice.py imports fastloss.kernels"}
 # The same for the files of a room. Kernels have no order.
 FILES = {
     "faces": ("patch", "modules"),
-    "bench": ("plot", "report", "measure", "workloads"),
-    "demo": ("picture", "report", "training", "language_model", "loss_at_scale", "optimizer_step", "data", "runs"),
-    "measuring": (
-        *("sgd", "reference", "contenders", "inputs", "limits"),
-        *("clock", "machine", "info", "pictures", "tables"),
-    ),
+    "bench": ("report", "measure", "workloads"),
+    "demo": ("report", "language_model", "alone", "training"),
+    "measuring": ("sgd", "reference", "contenders", "inputs", "clock", "machine", "info", "style"),
     "loss": ("statistics", "functional", "routes", "sharded", "row_numbers", "compiled", "autograd", "composite"),
     "linear": ("functional", "sharded", "compiled", "autograd", "chunks", "arguments"),
     "metrics": ("accuracy", "standalone"),

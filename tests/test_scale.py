@@ -27,7 +27,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Its modules, on the backend that serves by default."""
     monkeypatch.delenv("FASTLOSS_BACKEND", raising=False)
     monkeypatch.syspath_prepend(str(ROOT))
-    names = ("scale", "parallel", "wire")
+    names = ("scale", "parallel")
     return type("Benchmarks", (), {name: importlib.import_module(f"benchmarks.{name}") for name in names})
 
 
@@ -54,7 +54,7 @@ def test_bytes_of_known_collectives(benchmarks: Any) -> None:
 
     with benchmarks.scale.first_of(4):
         for calls in (functional_ones, others):
-            assert benchmarks.wire.sent_by(calls) == (3, 96 * 0.75 * (1 + 2 + 1))
+            assert benchmarks.parallel.sent_by(calls) == (3, 96 * 0.75 * (1 + 2 + 1))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of FSDP, about views and hooks
@@ -67,7 +67,7 @@ def test_bytes_of_fully_sharded_parameters(benchmarks: Any) -> None:
         for layer in model:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         fully_shard(model, mesh=mesh)
-        sent = benchmarks.wire.sent_by(lambda: model(torch.zeros(2, 16)).sum().backward())
+        sent = benchmarks.parallel.sent_by(lambda: model(torch.zeros(2, 16)).sum().backward())
     assert sent.collectives == 3 * 3
     assert sent.bytes == benchmarks.scale.of_sharding(8, 3 * 256, gathered=4, scattered=4)
 
@@ -92,7 +92,7 @@ def test_latencies(benchmarks: Any) -> None:
     assert scale.ring(16, 2, 1) == pytest.approx(6.6 + 14 * 1.0 + 1 * 2.7)
     assert scale.ring(16, 2, 2, scale.LONG) == pytest.approx(8.4 + (30 - 4) * 3.4 + 4 * 14.0)
     assert scale.tree(64, 8) == pytest.approx(6.8 + 2 * (7 * 0.6 + 3 * 5.0))
-    few = benchmarks.wire.Sent(2, 8.0)
+    few = benchmarks.parallel.Sent(2, 8.0)
     assert scale.summing(few, 64) == pytest.approx(2 * scale.tree(64, 8) + 8 / 400e3)
     assert scale.summing(few, 8) == pytest.approx(2 * min(scale.ring(8, 1, 2), scale.tree(8, 1)) + 8 / 450e3)
 

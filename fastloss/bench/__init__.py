@@ -4,7 +4,7 @@ Every number is measured in the run that prints it. The modules, in the order in
 
 - :mod:`.workloads`: operations, shapes, inputs, and the bytes that must move;
 - :mod:`.measure`: the check against float64, turns, medians, peak memory, and a row for each contender;
-- :mod:`.report`, :mod:`.plot`: the tables, the JSON and the PNG; they need rich and matplotlib.
+- :mod:`.report`: the tables, the JSON and the PNG; it needs rich and matplotlib.
 
 ``pytest benchmarks --benchmark-only``, in a clone, runs the same workloads and contenders under pytest-benchmark.
 """
@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -58,15 +57,13 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """The workloads, the device, the contenders, and the files of the results."""
 
     workloads: Sequence[Workload]
     device: torch.device
     contenders: Sequence[str] = ()  # by name; none: all that have the operation
     seconds: float = SECONDS
-    seed: int = 0
     json: Path | None = None
     plot: Path | None = None
 
@@ -130,7 +127,7 @@ def run(settings: Settings) -> int:
     """
     from rich.console import Console
 
-    from . import plot, report
+    from . import report
 
     console, device, names = Console(), settings.device, settings.contenders
     rows: list[measure.Row] = []
@@ -148,7 +145,7 @@ def run(settings: Settings) -> int:
     if not interrupted and not any(row.timed for row in rows):
         console.print("Nothing was timed.", highlight=False)
     if settings.plot is not None:
-        drawn = plot.draw(rows, settings.plot, caption=machine.description(device))
+        drawn = report.draw(rows, settings.plot, caption=machine.description(device))
         words = f"The picture: {settings.plot}" if drawn else "No picture: nothing that moves bytes was timed."
         console.print(words, highlight=False, markup=False, soft_wrap=True)
     if interrupted:
@@ -158,7 +155,7 @@ def run(settings: Settings) -> int:
 
 def _measure(settings: Settings, console: Console, rows: list[measure.Row]) -> None:
     """Add a workload's rows when it is finished."""
-    from ..measuring.tables import progress_bar
+    from ..measuring.style import progress_bar
     from . import report
 
     names, device = settings.contenders, settings.device
@@ -171,9 +168,7 @@ def _measure(settings: Settings, console: Console, rows: list[measure.Row]) -> N
             def progress(share: float, done: int = done) -> None:
                 bar.update(task, completed=done + share)
 
-            new = measure.measure(
-                workload, contenders, device, budget=settings.seconds, seed=settings.seed, progress=progress
-            )
+            new = measure.measure(workload, contenders, device, budget=settings.seconds, progress=progress)
             rows += new
             report.write_json(settings.json, device, rows, finished=False)
             console.print(report.table(workload, new))

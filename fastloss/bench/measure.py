@@ -9,24 +9,26 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..measuring.clock import Clock, FullStream, Progress, Step, Times, block_size, by_the_clock, in_turns, repeated
+from ..measuring import clock
+from ..measuring.clock import Clock, Copy, Products, Progress, Step, Times
 from ..measuring.contenders import SGD_OPTIONS, Contender
-from ..measuring.limits import Copy, Products
-from ..measuring.machine import OtherPrograms, first_line, free_bytes, is_out_of_memory, peak_bytes
-from ..measuring.reference import errors_of_eager, operation, verdict
+from ..measuring.machine import OtherPrograms, bytes_in_words, first_line, free_bytes, is_out_of_memory, peak_bytes
+from ..measuring.reference import LinearReference, LossReference, errors_of_eager, operation, verdict
 from ..measuring.sgd import ready_step, step_errors
 from .workloads import Workload
 
-Check = Callable[[Contender], Callable[[], Step]]  # returns a maker of the step if the contender is right
+# Returns a maker of a contender's step, why its results are wrong, if they are, and the error of its gradient.
+Check = Callable[[Contender], tuple[Callable[[], Step], "str | None", "float | None"]]
 
 _HOST_BLOCK = 20
 _CHECKED_PARAMETERS = 1 << 22  # of an optimizer; the first tensors
@@ -66,9 +68,10 @@ class Row:
     teraflops: float | None = None  # the three products' operations over the time
     products_milliseconds: float | None = None  # of three bare products in the same turns
     times_products: float | None = None
+    gradient_error: float | None = None  # ‖gradient − exact‖ / ‖exact‖, if it is finite
 
     @classmethod
-    def of(cls, workload: Workload, contender: Contender, status: str, reason: str = "") -> Row:
+    def of(cls, workload: Workload, contender: Contender, status: str = "timed", reason: str = "") -> Row:
         """Return a row without numbers."""
         op, (rows, classes, features), dtype = workload.op, workload.shape, workload.dtype_name
         target, note = "" if op in ("sgd", "linear") else workload.target, contender.note
@@ -80,41 +83,49 @@ class Row:
         """True if the row has a time."""
         return self.status == "timed"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields, for JSON."""
-        return asdict(self)
+    def cells(self) -> dict[str, str]:
+        """Return the numbers that the row has, as they are printed, by the heads of their columns."""
+        return {
+            head: form(number)
+            for head, (name, form) in COLUMNS.items()
+            if (number := getattr(self, name)) is not None
+        }
+
+
+# Heads, fields and forms.
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "ms": ("milliseconds", "{:.4f}".format),
+    "host ms": ("host_milliseconds", "{:.4f}".format),
+    "Tflop/s": ("teraflops", "{:.4g}".format),
+    "of the products": ("times_products", "{:.3f}".format),
+    "GB/s": ("gigabytes_per_second", "{:.2f}".format),
+    "of a copy": ("share_of_copy", "{:.0%}".format),
+    "peak": ("peak_bytes", bytes_in_words),
+}
 
 
 @dataclass
 class Prepared:
-    """A workload with its right contenders, ready to be timed; the others have their rows."""
+    """A workload, the steps that are ready to be timed, and a row of each contender."""
 
     workload: Workload
     device: torch.device
+    rows: dict[str, Row]
     steps: dict[str, Step] = field(default_factory=dict)  # one call each
-    peaks: dict[str, int | None] = field(default_factory=dict)
-    rows: dict[str, Row] = field(default_factory=dict)  # of contenders that are not to be timed, or have been
     products: Callable[[], Products] | None = None  # makes the limit of "linear"
 
-    def refuse(self, contender: Contender, status: str, reason: str) -> None:
-        """Give a contender a row without numbers."""
-        self.rows[contender.name] = Row.of(self.workload, contender, status, reason)
+    def change(self, name: str, **fields: Any) -> None:
+        """Change a contender's row."""
+        self.rows[name] = replace(self.rows[name], **fields)
 
     @contextlib.contextmanager
-    def failing(self, contenders: Iterable[Contender], full: str = "out of memory") -> Iterator[None]:
-        """Turn an error into rows of the contenders that name it."""
+    def failing(self, names: Iterable[str], full: str = "out of memory") -> Iterator[None]:
+        """Write an error into the rows of the contenders that are named."""
         try:
             yield
         except Exception as error:
-            status, reason = (full if is_out_of_memory(error) else "failed"), first_line(error)
-            if isinstance(error, WrongResultError):
-                status, reason = "wrong", str(error)
-            for contender in contenders:
-                self.refuse(contender, status, reason)
-
-
-class WrongResultError(Exception):
-    """A contender's result is further from float64 than the rule allows."""
+            for name in names:
+                self.change(name, status=full if is_out_of_memory(error) else "failed", reason=first_line(error))
 
 
 def measure(
@@ -123,7 +134,7 @@ def measure(
     device: torch.device,
     *,
     budget: float,
-    seed: int = 0,
+    timing_wrong: bool = False,
     progress: Progress = lambda share: None,
 ) -> list[Row]:
     """Check every contender, then time those that are right; return a row for each, in their order.
@@ -133,13 +144,13 @@ def measure(
         contenders: the contenders, whether they can serve or not.
         device: the device.
         budget: seconds of timing; there are at least five turns.
-        seed: of the inputs.
+        timing_wrong: True if wrong contenders are timed too.
         progress: called with the share of the timing that is done.
     """
     try:
-        prepared = prepare(workload, contenders, device, seed=seed)
-        if prepared.steps:
-            _time(prepared, contenders, budget, progress)
+        prepared = prepare(workload, contenders, device, timing_wrong=timing_wrong)
+        with prepared.failing(prepared.steps):  # if one fails now, no contender's turns can be compared
+            prepared.rows.update(_timed(prepared, budget, progress) if prepared.steps else {})
         return [prepared.rows[contender.name] for contender in contenders]
     finally:
         gc.collect()
@@ -147,69 +158,74 @@ def measure(
             torch.cuda.empty_cache()
 
 
-def prepare(workload: Workload, contenders: Sequence[Contender], device: torch.device, *, seed: int = 0) -> Prepared:
+def prepare(
+    workload: Workload, contenders: Sequence[Contender], device: torch.device, *, timing_wrong: bool = False
+) -> Prepared:
     """Sort the contenders: absent, unfit, too large, wrong, failed; or checked, run and ready."""
-    prepared = Prepared(workload, device)
-    candidates = []
+    prepared = Prepared(workload, device, {each.name: Row.of(workload, each) for each in contenders})
+    candidates: dict[str, Contender] = {}
     for contender in contenders:
         obstacle = contender.obstacle(workload.op, workload.dtype, device, soft=workload.soft)
         if (absence := contender.absence()) is not None:
             unfit = f"; {contender.unfit}" if contender.unfit and workload.op not in contender.ops else ""
-            prepared.refuse(contender, "absent", absence + unfit)
+            prepared.change(contender.name, status="absent", reason=absence + unfit)
         elif obstacle is not None:
-            prepared.refuse(contender, "unfit", obstacle)
+            prepared.change(contender.name, status="unfit", reason=obstacle)
         else:
-            candidates.append(contender)
+            candidates[contender.name] = contender
     needed, free = _least_bytes(workload, len(candidates), device), free_bytes(device)
-    if candidates and needed <= free:
-        _prepare_steps(prepared, candidates, seed)
-        return prepared
-    for contender in candidates:
+    if needed > free:
         words = f"needs {needed / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free on {device}"
-        prepared.refuse(contender, "too large", words)
+        for name in candidates:
+            prepared.change(name, status="too large", reason=words)
+        candidates = {}
+    check: Check | None = None
+    makers: dict[str, Callable[[], Step]] = {}
+    with prepared.failing(candidates, "too large"):
+        if candidates:
+            check = _sgd_check(prepared) if workload.op == "sgd" else _loss_check(prepared)
+    if check is None:
+        return prepared
+    for name, contender in candidates.items():
+        with prepared.failing([name]):
+            make, wrong, error = check(contender)
+            prepared.change(name, status="wrong" if wrong else "timed", reason=wrong or "", gradient_error=error)
+            if timing_wrong or not wrong:
+                makers[name] = make
+    del check  # whose reference is large for "linear"; the contenders' peaks need its memory
+    for name, make in makers.items():
+        with prepared.failing([name]):
+            step = make()
+            step()
+            peak = None if workload.op == "host" else max(0, peak_bytes(step, device) - workload.gradient_bytes)
+            prepared.change(name, peak_bytes=peak)
+            prepared.steps[name] = step
     return prepared
 
 
-def _prepare_steps(prepared: Prepared, candidates: Sequence[Contender], seed: int) -> None:
-    workload = prepared.workload
-    check: Check | None = None
-    makers: dict[Contender, Callable[[], Step]] = {}
-    with prepared.failing(candidates, "too large"):
-        check = _sgd_check(prepared) if workload.op == "sgd" else _loss_check(prepared, seed)
-    for contender in candidates if check is not None else ():
-        with prepared.failing([contender]):
-            makers[contender] = check(contender)
-    del check  # whose reference is large for "linear"; the contenders' peaks need its memory
-    for contender, make in makers.items():
-        with prepared.failing([contender]):
-            step = make()
-            step()
-            peak = None if workload.op == "host" else peak_bytes(step, prepared.device) - workload.gradient_bytes
-            prepared.peaks[contender.name], prepared.steps[contender.name] = peak, step
-
-
-def _loss_check(prepared: Prepared, seed: int) -> Check:
+def _loss_check(prepared: Prepared) -> Check:
     workload, is_linear = prepared.workload, prepared.workload.op == "linear"
-    inputs: list[Any] = list(workload.inputs(prepared.device, seed))
+    inputs: list[Any] = list(workload.inputs(prepared.device, seed=0))
     exact = workload.reference(inputs[0])
-    allowed = errors_of_eager(
-        inputs[0],
-        workload.op,
-        lambda first: exact if first is inputs[0] else workload.reference(first),
-        workload.upstream,
-    )
+
+    def reference(first: Any) -> LossReference | LinearReference:
+        return exact if first is inputs[0] else workload.reference(first)
+
+    allowed = errors_of_eager(inputs[0], workload.op, reference, workload.upstream)
     if is_linear:
         prepared.products = partial(Products, *inputs[0][:2])
 
-    def check(contender: Contender) -> Callable[[], Step]:
+    def check(contender: Contender) -> tuple[Callable[[], Step], str | None, float | None]:
         call = operation(contender.load(), workload.op, workload.upstream)
         overwrites = contender.overwrites and not is_linear
         (errors,) = exact.errors(call(*(inputs[0].copy() if overwrites else inputs[0])))
-        if (wrong := verdict(errors, allowed, workload.dtype)) is not None:
-            raise WrongResultError(wrong)
-        return lambda: partial(
-            _next_call, call, itertools.cycle([each.copy() for each in inputs] if overwrites else inputs)
-        )
+
+        def make() -> Step:
+            own = [each.copy() for each in inputs] if overwrites else inputs
+            return partial(_next_call, call, itertools.cycle(own))
+
+        is_known = workload.differentiates and math.isfinite(errors.gradient_norm)
+        return make, verdict(errors, allowed, workload.dtype), errors.gradient_norm if is_known else None
 
     return check
 
@@ -223,13 +239,12 @@ def _sgd_check(prepared: Prepared) -> Check:
     (tensors, elements, _), dtype, device = prepared.workload.shape, prepared.workload.dtype, prepared.device
     shapes = [(elements,)] * tensors
 
-    def check(contender: Contender) -> Callable[[], Step]:
+    def check(contender: Contender) -> tuple[Callable[[], Step], str | None, float | None]:
         sgd: Any = contender.load().sgd
         make = partial(sgd, **SGD_OPTIONS)
         (errors,) = step_errors([make], shapes[: max(1, _CHECKED_PARAMETERS // elements)], dtype, device)
-        if not errors.of_rounding <= 1.0:
-            raise WrongResultError(f"parameters off by {errors.of_rounding:.3g} x what rounding explains")
-        return partial(ready_step, make, shapes, dtype, device)
+        wrong = f"parameters off by {errors.of_rounding:.3g} x what rounding explains"
+        return partial(ready_step, make, shapes, dtype, device), None if errors.of_rounding <= 1.0 else wrong, None
 
     return check
 
@@ -237,14 +252,14 @@ def _sgd_check(prepared: Prepared) -> Check:
 def clock_of(workload: Workload, device: torch.device) -> tuple[Copy | None, Clock]:
     """Return the clock of a workload, and the copy that it or the limit needs."""
     if workload.op == "host" or device.type != "cuda":  # the host's time is that until a call returns
-        return (Copy(device) if workload.moved_bytes else None), by_the_clock
+        return (Copy(device) if workload.moved_bytes else None), clock.by_the_clock
     copy = Copy(device)
-    return copy, FullStream(copy.step, device)
+    return copy, clock.FullStream(copy.step, device)
 
 
-def block_of(step: Step, clock: Clock, device: torch.device, op: str = "") -> int:
+def block_of(step: Step, timer: Clock, device: torch.device, op: str = "") -> int:
     """Return how many calls make a turn."""
-    return _HOST_BLOCK if op == "host" else block_size(step, clock, device)
+    return _HOST_BLOCK if op == "host" else clock.block_size(step, timer, device)
 
 
 def _least_bytes(workload: Workload, contenders: int, device: torch.device) -> int:
@@ -257,42 +272,33 @@ def _least_bytes(workload: Workload, contenders: int, device: torch.device) -> i
     return workload.input_bytes + logits
 
 
-def _time(prepared: Prepared, contenders: Sequence[Contender], budget: float, progress: Progress) -> None:
-    """Add the rows of the contenders that are ready; if one fails now, no contender's turns can be compared."""
-    ready = [contender for contender in contenders if contender.name in prepared.steps]
-    with prepared.failing(ready):
-        prepared.rows.update(_timed(prepared, ready, budget, progress))
-
-
-def _timed(prepared: Prepared, contenders: Sequence[Contender], budget: float, progress: Progress) -> dict[str, Row]:
+def _timed(prepared: Prepared, budget: float, progress: Progress) -> dict[str, Row]:
     workload, device, steps = prepared.workload, prepared.device, prepared.steps
-    copy, clock = clock_of(workload, device)
-    blocks = {name: block_of(step, clock, device, workload.op) for name, step in steps.items()}
-    turns: list[Step] = [partial(repeated, step, blocks[name]) for name, step in steps.items()]
+    copy, timer = clock_of(workload, device)
+    blocks = {name: block_of(step, timer, device, workload.op) for name, step in steps.items()}
+    turns: list[Step] = [partial(clock.repeated, step, blocks[name]) for name, step in steps.items()]
     products = prepared.products() if prepared.products else None
     limit = products or (copy if workload.moved_bytes else None)
     if limit is not None:
         limit.step()
         turns.append(limit.step)
     others = OtherPrograms()
-    times = in_turns(turns, clock, budget=max(budget, 1e-6), progress=progress)
+    times = clock.in_turns(turns, timer, budget=max(budget, 1e-6), progress=progress)
     others_share = others.share()
     copied = copy.gigabytes_per_second(_median(times[-1])) if copy and limit is copy else None
     bare = _median(times[-1]) if products else None
     medians = {name: _median(turn) / blocks[name] for name, turn in zip(steps, times, strict=False)}
     rows = {}
-    for contender, turn in zip(contenders, times, strict=False):  # which are in the order of the steps
-        name, median = contender.name, medians[contender.name]
+    for (name, median), turn in zip(medians.items(), times, strict=False):
         hosts = [each.host for each in turn if each.host is not None]
         speed = workload.moved_bytes / median / 1e9 if workload.moved_bytes else None
         rows[name] = replace(
-            Row.of(workload, contender, "timed"),
+            prepared.rows[name],
             milliseconds=1e3 * median,
             host_milliseconds=1e3 * statistics.median(hosts) / blocks[name] if hosts else None,
             gigabytes_per_second=speed,
             share_of_copy=speed / copied if speed and copied else None,
             copy_gigabytes_per_second=copied,
-            peak_bytes=prepared.peaks[name],
             turns=len(turn),
             calls_a_turn=blocks[name],
             others_share=others_share,

@@ -1,22 +1,35 @@
-"""Tables for the terminal, and the rows as JSON."""
+"""Tables for the terminal, the rows as JSON, and GB/s against V as one PNG.
+
+The picture has a panel for each operation and dtype, and in it a line for each contender and the limit.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Collection, Sequence
+import statistics
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from ..measuring import info, machine
-from ..measuring.contenders import OURS, Contender
-from ..measuring.tables import NOTABLE_SHARE, TIMES, bytes_in_words, notes, plain_table
-from .measure import Row
+from ..measuring.contenders import CONTENDERS, OURS, Contender
+from ..measuring.style import FAINT, FASTLOSS, NOTABLE_SHARE, STYLE, TIMES, notes, plain_table, title
+from .measure import COLUMNS, Row
 from .workloads import Workload
+
+PANELS = 2  # beside each other
+OTHERS = ("#f2a65a", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf")
 
 LEGEND = (
     "ms: median of interleaved turns, of one call. GB/s: the bytes that must move, whatever a contender moves, "
@@ -58,7 +71,7 @@ def table(workload: Workload, rows: Sequence[Row]) -> RenderableType:
     parts: list[RenderableType] = [Text(_title(workload), style="bold")]
     timed = sorted((row for row in rows if row.timed), key=lambda row: row.milliseconds or 0.0)
     if timed:
-        parts.append(_timed(timed, workload.op))
+        parts.append(_timed(timed))
     rest = Table.grid(padding=(0, 2))
     for row in rows:
         if not row.timed and row.status != "absent":  # those are listed above
@@ -91,7 +104,7 @@ def write_json(path: Path | None, device: torch.device, rows: Sequence[Row], *, 
         "torch": torch.__version__,
         "device": machine.description(device),
         "finished": finished,
-        "rows": [row.as_dict() for row in rows],
+        "rows": [asdict(row) for row in rows],
     }
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -107,34 +120,77 @@ def _title(workload: Workload) -> str:
     title = ", ".join([workload.op, f"{n} {TIMES} {v}", workload.dtype_name, *target])
     if workload.op == "host":
         return f"{title}: until the call returns"
-    return f"{title}: {bytes_in_words(workload.moved_bytes)} must move"
+    return f"{title}: {machine.bytes_in_words(workload.moved_bytes)} must move"
 
 
-def _timed(rows: Sequence[Row], op: str) -> Table:
+def _timed(rows: Sequence[Row]) -> Table:
     """Return the contenders' numbers, and those of the limit that took turns with them."""
     ours, first = next((row for row in rows if row.contender == OURS), None), rows[0]
-    bare, copied = first.products_milliseconds, first.copy_gigabytes_per_second
-    speed = (first.teraflops or 0.0) * (first.times_products or 0.0)
-    # Headings, the contenders' cells and the limit's.
-    columns: dict[str, tuple[Callable[[Row], str], str]] = {
-        "contender": (lambda row: row.contender, "three products" if op == "linear" else "a copy"),
-        "ms": (lambda row: f"{row.milliseconds:.4f}", f"{bare:.4f}" if bare else ""),
-        "host ms": (lambda row: f"{row.host_milliseconds or 0.0:.4f}", ""),
-        "Tflop/s": (lambda row: f"{row.teraflops or 0.0:.4g}", f"{speed:.4g}"),
-        "of the products": (lambda row: f"{row.times_products or 0.0:.3f}", "1.000"),
-        "GB/s": (lambda row: f"{row.gigabytes_per_second or 0.0:.2f}", f"{copied or 0.0:.2f}"),
-        "of a copy": (lambda row: f"{row.share_of_copy or 0.0:.0%}", "100%"),
-        "peak": (lambda row: bytes_in_words(max(0, row.peak_bytes or 0)), ""),
-        "ratio": (lambda row: f"{ours.ratios[row.contender]:.3f}" if ours and row is not ours else "", ""),
-    }
-    absent = {"linear": {"GB/s", "of a copy"}, "host": {"Tflop/s", "of the products", "GB/s", "of a copy", "peak"}}
-    unwanted = absent.get(op, {"Tflop/s", "of the products"})
-    if first.host_milliseconds is None:
-        unwanted = unwanted | {"host ms"}
-    columns = {heading: cells for heading, cells in columns.items() if heading not in unwanted}
+    limit = {"contender": "a copy", "GB/s": f"{first.copy_gigabytes_per_second or 0.0:.2f}", "of a copy": "100%"}
+    if bare := first.products_milliseconds:
+        speed = (first.teraflops or 0.0) * (first.times_products or 0.0)
+        limit = {"contender": "three products", "ms": f"{bare:.4f}", "Tflop/s": f"{speed:.4g}"}
+        limit["of the products"] = "1.000"
+    ratios = {name: f"{ratio:.3f}" for name, ratio in ours.ratios.items()} if ours else {}
+    columns = ["contender", *(head for head in COLUMNS if head in first.cells()), "ratio"]
     result = plain_table("", *columns)
     for row in rows:
-        result.add_row(*(cell(row) for cell, _ in columns.values()), style="cyan" if row is ours else "")
-    if bare or copied:
-        result.add_row(*(limit for _, limit in columns.values()), style="dim")
+        cells = {"contender": row.contender, **row.cells(), "ratio": ratios.get(row.contender, "")}
+        result.add_row(*(cells.get(head, "") for head in columns), style="cyan" if row is ours else "")
+    if bare or first.copy_gigabytes_per_second:
+        result.add_row(*(limit.get(head, "") for head in columns), style="dim")
     return result
+
+
+def draw(rows: Sequence[Row], path: Path, *, caption: str) -> bool:
+    """Write the picture to ``path``; False, and no picture, if no row has a speed. ``caption`` names the machine."""
+    parts = panels(rows)
+    if not parts:
+        return False
+    with matplotlib.rc_context(STYLE):
+        lines = math.ceil(len(parts) / PANELS)
+        figure = Figure(figsize=(15, 1.2 + 4.6 * lines), dpi=110, facecolor="white", layout="constrained")
+        for number, (name, of_panel) in enumerate(parts.items(), 1):
+            _draw_panel(figure.add_subplot(lines, min(PANELS, len(parts)), number), name, of_panel)
+        figure.supxlabel(caption, fontsize=9.5, color=FAINT)
+        figure.savefig(path, format="png")
+    return True
+
+
+def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows that have a speed, by operation, dtype and target, which make them comparable."""
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.gigabytes_per_second is not None:
+            target = {"hard": ", class indices", "soft": ", class probabilities"}.get(row.target, "")
+            parts.setdefault(f"{row.op}, {row.dtype}{target}", []).append(row)
+    return parts
+
+
+def _draw_panel(axes: Axes, name: str, rows: Sequence[Row]) -> None:
+    """Draw for each V the shape with the most rows."""
+    others = [other for other in CONTENDERS if other != OURS]
+    for contender in dict.fromkeys(row.contender for row in rows):
+        # Of equal V the row with the most rows comes last, and stays.
+        of_contender = sorted((row for row in rows if row.contender == contender), key=lambda row: row.rows)
+        speeds = dict(sorted({row.classes: row.gigabytes_per_second or 0.0 for row in of_contender}.items()))
+        style: dict[str, Any] = {"linewidth": 2.6, "color": FASTLOSS, "zorder": 3}
+        if contender != OURS:  # in the same colour in every panel
+            style = {"linewidth": 1.6, "color": OTHERS[others.index(contender) % len(OTHERS)], "zorder": 2}
+        axes.plot(list(speeds), list(speeds.values()), marker="o", label=contender, clip_on=False, **style)
+    if copies := [row.copy_gigabytes_per_second for row in rows if row.copy_gigabytes_per_second]:
+        limit = statistics.median(copies)
+        axes.axhline(limit, color=FAINT, linestyle="--", linewidth=1.2, label=f"a copy: {limit:.0f} GB/s")
+    sizes = sorted({row.classes for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [str(size) for size in sizes], rotation=30, horizontalalignment="right")
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("GB/s of the bytes that must move")
+    axes.legend(fontsize=9)
+    if rows[0].op == "sgd":
+        axes.set_xlabel("elements of a tensor")
+        title(axes, name, "at each size the set with the most tensors")
+    else:
+        axes.set_xlabel("V, classes")
+        title(axes, name, "at each V the shape with the most rows")

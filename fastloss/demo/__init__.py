@@ -2,11 +2,10 @@
 
 Every number it prints or draws is measured in that run. The modules, in the order in which they are used:
 
-- :mod:`.data`, :mod:`.training`: the two runs on real scans of digits;
-- :mod:`.loss_at_scale`: the loss alone, at language-model size;
+- :mod:`.training`: the two runs on real scans of digits;
+- :mod:`.alone`: the loss alone, at language-model size; SGD's step alone, over the tensors of a ResNet-50;
 - :mod:`.language_model`: the two runs on Python's own source, with logits and without;
-- :mod:`.optimizer_step`: SGD's step alone, over the tensors of a ResNet-50;
-- :mod:`.report`, :mod:`.picture`: the tables and the PNG.
+- :mod:`.report`: the tables and the PNG.
 
 The packages of the extra ``fastloss[demo]`` are imported where they are used, so that :func:`missing_extras`
 can name those that are not installed.
@@ -14,23 +13,23 @@ can name those that are not installed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from ..measuring.machine import missing
+from .alone import Case, LossAtScale, OptimizerStep, cases_for, compare_losses, compare_steps, width_that_fits
 from .language_model import LanguageModel, Size, size_for, train_language_model
-from .loss_at_scale import Case, LossAtScale, cases_for, compare
-from .optimizer_step import OptimizerStep, compare_steps, width_that_fits
-from .training import Training, train_side_by_side
+from .training import Training, digits, train_side_by_side
 
 __all__ = ["Outcome", "Settings", "missing_extras", "run"]
 
+Result = TypeVar("Result")
 
-@dataclass(frozen=True)
-class Settings:
+
+class Settings(NamedTuple):
     """How large the demo is, where it runs and where its picture goes."""
 
     output: Path
@@ -44,8 +43,7 @@ class Settings:
     seconds_of_optimizer: float = 1.5  # of timing
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Everything that was measured."""
 
     training: Training
@@ -64,34 +62,32 @@ def run(settings: Settings) -> Outcome:
     from rich.console import Console
 
     from ..measuring import machine
-    from ..measuring.tables import progress_bar, task
-    from . import data, picture, report
+    from ..measuring.style import progress_bar, task
+    from . import report
 
     console, seed = Console(), settings.seed
     device = settings.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def measured(words: str, measure: Callable[..., Result], *given: Any, **options: Any) -> Result:
+        with progress_bar(console) as bar:
+            return measure(*given, **options, progress=task(bar, words))
+
     console.print(report.heading(device))
-    with progress_bar(console) as bar:
-        progress = task(bar, "training, with fastloss and with PyTorch")
-        split = data.digits(seed, device)
-        training = train_side_by_side(split, epochs=settings.epochs, seed=seed, progress=progress)
+    words = "training, with fastloss and with PyTorch"
+    training = measured(words, train_side_by_side, digits(seed, device), epochs=settings.epochs, seed=seed)
     console.print(report.training(training))
-    at_scale = []
-    with progress_bar(console) as bar:
-        for case in cases_for(device) if settings.cases is None else settings.cases:
-            progress = task(bar, f"loss alone, {case}")
-            at_scale.append(compare(case, device, seed=seed, budget=settings.seconds_a_case, progress=progress))
+    cases, budget = cases_for(device) if settings.cases is None else settings.cases, settings.seconds_a_case
+    at_scale = [
+        measured(f"loss alone, {case}", compare_losses, case, device, seed=seed, budget=budget) for case in cases
+    ]
     console.print(report.at_scale(at_scale, device))
-    with progress_bar(console) as bar:
-        progress = task(bar, "a language model, with logits and without")
-        size = settings.language_model or size_for(device)
-        language_model = train_language_model(device, size=size, seed=seed, progress=progress)
+    words, size = "a language model, with logits and without", settings.language_model or size_for(device)
+    language_model = measured(words, train_language_model, device, size=size, seed=seed)
     console.print(report.language_model(language_model, device))
-    with progress_bar(console) as bar:
-        progress = task(bar, "SGD's step alone")
-        width = settings.optimizer_width or width_that_fits(device)
-        optimizer = compare_steps(device, width=width, budget=settings.seconds_of_optimizer, progress=progress)
+    width, budget = settings.optimizer_width or width_that_fits(device), settings.seconds_of_optimizer
+    optimizer = measured("SGD's step alone", compare_steps, device, width=width, budget=budget)
     console.print(report.optimizer(optimizer, device))
     outcome = Outcome(training, tuple(at_scale), language_model, optimizer)
-    picture.draw(outcome, settings.output, caption=machine.description(device))
+    report.draw(outcome, settings.output, caption=machine.description(device))
     console.print(f"The picture: {settings.output}", highlight=False, markup=False, soft_wrap=True)
     return outcome

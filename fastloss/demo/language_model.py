@@ -6,9 +6,10 @@ there are 65536 of them, as many as a language model's vocabulary has, and no vo
 
 from __future__ import annotations
 
+import itertools
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import fastloss
 
 from ..measuring.clock import Progress
 from ..measuring.machine import OtherPrograms
-from .runs import Run
+from .training import Run, in_turn, new_model
 
 CLASSES = 1 << 16  # pairs of bytes
 LEARNING_RATE, MOMENTUM = 0.5, 0.5
@@ -42,8 +43,7 @@ class Size(NamedTuple):
         return self.passages * (self.tokens - 1)
 
 
-@dataclass(frozen=True)
-class LanguageModel:
+class LanguageModel(NamedTuple):
     """The two runs; their peaks are those of a step beyond the model, gradients and all."""
 
     size: Size
@@ -65,13 +65,11 @@ def size_for(device: torch.device) -> Size:
 
 def source_tokens(device: torch.device) -> Tensor:
     """Return the source of the standard library's modules, in the order of their names: pairs of bytes, int64."""
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = bytearray()
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        text += path.read_bytes()
-        if len(text) >= TEXT_BYTES:
-            break
-    del text[len(text) // 2 * 2 :]
-    pairs = torch.frombuffer(text, dtype=torch.uint8).view(-1, 2).long()
+    while modules and len(text) < TEXT_BYTES:
+        text += modules.pop(0).read_bytes()
+    pairs = torch.frombuffer(text[: len(text) // 2 * 2], dtype=torch.uint8).view(-1, 2).long()
     return (pairs[:, 0] * 256 + pairs[:, 1]).to(device)
 
 
@@ -80,16 +78,14 @@ def train_language_model(
 ) -> LanguageModel:
     """Train both, step by step in turn."""
     text = source_tokens(device)
-    pytorch, ours = runs = [_new_run(loss, size, seed, device) for loss in (_by_logits, _without_logits)]
-    for run in runs:
-        run.measure_peak(next(_batches(text, size, seed)))
-    others = OtherPrograms()
-    for step, tokens in zip(range(size.steps), _batches(text, size, seed), strict=False):
-        # The first of the two alternates, so that neither always finds the other's data in the cache.
-        for run in runs if step % 2 == 0 else reversed(runs):
-            run.step(tokens)
-        progress((step + 1) / size.steps)
-    return LanguageModel(size, 2 * len(text), pytorch, ours, others.share())
+    runs = []
+    for loss in (_by_logits, _without_logits):
+        model = new_model(partial(_Network, size, seed), seed, device)
+        runs.append(Run(model, loss, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)))
+        runs[-1].measure_peak(next(_batches(text, size, seed)))
+    others, batches = OtherPrograms(), list(itertools.islice(_batches(text, size, seed), size.steps))
+    in_turn(runs, size.steps, lambda run, step: run.step(batches[step]), progress)
+    return LanguageModel(size, 2 * len(text), runs[0], runs[1], others.share())
 
 
 class _Network(nn.Module):
@@ -114,14 +110,6 @@ def _by_logits(model: _Network, tokens: Tensor) -> Tensor:
 
 def _without_logits(model: _Network, tokens: Tensor) -> Tensor:
     return fastloss.linear_cross_entropy(model(tokens), model.embedding.weight, tokens, shift=True)
-
-
-def _new_run(loss: Callable[[_Network, Tensor], Tensor], size: Size, seed: int, device: torch.device) -> Run:
-    """Return a run; the same seed gives the same weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _Network(size, seed).to(device)
-    return Run(model, loss, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM))
 
 
 def _batches(text: Tensor, size: Size, seed: int) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Times of steps: a CPU's, a GPU's and the host's, in turns.
+"""Times of steps: a CPU's, a GPU's and the host's, in turns; and the steps that are the limits of others.
 
 On an empty stream a GPU waits for the host, and events around a call measure the slower of the two. In training the
 stream is not empty: the host queues the loss while the GPU is busy with the model. So :class:`FullStream` takes the
@@ -22,11 +22,15 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
+
+from .machine import free_bytes
 
 Measured = TypeVar("Measured")
 Step = Callable[[], object]
 Progress = Callable[[float], object]  # takes the share that is done, in [0, 1]
 
+_COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 # A turn's block of calls: on a CPU as many as settle the C library's allocator, on a GPU as its stream's queue holds.
 _BLOCK_SECONDS = {"cuda": 5e-3, "cpu": 2e-2}
 _LARGEST_BLOCK = {"cuda": 20, "cpu": 10}
@@ -96,18 +100,29 @@ def in_turns(
 
 
 def medians(
-    steps: Sequence[Step], device: torch.device, *, budget: float, block: int = 1, least: int = 5
+    steps: Sequence[Step],
+    device: torch.device,
+    *,
+    budget: float,
+    block: int = 1,
+    least: int = 5,
+    before: Step = lambda: None,
 ) -> list[float]:
     """Return the median seconds of one call of each step, measured in turns of ``block`` calls.
 
-    On a CPU each call is timed by itself, on a GPU the calls of a turn together. There are at least ``least`` times.
+    On a CPU each call is timed by itself, after a call of ``before``, on a GPU the calls of a turn together.
+    There are at least ``least`` times.
     """
     on_gpu = device.type == "cuda"
 
     def turn(step: Step) -> list[float]:
         if on_gpu:
             return [seconds(partial(repeated, step, block), device) / block]
-        return [seconds(step, device) for _ in range(block)]
+        times = []
+        for _ in range(block):
+            before()
+            times.append(seconds(step, device))
+        return times
 
     turns = in_turns(steps, turn, budget=max(budget, 1e-9), least=least if on_gpu else -(-least // block))
     return [statistics.median(itertools.chain(*times)) for times in turns]
@@ -124,6 +139,38 @@ def block_size(step: Step, clock: Clock, device: torch.device) -> int:
     fastest = min(clock(step).device for _ in range(3))
     wanted = _BLOCK_SECONDS.get(device.type, 0.0) / max(fastest, 1e-9)
     return max(1, min(_LARGEST_BLOCK.get(device.type, 1), math.ceil(wanted)))
+
+
+class Copy:
+    """A device copy, whose bandwidth is the limit that contenders are compared with."""
+
+    def __init__(self, device: torch.device, nbytes: int | None = None) -> None:
+        size = nbytes or min(_COPIED_BYTES.get(device.type, 1 << 27), free_bytes(device) // 8)
+        self._source = torch.ones(max(size, 1 << 20), dtype=torch.uint8, device=device)
+        self._target = torch.zeros_like(self._source)
+
+    def step(self) -> Tensor:
+        """Copy once."""
+        return self._target.copy_(self._source)
+
+    def gigabytes_per_second(self, seconds: float) -> float:
+        """Return the bandwidth of a copy that took ``seconds``, read and written bytes together."""
+        return 2 * self._source.nbytes / seconds / 1e9
+
+
+class Products:
+    """The three products of matrices that every linear_cross_entropy needs, into memory that is there."""
+
+    def __init__(self, hidden: Tensor, head: Tensor) -> None:
+        self._hidden, self._head = hidden.detach(), head.detach()
+        self._logits = hidden.new_empty(len(hidden), len(head))
+        self._hidden_gradient, self._head_gradient = torch.empty_like(self._hidden), torch.empty_like(self._head)
+
+    def step(self) -> None:
+        """Compute the logits and both gradients once."""
+        torch.mm(self._hidden, self._head.t(), out=self._logits)
+        torch.mm(self._logits, self._head, out=self._hidden_gradient)
+        torch.mm(self._logits.t(), self._hidden, out=self._head_gradient)
 
 
 class FullStream:

@@ -129,18 +129,14 @@ def _with_accuracies(loss: Loss, topk: tuple[int, ...] = TOPK) -> LossAndAccurac
     return both
 
 
-def _torch_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target)
-
-
 def _torch_linear_loss(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, head), target)
 
 
 def eager(topk: tuple[int, ...] = TOPK) -> Functions:
     """Return plain PyTorch's functions."""
-    both = _with_accuracies(_torch_loss, topk)
-    return Functions(_torch_loss, partial(_accuracies, topk=topk), both, torch.optim.SGD, _torch_linear_loss)
+    both = _with_accuracies(F.cross_entropy, topk)
+    return Functions(F.cross_entropy, partial(_accuracies, topk=topk), both, torch.optim.SGD, _torch_linear_loss)
 
 
 def ours(topk: tuple[int, ...] = TOPK) -> Functions:
@@ -158,11 +154,6 @@ def _compiled() -> Functions:
     return Functions(loss, accuracies, both, linear=compiled(plain.linear))
 
 
-def torch_sgd(**options: Any) -> Functions:
-    """Return one of the forms of torch's SGD."""
-    return Functions(sgd=partial(torch.optim.SGD, **options))
-
-
 def _torch_linear() -> Functions:
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy; torch 2.13 has")
@@ -173,33 +164,19 @@ def _torch_linear() -> Functions:
 # ----------------------------------------------------------------------------------------------------- other packages
 
 
-def _imported(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
+def _of(call: Callable[..., Tensor] | None = None, *, options: Any = (), **places: str) -> Callable[[], Functions]:
+    """Return the adapter of functions at ``module:name``; ``call``, if given, calls a function with its inputs."""
 
+    def load() -> Functions:
+        functions: dict[str, Any] = {}
+        for name, place in places.items():
+            module, _, attribute = place.partition(":")
+            function = getattr(importlib.import_module(module), attribute)
+            functions[name] = partial(function, **dict(options)) if call is None else partial(call, function)
+        both = _with_accuracies(functions["loss"]) if "loss" in functions else None  # torch's accuracies
+        return Functions(**functions, loss_and_accuracies=both)
 
-def _of_loss(loss: Loss, linear: LinearLoss | None = None) -> Functions:
-    """Return a package's loss, and torch's accuracies beside it."""
-    return Functions(loss, None, _with_accuracies(loss), linear=linear)
-
-
-def _liger() -> Functions:
-    module = "liger_kernel.transformers.functional"
-    return _of_loss(_imported(module, "liger_cross_entropy"), _imported(module, "liger_fused_linear_cross_entropy"))
-
-
-def _flash_attention() -> Functions:
-    cross_entropy_loss = _imported("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
-    return _of_loss(lambda logits, target: cross_entropy_loss(logits, target)[0].mean())
-
-
-def _apex() -> Functions:
-    function = _imported("apex.contrib.xentropy", "SoftmaxCrossEntropyLoss")
-    # 0.0: no label smoothing; -100: the label that is ignored
-    return _of_loss(lambda logits, target: function.apply(logits, target, 0.0, -100).mean())
-
-
-def _linear(module: str, name: str, **options: Any) -> Functions:
-    return Functions(linear=partial(_imported(module, name), **options))
+    return load
 
 
 # ----------------------------------------------------------------------------------------------------------- the list
@@ -210,12 +187,21 @@ _NOTE = "its accuracy is torch.topk's"
 _LIGER_NOTE = f"writes its gradient over the logits; {_NOTE}; linear: sums the head's gradient in its dtype"
 _UNFIT = "takes hidden states, not logits"
 
+_LIGER = "liger_kernel.transformers.functional:liger_"
+_FLASH = "flash_attn.ops.triton.cross_entropy:cross_entropy_loss"
+_APEX = "apex.contrib.xentropy:SoftmaxCrossEntropyLoss"
+_CCE, _SGD = "cut_cross_entropy:linear_cross_entropy", "torch.optim:SGD"
+
+_liger = _of(loss=f"{_LIGER}cross_entropy", linear=f"{_LIGER}fused_linear_cross_entropy")
+_quack = _of(loss="quack.cross_entropy:cross_entropy", options={"reduction": "mean"})
+_quack_linear = _of(linear="quack.linear_cross_entropy:chunked_linear_cross_entropy")
+_flash = _of(lambda function, *inputs: function(*inputs)[0].mean(), loss=_FLASH)
+# 0.0: no label smoothing; -100: the label that is ignored
+_apex = _of(lambda function, *inputs: function.apply(*inputs, 0.0, -100).mean(), loss=_APEX)
+
 _torch = partial(Contender, distribution="torch", cpu=True)
 _apexs = partial(Contender, distribution="apex", install="build github.com/NVIDIA/apex with its CUDA extensions")
-_quack = partial(Contender, distribution="quack-kernels")
 _cce = partial(Contender, distribution="cut-cross-entropy", ops=("linear",))
-_cut_linear = partial(_linear, "cut_cross_entropy", "linear_cross_entropy")
-_quack_linear = partial(_linear, "quack.linear_cross_entropy", "chunked_linear_cross_entropy")
 
 _LIST = [
     Contender(OURS, "fastloss", ours, (*_ALL_LOSSES, "sgd"), soft=True, cpu=True),
@@ -223,25 +209,15 @@ _LIST = [
     _torch("torch.compile", load=_compiled, ops=_ALL_LOSSES, soft=True),
     _torch("torch-linear", load=_torch_linear, ops=("linear",)),
     Contender("liger", "liger-kernel", _liger, (*_WITHOUT_ACCURACY, "linear"), overwrites=True, note=_LIGER_NOTE),
-    _quack(
-        "quack",
-        load=lambda: _of_loss(partial(_imported("quack.cross_entropy", "cross_entropy"), reduction="mean")),
-        ops=_WITHOUT_ACCURACY,
-        note=_NOTE,
-    ),
-    _quack("quack-linear", load=_quack_linear, ops=("linear",), note="in chunks of 4096 rows"),
-    _cce("cce", load=_cut_linear, unfit=_UNFIT, note="leaves out small gradients"),
-    _cce("cce-exact", load=partial(_cut_linear, filter_eps=None), note="leaves no gradient out"),
-    Contender("flash-attn", "flash-attn", _flash_attention, _WITHOUT_ACCURACY, note=_NOTE),
+    Contender("quack", "quack-kernels", _quack, _WITHOUT_ACCURACY, note=_NOTE),
+    Contender("quack-linear", "quack-kernels", _quack_linear, ("linear",), note="in chunks of 4096 rows"),
+    _cce("cce", load=_of(linear=_CCE), unfit=_UNFIT, note="leaves out small gradients"),
+    _cce("cce-exact", load=_of(linear=_CCE, options={"filter_eps": None}), note="leaves no gradient out"),
+    Contender("flash-attn", "flash-attn", _flash, _WITHOUT_ACCURACY, note=_NOTE),
     _apexs("apex", load=_apex, ops=_WITHOUT_ACCURACY, note=_NOTE),
-    _torch("torch-loop", load=partial(torch_sgd, foreach=False), ops=("sgd",)),
-    _torch("torch-foreach", load=partial(torch_sgd, foreach=True), ops=("sgd",)),
-    _torch("torch-fused", load=partial(torch_sgd, fused=True), ops=("sgd",)),
-    _apexs(
-        "apex-sgd",
-        load=lambda: Functions(sgd=_imported("apex.optimizers", "FusedSGD")),
-        ops=("sgd",),
-        dtypes=(torch.float16, torch.float32),
-    ),
+    _torch("torch-loop", load=_of(sgd=_SGD, options={"foreach": False}), ops=("sgd",)),
+    _torch("torch-foreach", load=_of(sgd=_SGD, options={"foreach": True}), ops=("sgd",)),
+    _torch("torch-fused", load=_of(sgd=_SGD, options={"fused": True}), ops=("sgd",)),
+    _apexs("apex-sgd", load=_of(sgd="apex.optimizers:FusedSGD"), ops=("sgd",), dtypes=(torch.float16, torch.float32)),
 ]
 CONTENDERS = {contender.name: contender for contender in _LIST}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 from pathlib import Path
 
@@ -12,26 +11,14 @@ import fastloss
 
 from ..backends import choice
 
-__all__ = ["VERSION", "facts", "processor", "reason", "show"]
-
 VERSION = fastloss.__version__
 
 
 def show() -> None:
-    """Print :func:`facts`, as a table where rich is installed, else as plain text."""
+    """Print :func:`facts`."""
     rows = facts()
-    if importlib.util.find_spec("rich") is None:
-        width = max(len(name) for name, _ in rows)
-        print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
-    for name, value in rows:
-        table.add_row(Text(name, style="bold cyan"), Text(value))
-    Console().print(table)
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
 
 
 def facts() -> list[tuple[str, str]]:
@@ -42,20 +29,16 @@ def facts() -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("Triton", choice.triton_version() or "not installed"),
     ]
-    if torch.version.cuda is not None:
-        rows.append(("CUDA", torch.version.cuda))
-    if torch.version.hip is not None:
-        rows.append(("ROCm", torch.version.hip))
-    cpu = torch.device("cpu")
     rows += [
-        ("CPU", f"{processor()}, {torch.get_num_threads()} threads used by torch"),
-        ("backend on the CPU", reason(cpu)),
+        (name, version) for name, version in (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip)) if version
     ]
+    rows.append(("CPU", f"{processor()}, {torch.get_num_threads()} threads used by torch"))
+    rows.append(("backend on the CPU", reason(torch.device("cpu"))))
     devices = _accelerators()
-    if not devices:
-        rows.append(("GPU", "none that torch can use"))
     for device in devices:
-        rows += [(f"GPU {device}", _name(device)), (f"backend on {device}", reason(device))]
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        rows += [(f"GPU {device}", name), (f"backend on {device}", reason(device))]
+    rows += [] if devices else [("GPU", "none that torch can use")]
     return rows
 
 
@@ -74,10 +57,6 @@ def _accelerators() -> list[torch.device]:
     if kind is None:
         return []
     return [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def reason(device: torch.device) -> str:

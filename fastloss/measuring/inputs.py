@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -123,3 +124,8 @@ def resnet50_shapes(width: int = RESNET50_WIDTH) -> list[tuple[int, ...]]:
                 shapes += convolution(channels, inner * EXPANSION, 1)
             channels = inner * EXPANSION
     return [*shapes, (RESNET50_CLASSES, channels), (RESNET50_CLASSES,)]
+
+
+def count(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Return the number of parameters."""
+    return sum(map(math.prod, shapes))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import itertools
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.autograd.profiler import profile
 
 import fastloss
@@ -57,6 +57,14 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def halved_to_fit(size: int, least: int, nbytes: Callable[[int], int], device: torch.device) -> int:
+    """Return ``size``, halved until its ``nbytes`` are no more than half of the free memory, or ``least``."""
+    free = free_bytes(device)
+    while size > least and nbytes(size) > free / 2:
+        size //= 2
+    return size
+
+
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Return the most bytes of tensors that ``step`` holds at one time, beyond those alive before it.
 
@@ -71,11 +79,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    highest = current = 0
-    for change in _cpu_allocations(step):
-        current += change
-        highest = max(highest, current)
-    return highest
+    return max(itertools.accumulate(_cpu_allocations(step), initial=0))
 
 
 def _cpu_allocations(step: Callable[[], object]) -> list[int]:
@@ -85,13 +89,10 @@ def _cpu_allocations(step: Callable[[], object]) -> list[int]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(profile_memory=True) as record:
         step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        record.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    events = [event for event in events if event.get("name") == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    return [event["args"]["Bytes"] for event in events if event["args"]["Device Type"] == 0]
+    results: Any = record.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    changes = [event for event in events if event.device_type() == DeviceType.CPU]
+    return [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
 
 
 def description(device: torch.device) -> str:
@@ -119,3 +120,11 @@ def first_line(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if memory ran out: a GPU's allocator has a class for that, a CPU's a message only."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def bytes_in_words(number: int) -> str:
+    """Return ``1.2 MB``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} B"

@@ -46,7 +46,7 @@ class Errors(NamedTuple):
     loss: float = 0.0
     gradient: float = 0.0  # the greatest of any entry
     accuracy: float = 0.0
-    gradient_norm: float = 0.0  # ‖gradient − exact‖ / ‖exact‖, of logits alone
+    gradient_norm: float = 0.0  # ‖gradient − exact‖ / ‖exact‖; of several the greatest
 
 
 Call = Callable[..., Outcome]  # takes logits and target, or hidden states, head and labels
@@ -83,7 +83,6 @@ class LossReference:
         self, inputs: LossInputs, upstream: float = 1.0, topk: Sequence[int] = (), *, by_entry: bool = True
     ) -> None:
         self._inputs, self._upstream, self._topk, self._by_entry = inputs, upstream, topk, by_entry
-        self.top1 = 0.0  # the share of rows whose first greatest logit is the label's; known after `errors`
 
     @torch.no_grad()
     def errors(self, *outcomes: Outcome) -> list[Errors]:
@@ -92,7 +91,7 @@ class LossReference:
         rows, classes = logits.shape
         scale, tiny = self._upstream / rows, torch.finfo(logits.dtype).tiny
         loss = squares = 0.0
-        right, least, most = 0, [0] * len(self._topk), [0] * len(self._topk)
+        least, most = [0] * len(self._topk), [0] * len(self._topk)
         gradients = [_GradientError(outcome.gradients, logits.shape) for outcome in outcomes]
         for part in _parts(rows, classes, _LOSS_ELEMENTS.get(logits.device.type, 1 << 21)):
             x, t = logits[part], target[part]
@@ -105,7 +104,6 @@ class LossReference:
                 loss -= float(log_p.gather(1, label).sum()) / rows
             if self._topk:
                 score = x.gather(1, label)
-                right += int((x.argmax(1, keepdim=True) == label).sum())
                 above, level = (x > score).sum(1), (x == score).sum(1) - 1
                 for i, k in enumerate(self._topk):
                     least[i] += int((above + level < k).sum())
@@ -126,7 +124,6 @@ class LossReference:
                 squares += float(torch.linalg.vector_norm(exact)) ** 2
                 for gradient in gradients:
                     gradient.add(part, exact, terms)
-        self.top1 = right / rows
         shares = [(low / rows, high / rows) for low, high in zip(least, most, strict=True)]
         return [
             Errors(
@@ -169,13 +166,14 @@ class LinearReference:
         """Return the errors of each outcome."""
         results = []
         for outcome in outcomes:
-            greatest = 0.0
+            greatest = norm = 0.0
             for gradient, exact, terms in zip(outcome.gradients, self._exact, self._terms, strict=True):
                 error = _GradientError((gradient,), exact.shape)
                 for part in _parts(len(exact), exact.shape[1], self._elements):
                     error.add(part, exact[part], terms[part])
                 greatest = max(greatest, error.greatest)
-            results.append(Errors(_loss_error(outcome.loss, self._loss), greatest))
+                norm = max(norm, error.squares**0.5 / float(torch.linalg.vector_norm(exact)))
+            results.append(Errors(_loss_error(outcome.loss, self._loss), greatest, gradient_norm=norm))
         return results
 
 
@@ -185,7 +183,7 @@ class _GradientError:
     def __init__(self, gradients: tuple[Tensor, ...], shape: torch.Size) -> None:
         self._gradients = tuple(gradient for gradient in gradients if gradient.shape == shape)
         self.greatest = 0.0 if len(self._gradients) == len(gradients) else math.inf
-        self.squares = 0.0  # of the difference's norm
+        self.squares = self.greatest  # of the difference's norm
 
     def add(self, part: slice, exact: Tensor, terms: Tensor | None) -> None:
         for gradient in self._gradients:
@@ -201,11 +199,9 @@ def _loss_error(loss: Tensor | None, exact: float) -> float:
 
 
 def _accuracy_error(accuracies: tuple[Tensor, ...], shares: Sequence[tuple[float, float]]) -> float:
-    worst = 0.0
-    for accuracy, (low, high) in zip(accuracies, shares, strict=True):
-        share = _finite(float(accuracy))
-        worst = max(worst, low - share, share - high)
-    return worst
+    values = [_finite(float(accuracy)) for accuracy in accuracies]
+    errors = [max(low - share, share - high) for share, (low, high) in zip(values, shares, strict=True)]
+    return max(0.0, *errors) if errors else 0.0
 
 
 def _finite(error: float) -> float:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .contenders import SGD_OPTIONS
 
 Shape = tuple[int, ...]
 
 
-class Stepping(Protocol):
-    """An optimizer, or another object with a step."""
-
-    def step(self) -> object: ...
-
-
-MakeOptimizer = Callable[[list[Tensor]], Stepping]  # with SGD_OPTIONS
+MakeOptimizer = Callable[[list[Tensor]], Optimizer]  # with SGD_OPTIONS
 
 _LR, _MOMENTUM, _DECAY = (SGD_OPTIONS[name] for name in ("lr", "momentum", "weight_decay"))
 _CHECKED_STEPS = 4

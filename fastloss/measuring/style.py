@@ -1,8 +1,9 @@
-"""The style of tables and progress bars, with rich."""
+"""The style of tables and progress bars, with rich, and of pictures, with matplotlib."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -10,6 +11,9 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 NOTABLE_SHARE = 0.1  # of the CPUs: where other programs took less, they are not mentioned
@@ -42,9 +46,40 @@ def task(bar: Progress, description: str) -> Callable[[float], None]:
     return lambda share: bar.update(number, completed=share)
 
 
-def bytes_in_words(number: int) -> str:
-    """Return ``1.2 MB``."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} B"
+PYTORCH = "#f2a65a"
+FASTLOSS = "#1d4ed8"
+INK = "#1f2937"
+FAINT = "#6b7280"
+GRID = "#e5e7eb"
+
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": FAINT,
+    "axes.edgecolor": GRID,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 26,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "ytick.left": False,
+    "xtick.bottom": False,
+    "legend.frameon": False,
+}
+
+
+def title(axes: Axes, text: str, detail: str) -> None:
+    """Write the title of a panel and, in grey under it, how its numbers were measured."""
+    axes.set_title(text)
+    axes.annotate(
+        detail, (0, 1), (0, 9), xycoords="axes fraction", textcoords="offset points", fontsize=10, color=FAINT
+    )
