@@ -14,9 +14,9 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from fastloss.backends import short_road
 from fastloss.backends.contract import may_keep_memory
 from fastloss.backends.recorder import Compiled, recorder
+from fastloss.backends.short_road import known, open_for
 from fastloss.backends.torch_private import current_gpu, stream_is_captured, without_dispatch
 
 from .arguments import Strided
@@ -86,7 +86,7 @@ class Prepared(NamedTuple):
 
 Ready = TypeVar("Ready")
 _MOST_REMEMBERED = 1024
-_memories: list[dict[Any, Any]] = [short_road.known]
+_memories: list[dict[Any, Any]] = [known]
 
 
 class Memory(Generic[Ready]):
@@ -108,8 +108,8 @@ class Memory(Generic[Ready]):
 
 def forget() -> None:
     """Empty all memories: after a change of what plans depend on, as tests and the tuner make."""
-    for known in _memories:
-        known.clear()
+    for memory in _memories:
+        memory.clear()
 
 
 def alike(tensor: Tensor | None) -> Hashable:
@@ -199,4 +199,4 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
-short_road.open_for(_stream_to_replay)
+open_for(_stream_to_replay)
