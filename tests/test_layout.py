@@ -251,7 +251,7 @@ FILES = {
     "optim": ("sgd", "step_plan", "shards", "plain", "checkpoint"),
     "ranks": ("placements", "collectives"),
     "backends": (
-        *("choice", "short_road", "recorder", "eager", "view", "contract", "batch", "memory", "torch_private"),
+        *("short_road", "choice", "recorder", "eager", "view", "contract", "batch", "memory", "torch_private"),
     ),
 }
 
