@@ -217,8 +217,8 @@ def register_gradients(
     count = len(trained)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *inputs, numbers = inputs
-        tensors, ctx.options = inputs[: count + 1], tuple(inputs[count + 1 :])
+        inputs, numbers = inputs[:-1], inputs[-1]
+        tensors, ctx.options = inputs[: count + 1], inputs[count + 1 :]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.written = is_written(*inputs)

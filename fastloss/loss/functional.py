@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function
 from .. import checks
 from ..backends.torch_private import legacy_reduction
 from . import routes
-from .sharded import refuse
+from .sharded import checked
 
 __all__ = ["LossAndAccuracy", "accuracy", "cross_entropy", "cross_entropy_with_accuracy"]
 
@@ -146,19 +146,18 @@ def cross_entropy(
             pass  # The checks below raise this package's own error, if it has one, or else torch's again.
     if checks.is_symbolic(input, target):
         return handle_torch_function(cross_entropy, (input, target), **locals())
-    try:
-        options = checks.checked_options(
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            lse_square_scale=lse_square_scale,
-            softcap=softcap,
-            from_logits=from_logits,
-        )
-        checks.check_switches(inplace=inplace)
-    except Exception:
-        refuse(group, input)
-        raise
+    options = checked(
+        group,
+        input,
+        checks.checked_options,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+        from_logits=from_logits,
+    )
+    checked(group, input, checks.check_switches, inplace=inplace)
     return routes.loss_and_accuracies(input, target, weight, options, inplace, group)[0]
 
 
@@ -197,21 +196,19 @@ def cross_entropy_with_accuracy(
         return handle_torch_function(cross_entropy_with_accuracy, (input, target), **locals())
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
-    try:
-        ks = checks.checked_topk(topk)
-        options = checks.checked_options(
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            lse_square_scale=lse_square_scale,
-            softcap=softcap,
-            topk=ks,
-            from_logits=from_logits,
-        )
-        checks.check_switches(inplace=inplace)
-    except Exception:
-        refuse(group, input)
-        raise
+    options = checked(
+        group,
+        input,
+        checks.checked_options,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+        topk=checked(group, input, checks.checked_topk, topk),
+        from_logits=from_logits,
+    )
+    checked(group, input, checks.check_switches, inplace=inplace)
     loss, values = routes.loss_and_accuracies(input, target, weight, options, inplace, group)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
 
@@ -259,12 +256,8 @@ def accuracy(
     """
     if checks.is_symbolic(input, target):
         return handle_torch_function(accuracy, (input, target), **locals())
-    try:
-        checks.check_logits(input)
-        ks = checks.checked_topk(topk)
-        options = checks.checked_options(ignore_index=ignore_index, reduction=reduction, topk=ks)
-    except Exception:
-        refuse(group, input)
-        raise
+    checked(group, input, checks.check_logits, input)
+    ks = checked(group, input, checks.checked_topk, topk)
+    options = checked(group, input, checks.checked_options, ignore_index=ignore_index, reduction=reduction, topk=ks)
     values = routes.accuracies(input, target, options, group)
     return values if isinstance(topk, Sequence) else values[0]
