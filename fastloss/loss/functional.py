@@ -156,8 +156,8 @@ def cross_entropy(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
         from_logits=from_logits,
+        inplace=inplace,
     )
-    checked(group, input, checks.check_switches, inplace=inplace)
     return routes.loss_and_accuracies(input, target, weight, options, inplace, group)[0]
 
 
@@ -207,8 +207,8 @@ def cross_entropy_with_accuracy(
         softcap=softcap,
         topk=checked(group, input, checks.checked_topk, topk),
         from_logits=from_logits,
+        inplace=inplace,
     )
-    checked(group, input, checks.check_switches, inplace=inplace)
     loss, values = routes.loss_and_accuracies(input, target, weight, options, inplace, group)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
 
