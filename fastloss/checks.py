@@ -120,9 +120,10 @@ def checked_options(
     softcap: object = None,
     topk: tuple[int, ...] = (),
     from_logits: bool = True,
+    inplace: object = False,
 ) -> LossOptions:
-    """Check the arguments that are not tensors, and return them as plain ints and floats."""
-    check_switches(from_logits=from_logits)
+    """Check the arguments that are not tensors, and return the options among them as plain ints and floats."""
+    check_switches(from_logits=from_logits, inplace=inplace)
     if reduction not in _REDUCTIONS:
         raise ValueError(
             f"fastloss: {reduction!r} is not a valid value for reduction; expected 'none', 'mean' or 'sum'"

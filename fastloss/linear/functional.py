@@ -16,7 +16,7 @@ from ..backends import choice
 from ..backends.view import wide_labels
 from ..loss import routes
 from ..loss.functional import LossAndAccuracy
-from ..loss.sharded import refuse
+from ..loss.sharded import checked
 from ..ranks import placements
 from . import compiled, sharded
 from .arguments import Arguments, check_shapes, checked_chunking, dtype_of_logits, shifted_labels
@@ -111,18 +111,18 @@ def linear_cross_entropy(
     """
     if checks.is_symbolic(input, linear_weight, target):
         return handle_torch_function(linear_cross_entropy, (input, linear_weight, target), **locals())
-    try:
-        options = checks.checked_options(
-            ignore_index=-100 if ignore_index is None else ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            lse_square_scale=lse_square_scale,
-            softcap=softcap,
-        )
-        chunking = checked_chunking(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
-    except Exception:
-        refuse(group, input)
-        raise
+    options = checked(
+        group,
+        input,
+        checks.checked_options,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+    )
+    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad
+    chunking = checked(group, input, checked_chunking, *switches)
     arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
     return _loss_and_accuracies(arguments, group)[0]
 
@@ -163,20 +163,19 @@ def linear_cross_entropy_with_accuracy(
     """
     if checks.is_symbolic(input, linear_weight, target):
         return handle_torch_function(linear_cross_entropy_with_accuracy, (input, linear_weight, target), **locals())
-    try:
-        ks = checks.checked_topk(topk)
-        options = checks.checked_options(
-            ignore_index=-100 if ignore_index is None else ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            lse_square_scale=lse_square_scale,
-            softcap=softcap,
-            topk=ks,
-        )
-        chunking = checked_chunking(chunk_size, memory_budget, shift, skip_ignored, accumulate_grad)
-    except Exception:
-        refuse(group, input)
-        raise
+    options = checked(
+        group,
+        input,
+        checks.checked_options,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+        topk=checked(group, input, checks.checked_topk, topk),
+    )
+    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad
+    chunking = checked(group, input, checked_chunking, *switches)
     arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
     loss, values = _loss_and_accuracies(arguments, group)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])

@@ -13,7 +13,7 @@ from .. import checks
 from ..backends import short_road
 from ..backends.torch_private import legacy_reduction
 from . import routes
-from .sharded import refuse
+from .sharded import checked
 
 __all__ = ["LossAndAccuracy", "accuracy", "cross_entropy", "cross_entropy_with_accuracy"]
 
@@ -123,9 +123,9 @@ def cross_entropy(
     """
     call = None
     if not torch.compiler.is_compiling() and short_road.is_open and group is size_average is reduce is None:
-        options = ("loss", ignore_index, reduction, label_smoothing, lse_square_scale, softcap, from_logits, inplace)
-        options += short_road.place_of(input) if inplace else ()
-        served, call = short_road.serve(input, target, weight, options)
+        given = ("loss", ignore_index, reduction, label_smoothing, lse_square_scale, softcap, from_logits, inplace)
+        given += short_road.place_of(input) if inplace else ()
+        served, call = short_road.serve(input, target, weight, given)
         if served is not None:
             return served[0] if reduction != "none" else routes.in_rows(served[0], input)
     if size_average is not None or reduce is not None:
@@ -153,20 +153,19 @@ def cross_entropy(
             pass  # The checks below raise this package's own error, if it has one, or else torch's again.
     if checks.is_symbolic(input, target):
         return checks.symbolic(cross_entropy, locals())
-    try:
-        checked = checks.checked_options(
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            lse_square_scale=lse_square_scale,
-            softcap=softcap,
-            from_logits=from_logits,
-        )
-        checks.check_switches(inplace=inplace)
-    except Exception:
-        refuse(group, input)
-        raise
-    return routes.loss_and_accuracies(input, target, weight, checked, inplace, group, call)[0]
+    options = checked(
+        group,
+        input,
+        checks.checked_options,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+        from_logits=from_logits,
+        inplace=inplace,
+    )
+    return routes.loss_and_accuracies(input, target, weight, options, inplace, group, call)[0]
 
 
 def cross_entropy_with_accuracy(
@@ -202,9 +201,9 @@ def cross_entropy_with_accuracy(
     """
     call = None
     if not torch.compiler.is_compiling() and short_road.is_open and group is size_average is reduce is None:
-        options = ("both", ignore_index, reduction, label_smoothing, lse_square_scale, softcap, from_logits, inplace)
-        options += short_road.place_of(input) if inplace else ()
-        served, call = short_road.serve(input, target, weight, (*options, *_typed(topk)))
+        given = ("both", ignore_index, reduction, label_smoothing, lse_square_scale, softcap, from_logits, inplace)
+        given += short_road.place_of(input) if inplace else ()
+        served, call = short_road.serve(input, target, weight, (*given, *_typed(topk)))
         if served is not None:
             loss, _, *values = served
             if reduction == "none":
@@ -214,22 +213,20 @@ def cross_entropy_with_accuracy(
         return checks.symbolic(cross_entropy_with_accuracy, locals())
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
-    try:
-        ks = checks.checked_topk(topk)
-        checked = checks.checked_options(
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            lse_square_scale=lse_square_scale,
-            softcap=softcap,
-            topk=ks,
-            from_logits=from_logits,
-        )
-        checks.check_switches(inplace=inplace)
-    except Exception:
-        refuse(group, input)
-        raise
-    loss, of_ks = routes.loss_and_accuracies(input, target, weight, checked, inplace, group, call)
+    options = checked(
+        group,
+        input,
+        checks.checked_options,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+        topk=checked(group, input, checks.checked_topk, topk),
+        from_logits=from_logits,
+        inplace=inplace,
+    )
+    loss, of_ks = routes.loss_and_accuracies(input, target, weight, options, inplace, group, call)
     return LossAndAccuracy(loss, of_ks if isinstance(topk, Sequence) else of_ks[0])
 
 
@@ -287,12 +284,10 @@ def accuracy(
     if checks.is_symbolic(input, target):
         return checks.symbolic(accuracy, locals())
     with torch.no_grad():
-        try:
-            checks.check_logits(input)
-            ks = checks.checked_topk(topk)
-            options = checks.checked_options(ignore_index=ignore_index, reduction=reduction, topk=ks)
-        except Exception:
-            refuse(group, input)
-            raise
+        checked(group, input, checks.check_logits, input)
+        ks = checked(group, input, checks.checked_topk, topk)
+        options = checked(
+            group, input, checks.checked_options, ignore_index=ignore_index, reduction=reduction, topk=ks
+        )
         values = routes.accuracies(input, target, options, group, call)
     return values if isinstance(topk, Sequence) else values[0]

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,12 +55,15 @@ __all__ = [
     "ShardedLoss",
     "accuracies_over_ranks",
     "check_labels_together",
+    "checked",
     "loss_over_ranks",
     "refuse",
     "right_rows",
     "sharded_loss",
 ]
 
+
+_Checked = TypeVar("_Checked")
 
 # Numbers of rows, (rows,) each; None where an option does not need them.
 Numbers = tuple[Tensor | None, ...]
@@ -167,6 +170,15 @@ def _part_of_rank(
         if not dense:
             checks.check_labels(target, int(layout.classes), options.ignore_index)
     return _Part(input, target, None if dense else as_labels(wide_labels(target)), weight, options, layout, None)
+
+
+def checked(group: Any, input: object, check: Callable[..., _Checked], *arguments: Any, **options: Any) -> _Checked:
+    """Return ``check(…)`` of a call's arguments. Where it raises, the other ranks of ``group`` do too, on a CPU."""
+    try:
+        return check(*arguments, **options)
+    except Exception:
+        refuse(group, input)
+        raise
 
 
 def refuse(group: Any, input: object) -> None:
