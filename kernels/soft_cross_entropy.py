@@ -203,7 +203,7 @@ def _plan(inputs: LossInputs, *results: Tensor | None) -> Tiles:
             # Larger blocks have too many pointers, or too much of the softcap's arithmetic, for the registers.
             tiles = tiles._replace(cols=min(tiles.cols, 4096))
         elif weight is not None and options.label_smoothing and not written and tiles.vec == 8:
-            # 75 to 88 registers, which two programs of 16 warps don't have: compiled for sm_80, 64 of them spill.
+            # Up to 80 registers: two programs of 16 warps have 64, and compiled for sm_80 they would spill.
             grid = min(tiles.number, 2 * tiles.grid)
             tiles = tiles._replace(cols=tiles.cols // 2, warps=tiles.warps // 2, grid=grid)
         if written:  # so few rows at a time that the second visit finds both tensors' rows in the L2 cache
