@@ -59,7 +59,11 @@ class Plan:
 
 def local(tensor: Any) -> Any:
     """Return a DTensor's part on this rank, whose gradient is placed as the DTensor; another tensor as it is."""
-    return waited(_Local.apply(tensor)) if is_dtensor(tensor) else tensor
+    if not is_dtensor(tensor):
+        return tensor
+    # Without a gradient it is the tensor that the DTensor holds, whose memory SGD may move.
+    trained = tensor.requires_grad and torch.is_grad_enabled()
+    return waited(_Local.apply(tensor) if trained else tensor.to_local())
 
 
 class _Local(Function):
