@@ -49,9 +49,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     original = routes.fused_cross_entropy
 
-    def counted(input: Tensor, *arguments: Any) -> Any:
+    def counted(input: Tensor, *arguments: Any, **options: Any) -> Any:
         shapes.append(tuple(input.shape))
-        return original(input, *arguments)
+        return original(input, *arguments, **options)
 
     monkeypatch.setattr(routes, "fused_cross_entropy", counted)
     return shapes
