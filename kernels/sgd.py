@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fastloss.backends.contract import FLAG_ELEMENTS, Addresses, SGDBatch, SGDControls, SGDRule, check_gradients
-from fastloss.backends.torch_private import foreach_copy_, materialized
+from fastloss.backends.torch_private import foreach_copy_, materialized, write_back
 
 from .arguments import compiled_in
 from .launch import Launch, alike, on_device, scratch
@@ -417,10 +417,7 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
     torch.autograd.graph.increment_version(batch.params)
     if controls.grad_scale is not None:
         torch.autograd.graph.increment_version(grads)
-        if grads is not given:
-            for lazy, unscaled in zip(given, grads, strict=True):
-                if lazy is not unscaled:
-                    lazy.copy_(unscaled)
+        write_back(given, grads)
 
 
 def _launch_step(

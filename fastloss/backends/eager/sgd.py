@@ -34,6 +34,7 @@ from ..torch_private import (
     materialized,
     unflatten,
     unscale_,
+    write_back,
 )
 from .rounding import compensated, round_stochastically, true_master, without_infinities
 from .workers import for_each
@@ -593,24 +594,22 @@ def _listed(tensor: Tensor | None) -> list[Tensor]:
 
 def _unscale(grads: list[Tensor], grad_scale: Tensor) -> None:
     of_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    plain = materialized(grads)
-    for grad in plain:
+    for grad in grads:
         of_dtype[grad.dtype].append(grad)
     inverse = grad_scale.double().reciprocal().float()
     for some in of_dtype.values():
         multiply(some, inverse)
-    if plain is not grads:
-        foreach_copy_(grads, plain)
 
 
 def multiply(grads: list[Tensor], factor: Tensor) -> None:
     """g ← g · factor for gradients of one dtype and device, in float32 (float64 in its own), rounded once."""
+    products = materialized(grads)
     if grads[0].dtype == torch.bfloat16 and not grads[0].is_cpu:  # torch's operator for it takes none on a GPU
-        for grad in grads:
-            grad.copy_(grad.float().mul_(factor))
-        return
-    unused = torch.zeros((), dtype=torch.float32, device=factor.device)
-    unscale_(grads, unused, factor)
+        for product in products:
+            product.copy_(product.float().mul_(factor))
+    else:
+        unscale_(products, torch.zeros((), dtype=torch.float32, device=factor.device), factor)
+    write_back(grads, products)
 
 
 def _clip_factor(controls: SGDControls) -> float:
