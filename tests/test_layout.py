@@ -251,7 +251,7 @@ FILES = {
     "loss": ("statistics", "functional", "routes", "sharded", "row_numbers", "compiled", "autograd", "composite"),
     "linear": ("functional", "sharded", "compiled", "autograd", "chunks", "arguments"),
     "metrics": ("accuracy", "standalone"),
-    "optim": ("sgd", "step_plan", "shards", "plain", "checkpoint"),
+    "optim": ("sgd", "repeat", "step_plan", "shards", "plain", "checkpoint"),
     "ranks": ("placements", "collectives"),
     "backends": ("choice", "eager", "view", "contract", "batch", "memory", "torch_private"),
 }
