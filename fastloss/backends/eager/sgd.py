@@ -13,11 +13,11 @@ each over torch's threads, and spends more on that than on the arithmetic where 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -190,8 +190,9 @@ class _Flat:
             assert flat is not None
             foreach_copy_(_chosen(getattr(batch, kind), self.indices), _views(flat, params))
 
+    @functools.cached_property
     def spans(self) -> list[tuple[int, int]]:
-        """Return the rules, and how many elements are stepped by each."""
+        """The rules, and how many elements are stepped by each."""
         lengths: dict[int, int] = {}
         for rule, numel in zip(self.rules, self.numels, strict=True):
             lengths[rule] = lengths.get(rule, 0) + numel
@@ -421,12 +422,15 @@ def _step_flat(
     grad = flat.gather(batch, _chosen(grads, flat.indices), wide)
     buffers = {kind: flat.buffer(batch, kind) for kind in ("momentum", "companions")}
     momentum, companions = buffers["momentum"], buffers["companions"]
-    advance = partial(_advance_flat, flat, momentum=momentum, grad=grad, rules=rules, clip=clip, first=first)
+    advance = functools.partial(
+        _advance_flat, flat, momentum=momentum, grad=grad, rules=rules, clip=clip, first=first
+    )
     if batch.rounding == "master":
         assert companions is not None
-        result, views = companions, _views(companions, params)
-        result.copy_(true_master(result, flat.gather(batch, params, narrow, "params")))
-        advance(result)
+        result, views = flat.room(batch, "params", narrow)
+        companions.copy_(true_master(companions, flat.gather(batch, params, narrow, "params")))
+        advance(companions)
+        result.copy_(companions)  # one rounding of all; lists of tensors of two dtypes are copied one by one
     elif batch.rounding == "nearest":
         result, views = flat.room(batch, "params", wide)
         flat.gather(batch, params, wide, "params")
@@ -450,7 +454,7 @@ def _advance_flat(
     first: bool,
 ) -> None:
     """Step a flat tensor, each rule's stretch of it by that rule."""
-    spans = flat.spans()
+    spans = flat.spans
     if len(spans) == 1:
         rule = _Numbers.of(rules[spans[0][0]])
         _advance([result], [grad], _listed(momentum), rule, clip, first=first, scratch=True)
@@ -513,7 +517,7 @@ def _step_by_pieces(batch: SGDBatch, i: int, grad: Tensor, rule: _Numbers, clip:
         assert piece is not None
         wide = compute_dtype(param.dtype)
         piece = piece.to(wide) if clip == 1.0 else _clipped(batch, piece, clip, wide)
-        advance = partial(_advance_piece, piece, momentum, rule, first)
+        advance = functools.partial(_advance_piece, piece, momentum, rule, first)
         if batch.rounding == "master":
             assert companion is not None
             companion.copy_(true_master(companion, param))
@@ -574,7 +578,7 @@ def _advance(
     wide, buffers = params[0].dtype, momentum
     if momentum and momentum[0].dtype != wide:
         buffers = [m.to(wide) for m in momentum]
-    step = partial(
+    step = functools.partial(
         fused_sgd_,
         params,
         momentum_buffer_list=buffers,
