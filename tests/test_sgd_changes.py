@@ -584,6 +584,7 @@ OTHER_STEPS: dict[str, Callable[[fastloss.SGD], object]] = {
     "kahan_sum": _of_group(master_weights=False, kahan_sum=True),
     "no rounding": _of_group(master_weights=False),
     "a scale": _scaled(0.0),
+    "a scale alone": _scaled(None),
     "an overflow": _scaled(1.0),
     "an overflow without a scale": _scaled(1.0, None),
     "a hook": lambda o: o.register_step_pre_hook(_halve),
