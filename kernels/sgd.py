@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fastloss.backends.contract import FLAG_ELEMENTS, Addresses, SGDBatch, SGDControls, SGDRule, check_gradients
-from fastloss.backends.torch_private import foreach_copy_, materialized
+from fastloss.backends.torch_private import foreach_copy_, materialized, write_back
 
 from .arguments import compiled_in
 from .launch import Launch, alike, on_device, scratch
@@ -107,8 +107,7 @@ class Tables:
     """The tensors of a batch whose gradients and momentum have the same dtypes, and their tables."""
 
     indices: list[int]
-    momentum: list[Tensor]
-    companions: list[Tensor]
+    has_momentum: list[bool]
     sizes: list[torch.Size] = field(default_factory=list)  # of the parameters
     grads: Addresses | None = None  # of the gradients, at the last upload
     buffers: Addresses | None = None  # of momentum and companions, when the tables were laid out
@@ -120,6 +119,7 @@ class Tables:
     rules: tuple[Any, ...] = ()  # the numbers in rules_table
     rules_table: Tensor | None = None
     launches: dict[Any, Launch] = field(default_factory=dict)  # of both kernels, for each number of items
+    start: Callable[[DeviceTables], None] = field(default=lambda device: None)  # the last launch of a step anew
     reserve: Tensor | None = None  # pinned memory for an upload inside a CUDA graph
     sizes_of_lines: Tensor | None = None  # on the host
     lacking: list[int] = field(default_factory=list)  # lines whose tensors have no gradient: no item names them
@@ -154,8 +154,7 @@ def _tables_of(batch: SGDBatch, grads: list[Tensor], lacking: frozenset[int]) ->
             memory.update(tables=_by_dtypes(batch, dtypes[0]), dtypes=dtypes)
     by_dtypes: dict[Any, Tables] = memory["tables"]
     for tables in by_dtypes.values():
-        chosen = grads if len(tables.indices) == len(grads) else [grads[i] for i in tables.indices]
-        _bring_up_to_date(tables, batch, chosen)
+        _bring_up_to_date(tables, batch, _of(tables, grads))
         _leave_out([line for line, i in enumerate(tables.indices) if i in lacking] if lacking else [], tables, batch)
     return by_dtypes
 
@@ -164,20 +163,19 @@ def _by_dtypes(batch: SGDBatch, grad_dtypes: list[torch.dtype]) -> dict[Any, Tab
     by_dtypes: dict[Any, Tables] = {}
     # Parameters without momentum join those whose momentum has the dtype of the batch's first momentum buffer.
     default = next((m.dtype for m in batch.momentum if m is not None), batch.params[0].dtype)
-    for i, (dtype, momentum, companion) in enumerate(zip(grad_dtypes, batch.momentum, batch.companions, strict=True)):
+    for i, (dtype, momentum) in enumerate(zip(grad_dtypes, batch.momentum, strict=True)):
         if not batch.params[i].numel():
             continue
         dtypes = dtype, default if momentum is None else momentum.dtype
-        tables = by_dtypes.setdefault(dtypes, Tables([], [], []))
+        tables = by_dtypes.setdefault(dtypes, Tables([], []))
         tables.indices.append(i)
         tables.sizes.append(batch.params[i].size())
-        tables.momentum += [] if momentum is None else [momentum]
-        tables.companions += [] if companion is None else [companion]
+        tables.has_momentum.append(momentum is not None)
     return by_dtypes
 
 
 def _bring_up_to_date(tables: Tables, batch: SGDBatch, grads: list[Tensor]) -> None:
-    buffers = tables.momentum + tables.companions
+    buffers = _buffers(tables, batch)
     fits = tables.begun is batch.begun and tables.buffers is not None and tables.buffers.are_of(buffers)
     if not batch.unchanged:
         if list(map(Tensor.size, grads)) != tables.sizes:
@@ -191,9 +189,14 @@ def _bring_up_to_date(tables: Tables, batch: SGDBatch, grads: list[Tensor]) -> N
         _lay_out(tables, batch, grads)
         tables.strides = list(map(Tensor.stride, grads + buffers))
         tables.begun, tables.buffers = batch.begun, Addresses(buffers)
+    _move_gradients(tables, batch, Addresses(grads))
+
+
+def _move_gradients(tables: Tables, batch: SGDBatch, addresses: Addresses) -> None:
+    """Write the gradients' addresses to the table of lines, and upload it."""
     assert tables.lines is not None
     assert tables.by_16 is not None
-    addresses = Addresses(grads)
+    tables.grads = None
     column = _int64(addresses.values)
     tables.lines[:, GRAD.value] = column
     layout = tables.lines[:, LAYOUT.value]
@@ -201,6 +204,19 @@ def _bring_up_to_date(tables: Tables, batch: SGDBatch, grads: list[Tensor]) -> N
     layout[tables.by_16 & (column % 16 == 0)] = ALIGNED.value
     tables.device = tables.device._replace(lines=_uploaded(tables.lines, batch.params[0].device, tables))
     tables.grads = addresses
+
+
+def _buffers(tables: Tables, batch: SGDBatch) -> list[Tensor]:
+    """Return the momentum buffers and companions of the tables' tensors."""
+    momentum: list[Any] = _of(tables, batch.momentum)
+    if not all(tables.has_momentum):
+        momentum = [buffer for buffer in momentum if buffer is not None]
+    companions: list[Any] = _of(tables, batch.companions) if batch.rounding in ("master", "kahan") else []
+    return momentum + companions if companions else momentum
+
+
+def _of(tables: Tables, values: list[Any]) -> list[Any]:
+    return values if len(tables.indices) == len(values) else [values[i] for i in tables.indices]
 
 
 def _leave_out(lacking: list[int], tables: Tables, batch: SGDBatch) -> None:
@@ -409,15 +425,45 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
                 _launch_step(batch, tables, items, grad_dtype, momentum_dtype, rules, controls)
             _keep_until_read(tables, batch)
     _begin_empty(batch, controls)
+    batch.memory["repeat"] = _Repeat.of(batch, controls, lazy=grads is not given)
     if first.is_cuda and torch.cuda.is_current_stream_capturing():
         _leave_to_graph(batch)
     torch.autograd.graph.increment_version(batch.params)
     if controls.grad_scale is not None:
         torch.autograd.graph.increment_version(grads)
-        if grads is not given:
-            for lazy, unscaled in zip(given, grads, strict=True):
-                if lazy is not unscaled:
-                    lazy.copy_(unscaled)
+        write_back(given, grads)
+
+
+class _Repeat:
+    """The launches of the last step, for one in which nothing has changed but the gradients and where they lie."""
+
+    def __init__(self, batch: SGDBatch) -> None:
+        self._batch, self._device = batch, batch.params[0].device
+        self._tables = [tables for tables in batch.memory["tables"].values() if len(tables.device.items)]
+
+    @staticmethod
+    def of(batch: SGDBatch, controls: SGDControls, *, lazy: bool) -> _Repeat | None:
+        """Return None where a step has to do more than to start its launches."""
+        more = lazy or batch.incomplete or batch.begun or batch.rounding == "stochastic" or controls != SGDControls()
+        return None if more else _Repeat(batch)
+
+    def may_start(self) -> bool:
+        """Return whether the launches would be queued as the last ones were."""
+        return self._device.type != "cuda" or (
+            self._device.index == torch.cuda.current_device() and not torch.cuda.is_current_stream_capturing()
+        )
+
+    def __call__(self, grads: list[Tensor]) -> None:
+        batch = self._batch
+        for tables in self._tables:
+            chosen = _of(tables, grads)
+            assert tables.grads is not None
+            if not tables.grads.are_of(chosen):
+                _move_gradients(tables, batch, Addresses(chosen))
+            tables.start(tables.device)
+            if self._device.type == "cuda":
+                _keep_until_read(tables, batch)
+        torch.autograd.graph.increment_version(batch.params)
 
 
 def _launch_step(
@@ -448,11 +494,12 @@ def _launch_step(
     if key not in tables.launches:
         types = (_TRITON[dtype] for dtype in (first.dtype, grad_dtype, momentum_dtype))
         passed = len(numbers) // _NUMBERS.value
-        form = *types, acc, passed, tensors, bool(tables.momentum), has_begun, batch.rounding
+        form = *types, acc, passed, tensors, any(tables.has_momentum), has_begun, batch.rounding
         constants = {"FORM": compiled_in(StepForm(*form)), "num_warps": _WARPS, **FUSED}
         tables.launches[key] = Launch(_step_kernel, (items,), constants)
-    pointers = (scale, found_inf, squares)
-    tables.launches[key](tables.device, numbers, rules_table, *pointers, float(max_norm), seed)
+    launch, others = tables.launches[key], (numbers, rules_table, scale, found_inf, squares, float(max_norm), seed)
+    launch(tables.device, *others)
+    tables.start = lambda device: launch(device, *others)
 
 
 def _launch_squares(batch: SGDBatch, tables: Tables, items: int, grad_dtype: torch.dtype, squares: Tensor) -> None:

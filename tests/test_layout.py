@@ -248,7 +248,7 @@ FILES = {
     "loss": ("statistics", "functional", "routes", "sharded", "row_numbers", "compiled", "autograd", "composite"),
     "linear": ("functional", "sharded", "compiled", "autograd", "chunks", "arguments"),
     "metrics": ("accuracy", "standalone"),
-    "optim": ("sgd", "step_plan", "shards", "plain", "checkpoint"),
+    "optim": ("sgd", "repeat", "step_plan", "shards", "plain", "checkpoint"),
     "ranks": ("placements", "collectives"),
     "backends": (
         *("short_road", "choice", "recorder", "eager", "view", "contract", "batch", "memory", "torch_private"),

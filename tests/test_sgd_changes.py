@@ -6,6 +6,12 @@ again. So every change here comes after steps in which nothing changed, and is m
 
 from __future__ import annotations
 
+import contextvars
+import copy
+import functools
+import gc
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +21,7 @@ from places import Place
 from torch import Tensor, nn
 
 import fastloss
+from fastloss.optim.repeat import Repeat
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"lr": 0.1},
@@ -533,3 +540,160 @@ def test_a_gradient_comes_back_in_another_layout(place: Place) -> None:
             optimizer.step()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+# ------------------------------------------------------------------------------- a step like the last one, and others
+
+
+def _forgetting(optimizer: torch.optim.Optimizer) -> None:
+    optimizer._plan = None  # type: ignore[attr-defined]
+
+
+def _of_group(**options: Any) -> Callable[[fastloss.SGD], object]:
+    return lambda optimizer: optimizer.param_groups[0].update(options)
+
+
+def _scaled(found_inf: float | None, scale: float | None = 4.0) -> Callable[[fastloss.SGD], object]:
+    def set_attributes(optimizer: fastloss.SGD) -> None:
+        device = optimizer.param_groups[0]["params"][0].device
+        if scale is not None:
+            optimizer.grad_scale = torch.tensor(scale, device=device)  # type: ignore[attr-defined]
+        if found_inf is not None:
+            optimizer.found_inf = torch.tensor(found_inf, device=device)  # type: ignore[attr-defined]
+
+    return set_attributes
+
+
+def _halve(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad.mul_(0.5)
+
+
+OTHER_STEPS: dict[str, Callable[[fastloss.SGD], object]] = {
+    "lr": _of_group(lr=0.03),
+    "lr, a tensor": lambda o: o.param_groups[0].update(lr=torch.tensor(0.03)),
+    "momentum": _of_group(momentum=0.5),
+    "no momentum": _of_group(momentum=0.0),
+    "dampening": _of_group(dampening=0.5),
+    "weight_decay": _of_group(weight_decay=0.3),
+    "nesterov": _of_group(nesterov=True),
+    "maximize": _of_group(maximize=True),
+    "decoupled_weight_decay": _of_group(decoupled_weight_decay=True, weight_decay=0.3),
+    "max_norm": lambda o: [group.update(max_norm=0.1) for group in o.param_groups],
+    "momentum_dtype": _of_group(momentum_dtype=torch.float64),
+    "kahan_sum": _of_group(master_weights=False, kahan_sum=True),
+    "no rounding": _of_group(master_weights=False),
+    "a scale": _scaled(0.0),
+    "a scale alone": _scaled(None),
+    "an overflow": _scaled(1.0),
+    "an overflow without a scale": _scaled(1.0, None),
+    "a hook": lambda o: o.register_step_pre_hook(_halve),
+    "a parameter in the group before": lambda o: o.param_groups[0]["params"].append(
+        o.param_groups[1]["params"].pop(0)
+    ),
+    "another tensor's memory": lambda o: setattr(
+        o.param_groups[0]["params"][0], "data", torch.ones_like(o.param_groups[0]["params"][0].data)
+    ),
+    "a gradient less": lambda o: setattr(o.param_groups[0]["params"][0], "grad", None),
+    "a state loaded": lambda o: o.load_state_dict(copy.deepcopy(o.state_dict())),
+    "a closure": lambda o: setattr(o, "step", functools.partial(o.step, lambda: _halve(o))),
+    "autograd turned off": lambda o: setattr(o, "step", torch.no_grad()(o.step)),
+    "inference mode": lambda o: setattr(o, "step", torch.inference_mode()(o.step)),
+    "another thread": lambda o: setattr(o, "step", functools.partial(_in_a_thread, o.step)),
+    "the other backend": lambda o: setattr(o, "step", fastloss.use_backend("eager")(o.step)),
+}
+
+
+def _in_a_thread(step: Callable[[], object]) -> None:
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(step,))
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"momentum": 0.9}),
+        (torch.float16, {"momentum": 0.9, "master_weights": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", OTHER_STEPS)
+def test_a_step_is_not_taken_for_the_last_one(
+    place: Place, name: str, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step is bit for bit that of an optimizer that has forgotten all steps before."""
+    repeated: list[bool] = []
+    call = Repeat.__call__
+    monkeypatch.setattr(Repeat, "__call__", lambda self, of: repeated.append(call(self, of)) or repeated[-1])
+    values = [torch.randn(shape, device=place.device).to(dtype) for shape in ((6, 6), (3, 5), (), (66, 66))]
+    ours, anew = ([nn.Parameter(value.clone()) for value in values] for _ in range(2))
+    optimizers = [
+        fastloss.SGD([{"params": params[:2]}, {"params": params[2:], "lr": 0.2}], lr=0.1, **options)
+        for params in (ours, anew)
+    ]
+    for number in range(6):
+        for pair in zip(ours, anew, strict=True):
+            grad = torch.randn_like(pair[0]).detach()
+            for param in pair:
+                param.grad = grad.clone()
+        _forgetting(optimizers[1])
+        for optimizer in optimizers:
+            if number == 3:
+                OTHER_STEPS[name](optimizer)
+            optimizer.step()
+            for attribute in ("grad_scale", "found_inf"):
+                optimizer.__dict__.pop(attribute, None)
+        assert repeated[-1:] == [True] or number not in (1, 2), "the steps before are repeated"
+        for param, twin in zip(ours, anew, strict=True):
+            assert torch.equal(param, twin)
+            assert param.grad is None or torch.equal(param.grad, twin.grad)
+            state, expected = optimizers[0].state.get(param, {}), optimizers[1].state.get(twin, {})
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(state[key], expected[key]) for key in state)
+        assert (optimizers[0].grad_norm is None) == (optimizers[1].grad_norm is None)
+
+
+@pytest.mark.parametrize("how", ["offloaded", "offloaded by data", "cleared", "deleted", "groups and state cleared"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"dampening": 0.5}),
+        (torch.float16, {"master_weights": True}),
+        (torch.float16, {"kahan_sum": True, "max_norm": 1.0}),
+    ],
+    ids=str,
+)
+def test_state_is_freed(place: Place, how: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """As with torch: tensors that a program takes out of the state, or of the groups, are not held on to."""
+    params = [nn.Parameter(torch.ones(size, dtype=dtype, device=place.device)) for size in (300, 20000)]
+    optimizer = fastloss.SGD(params, lr=0.1, momentum=0.9, **options)
+    for lacks in (False, False, True, False):
+        for param in params:
+            param.grad = None if lacks and param is params[0] else torch.ones_like(param)
+        optimizer.step()
+    optimizer.zero_grad()
+    watched = [buffer for state in optimizer.state.values() for buffer in state.values()]
+    watched = [buffer.untyped_storage() for buffer in watched] if how == "offloaded by data" else watched
+    references = list(map(weakref.ref, [*watched, *(params if "groups" in how else [])]))
+    del watched
+    if "offloaded" in how:
+        for state in optimizer.state.values():
+            for key in state:
+                if how == "offloaded":
+                    state[key] = state[key].clone()
+                else:
+                    state[key].data = state[key].data.clone()
+    elif how == "deleted":
+        for param in params:
+            del optimizer.state[param]
+    else:
+        optimizer.state.clear()
+        if "groups" in how:
+            optimizer.param_groups.clear()
+            params.clear()
+    param = state = None  # type: ignore[assignment]
+    gc.collect()
+    assert [reference() is not None for reference in references] == [False] * len(references)

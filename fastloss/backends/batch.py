@@ -45,7 +45,8 @@ FLAG_ELEMENTS = 4096
 class SGDBatch:
     """Tensors that one SGD step treats together: one device, one dtype of parameters, one way of rounding.
 
-    All lists have one entry per parameter. Parameters overlap neither each other nor themselves.
+    All lists have one entry per parameter. Parameters overlap neither each other nor themselves. Between steps no
+    tensor of theirs is held on to: the lists are those of one step, and ``memory`` holds none of their tensors.
     """
 
     params: list[Tensor]
@@ -74,11 +75,11 @@ class Addresses:
         self.values = list(map(Tensor.data_ptr, tensors))
         self._places = list(range(len(self.values)))
 
-    def are_of(self, tensors: list[Tensor]) -> bool:
+    def are_of(self, tensors: Sequence[Tensor]) -> bool:
         """Return True if these tensors have the same addresses."""
         if lie_at is None or len(tensors) != len(self.values):
             return list(map(Tensor.data_ptr, tensors)) == self.values
-        return bool(lie_at(tensors, self.values, self._places))
+        return bool(lie_at(list(tensors), self.values, self._places))
 
 
 def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

@@ -112,6 +112,7 @@ __all__ = [
     "unscales_by_step",
     "without_dispatch",
     "without_subclasses",
+    "write_back",
 ]
 
 fused_sgd_ = torch._fused_sgd_
@@ -190,6 +191,17 @@ def materialized(grads: list[Tensor]) -> list[Tensor]:
     if not any(map(Tensor.is_neg, grads)) and not any(map(Tensor._is_zerotensor, grads)):
         return grads
     return [grad.clone() if grad._is_zerotensor() else grad.resolve_neg() for grad in grads]
+
+
+def write_back(grads: list[Tensor], products: list[Tensor]) -> None:
+    """Write multiples of :func:`materialized` gradients to the gradients that these were made of.
+
+    One by one: torch's operators for lists write to no negated tensor. Zeros without memory stay what they are.
+    """
+    if products is not grads:
+        for grad, product in zip(grads, products, strict=True):
+            if product is not grad and not grad._is_zerotensor():
+                grad.copy_(product)
 
 
 def tensor_guard(tensors: Sequence[Any]) -> Callable[..., bool]:

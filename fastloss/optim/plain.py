@@ -41,7 +41,8 @@ def norm(grad: Tensor) -> Tensor:
 def unscale(grad: Tensor, grad_scale: Tensor) -> None:
     """g ← g / grad_scale, in float32 and rounded once."""
     values = sparse_values(grad) if grad.is_sparse else grad
-    values = torch.view_as_real(values) if values.is_complex() else values
+    if values.is_complex():
+        values = torch.view_as_real(values.conj() if values.is_conj() else values)  # the factor is real
     inverse = grad_scale.double().reciprocal().float().to(values.device)
     multiply([values], inverse)
 
@@ -97,7 +98,7 @@ def step(
             value = buffer * momentum + grad * (1 - rule.dampening)
             state["momentum_buffer"] = value.to(buffer.dtype)
         else:
-            value = buffer.to(grad.dtype).mul_(momentum).add_(grad, alpha=1 - rule.dampening)
+            value = _add(buffer.to(grad.dtype).mul_(momentum), grad, 1 - rule.dampening)
             if value is not buffer:
                 buffer.copy_(value)
         grad = grad + value * momentum if rule.nesterov else value
@@ -106,10 +107,20 @@ def step(
         if lr.requires_grad:
             wide.addcmul_(grad, lr, value=-1)
         else:
-            wide.sub_(grad * lr)
+            _add(wide, grad * lr, -1)
     else:
-        wide.add_(grad, alpha=-lr)
+        _add(wide, grad, -lr)
     _store(param, wide, state, rounding, seed)
+
+
+def _add(tensor: Tensor, other: Tensor, factor: float) -> Tensor:
+    """tensor ← tensor + factor · other, in place.
+
+    On a CPU torch adds a sparse tensor without dense dimensions to memory at twice the storage offset of the other.
+    """
+    if other.is_sparse and other.dense_dim() == 0 and tensor.storage_offset() != 0:
+        return tensor.copy_(tensor.add(other, alpha=factor))
+    return tensor.add_(other, alpha=factor)
 
 
 def _wide(param: Tensor, state: dict[str, Any], rounding: str) -> Tensor:

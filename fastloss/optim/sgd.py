@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from numbers import Real
 from operator import itemgetter
@@ -15,11 +16,23 @@ from torch.optim.optimizer import Optimizer
 from ..backends import choice
 from ..backends.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
 from ..backends.torch_private import step_is_observed, unscales_by_step
-from ..ranks.placements import is_dtensor, local
+from ..ranks.placements import is_dtensor
 from . import plain
 from .checkpoint import check_loaded, restore_dtypes
+from .repeat import Repeat
 from .shards import Shards, ShardSums, check_kind, check_whole, local_as, place_of, shards_of
-from .step_plan import SERVED_DTYPES, Batch, StepPlan, gradients, layouts_of, overlapping, serves
+from .step_plan import (
+    SERVED_DTYPES,
+    Batch,
+    Identities,
+    StepPlan,
+    gradients,
+    layouts_of,
+    overlapping,
+    params_of,
+    serves,
+    stored_in,
+)
 
 __all__ = ["SGD"]
 
@@ -105,7 +118,8 @@ class SGD(Optimizer):
     _step_supports_amp_scaling = unscales_by_step()
 
     _plan: StepPlan | None
-    _begun: dict[Tensor, tuple[Tensor, Tensor]]  # by parameter: flags of SGDBatch.begun, and the buffer that has them
+    # Flags of SGDBatch.begun, by the number of the momentum buffer that has them, which is not held on to.
+    _begun: dict[int, tuple[Callable[[], Any], Tensor]]
     # Squares and scale of the last step with max_norm. In a dict: torch.compile forgets the attributes that a
     # compiled step sets on an optimizer.
     _clipped: dict[str, Tensor | None]
@@ -172,9 +186,12 @@ class SGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        differentiable = self.defaults["differentiable"]
+        differentiable, plan = self.defaults["differentiable"], self._plan
+        by_operators = differentiable or torch.compiler.is_compiling()
+        if not by_operators and plan is not None and plan.repeat is not None and plan.repeat(self):
+            return loss
         with torch.set_grad_enabled(differentiable):
-            if differentiable or torch.compiler.is_compiling():
+            if by_operators:
                 self._step_by_operators(differentiable)
             else:
                 self._step()
@@ -206,15 +223,24 @@ class SGD(Optimizer):
 
     def _step(self) -> None:
         max_norm = self._max_norm()
-        plan, grads = self._planned()
+        params = params_of(self.param_groups)
+        grads = gradients(params)
+        try:
+            self._step_planned(self._planned(params, grads), params, grads, max_norm)
+        finally:
+            if self._plan is not None:
+                self._plan.release()
+
+    def _step_planned(self, plan: StepPlan, params: list[Tensor], grads: list[Any], max_norm: float | None) -> None:
         self._clipped["squares"], self._clipped["scale"] = None, None
         if (not plan.batches and not plan.plain) or not (plan.complete or any(grad is not None for grad in grads)):
             return
         for i in plan.sharded:
             if grads[i] is not None:
-                grads[i] = local_as(grads[i], plan.params[i])
+                grads[i] = local_as(grads[i], params[i])
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        squares = None if max_norm is None else self._sum_of_squares(plan, grads)
+        scaled = scale is not None or found_inf is not None
+        squares = None if max_norm is None else self._sum_of_squares(plan, params, grads)
         if squares is not None:
             self._clipped["squares"], self._clipped["scale"] = squares, scale
         if found_inf is not None and (plan.plain or all(batch.backend == "eager" for batch in plan.batches)):
@@ -230,14 +256,15 @@ class SGD(Optimizer):
                 choice.load(batch.backend).sgd_step(batch.tensors, taken, rules, here)
         if plan.plain:
             # As in torch, each place in which a parameter is listed begins its momentum.
-            begin = {i for i in plan.repeated if "momentum_buffer" not in self.state.get(plan.params[i], {})}
+            begin = {i for i in plan.repeated if "momentum_buffer" not in self.state.get(params[i], {})}
             for i in plan.plain:
                 if grads[i] is None:
                     continue
                 if i in begin:
-                    self.state.get(plan.params[i], {}).pop("momentum_buffer", None)
-                self._step_plainly(plan, i, grads[i], rules, controls)
-        plan.finish_step(self.state.values(), grads)
+                    self.state.get(params[i], {}).pop("momentum_buffer", None)
+                self._step_plainly(params[i], plan.group_of[i], grads[i], rules, controls)
+        plan.finish_step(grads)
+        plan.repeat = Repeat.of(plan, self.param_groups, rules) if max_norm is None and not scaled else None
         if self._begun and found_inf is None and not _capturing():
             for batch in plan.batches:
                 with_momentum = [
@@ -248,28 +275,28 @@ class SGD(Optimizer):
                     and _on_host(rules[batch.tensors.rules[i]].momentum)
                 ]
                 for i in with_momentum:
-                    del self._begun[plan.params[batch.indices[i]]]
+                    self._begun.pop(id(self.state[params[batch.indices[i]]]["momentum_buffer"]), None)
                 if with_momentum:
                     left = {i: flags for i, flags in batch.tensors.begun.items() if i not in with_momentum}
                     batch.tensors.begun = left
 
     def _step_plainly(
-        self, plan: StepPlan, i: int, grad: Tensor, rules: list[SGDRule], controls: _ControlsByDevice
+        self, param: Tensor, number: int, grad: Tensor, rules: list[SGDRule], controls: _ControlsByDevice
     ) -> None:
-        param, group = plan.params[i], self.param_groups[plan.group_of[i]]
+        group = self.param_groups[number]
         here = controls.on(grad.device)
         if here.grad_scale is not None:
             plain.unscale(grad, here.grad_scale)
         clip = None if here.squares is None else _clip_factor(_norm(here.squares, here.grad_scale), here.max_norm)
         state = self.state.get(param, {})
-        rule, dtype = _read(rules[plan.group_of[i]]), group["momentum_dtype"]
+        rule, dtype = _read(rules[number]), group["momentum_dtype"]
         rounding = _rounding(group, param)
         seed = self._seed(param, rounding)
         plain.step(param, grad, state, rule, rounding, clip=clip, momentum_dtype=dtype, seed=seed)
         if state:
             self.state[param] = state
 
-    def _sum_of_squares(self, plan: StepPlan, grads: list[Any]) -> Tensor:
+    def _sum_of_squares(self, plan: StepPlan, params: list[Tensor], grads: list[Any]) -> Tensor:
         """Return Σ g² over all gradients as they come, ``()`` on the device of the first."""
         totals: dict[Shards | None, Tensor] = {}  # one for each set of shards, on one device each
 
@@ -289,15 +316,15 @@ class SGD(Optimizer):
                 squares += here.to(squares.device)
         for i in plan.plain:
             if i not in plan.repeated and grads[i] is not None:
-                param, grad = plan.params[i], grads[i]
+                param, grad = params[i], grads[i]
                 shards = shards_of(param) if is_dtensor(grad) else None
                 squares = plain.norm(grad if shards is None else local_as(grad, param)).square()
                 sum_of_set = totals.setdefault(shards, torch.zeros_like(squares))
                 sum_of_set += squares.to(sum_of_set.device)
         sums = plan.sums if plan.complete else None
         if sums is None:
-            check_whole(plan.params)
-            sums = ShardSums(p for p, grad in zip(plan.params, grads, strict=True) if grad is not None)
+            check_whole(params)
+            sums = ShardSums(p for p, grad in zip(params, grads, strict=True) if grad is not None)
             plan.sums = sums if plan.complete else None
         first, *others = sums(totals)  # a step without gradients has ended before
         for other in others:
@@ -307,7 +334,7 @@ class SGD(Optimizer):
     def _step_by_operators(self, differentiable: bool) -> None:
         """Step by torch's operators alone, which autograd and compilers can follow."""
         if self._begun:  # buffers made by steps that may have been called off
-            self._settle(list(self._begun))
+            self._settle(list(self.state))
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         max_norm = self._max_norm()
@@ -345,40 +372,38 @@ class SGD(Optimizer):
 
     # ------------------------------------------------------------------------------------------------- the plan
 
-    def _planned(self) -> tuple[StepPlan, list[Any]]:
-        """Return a plan that holds now, and the gradients of all parameters."""
+    def _planned(self, params: list[Tensor], grads: list[Any]) -> StepPlan:
+        """Return a plan that holds now; its batches have their tensors."""
         groups, plan = self.param_groups, self._plan
         settings: list[Any] = [
             (_has_momentum(group["momentum"]), len(group["params"]), *_STATE_OPTIONS(group)) for group in groups
         ]
         settings.append(choice.wanted())
         if plan is not None:
-            grads = gradients(plan.params)
-            if plan.holds(settings, groups, self.state.values(), grads):
-                return plan, grads
-        params = [param for group in groups for param in group["params"]]
-        grads = gradients(params)
+            if plan.holds(settings, params, self.state, grads) and self._have_flags(plan, params):
+                return plan
+            plan.release()
         layouts = layouts_of(grads)
-        if plan is not None and plan.settings == settings and len(plan.params) == len(params):
+        if plan is not None and plan.settings == settings and len(plan.layouts) == len(params):
             # Parameters that lack a gradient today may have one tomorrow.
             for i, (old, param) in enumerate(zip(plan.layouts, params, strict=True)):
-                if layouts[i] is None and old is not None and plan.params[i] is param:
+                if layouts[i] is None and old is not None and (i, param) in plan.params:
                     g = plan.group_of[i]
                     layouts[i] = old if self._has_buffers(param, groups[g], settings[g][0]) else None
         self._plan = plan = self._new_plan(settings, params, layouts)
         plan.begin(grads)
-        return plan, grads
+        return plan
 
     def _new_plan(self, settings: list[Any], params: list[Tensor], layouts: list[Any]) -> StepPlan:
         group_of = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
-        plan = StepPlan(settings, params, group_of, layouts)
+        plan = StepPlan(settings, Identities(params), group_of, layouts)
         memory: dict[int, Tensor] = {}
         seen: set[Tensor] = set()
         twice: set[Tensor] = set()
         for i, (param, layout) in enumerate(zip(params, layouts, strict=True)):
             if layout is None:
                 continue
-            stored = local(param) if is_dtensor(param) else param
+            stored = stored_in(param)
             grad = param.grad
             if grad is not None:
                 check_gradients([param], [grad])
@@ -400,40 +425,50 @@ class SGD(Optimizer):
         for i, stored in memory.items():
             param, group = params[i], self.param_groups[group_of[i]]
             rounding, name = _rounding(group, stored), choice.choose(stored)
-            shards = shards_of(param)
+            shards, companion = shards_of(param), _COMPANION.get(rounding)
             key = (name, stored.device, stored.dtype, rounding, shards)
             if key not in together:
-                seed = self._seed(param, rounding)
-                together[key] = Batch(SGDBatch([], [], [], [], rounding, {}, seed=seed), name, [], shards)
+                tensors = SGDBatch([], [], [], [], rounding, {}, seed=self._seed(param, rounding))
+                together[key] = Batch(tensors, name, [], shards, [], companion)
             batch = together[key]
             if stored is not param:
                 plan.sharded.append(i)
             batch.indices.append(i)
-            batch.tensors.params.append(stored)
             batch.tensors.rules.append(group_of[i])
-            has_momentum = settings[group_of[i]][0]
-            batch.tensors.momentum.append(
-                self._buffer(plan, i, stored, "momentum_buffer", group["momentum_dtype"]) if has_momentum else None
-            )
-            batch.tensors.companions.append(
-                self._buffer(plan, i, stored, _COMPANION[rounding]) if rounding in _COMPANION else None
-            )
-            flags, buffer = self._begun.get(param, (None, None))
-            if flags is not None and buffer is self.state.get(param, {}).get("momentum_buffer"):
-                batch.tensors.begun[len(batch.tensors.params) - 1] = flags
-            else:  # the program has put another one in its place
-                self._begun.pop(param, None)
+            batch.has_momentum.append(settings[group_of[i]][0])
+            if batch.has_momentum[-1]:
+                self._prepare_buffer(param, stored, group, "momentum_buffer", group["momentum_dtype"])
+            if companion is not None:
+                self._prepare_buffer(param, stored, group, companion)
+            flags = self._flags(self.state.get(param, {}).get("momentum_buffer"))
+            if flags is not None:
+                batch.tensors.begun[len(batch.indices) - 1] = flags
+        self._begun = {number: pair for number, pair in self._begun.items() if pair[0]() is not None}
         plan.batches = list(together.values())
-        plan.finish(self.state.values())
+        plan.finish(params, self.state)
         return plan
+
+    def _have_flags(self, plan: StepPlan, params: list[Tensor]) -> bool:
+        """Return whether the plan's flags are still those of the momentum buffers that may not have begun."""
+        return all(
+            self._flags(self.state[params[batch.indices[i]]]["momentum_buffer"]) is flags
+            for batch in plan.batches
+            for i, flags in batch.tensors.begun.items()
+        )
+
+    def _flags(self, buffer: Any) -> Tensor | None:
+        """Return the flags of a momentum buffer that may not have begun; None where it has."""
+        reference, flags = self._begun.get(id(buffer), (None, None))
+        return flags if reference is not None and reference() is buffer else None
 
     def _has_buffers(self, param: Tensor, group: dict[str, Any], has_momentum: bool) -> bool:
         state, key = self.state.get(param, {}), _COMPANION.get(_rounding(group, param))
         return (not has_momentum or state.get("momentum_buffer") is not None) and (key is None or key in state)
 
-    def _buffer(self, plan: StepPlan, i: int, stored: Tensor, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a parameter's buffer, made where it is missing, in the form that the backend takes."""
-        param = plan.params[i]
+    def _prepare_buffer(
+        self, param: Tensor, stored: Tensor, group: dict[str, Any], key: str, dtype: torch.dtype | None = None
+    ) -> None:
+        """Make a parameter's buffer where it is missing, and bring it into the form that the backend takes."""
         state = self.state[param]
         if state.get(key) is None:
             if stored.is_cuda and _capturing():
@@ -445,13 +480,12 @@ class SGD(Optimizer):
                 state[key] = param.detach().float()
             else:
                 state[key] = torch.zeros_like(param, dtype=dtype or param.dtype, requires_grad=False)
-            dampening = self.param_groups[plan.group_of[i]]["dampening"]
-            if key == "momentum_buffer" and (dampening != 0 or getattr(self, "found_inf", None) is not None):
+            if key == "momentum_buffer" and (group["dampening"] != 0 or getattr(self, "found_inf", None) is not None):
                 # The host doesn't know yet whether the buffer begins with this step. (Without dampening and overflows
                 # that does not matter: μ · 0 + g is g.)
                 flags = -(-stored.numel() // FLAG_ELEMENTS)
                 begun = torch.zeros(max(1, flags), dtype=torch.uint8, device=stored.device)
-                self._begun[param] = begun, state[key]
+                self._begun[id(state[key])] = weakref.ref(state[key]), begun
         buffer: Tensor = state[key]
         if isinstance(buffer, Tensor) and buffer.layout != torch.strided:
             buffer = state[key] = buffer.to_dense()
@@ -464,9 +498,7 @@ class SGD(Optimizer):
             )
         dtype = _buffer_dtype(key, buffer, param)
         if buffer.dtype != dtype:
-            buffer = state[key] = buffer.detach().to(dtype)
-        plan.add_buffer(state, key)
-        return buffer if stored is param else local(buffer)
+            state[key] = buffer.detach().to(dtype)
 
     def _seed(self, param: Tensor, rounding: str) -> Tensor | None:
         """Return the seed for a parameter's stochastic rounding; None: torch's generator.
@@ -517,7 +549,7 @@ class SGD(Optimizer):
 
         On a GPU, after steps under a GradScaler, it waits to know which of them overflowed.
         """
-        self._settle(list(self._begun))
+        self._settle(list(self.state))
         self._separate()
         return super().state_dict()
 
@@ -557,7 +589,7 @@ class SGD(Optimizer):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle(list(self._begun))
+        self._settle(list(self.state))
         self._separate()
         return super().__getstate__()
 
@@ -579,14 +611,17 @@ class SGD(Optimizer):
 
     def _settle(self, params: list[Tensor]) -> None:
         """Remove the momentum buffers of those parameters that have not made a step: all were skipped."""
-        for param in params:
-            flags, buffer = self._begun.pop(param, (None, None))
+        for param in params if self._begun else ():
+            state = self.state.get(param, {})
+            buffer = state.get("momentum_buffer") if isinstance(state, dict) else None
+            flags = self._flags(buffer)
             if flags is not None:
                 if self._plan is not None:
                     self._plan.end()
-                if self.state.get(param, {}).get("momentum_buffer") is buffer and not flags.any():
-                    del self.state[param]["momentum_buffer"]
-                    if not self.state[param]:
+                del self._begun[id(buffer)]
+                if not flags.any():
+                    del state["momentum_buffer"]
+                    if not state:
                         del self.state[param]
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any
@@ -28,16 +28,28 @@ from torch import Tensor
 from ..backends.contract import Addresses, SGDBatch
 from ..backends.torch_private import held_by, tensor_guard
 from ..backends.view import may_overlap
-from ..ranks.placements import is_dtensor
+from ..ranks.placements import is_dtensor, local
 from .shards import Shards, ShardSums
 
-__all__ = ["SERVED_DTYPES", "Batch", "StepPlan", "gradients", "layouts_of", "overlapping", "serves"]
+__all__ = [
+    "SERVED_DTYPES",
+    "Batch",
+    "Identities",
+    "StepPlan",
+    "gradients",
+    "layouts_of",
+    "overlapping",
+    "params_of",
+    "serves",
+    "stored_in",
+]
 
 _MOST_DIMENSIONS = 6
 SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _gradient_of = operator.attrgetter("grad")
 _layout_of = operator.attrgetter("layout")
 _dtype_of = operator.attrgetter("dtype")
+_device_of = operator.attrgetter("device")
 _get = dict.get
 _HAVE_MEMORY = {Tensor, torch.nn.Parameter, type(None)}
 # The attributes of a parameter that `.data =` can change without a change of address, and that a backend does not
@@ -49,6 +61,25 @@ _ATTRIBUTES = {
 }
 
 
+class Identities:
+    """The identities of tensors, without references to them.
+
+    A new tensor may take over a freed one's: what else counts is compared beside. (A weak reference would forbid
+    ``torch.utils.swap_tensors``.)
+    """
+
+    def __init__(self, tensors: Iterable[Any] = ()) -> None:
+        self._numbers = list(map(id, tensors))
+
+    def __contains__(self, pair: tuple[int, Any]) -> bool:
+        place, tensor = pair
+        return self._numbers[place] == id(tensor)
+
+    def are_of(self, tensors: Iterable[Any]) -> bool:
+        """Return whether these are the tensors."""
+        return list(map(id, tensors)) == self._numbers
+
+
 @dataclass(eq=False)
 class Batch:
     """Tensors that a backend steps together, and the numbers that their parameters have in the plan."""
@@ -57,21 +88,47 @@ class Batch:
     backend: str
     indices: list[int]
     shards: Shards | None  # if its tensors are the shards of DTensors
+    has_momentum: list[bool]  # of each parameter
+    companion: str | None  # the key of the companions in the states
+    all_have_momentum: bool = False
 
-    def take(self, grads: list[Any]) -> list[Any]:
-        """Return the batch's gradients among those of all parameters."""
-        return grads if len(self.indices) == len(grads) else [grads[i] for i in self.indices]
+    def take(self, values: list[Any]) -> list[Any]:
+        """Return the batch's values among those of all parameters."""
+        return values if len(self.indices) == len(values) else [values[i] for i in self.indices]
+
+    def fetch(self, params: list[Any], buffers: dict[str, list[Any]]) -> None:
+        """Get the tensors for one step: all of the optimizer's parameters, and each one's buffers by their keys."""
+        tensors = self.tensors
+        tensors.params, momentum = self.take(params), buffers.get("momentum_buffer")
+        tensors.momentum = [None] * len(self.indices) if momentum is None else self.take(momentum)
+        if momentum is not None and not self.all_have_momentum:
+            having = zip(tensors.momentum, self.has_momentum, strict=True)
+            tensors.momentum = [buffer if has else None for buffer, has in having]
+        tensors.companions = (
+            [None] * len(self.indices) if self.companion is None else self.take(buffers[self.companion])
+        )
+        if self.shards is not None:
+            for name in ("params", "momentum", "companions"):
+                setattr(tensors, name, [stored_in(tensor) for tensor in getattr(tensors, name)])
+
+    def buffers(self) -> list[Any]:
+        """Return the momentum buffers and companions of this step."""
+        momentum, tensors = self.tensors.momentum, self.tensors
+        if not self.all_have_momentum:
+            momentum = [buffer for buffer, has in zip(momentum, self.has_momentum, strict=True) if has]
+        return momentum if self.companion is None else momentum + tensors.companions
 
 
 @dataclass(eq=False)
 class StepPlan:
     """The way in which the parameters of an optimizer are stepped, as long as everything stays where it is.
 
-    Its tensors are compared by identity. Gradients alone may move, and are not held on to.
+    It holds no tensor between steps: a program may free parameters, buffers and gradients. Each step fetches them
+    from the groups and states, and puts them into the batches, until :meth:`release`.
     """
 
     settings: list[Any]  # the options of the groups that the plan depends on
-    params: list[Tensor]  # of all groups, in their order
+    params: Identities  # of all groups, in their order
     group_of: list[int]  # of each parameter
     layouts: list[Any]  # of their gradients, see layouts_of(); they had them when the plan was made or before
     complete: bool = True  # none of those gradients lacks in this step
@@ -79,81 +136,122 @@ class StepPlan:
     plain: list[int] = field(default_factory=list)  # stepped one by one, by torch's operators
     repeated: set[int] = field(default_factory=set)  # of those: named by the groups before, and stepped once more
     sharded: list[int] = field(default_factory=list)  # DTensors among the batches
-    dtensors: list[Tensor] = field(default_factory=list)  # those, and those among the buffers
-    shards: list[Any] = field(default_factory=list)  # the local tensors that they hold
-    shard_addresses: Addresses = field(default_factory=lambda: Addresses(()))
-    states: list[dict[str, Any]] = field(default_factory=list)  # every parameter's state
-    buffers: list[Tensor] = field(default_factory=list)  # momentum buffers, master weights, compensations
-    buffer_states: list[dict[str, Any]] = field(default_factory=list)  # buffer i is buffer_states[i][buffer_keys[i]]
-    buffer_keys: list[str] = field(default_factory=list)
-    companions: list[Tensor] = field(default_factory=list)  # of the buffers, all but the momentum
-    companion_dtypes: list[torch.dtype] = field(default_factory=list)
-    stored: list[Tensor] = field(default_factory=list)  # parameters whose own memory is stepped
-    addresses: Addresses = field(default_factory=lambda: Addresses(()))  # of those
+    buffer_keys: list[str] = field(default_factory=list)  # of the batches' buffers in the states
+    with_state: list[int] = field(default_factory=list)  # parameters that have such buffers
+    places: list[int] | None = None  # of their states among all states; None: as they come, and there are no others
+    states: int = 0  # of the optimizer
+    buffers: Identities = field(default_factory=Identities)
+    buffer_attributes: list[list[Any]] = field(default_factory=list)
+    addresses: Addresses = field(default_factory=lambda: Addresses(()))  # of the batches' parameters
     attributes: list[list[Any]] = field(default_factory=list)  # of those, see _ATTRIBUTES
+    held: Identities = field(default_factory=Identities)  # what DTensors among parameters and buffers hold
     sums: ShardSums | None = None  # over the shards of all DTensors that are stepped; made when it is needed
     last_step: _LastStep | None = None
-
-    def add_buffer(self, state: dict[str, Any], key: str) -> None:
-        """Add ``state[key]`` to the buffers; the plan ends when another tensor takes its place."""
-        self.buffer_states.append(state)
-        self.buffer_keys.append(key)
-        self.buffers.append(state[key])
-        if key != "momentum_buffer":  # which the backends take in any dtype
-            self.companions.append(state[key])
-            self.companion_dtypes.append(state[key].dtype)
+    repeat: Callable[[Any], bool] | None = None  # makes a step of the optimizer, if it is like the last one
 
     def end(self) -> None:
         """Let the plan hold for no step any more. (An optimizer can't drop it in a step compiled by torch 2.11.)"""
-        self.settings = []
+        self.settings, self.last_step, self.repeat = [], None, None
 
-    def finish(self, states: Iterable[dict[str, Any]]) -> None:
-        """Store everything that :meth:`holds` compares; the batches and buffers are complete."""
-        self.states = list(states)
-        self.stored = [self.params[i] for batch in self.batches for i in batch.indices if i not in self.sharded]
-        self.addresses = Addresses(self.stored)
-        self.dtensors = [self.params[i] for i in self.sharded] + list(filter(is_dtensor, self.buffers))
-        self.shards = list(map(held_by, self.dtensors))
-        self.shard_addresses = Addresses(self.shards)
-        self.attributes = self._attributes()
+    def finish(self, params: list[Tensor], state: dict[Any, Any]) -> None:
+        """Fetch the tensors, and store everything that :meth:`holds` compares; the batches are complete."""
+        batched = [i for batch in self.batches for i in batch.indices]
+        companions = {batch.companion for batch in self.batches if batch.companion is not None}
+        has_momentum = any(any(batch.has_momentum) for batch in self.batches)
+        for batch in self.batches:
+            batch.all_have_momentum = all(batch.has_momentum)
+        self.buffer_keys = [*(["momentum_buffer"] if has_momentum else []), *sorted(companions)]
+        self.with_state = sorted(i for i in batched if params[i] in state) if self.buffer_keys else []
+        place_of = {id(param): place for place, param in enumerate(state)}
+        places = [place_of[id(params[i])] for i in self.with_state]
+        self.states = len(state)
+        self.places = None if places == list(range(self.states)) else places
+        self._fetch(params, state)
+        stored = self._stored()
+        self.addresses, self.attributes = Addresses(stored), self._attributes(stored)
+        self.buffers, self.buffer_attributes = Identities(self._buffers()), self._buffer_attributes()
+        self.held = Identities(map(held_by, self._dtensors(params, state)))
 
     def begin(self, grads: list[Any]) -> None:
         """Look which gradients lack in the first step of the plan."""
         self._set_complete(grads, layouts_of(grads) == self.layouts)
 
     def holds(
-        self,
-        settings: list[Any],
-        groups: list[dict[str, Any]],
-        states: Collection[dict[str, Any]],
-        grads: list[Tensor | None],
+        self, settings: list[Any], params: list[Tensor], state: dict[Any, Any], grads: list[Tensor | None]
     ) -> bool:
-        """Return whether everything is as it was when the plan was made."""
-        if self.settings != settings:
+        """Return whether everything is as it was when the plan was made; then the batches have their tensors."""
+        if self.settings != settings or not self._fetch(params, state):
             return False
-        unchanged = self.last_step is not None and self.last_step.is_like(groups, states, grads)
+        unchanged = self.last_step is not None and self.last_step.is_like(self, grads)
+        self.repeat = self.repeat if unchanged else None
         for batch in self.batches:
             batch.tensors.unchanged = unchanged
         if unchanged:
             self._set_complete(grads, True)
             return True
         self.last_step = None
-        try:
-            layouts = layouts_of(grads)
-            complete = self.layouts == layouts
-            self._set_complete(grads, complete)
-            return (
-                (complete or all(new is None or new == old for new, old in zip(layouts, self.layouts, strict=True)))
-                and _identical(_params_of(groups), self.params)
-                and _identical(states, self.states)
-                and _identical(list(map(operator.getitem, self.buffer_states, self.buffer_keys)), self.buffers)
-                and list(map(_dtype_of, self.companions)) == self.companion_dtypes
-                and self.addresses.are_of(self.stored)
-                and self._attributes() == self.attributes
-                and (not self.dtensors or self._shards_are_held())
-            )
-        except KeyError:  # the program has removed a buffer
+        layouts = layouts_of(grads)
+        complete = self.layouts == layouts
+        self._set_complete(grads, complete)
+        stored = self._stored()
+        return (
+            (complete or all(new is None or new == old for new, old in zip(layouts, self.layouts, strict=True)))
+            and self.params.are_of(params)
+            and self.buffers.are_of(self._buffers())
+            and self._buffer_attributes() == self.buffer_attributes
+            and self.addresses.are_of(stored)
+            and self._attributes(stored) == self.attributes
+            and (not self.sharded or self.held.are_of(map(held_by, self._dtensors(params, state))))
+        )
+
+    def is_like_before(self, params: list[Tensor], state: dict[Any, Any], grads: list[Tensor | None]) -> bool:
+        """Return whether only the gradients' addresses may differ from the last step's, with all gradients there."""
+        return self.last_step is not None and self._fetch(params, state) and self.last_step.is_like(self, grads)
+
+    def release(self) -> None:
+        """Let go of the tensors, at the end of a step."""
+        for batch in self.batches:
+            batch.tensors.params, batch.tensors.momentum, batch.tensors.companions = [], [], []
+
+    def finish_step(self, grads: list[Tensor | None]) -> None:
+        """Let the next step be compared with this one, which was carried out with these gradients."""
+        # (The shards of DTensors' gradients are other tensors in every step.)
+        if self.last_step is None and self.batches and self.complete and not self.sharded and not self.plain:
+            with contextlib.suppress(TypeError):  # a torch without guards
+                self.last_step = _LastStep(self, grads)
+
+    def _fetch(self, params: list[Any], state: dict[Any, Any]) -> bool:
+        """Put the tensors of this step into the batches; return False if parameters or states have come or gone."""
+        if len(params) != len(self.group_of):
             return False
+        buffers: dict[str, list[Any]] = {}
+        if self.buffer_keys:
+            if len(state) != self.states:
+                return False
+            all_own = len(self.with_state) == len(params)
+            owners = params if all_own else [params[i] for i in self.with_state]
+            keys: Iterable[Any] = state
+            states: Iterable[Any] = state.values()
+            if self.places is not None:
+                every_key, every_state = list(state), list(state.values())
+                keys = [every_key[place] for place in self.places]
+                states = [every_state[place] for place in self.places]
+            if not all(map(operator.is_, keys, owners)):
+                return False
+            try:
+                for key in self.buffer_keys:
+                    values = list(map(_get, states, repeat(key)))
+                    if not all_own:
+                        of_param: list[Any] = [None] * len(params)
+                        for i, value in zip(self.with_state, values, strict=True):
+                            of_param[i] = value
+                        values = of_param
+                    buffers[key] = values
+            except TypeError:  # a state that is no dict
+                return False
+        for batch in self.batches:
+            batch.fetch(params, buffers)
+        return True
 
     def _set_complete(self, grads: list[Any], complete: bool) -> None:
         """Store which of the batches lack gradients."""
@@ -163,54 +261,64 @@ class StepPlan:
         for batch in self.batches:
             batch.tensors.incomplete = not complete and any(grad is None for grad in batch.take(grads))
 
-    def _shards_are_held(self) -> bool:
-        """Return whether the DTensors hold the local tensors that they held. (``to_local`` may make new views.)"""
-        return _identical(list(map(held_by, self.dtensors)), self.shards) and self.shard_addresses.are_of(self.shards)
+    def _stored(self) -> list[Tensor]:
+        if len(self.batches) == 1:
+            return self.batches[0].tensors.params
+        return list(chain.from_iterable(batch.tensors.params for batch in self.batches))
 
-    def finish_step(self, states: Collection[dict[str, Any]], grads: list[Tensor | None]) -> None:
-        """Let the next step be compared with this one, which was carried out with these gradients."""
-        # (The shards of DTensors' gradients are other tensors in every step.)
-        if self.last_step is None and self.batches and self.complete and not self.sharded:
-            with contextlib.suppress(TypeError):  # a state that is no dict, or a torch without guards
-                self.last_step = _LastStep(self, states, grads)
+    def _buffers(self) -> list[Any]:
+        if len(self.batches) == 1:
+            return self.batches[0].buffers()
+        return list(chain.from_iterable(batch.buffers() for batch in self.batches))
 
-    def _attributes(self) -> list[list[Any]]:
+    def _buffer_attributes(self) -> list[list[Any]]:
+        buffers = self._buffers()
+        companions = [c for batch in self.batches if batch.companion is not None for c in batch.tensors.companions]
+        dtypes = list(map(_dtype_of, companions))  # the backends take momentum of any dtype
+        return [list(map(Tensor.size, buffers)), list(map(_device_of, buffers)), dtypes]
+
+    def _dtensors(self, params: list[Any], state: dict[Any, Any]) -> list[Any]:
+        """Return the DTensors among the batches' parameters, and their buffers."""
+        owners = [params[i] for i in self.sharded]
+        values = (state[owner].get(key) for owner in owners if owner in state for key in self.buffer_keys)
+        return owners + [value for value in values if is_dtensor(value)]
+
+    def _attributes(self, stored: list[Tensor]) -> list[list[Any]]:
         names = sorted({batch.backend for batch in self.batches})
-        return [list(map(attribute, self.stored)) for name in names for attribute in _ATTRIBUTES[name]]
+        return [list(map(attribute, stored)) for name in names for attribute in _ATTRIBUTES[name]]
 
 
 class _LastStep:
-    """The tensors of the step before, to compare the next one with. Gradients may lie elsewhere then."""
+    """What the tensors of the step before were like, to compare the next one's with.
 
-    def __init__(self, plan: StepPlan, states: Collection[dict[str, Any]], grads: list[Tensor | None]) -> None:
-        self._params, self._stored, self._addresses = plan.params, plan.stored, plan.addresses
+    Only gradients may lie elsewhere then. Where a tensor has been replaced by another one at the same address, with
+    the same attributes, no backend can tell them apart. (A parameter's state is found by its identity.)
+    """
+
+    def __init__(self, plan: StepPlan, grads: list[Tensor | None]) -> None:
         batched = [i for batch in plan.batches for i in batch.indices]
         self._batched = None if batched == list(range(len(grads))) else batched  # None: all, as they come
-        self._others = sorted(set(range(len(grads))).difference(batched))  # no gradient, or torch's to step
-        self._layouts = [plan.layouts[i] for i in self._others]
-        # For each key of the plan's buffers: the values of all of the optimizer's states there.
-        self._values = [(key, list(map(_get, states, repeat(key)))) for key in set(plan.buffer_keys)]
-        self._tensors = (*plan.stored, *plan.buffers)
-        self._tensors_are_alike = tensor_guard(self._tensors)
+        self._others = sorted(set(range(len(grads))).difference(batched))  # no gradient
+        self._with_buffers = any(batch.backend == "triton" for batch in plan.batches)  # whose tables have addresses
+        stored, tensors = self._tensors(plan)
+        self._addresses = Addresses(tensors if self._with_buffers else stored)
+        self._tensors_are_alike = tensor_guard(tensors)
         self._grads_are_alike = tensor_guard(self._of_batches(grads))
 
-    def is_like(
-        self, groups: list[dict[str, Any]], states: Collection[dict[str, Any]], grads: list[Tensor | None]
-    ) -> bool:
+    def is_like(self, plan: StepPlan, grads: list[Tensor | None]) -> bool:
         """Return whether nothing has changed since."""
-        try:
-            for key, values in self._values:
-                if len(values) != len(states) or not all(map(operator.is_, map(_get, states, repeat(key)), values)):
-                    return False
-        except TypeError:  # a state that is no dict
-            return False
+        stored, tensors = self._tensors(plan)
         return (
             self._grads_are_alike(*self._of_batches(grads))
-            and (not self._others or layouts_of([grads[i] for i in self._others]) == self._layouts)
-            and _identical(_params_of(groups), self._params)
-            and self._tensors_are_alike(*self._tensors)
-            and self._addresses.are_of(self._stored)
+            and not (self._others and any(grads[i] is not None for i in self._others))
+            and self._tensors_are_alike(*tensors)
+            and self._addresses.are_of(tensors if self._with_buffers else stored)
         )
+
+    @staticmethod
+    def _tensors(plan: StepPlan) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        stored = plan._stored()
+        return stored, (*stored, *plan._buffers())
 
     def _of_batches(self, grads: list[Any]) -> list[Any]:
         return grads if self._batched is None else [grads[i] for i in self._batched]
@@ -268,12 +376,17 @@ def overlapping(tensors: Sequence[Tensor]) -> set[int]:
     return shared
 
 
-def _params_of(groups: list[dict[str, Any]]) -> list[Tensor]:
+def params_of(groups: list[dict[str, Any]]) -> list[Tensor]:
+    """Return the parameters of all groups, in their order."""
     if len(groups) == 1:
         params: list[Tensor] = groups[0]["params"]
         return params
     return list(chain.from_iterable(group["params"] for group in groups))
 
 
-def _identical(some: Collection[Any], others: Sequence[Any]) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))
+def stored_in(tensor: Any) -> Any:
+    """Return the tensor that is stepped in the place of this one: what a DTensor holds on this process."""
+    if not is_dtensor(tensor):
+        return tensor
+    held = held_by(tensor)
+    return held if type(held) is Tensor else local(tensor)  # which waits for it

@@ -13,11 +13,11 @@ each over torch's threads, and spends more on that than on the arithmetic where 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,6 +34,7 @@ from ..torch_private import (
     materialized,
     unflatten,
     unscale_,
+    write_back,
 )
 from .rounding import compensated, round_stochastically, true_master, without_infinities
 from .workers import for_each
@@ -62,7 +63,7 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     wide = compute_dtype(batch.params[0].dtype)
     for part in _parts(batch):
         if part.flat is not None:
-            squares += _squares(part.flat.gather(_chosen(grads, part.flat.indices), wide), wide)
+            squares += _squares(part.flat.gather(batch, _chosen(grads, part.flat.indices), wide), wide)
         if part.small is not None:
             chosen = _chosen(grads, part.small.indices)
             widest = torch.float64 if any(grad.dtype == torch.float64 for grad in chosen) else wide
@@ -136,69 +137,72 @@ class _Flat:
     """Small tensors, stepped as one: their momentum buffers lie side by side for good."""
 
     indices: list[int]
-    params: list[Tensor]
-    momentum: Tensor | None  # the buffers themselves, as one
-    companions: Tensor | None
-    buffers: list[Tensor]  # the single ones of both
-    addresses: Addresses  # of those
+    kinds: tuple[str, ...]  # the buffers that there are: "momentum", "companions"
+    addresses: list[Addresses]  # of each kind
     vectors: bool  # all of the parameters have one dimension
     numels: list[int]  # of the parameters
     rules: list[int]  # of the parameters, those of one rule side by side
-    gathered: bool = False  # momentum and companions are copies, made by each step: the buffers lie elsewhere
+    gathered: bool = False  # the buffers lie elsewhere, and each step works on copies
     rooms: dict[tuple[str, torch.dtype], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
     @staticmethod
     def of(batch: SGDBatch, indices: list[int]) -> _Flat:
-        params = [batch.params[i] for i in indices]
-        momentum = [m for i in indices if (m := batch.momentum[i]) is not None]
-        companions = [c for i in indices if (c := batch.companions[i]) is not None]
-        buffers = momentum + companions
-        gathered = any(map(Tensor.is_shared, buffers))
-        flats = (None, None) if gathered else (_side_by_side(momentum), _side_by_side(companions))
+        params = _chosen(batch.params, indices)
+        kinds = tuple(kind for kind in ("momentum", "companions") if getattr(batch, kind)[indices[0]] is not None)
+        buffers = [_chosen(getattr(batch, kind), indices) for kind in kinds]
+        gathered = any(any(map(Tensor.is_shared, some)) for some in buffers)
+        for some in buffers if not gathered else ():
+            _side_by_side(some)
         vectors, numels = all(param.dim() == 1 for param in params), list(map(Tensor.numel, params))
         rules = [batch.rules[i] for i in indices]
-        return _Flat(indices, params, *flats, buffers, Addresses(buffers), vectors, numels, rules, gathered)
+        return _Flat(indices, kinds, list(map(Addresses, buffers)), vectors, numels, rules, gathered)
 
     def chosen(self, number_of: dict[int, int]) -> _Flat | None:
         """Return some of the tensors, for one step; ``number_of`` has their new numbers."""
         places = [place for place, i in enumerate(self.indices) if i in number_of]
         if not places:
             return None
-        count = len(self.indices)
-        starts = range(0, len(self.buffers), count)  # of the momentum and the companions, where there are some
-        buffers = [self.buffers[start + place] for start in starts for place in places]
-        params, numels = [self.params[place] for place in places], [self.numels[place] for place in places]
-        rules = [self.rules[place] for place in places]
+        numels, rules = [self.numels[place] for place in places], [self.rules[place] for place in places]
         numbers = [number_of[self.indices[place]] for place in places]
-        addresses = Addresses(buffers)
-        return _Flat(numbers, params, None, None, buffers, addresses, self.vectors, numels, rules, gathered=True)
+        return _Flat(numbers, self.kinds, [], self.vectors, numels, rules, gathered=True)
 
-    def collect(self, momentum: bool, companions: bool) -> None:
-        """Gather the buffers, where they do not lie side by side."""
-        if self.gathered:
-            count = len(self.params)
-            self.momentum = _side_by_side(self.buffers[:count], move=False) if momentum else None
-            self.companions = _side_by_side(self.buffers[-count:], move=False) if companions else None
+    def params(self, batch: SGDBatch) -> list[Tensor]:
+        return _chosen(batch.params, self.indices)
 
-    def put_back(self) -> None:
+    def lies_still(self, batch: SGDBatch) -> bool:
+        """Return whether the buffers are where they were."""
+        return all(
+            addresses.are_of(_chosen(getattr(batch, kind), self.indices))
+            for kind, addresses in zip(self.kinds, self.addresses, strict=False)
+        )
+
+    def buffer(self, batch: SGDBatch, kind: str) -> Tensor | None:
+        """Return the buffers of a kind as one tensor: their own memory, or a copy if they are gathered."""
+        if kind not in self.kinds:
+            return None
+        buffers: list[Tensor] = _chosen(getattr(batch, kind), self.indices)
+        return _flattened(buffers) if self.gathered else buffers[0].as_strided((sum(self.numels),), (1,))
+
+    def put_back(self, batch: SGDBatch, buffers: dict[str, Tensor | None]) -> None:
         """Write what has been gathered to the buffers."""
-        if self.gathered and self.buffers:
-            flats = [flat for flat in (self.momentum, self.companions) if flat is not None]
-            foreach_copy_(self.buffers, [view for flat in flats for view in _views(flat, self.params)])
-            self.momentum = self.companions = None
+        for kind in self.kinds if self.gathered else ():
+            flat, params = buffers[kind], self.params(batch)
+            assert flat is not None
+            foreach_copy_(_chosen(getattr(batch, kind), self.indices), _views(flat, params))
 
+    @functools.cached_property
     def spans(self) -> list[tuple[int, int]]:
-        """Return the rules, and how many elements are stepped by each."""
+        """The rules, and how many elements are stepped by each."""
         lengths: dict[int, int] = {}
         for rule, numel in zip(self.rules, self.numels, strict=True):
             lengths[rule] = lengths.get(rule, 0) + numel
         return list(lengths.items())
 
-    def gather(self, tensors: list[Tensor], dtype: torch.dtype, name: str = "grads") -> Tensor:
+    def gather(self, batch: SGDBatch, tensors: list[Tensor], dtype: torch.dtype, name: str = "grads") -> Tensor:
         """Return the tensors side by side, in ``dtype``."""
         if list(map(Tensor.numel, tensors)) != self.numels:
-            check_gradients(self.params, tensors)
-        flat, views = self.room(name, dtype)
+            check_gradients(self.params(batch), tensors)
+        flat, views = self.room(batch, name, dtype)
         with torch.inference_mode():  # costs a fifth less than no_grad
             if self.vectors:
                 torch.cat(tensors, out=flat)  # half of the time of the other
@@ -206,17 +210,19 @@ class _Flat:
                 foreach_copy_(views, tensors)
         return flat
 
-    def scatter(self, views: list[Tensor]) -> None:
+    def scatter(self, batch: SGDBatch, views: list[Tensor]) -> None:
         """Write to the parameters."""
+        params = self.params(batch)
         with torch.inference_mode():
-            foreach_copy_(self.params, views)
-        torch.autograd.graph.increment_version(self.params)  # which that mode does not
+            foreach_copy_(params, views)
+        torch.autograd.graph.increment_version(params)  # which that mode does not
 
-    def room(self, name: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    def room(self, batch: SGDBatch, name: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """Return a flat buffer for all parameters, and its parts in their shapes; the same in every step."""
         if (name, dtype) not in self.rooms:
-            flat = torch.empty(sum(self.numels), dtype=dtype, device=self.params[0].device)
-            self.rooms[name, dtype] = flat, _views(flat, self.params)
+            params = self.params(batch)
+            flat = torch.empty(sum(self.numels), dtype=dtype, device=params[0].device)
+            self.rooms[name, dtype] = flat, _views(flat, params)
         return self.rooms[name, dtype]
 
 
@@ -225,32 +231,31 @@ class _Direct:
     """Tensors of one rule that torch's operator takes as they are, with their buffers."""
 
     indices: list[int]
-    params: list[Tensor]
-    momentum: list[Tensor]
+    has_momentum: bool
     contiguous: bool  # all of the parameters are
     nbytes: list[int]  # of the parameters
     fit: bool = False  # the gradients of the step before were taken as they came
 
     @staticmethod
     def of(batch: SGDBatch, indices: list[int]) -> _Direct:
-        params = [batch.params[i] for i in indices]
-        momentum = [m for i in indices if (m := batch.momentum[i]) is not None]
-        return _Direct(
-            indices, params, momentum, all(map(Tensor.is_contiguous, params)), list(map(_bytes_of, params))
-        )
+        params = _chosen(batch.params, indices)
+        contiguous, has_momentum = all(map(Tensor.is_contiguous, params)), batch.momentum[indices[0]] is not None
+        return _Direct(indices, has_momentum, contiguous, list(map(_bytes_of, params)))
 
     def chosen(self, number_of: dict[int, int]) -> _Direct | None:
         """Return some of the tensors, for one step; ``number_of`` has their new numbers."""
         places = [place for place, i in enumerate(self.indices) if i in number_of]
         if not places:
             return None
-        return _Direct(
-            [number_of[self.indices[place]] for place in places],
-            [self.params[place] for place in places],
-            [self.momentum[place] for place in places] if self.momentum else [],
-            self.contiguous,
-            [self.nbytes[place] for place in places],
-        )
+        numbers = [number_of[self.indices[place]] for place in places]
+        return _Direct(numbers, self.has_momentum, self.contiguous, [self.nbytes[place] for place in places])
+
+    def params(self, batch: SGDBatch) -> list[Tensor]:
+        return _chosen(batch.params, self.indices)
+
+    def momentum(self, batch: SGDBatch) -> list[Tensor]:
+        chosen: list[Any] = _chosen(batch.momentum, self.indices) if self.has_momentum else []
+        return chosen
 
     def known_to_fit(self, *, unchanged: bool) -> bool:
         """Return whether it is known that gradients can be taken as they come; else :meth:`fitting` finds out."""
@@ -258,17 +263,16 @@ class _Direct:
         self.fit = True
         return known
 
-    def fitting(self, grads: list[Tensor], share: slice = _ALL, *, known: bool) -> list[Tensor]:
+    def fitting(self, params: list[Tensor], given: list[Tensor], share: slice = _ALL, *, known: bool) -> list[Tensor]:
         """Return the gradients of a share of the tensors, in the form that the operator needs."""
-        given = grads[share] if len(self.indices) == len(grads) else [grads[i] for i in self.indices[share]]
         if known:
             return given
         chosen = given
         if list(map(_bytes_of, chosen)) != self.nbytes[share]:  # of another dtype, or another shape
-            check_gradients(self.params[share], chosen)
-            chosen = [grad.to(self.params[0].dtype) for grad in chosen]
+            check_gradients(params, chosen)
+            chosen = [grad.to(params[0].dtype) for grad in chosen]
         if not (self.contiguous and all(map(Tensor.is_contiguous, chosen))):
-            chosen = [_laid_out_as(param, grad) for param, grad in zip(self.params[share], chosen, strict=True)]
+            chosen = [_laid_out_as(param, grad) for param, grad in zip(params, chosen, strict=True)]
         if not all(map(operator.is_, chosen, given)):
             self.fit = False  # from several threads
         return chosen
@@ -287,8 +291,8 @@ class _Part:
     large: _Direct | None
     flat: _Flat | None
     pieced: list[int]  # large ones, of other dtypes than are computed in
-    strided: list[Tensor]  # all whose strides must stay
-    strides: list[tuple[int, ...]]  # of those
+    strided: list[int]  # those whose strides must stay, and those of their buffers
+    strides: list[tuple[int, ...]]
 
     @staticmethod
     def of(batch: SGDBatch, rule: int, first: bool, indices: list[int], flat: list[int]) -> _Part:
@@ -297,7 +301,7 @@ class _Part:
         small: list[int] = []
         large: list[int] = []
         pieced: list[int] = []
-        strided: list[Tensor] = []
+        strided: list[int] = []
         for i in indices:
             param, momentum, companion = batch.params[i], batch.momentum[i], batch.companions[i]
             is_small = param.numel() <= _SMALL and param.device.type == "cpu"
@@ -312,7 +316,7 @@ class _Part:
                     buffer.data = _laid_out_as(param, buffer)
             (pieced if not direct else small if is_small else large).append(i)
             if not direct or param.dim() > 1:
-                strided += [tensor for tensor in (param, momentum, companion) if tensor is not None]
+                strided.append(i)
         return _Part(
             rule,
             first,
@@ -321,7 +325,7 @@ class _Part:
             None,
             pieced,
             strided,
-            list(map(Tensor.stride, strided)),
+            _strides(batch, strided),
         )
 
     def chosen(self, number_of: dict[int, int]) -> _Part:
@@ -337,18 +341,24 @@ class _Part:
             [],
         )
 
-    def holds(self, *, unchanged: bool) -> bool:
+    def holds(self, batch: SGDBatch) -> bool:
         """Return whether everything is where it was; a program may have moved buffers to another device and back."""
-        return (self.flat is None or self.flat.addresses.are_of(self.flat.buffers)) and (
-            unchanged or list(map(Tensor.stride, self.strided)) == self.strides
+        return (self.flat is None or self.flat.lies_still(batch)) and (
+            batch.unchanged or _strides(batch, self.strided) == self.strides
         )
+
+
+def _strides(batch: SGDBatch, indices: list[int]) -> list[tuple[int, ...]]:
+    """Return the strides of parameters and their buffers."""
+    lists = (batch.params, batch.momentum, batch.companions)
+    return [tensor.stride() for values in lists for i in indices if (tensor := values[i]) is not None]
 
 
 def _parts(batch: SGDBatch) -> list[_Part]:
     """Return the parts in which the tensors are stepped: those of the step before, if nothing has changed."""
     first = {i for i, flags in batch.begun.items() if not flags.any()} if batch.begun else set()
     parts: list[_Part] = batch.memory.get("parts", [])
-    holds = parts and batch.memory["first"] == first and all(part.holds(unchanged=batch.unchanged) for part in parts)
+    holds = parts and batch.memory["first"] == first and all(part.holds(batch) for part in parts)
     if not holds:
         together: dict[tuple[int, bool], list[int]] = defaultdict(list)
         for i, (param, number) in enumerate(zip(batch.params, batch.rules, strict=True)):
@@ -386,16 +396,17 @@ def _present(batch: SGDBatch, grads: list[Any]) -> tuple[SGDBatch, list[Tensor]]
     )
 
 
-def _side_by_side(buffers: list[Tensor], *, move: bool = True) -> Tensor | None:
-    """Return the buffers as one flat tensor, and move their memory into it."""
-    if not buffers:
-        return None
+def _side_by_side(buffers: list[Tensor]) -> None:
+    """Move the buffers' memory into one tensor, where they lie one after the other."""
+    flat = _flattened(buffers)
+    if len(buffers) == 1:
+        flat = flat.clone()  # of one tensor it is a view
+    for buffer, view in zip(buffers, _views(flat, buffers), strict=True):
+        buffer.data = view
+
+
+def _flattened(buffers: list[Tensor]) -> Tensor:
     flat: Tensor = flatten([buffer.contiguous() for buffer in buffers])
-    if move:
-        if len(buffers) == 1:
-            flat = flat.clone()  # of one tensor it is a view
-        for buffer, view in zip(buffers, _views(flat, buffers), strict=True):
-            buffer.data = view
     return flat
 
 
@@ -406,78 +417,92 @@ def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 def _step_flat(
     batch: SGDBatch, flat: _Flat, grads: list[Tensor], rules: Sequence[SGDRule], clip: float, *, first: bool
 ) -> None:
-    wide = compute_dtype(batch.params[0].dtype)
-    grad = flat.gather(_chosen(grads, flat.indices), wide)
-    flat.collect(batch.momentum[flat.indices[0]] is not None, batch.companions[flat.indices[0]] is not None)
-    advance = partial(_advance_flat, flat, grad=grad, rules=rules, clip=clip, first=first)
+    wide, narrow = compute_dtype(batch.params[0].dtype), batch.params[0].dtype
+    params = flat.params(batch)
+    grad = flat.gather(batch, _chosen(grads, flat.indices), wide)
+    buffers = {kind: flat.buffer(batch, kind) for kind in ("momentum", "companions")}
+    momentum, companions = buffers["momentum"], buffers["companions"]
+    advance = functools.partial(
+        _advance_flat, flat, momentum=momentum, grad=grad, rules=rules, clip=clip, first=first
+    )
     if batch.rounding == "master":
-        assert flat.companions is not None
-        result, views = flat.companions, _views(flat.companions, flat.params)
-        result.copy_(true_master(result, flat.gather(flat.params, batch.params[0].dtype, "params")))
-        advance(result)
+        assert companions is not None
+        result, views = flat.room(batch, "params", narrow)
+        companions.copy_(true_master(companions, flat.gather(batch, params, narrow, "params")))
+        advance(companions)
+        result.copy_(companions)  # one rounding of all; lists of tensors of two dtypes are copied one by one
     elif batch.rounding == "nearest":
-        result, views = flat.room("params", wide)
-        flat.gather(flat.params, wide, "params")
+        result, views = flat.room(batch, "params", wide)
+        flat.gather(batch, params, wide, "params")
         advance(result)
     else:
-        result, views = flat.room("params", batch.params[0].dtype)
-        flat.gather(flat.params, result.dtype, "params")
-        _advance_rounded(batch, result, flat.companions, advance)
-    flat.scatter(views)
-    flat.put_back()
+        result, views = flat.room(batch, "params", narrow)
+        flat.gather(batch, params, narrow, "params")
+        _advance_rounded(batch, result, companions, advance)
+    flat.scatter(batch, views)
+    flat.put_back(batch, buffers)
 
 
 def _advance_flat(
-    flat: _Flat, result: Tensor, *, grad: Tensor, rules: Sequence[SGDRule], clip: float, first: bool
+    flat: _Flat,
+    result: Tensor,
+    *,
+    momentum: Tensor | None,
+    grad: Tensor,
+    rules: Sequence[SGDRule],
+    clip: float,
+    first: bool,
 ) -> None:
     """Step a flat tensor, each rule's stretch of it by that rule."""
-    spans = flat.spans()
+    spans = flat.spans
     if len(spans) == 1:
         rule = _Numbers.of(rules[spans[0][0]])
-        _advance([result], [grad], _listed(flat.momentum), rule, clip, first=first, scratch=True)
+        _advance([result], [grad], _listed(momentum), rule, clip, first=first, scratch=True)
         return
     if clip != 1.0:
         grad.mul_(clip)
     lengths = [length for _, length in spans]
-    buffer = None if flat.momentum is None else flat.momentum.to(result.dtype)
+    buffer = None if momentum is None else momentum.to(result.dtype)
     buffers = [[]] * len(spans) if buffer is None else [[piece] for piece in buffer.split(lengths)]
     stretches = zip(spans, result.split(lengths), grad.split(lengths), buffers, strict=True)
     for (number, _), of_result, of_grad, of_buffer in stretches:
         _advance([of_result], [of_grad], of_buffer, _Numbers.of(rules[number]), first=first)
-    if buffer is not None and buffer is not flat.momentum:
-        assert flat.momentum is not None
-        flat.momentum.copy_(buffer)
+    if buffer is not None and momentum is not None and buffer is not momentum:
+        momentum.copy_(buffer)
 
 
 def _step_small(
     batch: SGDBatch, small: _Direct, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
 ) -> None:
     known = small.known_to_fit(unchanged=batch.unchanged)
+    all_params, all_grads, momentum = small.params(batch), _chosen(grads, small.indices), small.momentum(batch)
 
     def step(share: slice) -> None:
         # All of it in the threads: while one is in the operator, another one checks the gradients of its share.
-        params, chosen = small.params[share], small.fitting(grads, share, known=known)
+        params = all_params[share]
+        chosen = small.fitting(params, all_grads[share], share, known=known)
         if clip != 1.0:
             chosen = list(foreach_mul(chosen, clip))
-        _advance(params, chosen, small.momentum[share], rule, first=first)
+        _advance(params, chosen, momentum[share], rule, first=first)
         torch.autograd.graph.increment_version(params)  # which torch's operator does not
 
-    count = len(small.params)
+    count = len(all_params)
     if count < _MANY:
         step(_ALL)
     else:
         threads = torch.get_num_threads()  # one share each: between calls of operators threads wait for each other
         shares = [slice(count * i // threads, count * (i + 1) // threads) for i in range(threads)]
-        for_each(shares, step, small.params[0].device, few=2)
+        for_each(shares, step, all_params[0].device, few=2)
 
 
 def _step_large(
     batch: SGDBatch, large: _Direct, grads: list[Tensor], rule: _Numbers, clip: float, *, first: bool
 ) -> None:
-    chosen = large.fitting(grads, known=large.known_to_fit(unchanged=batch.unchanged))
+    params, known = large.params(batch), large.known_to_fit(unchanged=batch.unchanged)
+    chosen = large.fitting(params, _chosen(grads, large.indices), known=known)
     if clip == 1.0:
-        _advance(large.params, chosen, large.momentum, rule, first=first)
-        torch.autograd.graph.increment_version(large.params)
+        _advance(params, chosen, large.momentum(batch), rule, first=first)
+        torch.autograd.graph.increment_version(params)
     else:
         for i, grad in zip(large.indices, chosen, strict=True):
             _step_by_pieces(batch, i, grad, rule, clip, first=first)
@@ -492,7 +517,7 @@ def _step_by_pieces(batch: SGDBatch, i: int, grad: Tensor, rule: _Numbers, clip:
         assert piece is not None
         wide = compute_dtype(param.dtype)
         piece = piece.to(wide) if clip == 1.0 else _clipped(batch, piece, clip, wide)
-        advance = partial(_advance_piece, piece, momentum, rule, first)
+        advance = functools.partial(_advance_piece, piece, momentum, rule, first)
         if batch.rounding == "master":
             assert companion is not None
             companion.copy_(true_master(companion, param))
@@ -553,7 +578,7 @@ def _advance(
     wide, buffers = params[0].dtype, momentum
     if momentum and momentum[0].dtype != wide:
         buffers = [m.to(wide) for m in momentum]
-    step = partial(
+    step = functools.partial(
         fused_sgd_,
         params,
         momentum_buffer_list=buffers,
@@ -583,7 +608,7 @@ def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 
 
-def _chosen(tensors: list[Tensor], indices: list[int]) -> list[Tensor]:
+def _chosen(tensors: list[Any], indices: list[int]) -> list[Any]:
     return tensors if len(indices) == len(tensors) else [tensors[i] for i in indices]
 
 
@@ -593,24 +618,22 @@ def _listed(tensor: Tensor | None) -> list[Tensor]:
 
 def _unscale(grads: list[Tensor], grad_scale: Tensor) -> None:
     of_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    plain = materialized(grads)
-    for grad in plain:
+    for grad in grads:
         of_dtype[grad.dtype].append(grad)
     inverse = grad_scale.double().reciprocal().float()
     for some in of_dtype.values():
         multiply(some, inverse)
-    if plain is not grads:
-        foreach_copy_(grads, plain)
 
 
 def multiply(grads: list[Tensor], factor: Tensor) -> None:
     """g ← g · factor for gradients of one dtype and device, in float32 (float64 in its own), rounded once."""
+    products = materialized(grads)
     if grads[0].dtype == torch.bfloat16 and not grads[0].is_cpu:  # torch's operator for it takes none on a GPU
-        for grad in grads:
-            grad.copy_(grad.float().mul_(factor))
-        return
-    unused = torch.zeros((), dtype=torch.float32, device=factor.device)
-    unscale_(grads, unused, factor)
+        for product in products:
+            product.copy_(product.float().mul_(factor))
+    else:
+        unscale_(products, torch.zeros((), dtype=torch.float32, device=factor.device), factor)
+    write_back(grads, products)
 
 
 def _clip_factor(controls: SGDControls) -> float:
