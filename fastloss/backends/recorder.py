@@ -17,13 +17,14 @@ from .torch_private import DispatchMode
 __all__ = ["Compiled", "Recorder", "recorder"]
 
 _ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default)
+_MOST_STREAMS = 256
 _thread = threading.local()
 
 
 class Compiled(NamedTuple):
     """A kernel that is compiled, and all that is the same at each of its starts."""
 
-    run: Callable[..., None]  # of the grid, the stream, the function, its metadata, three hooks, and the arguments
+    run: Callable[..., None]  # takes the grid, stream, function, metadata, three hooks, and then the arguments
     grid: tuple[int, int, int]
     function: Any
     metadata: Any
@@ -109,7 +110,7 @@ class _Program:
         shapes: dict[str, Tensor] = {}  # of allocations, as they are returned
         names = [self._result(tensor, shapes) for tensor in returned]
         # An input that was written over is returned as a tensor of its own.
-        names = [f"{name}.detach()" if name in self.given else name for name in names]
+        names = [f"{name}.detach()" if name.split(".")[0] in self.given else name for name in names]
         to_save = [self._result(tensor, shapes) for tensor in saved]
         starts = [self._start(launch, arguments) for launch, arguments in self.recorder.started]
         lines = [f"def replay({', '.join(['stream', *self.given])}):"]
@@ -132,7 +133,10 @@ class _Program:
             return "None"
         name = self.names.get(_address(result))
         if name is not None and name not in self.allocated:
-            return name
+            given = self.inputs[self.given.index(name)] if name in self.given else result
+            if given is not None and given.shape == result.shape and given.stride() == result.stride():
+                return name
+            return f"{name}.as_strided({tuple(result.shape)}, {result.stride()})"  # flat labels, say
         for name, whole in self.allocated.items():
             offset = (result.data_ptr() - whole.data_ptr()) // whole.element_size()
             if result.dtype is whole.dtype and 0 <= offset < whole.numel():
@@ -211,6 +215,8 @@ def _share(makers: Sequence[Callable[[], Sequence[Tensor]]], interpreted: bool) 
     def share(stream: int) -> Sequence[Any]:
         ready = known.get(stream)
         if ready is None:
+            if len(known) >= _MOST_STREAMS:
+                known.clear()
             memory = [tensor for make in makers for tensor in make()]
             ready = known[stream] = (memory if interpreted else [tensor.data_ptr() for tensor in memory], memory)
         return ready[0]

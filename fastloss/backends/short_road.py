@@ -3,17 +3,18 @@
 The long road checks a call, chooses a backend and plans its launches. A recorder (:mod:`fastloss.backends.recorder`)
 watches it: the memory that it allocates and the kernels that it starts. If it does nothing else, that is all the work
 of the call, and the recorder writes a function that does the same for other tensors. The first call of a key takes
-the long road, the second one is recorded, the third one is replayed. Where the long road does anything more (it
-copies a tensor, say), nothing is replayed, and every call takes it. A replayed call has an autograd node of its own,
-whose backward pass is replayed alike, or handed to the long road's node with the tensors that this one would have
-saved.
+the long road, the second one is recorded, and those that follow are replayed. (The road opens when the kernels are
+imported, by a process's first call.) Where the long road does anything more (it copies a tensor, say), nothing is
+replayed, and every call takes it. A replayed call has an autograd node of its own. It saves the tensors that the long
+road's node saves; its backward pass is replayed alike, or done by the long road's node.
 
 The key of a call holds:
 
 ======================================= ==============================================================================
 entry                                   it decides
 ======================================= ==============================================================================
-the function, the options, their types  checks and formulas (1, 1.0 and True are equal, but not all of them are taken)
+the function, the options, their types  checks and formulas (1, 1.0 and True are equal, but not all are taken); with
+                                        ``inplace``, whether the input may be written over
 shape, strides, dtype and device of     checks, tiles, the kernels' form
 each tensor, or None
 address modulo 16                       the kernels' form: the width of accesses
@@ -23,14 +24,16 @@ autocast                                the loss's dtype
 ``use_backend``, ``FASTLOSS_BACKEND``   the backend
 ======================================= ==============================================================================
 
-Calls take the long road, whatever their key, where something else could matter: subclasses of tensors, function and
-dispatch modes, transforms, tracers, compilers, forward-mode derivatives, hooks of saved tensors, hooks of launches,
-``FASTLOSS_VALIDATE``, a stream that is captured into a graph, a GPU that is not the current one. So do backward
-passes that are differentiated or come again, and those with upstream gradients of the gradient.
+Some calls take the long road whatever their key: those with tensors of a subclass, or with options that are tensors
+or other objects that can be written to; those under function modes (``torch.set_default_device`` is one), dispatch
+modes, transforms, tracers, compilers, forward-mode derivatives, hooks of saved tensors, hooks of launches or
+``FASTLOSS_VALIDATE``; and those on a stream that is captured into a graph, or on a GPU that is not the current one.
+A backward pass takes the long road where it is differentiated itself, where the graph is kept for another one, and
+where there is an upstream gradient of the gradient.
 
-Nothing else is read by the long road. It sees no number of a tensor on a GPU; on a CPU, where the host looks at
-labels, the short road does too. Addresses beyond their alignment are handed to kernels alone. What the long road
-remembers from call to call is the memory that the programs of a launch share, and the short road takes that by the
+The long road reads nothing else. It sees no number of a tensor on a GPU; on a CPU, where the host looks at labels,
+the short road does too. It hands addresses to kernels, and looks at their alignment alone. From call to call it
+remembers the memory that the programs of a launch share, one for each stream, and the short road takes that of its
 stream.
 
 ``FASTLOSS_SHORT_ROAD=0`` in the environment turns the short road off.
@@ -66,6 +69,13 @@ _MOST_KNOWN = 1024  # keys; at more, all are forgotten
 _MOST_UPSTREAMS = 16  # kinds of upstream gradients of one key
 _MOST_TRIES = 3  # recordings of one key
 _TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN = {
+    bool,
+    int,
+    float,
+    str,
+    type(None),
+}  # of options: a tensor is equal to itself, whatever has been written to it
 
 _BACKEND, _VALIDATE, _SHORT_ROAD = map(
     choice.encoded, ("FASTLOSS_BACKEND", "FASTLOSS_VALIDATE", "FASTLOSS_SHORT_ROAD")
@@ -88,7 +98,7 @@ def open_for(stream_of: Callable[[int], int | None]) -> None:
 
 
 def serve(input: Any, target: Any, weight: Any, options: tuple[Any, ...]) -> tuple[Sequence[Any] | None, Call | None]:
-    """Return the outputs of a call that is like one before; else None, and where to record it, if it may be recorded.
+    """Return the outputs of a call that is like one before, or None; and where to record the call, or None.
 
     For callers that have seen that the short road is open, and that no compiler traces them.
 
@@ -117,7 +127,7 @@ def replayed(options: tuple[Any, ...], inputs: Sequence[Tensor | None], run: Cal
     """Return the outputs of ``run()``, a part of the long road without a graph: replayed if it is like one before.
 
     Args:
-        options: all that the part depends on beside its tensors.
+        options: all that the part depends on beside its tensors. They are compared by ``==``: 1 is 1.0 and True.
         inputs: its tensors.
         run: returns its outputs: tensors that it allocates, or None.
     """
@@ -150,16 +160,19 @@ def _is_watched() -> bool:
         or tracing_state() is not None
         or forward_mode_is_active()
         or saved_tensor_hooks(True) is not None
-        or _VALIDATE in choice.variables
+        or (_VALIDATE in choice.variables and os.environ["FASTLOSS_VALIDATE"] not in ("", "0"))
         or (_SHORT_ROAD in choice.variables and os.environ["FASTLOSS_SHORT_ROAD"] == "0")
     )
 
 
 def _key(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]) -> Any:
     """Return what must be equal for one call to be served by what another one left behind."""
+    types = tuple(map(type, options))
+    if not _PLAIN.issuperset(types):
+        raise TypeError
     return (
         options,
-        tuple(map(type, options)),
+        types,
         torch.is_grad_enabled(),
         any_autocast() and torch.is_autocast_enabled(input.device.type),
         choice.forced.get(),
@@ -193,8 +206,9 @@ class Call:
         self.forward: Callable[..., Any] | None = None  # (stream, input, target, weight) → outputs, tensors to save
         self.node: Any = None  # the long road's autograd function; None: no graph
         self.attributes: dict[str, Any] = {}  # of the long road's node
-        self.own: dict[str, Callable[[Tensor], Any]] = {}  # of its input, for those that each call has of its own
-        self.constant: Any = None  # picks the outputs without a derivative
+        # Attributes that differ from call to call: functions of the call's input.
+        self.own: dict[str, Callable[[Tensor], Any]] = {}
+        self.constant: Any = None  # returns those of the outputs that have no derivative
         self.backwards: dict[Any, Callable[..., Any]] = {}  # by the kinds of the upstream gradients
 
     def recorded(self, inputs: Sequence[Tensor | None], run: Callable[[], Sequence[Any]]) -> Sequence[Any]:
@@ -216,7 +230,8 @@ class Call:
             self.own = {k: type(v) for k, v in vars(node).items() if getattr(v, "of_each_call", False)}
             places = [i for i, t in enumerate(outputs) if t is not None and t.grad_fn is None]
             self.constant = (lambda outputs: [outputs[i] for i in places]) if places else None
-        self.forward = replay
+        if replay is not None:  # another thread may have recorded one
+            self.forward = replay
         return outputs
 
 

@@ -290,13 +290,20 @@ class _Unheld:
         owner = tensor if base is None or base.dtype != tensor.dtype else base
         self._owner, self._version = TensorWeakRef(owner), tensor._version
         self._place = tensor.size(), tensor.stride(), tensor.storage_offset()
+        self._memory = _memory_of(owner)
 
     def recall(self) -> Tensor | None:
         """Return the tensor, detached; None if it is no longer there, or was written over."""
         owner = self._owner()
-        if owner is None or owner._version != self._version:
+        if owner is None or owner._version != self._version or _memory_of(owner) != self._memory:
             return None
         return owner.detach().as_strided(*self._place)
+
+
+def _memory_of(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's memory is: ``.data =`` and ``resize_`` move it and count as no write."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 class _RowTerms(NamedTuple):

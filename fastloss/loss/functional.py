@@ -203,7 +203,7 @@ def cross_entropy_with_accuracy(
     if not torch.compiler.is_compiling() and short_road.is_open and group is size_average is reduce is None:
         given = ("both", ignore_index, reduction, label_smoothing, lse_square_scale, softcap, from_logits, inplace)
         given += short_road.place_of(input) if inplace else ()
-        served, call = short_road.serve(input, target, weight, (*given, *_typed(topk)))
+        served, call = short_road.serve(input, target, weight, (*given, *_flat(topk)))
         if served is not None:
             loss, _, *values = served
             if reduction == "none":
@@ -230,9 +230,9 @@ def cross_entropy_with_accuracy(
     return LossAndAccuracy(loss, of_ks if isinstance(topk, Sequence) else of_ks[0])
 
 
-def _typed(topk: Any) -> tuple[Any, ...]:
-    """Return ``topk`` and the types of its elements: True equals 1, and is refused."""
-    return (tuple(topk), tuple(map(type, topk))) if topk.__class__ in (tuple, list) else (topk,)
+def _flat(topk: Any) -> tuple[Any, ...]:
+    """Return ``topk``, and whether it is a sequence, as options of the short road."""
+    return ("several", *topk) if topk.__class__ in (tuple, list) else (topk,)
 
 
 def accuracy(
@@ -277,7 +277,7 @@ def accuracy(
     """
     call = None
     if not torch.compiler.is_compiling() and short_road.is_open and group is None:
-        served, call = short_road.serve(input, target, None, ("accuracy", ignore_index, reduction, *_typed(topk)))
+        served, call = short_road.serve(input, target, None, ("accuracy", ignore_index, reduction, *_flat(topk)))
         if served is not None:
             values = tuple(served) if reduction != "none" else tuple(routes.in_rows(v, input) for v in served)
             return values[0] if topk.__class__ is int else values
