@@ -69,13 +69,8 @@ _MOST_KNOWN = 1024  # keys; at more, all are forgotten
 _MOST_UPSTREAMS = 16  # kinds of upstream gradients of one key
 _MOST_TRIES = 3  # recordings of one key
 _TYPES = (Tensor, torch.nn.Parameter)
-_PLAIN = {
-    bool,
-    int,
-    float,
-    str,
-    type(None),
-}  # of options: a tensor is equal to itself, whatever has been written to it
+# The types of options. (A tensor is equal to itself, whatever has been written to it.)
+_PLAIN = {bool, int, float, str, type(None)}
 
 _BACKEND, _VALIDATE, _SHORT_ROAD = map(
     choice.encoded, ("FASTLOSS_BACKEND", "FASTLOSS_VALIDATE", "FASTLOSS_SHORT_ROAD")
