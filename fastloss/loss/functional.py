@@ -94,9 +94,9 @@ def cross_entropy(
         logits under autocast, as torch has it; beside class probabilities of a wider dtype, in that). No row counted:
         NaN for "mean", 0 for "sum".
 
-    Second derivatives are as exact as torch's. Of "mean" and "sum" beside rows of class probabilities of which
-    several are great (mixup), they need ``input`` as it was, which the program must still hold; or they are as exact
-    as the gradient is in its dtype.
+    Second derivatives are as exact as torch's, with one exception: "mean" and "sum" beside rows of class
+    probabilities of which several are great (mixup). There the program must hold ``input``, unchanged, until they are
+    computed. Otherwise they are inexact without an error: in bfloat16 some elements are off by a third.
 
     Raises:
         TypeError, ValueError, RuntimeError: arguments that don't fit, as torch raises them.
