@@ -16,7 +16,7 @@ from torch import Tensor
 from fastloss.backends.contract import ExternalLabel
 
 from .arguments import Form, Strided, block, compiled_in, pointers, row_offsets, strided, tile_count, tile_rows
-from .launch import Launch, Memory, Prepared, alike, launch, on_device, scratch
+from .launch import Launch, Memory, alike, launch, on_device, scratch
 from .tile_helpers import (
     add_up_counts,
     before_label,
@@ -39,20 +39,20 @@ def accuracy(
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
     rows, none = logits.shape[0] * logits.shape[2], reduction == "none"
     key = (logits.shape, logits.stride(), logits.device, topk, ignore_index, reduction, alike(logits), alike(target))
-    prepared = _prepared.get(key, lambda: _prepare(logits, topk, ignore_index, reduction))
+    ranked = _launches.get(key, lambda: _prepare(logits, topk, ignore_index, reduction))
     right = torch.empty((len(topk), rows) if none else (len(topk),), dtype=torch.float32, device=logits.device)
     with on_device(logits):
         _, counts, arrived = (
-            (None, None, None) if none else scratch(logits.device, prepared.programs, prepared.counts)
+            (None, None, None) if none else scratch(logits.device, ranked.grid[0], 1 + power_of_2(len(topk)))
         )
-        prepared(strided(logits), target, right, counts, arrived)
+        ranked(strided(logits), target, right, counts, arrived)
     return right.unbind(0)
 
 
-_prepared: Memory[Prepared] = Memory()
+_launches: Memory[Launch] = Memory()
 
 
-def _prepare(logits: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str) -> Prepared:
+def _prepare(logits: Tensor, topk: tuple[int, ...], ignore_index: int, reduction: str) -> Launch:
     outer, classes, inner = logits.shape
     tiles, k_pad = _plan(logits), power_of_2(len(topk))
     constants = {
@@ -61,7 +61,7 @@ def _prepare(logits: Tensor, topk: tuple[int, ...], ignore_index: int, reduction
         **tiles.options(),
     }
     numbers = (outer * inner, classes, inner, ignore_index, topk)
-    return Prepared(Launch(_rank_kernel, (tiles.grid,), constants), numbers, tiles.grid, 1 + k_pad)
+    return Launch(_rank_kernel, (tiles.grid,), constants, numbers)
 
 
 def _plan(logits: Tensor) -> Tiles:

@@ -39,7 +39,7 @@ from .arguments import (
     tile_count,
     tile_rows,
 )
-from .launch import Launch, Memory, Prepared, alike, on_device, scratch
+from .launch import Launch, Memory, alike, on_device, scratch
 from .row_loss import (
     Partial,
     Results,
@@ -100,7 +100,7 @@ def cross_entropy_forward(
         *(inplace, saves),
         *map(alike, (logits, target, weight, result, weighed)),
     )
-    prepared, weigh = _forward.get(key, lambda: _prepare(logits, weight, result, weighed, options))
+    forward, weigh = _forwards.get(key, lambda: _prepare(logits, weight, result, weighed, options))
 
     loss = torch.empty(rows if none else (), dtype=loss_dtype, device=device)
     right = torch.empty((k, rows) if none else (k,), dtype=torch.float32, device=device)
@@ -112,12 +112,14 @@ def cross_entropy_forward(
     elif gradient and not inplace:
         nll = torch.empty(rows, dtype=compute_dtype(logits.dtype), device=device)
     with on_device(logits):
-        partial = Partial(*((None, None, None) if none else scratch(device, prepared.programs, prepared.counts)))
+        partial = Partial(
+            *((None, None, None) if none else scratch(device, forward.grid[0], 1 + power_of_2(max(k, 1))))
+        )
         if weigh is not None:
             weighed = torch.empty(_WEIGH_PARTS, dtype=torch.float64, device=device)
             weigh(target, weight, weighed)
         out = Results(loss, right, scale, row_max, row_sum, nll)
-        prepared(strided(logits), target, weight, strided(result, like=logits), out, partial, weighed)
+        forward(strided(logits), target, weight, strided(result, like=logits), out, partial, weighed)
     return Forward(
         loss,
         right.unbind(0) if k else (),
@@ -127,12 +129,12 @@ def cross_entropy_forward(
     )
 
 
-_forward: Memory[tuple[Prepared, Prepared | None]] = Memory()
+_forwards: Memory[tuple[Launch, Launch | None]] = Memory()
 
 
 def _prepare(
     logits: Tensor, weight: Tensor | None, result: Tensor | None, weighed: Tensor | None, options: LossOptions
-) -> tuple[Prepared, Prepared | None]:
+) -> tuple[Launch, Launch | None]:
     """Return the forward launch, and the launch before it that adds up the weights of many rows."""
     outer, classes, inner = logits.shape
     rows, k = outer * inner, len(options.topk)
@@ -159,8 +161,8 @@ def _prepare(
     }
     kernel = _forward_loop if tiles.looped else _forward_tile
     shape = (rows, classes, inner)
-    prepared = Prepared(Launch(kernel, (tiles.grid,), constants), (*shape, *numbers), tiles.grid, 1 + k_pad)
-    return prepared, _prepare_weighing(weight, rows, classes, options.ignore_index) if many else None
+    forward = Launch(kernel, (tiles.grid,), constants, (*shape, *numbers))
+    return forward, _prepare_weighing(weight, rows, classes, options.ignore_index) if many else None
 
 
 def _of_fewer_logits(tiles: Tiles, logits: Tensor) -> Tiles:
@@ -177,12 +179,12 @@ def _of_fewer_logits(tiles: Tiles, logits: Tensor) -> Tiles:
     return tiles._replace(rows=rows, cols=cols, warps=warps, number=number, grid=grid)
 
 
-def _prepare_weighing(weight: Tensor | None, rows: int, classes: int, ignore_index: int) -> Prepared:
+def _prepare_weighing(weight: Tensor | None, rows: int, classes: int, ignore_index: int) -> Launch:
     """Return the launch that adds up the weights of the counted rows: a mean's gradient needs the sum beforehand."""
     acc = arithmetic(torch.float32 if weight is None else weight.dtype)
     constants = {"HAS_WEIGHT": weight is not None, "ACC": acc, "num_warps": 4, **FUSED}
     numbers = (rows, triton.cdiv(rows, _WEIGH_PARTS), classes, ignore_index)
-    return Prepared(Launch(_weigh_kernel, (_WEIGH_PARTS,), constants), numbers)
+    return Launch(_weigh_kernel, (_WEIGH_PARTS,), constants, numbers)
 
 
 def cross_entropy_backward(upstream: Tensor, inputs: LossInputs, saved: Sequence[Tensor], *, inplace: bool) -> Tensor:
@@ -194,19 +196,19 @@ def cross_entropy_backward(upstream: Tensor, inputs: LossInputs, saved: Sequence
         *(logits.shape, logits.stride(), logits.device, options, result.stride(), upstream.stride()),
         *map(alike, (logits, target, weight, result, upstream, *saved)),
     )
-    prepared = _backwards.get(key, lambda: _prepare_backward(logits, weight, result, upstream, options))
+    backward = _backwards.get(key, lambda: _prepare_backward(logits, weight, result, upstream, options))
     with on_device(logits):
         saved_rows = (scale[0] if scale else None, row_max, row_sum)
-        prepared(strided(logits), target, weight, strided(result), upstream, *saved_rows)
+        backward(strided(logits), target, weight, strided(result), upstream, *saved_rows)
     return result
 
 
-_backwards: Memory[Prepared] = Memory()
+_backwards: Memory[Launch] = Memory()
 
 
 def _prepare_backward(
     logits: Tensor, weight: Tensor | None, result: Tensor, upstream: Tensor, options: LossOptions
-) -> Prepared:
+) -> Launch:
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
     many = weight is not None or options.softcap is not None or options.reduction == "none"
@@ -224,7 +226,7 @@ def _prepare_backward(
         options.softcap or 1.0,
     )
     constants = {"T": tiles.tile(logits.dtype), "F": _compiled_form(weight, options), **tiles.options()}
-    return Prepared(Launch(_backward, (tiles.number, blocks), constants), numbers)
+    return Launch(_backward, (tiles.number, blocks), constants, numbers)
 
 
 def _compiled_form(weight: Tensor | None, options: LossOptions, **more: object) -> Form:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fastloss.backends.torch_private import current_gpu, stream_is_captured, wit
 
 from .arguments import Strided
 
-__all__ = ["Launch", "Memory", "Prepared", "alike", "forget", "launch", "on_device", "scratch"]
+__all__ = ["Launch", "Memory", "alike", "forget", "launch", "on_device", "scratch"]
 
 
 class Launch:
@@ -31,33 +31,40 @@ class Launch:
     16, addresses that are a multiple of 16. That is most of a launch's host time, and the result is the same for
     arguments that are alike in all of that. The caller promises that all arguments of a ``Launch`` are: only the
     first start examines them.
+
+    Args:
+        numbers: the last arguments of every start, which hold no tensor.
     """
 
-    __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_start")
+    __slots__ = ("_compiled", "_constants", "_kernel", "_numbers", "_start", "grid")
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, object]) -> None:
-        self._kernel, self._grid, self._constants = kernel, grid, constants
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], constants: dict[str, object], numbers: tuple[object, ...] = ()
+    ) -> None:
+        self.grid, self._kernel, self._constants, self._numbers = grid, kernel, constants, numbers
         self._start: Callable[..., None] | None = None
         self._compiled: Compiled | None = None
 
     def __call__(self, *arguments: object) -> None:
+        arguments += self._numbers
         recording = recorder()
         if recording is None:
-            self._started(arguments)
+            self.start(*arguments)
             return
         recording.started.append((self, arguments))
         with without_dispatch():
-            self._started(arguments)
+            self.start(*arguments)
 
-    def _started(self, arguments: tuple[object, ...]) -> None:
+    def start(self, *arguments: object) -> None:
+        """Start the kernel with all of its arguments."""
         if self._compiled is not None and self._start is not None:
             self._start(*arguments, *self._compiled.constants)
             return
-        compiled = self._kernel[self._grid](*arguments, **self._constants)
+        compiled = self._kernel[self.grid](*arguments, **self._constants)
         if isinstance(compiled, CompiledKernel):  # the interpreter returns None; a compilation may still be running
             names = self._kernel.arg_names[len(arguments) :]
             constants = tuple(self._constants[name] for name in names)
-            x, y, z = (*self._grid, 1, 1)[:3]
+            x, y, z = (*self.grid, 1, 1)[:3]
             self._start = compiled[x, y, z]
             self._compiled = Compiled(compiled.run, (x, y, z), compiled.function, compiled.packed_metadata, constants)
 
@@ -70,18 +77,6 @@ class Launch:
         if self._compiled is None and not knobs.runtime.interpret:
             raise LookupError
         return self._compiled
-
-
-class Prepared(NamedTuple):
-    """A launch, and what calls that are alike have in common."""
-
-    start: Launch
-    numbers: tuple[object, ...]  # the last arguments: they hold no tensor
-    programs: int = 0
-    counts: int = 0  # int32 that each program leaves to the last one
-
-    def __call__(self, *tensors: object) -> None:
-        self.start(*tensors, *self.numbers)
 
 
 Ready = TypeVar("Ready")
@@ -132,7 +127,7 @@ _launches: Memory[Launch] = Memory()
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[object, ...], constants: dict[str, object]) -> None:
     """Start ``kernel[grid](*arguments, **constants)``, by a :class:`Launch` if arguments like these were seen before.
 
-    This is for callers that compute the arguments anew at each call; others keep a :class:`Prepared`.
+    This is for callers that compute the arguments anew at each call; others keep the launch in a :class:`Memory`.
     """
     tensors = (a.ptr if isinstance(a, Strided) else a for a in arguments)
     device = next(a.device for a in tensors if isinstance(a, Tensor))

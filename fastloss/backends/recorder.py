@@ -167,7 +167,7 @@ class _Program:
                 *map(self._constant, (kernel.function, kernel.metadata, *hooks)),
             ]
             arguments = (*arguments, *kernel.constants)
-        run = self._constant(launch if kernel is None else kernel.run)
+        run = self._constant(launch.start if kernel is None else kernel.run)
         return f"{run}({', '.join([*first, *map(self._argument, arguments)])})"
 
     def _argument(self, value: Any) -> str:

@@ -18,8 +18,8 @@ one number per row that gives p there: −log p_y of class indices, the row's lo
 probabilities. The latter gives p at the class of the greatest b_c, if the others' p are exact enough (with one-hot
 targets, smoothed or not, they are). Rows with several great b_c, as mixup makes them, need the logits: the node holds
 a weak reference to them, and p is their softmax where the program still has them as they were. Where it has not, p at
-those classes is only as exact as G. If p_c is a thousandth of b_c, its error is up to a third in bfloat16, and 10⁻⁵ in
-float32.
+those classes is only as exact as G. If p_c is a thousandth of b_c, its error is up to a third in bfloat16, and 10⁻⁵
+in float32.
 
 Where p does not follow from G (softcap, z-loss), the logits are saved for these derivatives.
 
