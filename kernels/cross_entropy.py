@@ -80,13 +80,7 @@ _WEIGH_PARTS = 64  # the same for any number of rows, so that a batch of another
 
 
 def cross_entropy_forward(
-    inputs: LossInputs,
-    *,
-    loss_dtype: torch.dtype,
-    gradient: bool,
-    inplace: bool,
-    divisor: Tensor | None = None,
-    saves: bool = True,
+    inputs: LossInputs, *, loss_dtype: torch.dtype, gradient: bool | None, inplace: bool, divisor: Any = None
 ) -> Forward:
     """See :class:`fastloss.backends.contract.Backend`. One launch; two for a mean with a gradient over many rows."""
     logits, target, weight, options = inputs
@@ -97,7 +91,7 @@ def cross_entropy_forward(
     weighed = None if divisor is None else divisor.view(1)
     key = (
         *(logits.shape, logits.stride(), device, options, loss_dtype, None if result is None else result.stride()),
-        *(inplace, saves),
+        *(inplace, gradient),
         *map(alike, (logits, target, weight, result, weighed)),
     )
     forward, weigh = _forwards.get(key, lambda: _prepare(logits, weight, result, weighed, options))
@@ -105,7 +99,7 @@ def cross_entropy_forward(
     loss = torch.empty(rows if none else (), dtype=loss_dtype, device=device)
     right = torch.empty((k, rows) if none else (k,), dtype=torch.float32, device=device)
     scale = row_max = row_sum = nll = None
-    if saves and not gradient:  # the backward pass will need m and the sum
+    if gradient is False:  # the backward pass will need m and the sum
         scale = torch.empty((), dtype=torch.float64, device=device) if mean else None
         row_max = torch.empty(rows, dtype=compute_dtype(logits.dtype), device=device)
         row_sum = torch.empty_like(row_max)

@@ -122,12 +122,7 @@ class GroupSums(NamedTuple):
 
 
 def soft_cross_entropy_forward(
-    inputs: LossInputs,
-    wanted: WantedGradients,
-    *,
-    loss_dtype: torch.dtype,
-    divisor: float = 1.0,
-    saves: bool = True,
+    inputs: LossInputs, wanted: WantedGradients, *, loss_dtype: torch.dtype, divisor: float = 1.0
 ) -> SoftForward:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
     input, target, _, options = inputs
@@ -138,7 +133,7 @@ def soft_cross_entropy_forward(
     loss = torch.empty(rows if none else (), dtype=loss_dtype, device=device)
     # A backward pass follows only where no gradient is written now: it needs m, s and A.
     saved = SavedRows()
-    if saves and options.from_logits and not (wanted.input or wanted.target):
+    if wanted.later and options.from_logits and not (wanted.input or wanted.target):
         dtype = _compute_dtype(input, target)
         saved = SavedRows(*(torch.empty(rows, dtype=dtype, device=device) for _ in range(3)))
     elif options.from_logits and wanted.input and not wanted.inplace:

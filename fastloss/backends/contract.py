@@ -83,6 +83,7 @@ class WantedGradients(NamedTuple):
     input: bool
     target: bool
     inplace: bool = False  # over the input
+    later: bool = True  # a backward pass may follow
 
     def tensors(self, inputs: LossInputs) -> tuple[Tensor | None, Tensor | None]:
         """Return the tensors to write to, laid out as the input and the target; None for one that is not wanted."""
@@ -154,15 +155,14 @@ class Backend(Protocol):
         inputs: LossInputs,
         *,
         loss_dtype: torch.dtype,
-        gradient: bool,
+        gradient: bool | None,
         inplace: bool,
         divisor: Tensor | None = None,
-        saves: bool = True,
     ) -> Forward:
         """Return the loss, the accuracies and, if ``gradient``, the gradient (over the logits if ``inplace``).
 
-        ``gradient`` needs a reduced loss. Without it, where ``saves``, ``saved`` is filled for
-        ``cross_entropy_backward``.
+        ``gradient`` needs a reduced loss. Where it is False ``saved`` is filled for ``cross_entropy_backward``; where
+        it is None no backward pass follows.
         ``divisor``, ``()`` float64, goes with reduction "sum": the gradient, not the loss, is divided by it. So some
         of the rows get their part of the gradient of the mean over all rows.
         """
@@ -175,20 +175,14 @@ class Backend(Protocol):
         ...
 
     def soft_cross_entropy_forward(
-        self,
-        inputs: LossInputs,
-        wanted: WantedGradients,
-        *,
-        loss_dtype: torch.dtype,
-        divisor: float = 1.0,
-        saves: bool = True,
+        self, inputs: LossInputs, wanted: WantedGradients, *, loss_dtype: torch.dtype, divisor: float = 1.0
     ) -> SoftForward:
         """Return the loss of soft targets t, with u = (1−ε) t + ε/C, and the gradients that are wanted.
 
         Of logits:        L = Σ_c w_c u_c (lse − z_c) + λ lse² Σ_c w_c t_c;  "mean" divides by the number of rows. Of
         probabilities: L = −Σ_c w_c u_c log y_c (``options.from_logits`` is False), where 0 · log y is 0.
-        ``options.ignore_index`` and ``options.topk`` are not used. A gradient needs a reduced loss. ``divisor`` and
-        ``saves`` are as in :meth:`cross_entropy_forward`, the divisor for both gradients.
+        ``options.ignore_index`` and ``options.topk`` are not used. A gradient needs a reduced loss. ``divisor`` is as
+        in :meth:`cross_entropy_forward`, for both gradients.
         """
         ...
 

@@ -73,7 +73,7 @@ def fused_cross_entropy(
     if not ((input.requires_grad or target.requires_grad) and torch.is_grad_enabled()):
 
         def numbers() -> tuple[Any, ...]:
-            result = visit(backend, input, target, weight, options, loss_dtype, gradient=False, saves=False)
+            result = visit(backend, input, target, weight, options, loss_dtype, gradient=None)
             return (_divided(result.loss, divisor), None, *result.accuracy)
 
         loss, _, *accuracy = numbers() if record is None else record(numbers)
@@ -115,15 +115,14 @@ def visit(
     options: LossOptions,
     loss_dtype: torch.dtype,
     *,
-    gradient: bool,
+    gradient: bool | None,
     target_gradient: bool = False,
     inplace: bool = False,
     divisor: Any = None,
-    saves: bool = True,
 ) -> Visit:
     """Run the backend's forward pass. The arguments are as in :func:`fused_cross_entropy`.
 
-    ``saves``: a backward pass may follow where no gradient is written now.
+    ``gradient``: write it; False: a backward pass may follow; None: none does.
     """
     weight = None if weight is None else in_memory(weight)
     if not target.is_floating_point():
@@ -133,15 +132,13 @@ def visit(
             gradient=gradient,
             inplace=inplace,
             divisor=divisor if gradient else None,
-            saves=saves,
         )
         return Visit(result.loss, result.accuracy, _like(result.gradient, input), None, result.saved, result.nll)
     soft = backend.soft_cross_entropy_forward(
         LossInputs(as_rows(input), as_rows(target), weight, options),
-        WantedGradients(gradient, target_gradient, inplace),
+        WantedGradients(bool(gradient), target_gradient, inplace, later=gradient is not None),
         loss_dtype=loss_dtype,
         divisor=1.0 if divisor is None else divisor,
-        saves=saves,
     )
     gradients = _like(soft.gradient, input), _like(soft.target_gradient, target)
     return Visit(soft.loss, (), *gradients, soft.saved, soft.row_loss)

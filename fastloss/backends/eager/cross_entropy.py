@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,13 +37,7 @@ __all__ = ["cross_entropy_backward", "cross_entropy_forward", "rescale"]
 
 
 def cross_entropy_forward(
-    inputs: LossInputs,
-    *,
-    loss_dtype: torch.dtype,
-    gradient: bool,
-    inplace: bool,
-    divisor: Tensor | None = None,
-    saves: bool = True,
+    inputs: LossInputs, *, loss_dtype: torch.dtype, gradient: bool | None, inplace: bool, divisor: Any = None
 ) -> Forward:
     """See :class:`fastloss.backends.contract.Backend`."""
     logits, options, rows = inputs.input, inputs.options, _Rows(inputs)

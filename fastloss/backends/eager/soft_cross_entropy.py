@@ -32,12 +32,7 @@ __all__ = ["soft_cross_entropy_backward", "soft_cross_entropy_forward"]
 
 
 def soft_cross_entropy_forward(
-    inputs: LossInputs,
-    wanted: WantedGradients,
-    *,
-    loss_dtype: torch.dtype,
-    divisor: float = 1.0,
-    saves: bool = True,
+    inputs: LossInputs, wanted: WantedGradients, *, loss_dtype: torch.dtype, divisor: float = 1.0
 ) -> SoftForward:
     """See :class:`fastloss.backends.contract.Backend`."""
     reduction, results = inputs.options.reduction, wanted.tensors(inputs)
