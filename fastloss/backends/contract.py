@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -157,7 +157,7 @@ class Backend(Protocol):
         loss_dtype: torch.dtype,
         gradient: bool | None,
         inplace: bool,
-        divisor: Tensor | None = None,
+        divisor: Any = None,
     ) -> Forward:
         """Return the loss, the accuracies and, if ``gradient``, the gradient (over the logits if ``inplace``).
 
