@@ -116,7 +116,7 @@ def test_nothing_spills_and_hot_accesses_are_wide(target: str, tmp_path: Path) -
 
 
 def test_products_taken_from_themselves_are_found_two_at_a_time() -> None:
-    """As sm_100 has them; put together of two registers, and taken apart."""
+    """Accesses of sm_100 are put together of two registers, and taken apart."""
     from benchmarks.codegen import rounding_errors
 
     packed = "mul.f32x2 %rd1, %rd2, %rd3; neg.f32x2 %rd4, %rd1; fma.rn.f32x2 %rd5, %rd2, %rd3, %rd4;"

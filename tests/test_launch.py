@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(choice.triton_version() is None, reason="needs T
 
 
 def without_gpu(cache: Path, *command: str, codes: tuple[int, ...] = (0,)) -> str:
-    """What a program prints that compiles for a GPU which is not there, and ends with one of these codes."""
+    """Return the output of a program that compiles for a GPU which is not there; it ends with one of these codes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -667,7 +667,7 @@ def test_a_step_is_not_taken_for_the_last_one(
     ids=str,
 )
 def test_state_is_freed(place: Place, how: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """As with torch: tensors that a program takes out of the state, or of the groups, are not held on to."""
+    """Tensors that a program takes out of the state or the groups are not held on to, as with torch."""
     params = [nn.Parameter(torch.ones(size, dtype=dtype, device=place.device)) for size in (300, 20000)]
     optimizer = fastloss.SGD(params, lr=0.1, momentum=0.9, **options)
     for lacks in (False, False, True, False):

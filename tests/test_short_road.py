@@ -102,7 +102,7 @@ CALLS: dict[str, dict[str, Any]] = {
 def test_a_replayed_call_has_the_bits_of_a_recorded_one(
     kernels: Place, name: str, dtype: torch.dtype, weighted: bool, topk: Any
 ) -> None:
-    """With new numbers in each call."""
+    """Each call has new numbers."""
     soft, options = name in SOFT_CALLS, CALLS[name]
     weight = torch.rand(CLASSES, device=kernels.device).to(dtype) if weighted else None
 
@@ -204,7 +204,7 @@ def test_ints_of_numpy(kernels: Place) -> None:
 
 
 def test_second_derivatives_are_of_the_call_itself(kernels: Place) -> None:
-    """Those of mixed classes read the logits, while other calls' logits are still there."""
+    """Second derivatives of mixed classes read the call's own logits while those of other calls are still there."""
     kept = []
     for _ in range(4):
         x, target = logits(kernels).requires_grad_(), (4 * logits(kernels)).softmax(1)

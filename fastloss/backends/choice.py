@@ -29,6 +29,7 @@ __all__ = [
     "reason",
     "triton_version",
     "use_backend",
+    "validates",
     "variables",
     "wanted",
 ]
@@ -87,7 +88,12 @@ def may_look(tensor: Tensor) -> bool:
 
     On a GPU that costs a synchronisation.
     """
-    return tensor.is_cpu or (_VALIDATE in variables and os.environ["FASTLOSS_VALIDATE"] not in ("", "0"))
+    return tensor.is_cpu or validates()
+
+
+def validates() -> bool:
+    """Return True if ``FASTLOSS_VALIDATE`` asks for a look at labels on a GPU."""
+    return _VALIDATE in variables and os.environ["FASTLOSS_VALIDATE"] not in ("", "0")
 
 
 def choose(tensor: Tensor) -> str:

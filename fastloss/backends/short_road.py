@@ -72,9 +72,7 @@ _TYPES = (Tensor, torch.nn.Parameter)
 # The types of options. (A tensor is equal to itself, whatever has been written to it.)
 _PLAIN = {bool, int, float, str, type(None)}
 
-_BACKEND, _VALIDATE, _SHORT_ROAD = map(
-    choice.encoded, ("FASTLOSS_BACKEND", "FASTLOSS_VALIDATE", "FASTLOSS_SHORT_ROAD")
-)
+_BACKEND, _SHORT_ROAD = map(choice.encoded, ("FASTLOSS_BACKEND", "FASTLOSS_SHORT_ROAD"))
 
 known: dict[Any, Call] = {}
 is_open = False  # calls may be recorded and replayed
@@ -155,7 +153,7 @@ def _is_watched() -> bool:
         or tracing_state() is not None
         or forward_mode_is_active()
         or saved_tensor_hooks(True) is not None
-        or (_VALIDATE in choice.variables and os.environ["FASTLOSS_VALIDATE"] not in ("", "0"))
+        or choice.validates()
         or (_SHORT_ROAD in choice.variables and os.environ["FASTLOSS_SHORT_ROAD"] == "0")
     )
 
@@ -254,7 +252,7 @@ class _Replayed(Function):
         if not (
             of_loss is None
             or upstreams[1] is not None
-            or _is_differentiable()
+            or torch.is_grad_enabled()
             or graph_is_kept()
             or transforms_are_active()
             or dispatch_mode_count()
@@ -287,9 +285,6 @@ _apply = apply_of(_Replayed)
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
     """Return what must be equal for one upstream gradient, of the loss's shape, to be taken as another was."""
     return tensor.__class__, tensor.dtype, tensor.stride(), tensor.data_ptr() & 15, tensor.is_neg()
-
-
-_is_differentiable = torch.is_grad_enabled
 
 
 def place_of(input: Any) -> Any:

@@ -289,7 +289,7 @@ class StepPlan:
 
 
 class _LastStep:
-    """What the tensors of the step before were like, to compare the next one's with.
+    """Holds the layout of the last step's tensors, to compare the next step's with it.
 
     Only gradients may lie elsewhere then. Where a tensor has been replaced by another one at the same address, with
     the same attributes, no backend can tell them apart. (A parameter's state is found by its identity.)
