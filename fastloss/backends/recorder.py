@@ -65,28 +65,28 @@ class Recorder(DispatchMode):
 
         return result
 
-    def replay(
-        self, returned: Sequence[Tensor | None], saved: Sequence[Tensor | None] = ()
-    ) -> Callable[..., Any] | None:
+    def replay(self, returned: Sequence[Tensor | None], node: Any = None) -> Callable[..., Any] | None:
         """Return a function that does the same for other tensors; None if what was recorded can't be had that way.
 
         Args:
             returned: the results of the call: allocations, parts of them, or inputs that were written over.
-            saved: tensors that a backward pass needs.
+            node: the autograd node that the call made, or None.
 
         Returns:
-            ``(stream, *inputs)`` → ``(returned, saved)``. Its docstring is its text.
+            ``(*inputs, stream)`` → the results. Beside a node it is the forward pass of an autograd function:
+            ``(ctx, *inputs, stream)`` → the results; ``ctx`` saves the tensors that the node has saved. Its docstring
+            is its text.
         """
         if self.does_more or not self.started:  # threads of the eager backend are not seen at work
             return None
         try:
-            return _Program(self).compiled(returned, saved)
+            return _Program(self).compiled(returned, node)
         except LookupError:
             return None
 
 
 class _Program:
-    """The text of a function ``(stream, *inputs)`` that allocates and starts kernels, as a recorded call did.
+    """The text of a function ``(*inputs, stream)`` that allocates and starts kernels, as a recorded call did.
 
     ``a0``, ``a1``, … are its inputs and allocations, ``shared`` the addresses of the memory that launches share, and
     ``c0``, ``c1``, … whatever is the same in each call.
@@ -105,15 +105,15 @@ class _Program:
             if tensor is not None and self.names.setdefault(_address(tensor), name) != name:
                 raise LookupError  # which of the two a kernel took can't be known
 
-    def compiled(self, returned: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> Callable[..., Any]:
+    def compiled(self, returned: Sequence[Tensor | None], node: Any) -> Callable[..., Any]:
         """Return the function."""
         shapes: dict[str, Tensor] = {}  # of allocations, as they are returned
         names = [self._result(tensor, shapes) for tensor in returned]
         # An input that was written over is returned as a tensor of its own.
         names = [f"{name}.detach()" if name.split(".")[0] in self.given else name for name in names]
-        to_save = [self._result(tensor, shapes) for tensor in saved]
+        to_save = [] if node is None else [self._result(tensor, shapes) for tensor in node.saved_tensors]
         starts = [self._start(launch, arguments) for launch, arguments in self.recorder.started]
-        lines = [f"def replay({', '.join(['stream', *self.given])}):"]
+        lines = [f"def replay({', '.join([*(() if node is None else ('ctx',)), *self.given, 'stream'])}):"]
         for name, tensor in self.allocated.items():
             lines.append(f"{name} = empty_like({self._template(shapes.get(name, tensor))})")
         if self.recorder.shared:
@@ -122,7 +122,18 @@ class _Program:
         for name, given, version in zip(self.given, self.inputs, self.recorder.versions, strict=True):
             if _version(given) != version:
                 starts.append(f"{self._constant(torch.autograd.graph.increment_version)}({name})")
-        text = "\n    ".join([*lines, *starts, f"return {_tuple(names)}, {_tuple(to_save)}"])
+        if node is not None:
+            starts += ["ctx.set_materialize_grads(False)", f"ctx.save_for_backward({', '.join(to_save)})"]
+            for name, value in vars(node).items():
+                if getattr(value, "of_each_call", False):
+                    starts.append(f"ctx.{name} = {self._constant(type(value))}(a0)")
+            constant = [n for n, tensor in enumerate(returned) if tensor is not None and tensor.grad_fn is None]
+            for number in constant:
+                starts.append(f"r{number} = {names[number]}")
+                names[number] = f"r{number}"
+            if constant:
+                starts.append(f"ctx.mark_non_differentiable({', '.join(names[number] for number in constant)})")
+        text = "\n    ".join([*lines, *starts, f"return {_tuple(names)}"])
         exec(text, self.constants)
         replay: Callable[..., Any] = self.constants["replay"]
         replay.__doc__ = text

@@ -46,7 +46,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import Function
 
 from . import choice
@@ -102,18 +102,19 @@ def serve(input: Any, target: Any, weight: Any, options: tuple[Any, ...]) -> tup
     if input.__class__ not in _TYPES or target.__class__ not in _TYPES or _is_watched():
         return None, None
     try:
-        call, stream = _known(_key(input, target, weight, options)), _stream_of(input.get_device())
+        key, stream = _key(input, target, weight, options), _stream_of(input.get_device())
+        call = known.get(key)
     except (AttributeError, RuntimeError, TypeError):  # arguments that the long road refuses, or no memory of its own
         return None, None
     if stream is None:
         return None, None
+    if call is None:
+        return None, _known(key) if _PLAIN.issuperset(map(type, options)) else None
     if call.forward is None:
         return None, call
     if call.check is not None:
         call.check(target)
-    if call.node is None:
-        return call.forward(stream, input, target, weight)[0], call
-    return _apply(input, target, (call, stream, weight)), call
+    return call.forward(input, target, weight, stream), call
 
 
 def replayed(options: tuple[Any, ...], inputs: Sequence[Tensor | None], run: Callable[[], Sequence[Any]]) -> Any:
@@ -131,7 +132,7 @@ def replayed(options: tuple[Any, ...], inputs: Sequence[Tensor | None], run: Cal
     if stream is None:
         return run()
     call = _known(key)
-    return call.recorded(inputs, run) if call.forward is None else call.forward(stream, *inputs)[0]
+    return call.recorded(inputs, run) if call.forward is None else call.forward(*inputs, stream)
 
 
 def _known(key: Any) -> Call:
@@ -160,20 +161,18 @@ def _is_watched() -> bool:
 
 def _key(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]) -> Any:
     """Return what must be equal for one call to be served by what another one left behind."""
-    types = tuple(map(type, options))
-    if not _PLAIN.issuperset(types):
-        raise TypeError
+    device = input.device
     return (
+        tuple(map(type, options)),
         options,
-        types,
-        torch.is_grad_enabled(),
-        any_autocast() and torch.is_autocast_enabled(input.device.type),
+        is_grad_enabled(),
+        any_autocast() and torch.is_autocast_enabled(device.type),
         choice.forced.get(),
         choice.variables.get(_BACKEND),
         input.shape,
         input.stride(),
         input.dtype,
-        input.device,
+        device,
         input.data_ptr() & 15,
         input.is_neg(),
         input.requires_grad,
@@ -191,18 +190,13 @@ def _key(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[An
 class Call:
     """All that the calls of one key have in common."""
 
-    __slots__ = ("attributes", "backwards", "check", "constant", "forward", "node", "own", "tries")
+    __slots__ = ("check", "forward", "texts", "tries")
 
     def __init__(self) -> None:
         self.tries = 0
         self.check: Callable[[Tensor], None] | None = None  # of the target's values, where the host may look at them
-        self.forward: Callable[..., Any] | None = None  # (stream, input, target, weight) → outputs, tensors to save
-        self.node: Any = None  # the long road's autograd function; None: no graph
-        self.attributes: dict[str, Any] = {}  # of the long road's node
-        # Attributes that differ from call to call: functions of the call's input.
-        self.own: dict[str, Callable[[Tensor], Any]] = {}
-        self.constant: Any = None  # returns those of the outputs that have no derivative
-        self.backwards: dict[Any, Callable[..., Any]] = {}  # by the kinds of the upstream gradients
+        self.forward: Callable[..., Any] | None = None  # (input, target, weight, stream) → outputs
+        self.texts: list[str] = []  # of what is replayed, for people
 
     def recorded(self, inputs: Sequence[Tensor | None], run: Callable[[], Sequence[Any]]) -> Sequence[Any]:
         """Return the outputs of ``run()``, and keep what it did, from the second call on.
@@ -217,42 +211,32 @@ class Call:
         with Recorder(inputs) as recorder:
             outputs = run()
         node = outputs[0].grad_fn
-        replay = recorder.replay(outputs, () if node is None else node.saved_tensors)
-        if replay is not None and node is not None:
-            self.node, self.attributes = node._forward_cls, dict(vars(node))
-            self.own = {k: type(v) for k, v in vars(node).items() if getattr(v, "of_each_call", False)}
-            places = [i for i, t in enumerate(outputs) if t is not None and t.grad_fn is None]
-            self.constant = (lambda outputs: [outputs[i] for i in places]) if places else None
+        replay = recorder.replay(outputs, node)
         if replay is not None:  # another thread may have recorded one
-            self.forward = replay
+            self.texts = [str(replay.__doc__)]
+            self.forward = replay if node is None else _function(replay, node, self.texts)
         return outputs
 
 
-class _Replayed(Function):
-    """(input, target, …) → the outputs of the long road's node, whose place it takes."""
+def _function(replay: Callable[..., Any], node: Any, texts: list[str]) -> Callable[..., Any]:
+    """Return ``apply`` of an autograd function: (input, target, weight, stream) → the long road's outputs.
 
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, target: Tensor, others: tuple[Call, int, Tensor | None]
-    ) -> tuple[Tensor | None, ...]:
-        call, stream, weight = others
-        outputs, saved = call.forward(stream, input, target, weight)  # type: ignore[misc]
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
-        for name, make in call.own.items():
-            setattr(ctx, name, make(input))
-        if call.constant is not None:
-            ctx.mark_non_differentiable(*call.constant(outputs))
-        return outputs  # type: ignore[no-any-return]
+    Args:
+        replay: its forward pass.
+        node: the long road's node, whose function does the backward passes that are not replayed.
+        texts: takes those of replayed backward passes.
+    """
+    function, attributes = node._forward_cls, dict(vars(node))
+    for name in [name for name, value in attributes.items() if getattr(value, "of_each_call", False)]:
+        del attributes[name]  # the forward pass makes its own
+    replays: dict[Any, Callable[..., Any]] = {}  # of backward passes, by the kinds of their upstream gradients
 
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, of_loss, saved, stream = ctx.call, upstreams[0], ctx.saved_tensors, None
+    def backward(ctx: Any, of_loss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        stream = None
         if not (
             of_loss is None
-            or upstreams[1] is not None
-            or torch.is_grad_enabled()
+            or others[0] is not None
+            or is_grad_enabled()
             or graph_is_kept()
             or transforms_are_active()
             or dispatch_mode_count()
@@ -262,24 +246,22 @@ class _Replayed(Function):
                 stream = _stream_of(of_loss.get_device())
             except (AttributeError, RuntimeError):  # a batched upstream has no memory of its own
                 pass
-        if stream is not None:
-            replay = call.backwards.get(key)
-            if replay is not None:
-                return replay(stream, of_loss, *saved)[0]  # type: ignore[no-any-return]
-        for name, value in call.attributes.items():
-            if name not in call.own:
-                setattr(ctx, name, value)
-        if stream is None or len(call.backwards) >= _MOST_UPSTREAMS:
-            return call.node.backward(ctx, *upstreams)  # type: ignore[no-any-return]
-        with Recorder((of_loss, *saved)) as recorder:
-            gradients = call.node.backward(ctx, *upstreams)
-        replay = recorder.replay((*gradients[:2], None))
-        if replay is not None:
-            call.backwards[key] = replay
+            if stream is not None and (replayed := replays.get(key)) is not None:
+                return replayed(of_loss, *ctx.saved_tensors, stream)  # type: ignore[no-any-return]
+        for name, value in attributes.items():
+            setattr(ctx, name, value)
+        if stream is None or len(replays) >= _MOST_UPSTREAMS:
+            return function.backward(ctx, of_loss, *others)  # type: ignore[no-any-return]
+        with Recorder((of_loss, *ctx.saved_tensors)) as recorder:
+            gradients = function.backward(ctx, of_loss, *others)
+        recorded = recorder.replay((*gradients[:2], None, None))
+        if recorded is not None:
+            replays[key] = recorded
+            texts.append(str(recorded.__doc__))
         return gradients  # type: ignore[no-any-return]
 
-
-_apply = apply_of(_Replayed)
+    methods = {"forward": staticmethod(replay), "backward": staticmethod(backward)}
+    return apply_of(type(function.__name__, (Function,), methods))
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
