@@ -42,6 +42,7 @@ _REDUCTIONS = ("none", "mean", "sum")
 LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 # x / softcap must be a normal number of float32, as small as logits may be.
 _MOST_SOFTCAP = 1e30
+_MOST_CLASSES = (1 << 63) - 1  # that a tensor can have
 
 
 def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, *, look: bool) -> None:
@@ -322,7 +323,7 @@ def checked_topk(topk: int | Sequence[int]) -> tuple[int, ...]:
     for k in ks:
         if k < 1:
             raise ValueError(f"fastloss: topk holds {k}; expected every k to be at least 1")
-    return ks
+    return tuple(min(k, _MOST_CLASSES) for k in ks)
 
 
 def check_switches(**switches: object) -> None:

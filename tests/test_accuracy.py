@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
-from fastloss import LossAndAccuracy, accuracy, cross_entropy, cross_entropy_with_accuracy
+from fastloss import Accuracy, LossAndAccuracy, accuracy, cross_entropy, cross_entropy_with_accuracy
 
 KS = (1, 2, 5, 64)
 
@@ -205,6 +205,17 @@ class Labels(torch.Tensor):
 
 class Scores(torch.Tensor):
     """A second subclass, which does not know the first."""
+
+
+@pytest.mark.parametrize("topk", [1 << 31, 1 << 63, 10**30])
+def test_every_row_is_right_at_a_k_of_any_size(place: Place, topk: int) -> None:
+    x, y = torch.randn(6, 7, device=place.device), torch.randint(7, (6,), device=place.device)
+    for values in (accuracy(x, y, (1, topk)), cross_entropy_with_accuracy(x, y, topk=(1, topk)).accuracy):
+        assert values[0] == (x.argmax(1) == y).float().mean()
+        assert values[1] == 1.0
+    metric = Accuracy(topk)
+    metric.update(x, y)
+    assert metric.compute() == 1.0
 
 
 @pytest.mark.parametrize("topk", [1, (1, 2)])
