@@ -23,6 +23,7 @@ __all__ = [
     "check_logits",
     "check_no_gradient",
     "check_soft_target",
+    "check_strided",
     "check_switches",
     "check_tensors",
     "check_weight",
@@ -74,6 +75,9 @@ def check_dense_target(input: Tensor, target: Tensor, *, whole: bool) -> None:
 
     Floating-point targets are class probabilities in any shape. ``whole``: ``input`` has all classes.
     """
+    check_strided(target=target)
+    if target.is_complex() or (target.is_floating_point() and target.dtype.itemsize < 2):
+        raise RuntimeError(f"fastloss: target has dtype {target.dtype}; expected one-hot rows or class probabilities")
     if target.is_floating_point():
         return
     if input.dim() == 1 or (whole and input.shape[1] == 1):
@@ -106,6 +110,7 @@ def check_logits(input: object) -> None:
         raise NotImplementedError(
             f"fastloss: input has dtype {input.dtype}; expected float16, bfloat16, float32 or float64"
         )
+    check_strided(input=input)
     if input.dim() == 0:
         raise RuntimeError(
             "fastloss: input has no dimensions; expected logits of shape (C,), (N, C) or (N, C, d1, ...)"
@@ -166,6 +171,8 @@ def _number(value: object, name: str) -> float:
         if isinstance(value, str):
             raise TypeError
         return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        raise ValueError(f"fastloss: {name} is an int too large for a float; expected a number") from None
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"fastloss: {name} is {value!r}; expected a number") from None
 
@@ -212,10 +219,12 @@ def check_weight_dtype(input: Tensor, weight: object) -> None:
 
 
 def check_strided(**tensors: object) -> None:
-    """Check that none of the tensors is sparse."""
+    """Check that none of the tensors is sparse or nested."""
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
             raise RuntimeError(f"fastloss: {name} has layout {tensor.layout}; expected {torch.strided}")
+        if isinstance(tensor, Tensor) and tensor.is_nested:
+            raise RuntimeError(f"fastloss: {name} is a nested tensor; expected one with a shape")
 
 
 def check_no_gradient(weight: object) -> None:
@@ -243,6 +252,7 @@ def check_soft_target(input: Tensor, target: Tensor, weight: object, ignore_inde
 
 def _check_beside(input: Tensor, target: Tensor, weight: object) -> None:
     """Check that ``target`` and ``weight`` are on ``input``'s device, and that there is a weight for each class."""
+    check_strided(target=target)
     if target.device != input.device:
         raise RuntimeError(f"fastloss: target is on {target.device}; expected {input.device}, where input is")
     check_weight(input, weight)
@@ -255,6 +265,7 @@ def check_weight(input: Tensor, weight: object) -> None:
         return
     if not isinstance(weight, Tensor):
         raise TypeError(f"fastloss: weight must be a Tensor or None, got {type(weight).__name__}")
+    check_strided(weight=weight)
     if tuple(weight.shape) != (classes,):
         raise RuntimeError(
             f"fastloss: weight has shape {tuple(weight.shape)}; expected one weight for each class: ({classes},)"
@@ -313,7 +324,8 @@ def is_autocast(input: Tensor) -> bool:
 
 def checked_topk(topk: int | Sequence[int]) -> tuple[int, ...]:
     """Return ``topk``, an int or a sequence of ints of at least 1, as a tuple."""
-    given = tuple(topk) if isinstance(topk, Sequence) else (topk,)
+    several = isinstance(topk, Sequence) and not isinstance(topk, str | bytes)
+    given: tuple[Any, ...] = tuple(topk) if several else (topk,)  # type: ignore[arg-type]
     try:
         if any(isinstance(k, bool) for k in given):  # meant for another argument
             raise TypeError

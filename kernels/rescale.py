@@ -37,7 +37,7 @@ def rescale(gradient: Tensor, factor: Tensor, *, inplace: bool) -> Tensor:
 
 @triton.jit
 def _rescale_kernel(gradient_ptr, factor_ptr, n, BLOCK: tl.constexpr):
-    """g ← g · factor. Reads the factor alone if it is 1; else reads and writes g once."""
+    """Multiply in place: g ← g · factor. Reads the factor alone if it is 1; else reads and writes g once."""
     factor = tl.load(factor_ptr)
     if factor != 1.0:
         for start in tl.range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):

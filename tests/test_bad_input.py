@@ -605,3 +605,43 @@ def test_in_place_over_windows(place: Place) -> None:
         fastloss.cross_entropy(windows, torch.zeros(9, device=place.device).long(), inplace=True)
     apart = (torch.randn(12, device=place.device).requires_grad_() * 1).unfold(0, 4, 4)
     fastloss.cross_entropy(apart, torch.zeros(3, device=place.device).long(), inplace=True).backward()
+
+
+SPARSE = {
+    "input": (lambda **given: {**given, "input": given["input"].to_sparse()}),
+    "target": (lambda **given: {**given, "target": given["target"].to_sparse()}),
+    "nested input": (lambda **given: {**given, "input": torch.nested.nested_tensor(list(given["input"]))}),
+}
+
+
+@pytest.mark.parametrize("function", [cross_entropy, accuracy, fastloss.cross_entropy_with_statistics])
+@pytest.mark.parametrize("name", list(SPARSE))
+def test_sparse_and_nested_tensors(place: Place, function: Callable[..., Any], name: str) -> None:
+    given = SPARSE[name](input=torch.randn(4, 7), target=ints(0, 1, 2, 6))
+    with pytest.raises(RuntimeError, match=f"{name.split()[-1]} (has layout torch.sparse_coo|is a nested tensor)"):
+        function(**given)
+
+
+def test_sparse_class_weights(place: Place) -> None:
+    weight = torch.ones(7).to_sparse()
+    for function in (cross_entropy, fastloss.cross_entropy_with_statistics):
+        with pytest.raises(RuntimeError, match=r"weight has layout torch.sparse_coo; expected torch.strided"):
+            function(torch.randn(4, 7), ints(0, 1, 2, 6), weight)
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "lse_square_scale", "softcap"])
+def test_ints_that_no_float_holds(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is an int too large for a float"):
+        cross_entropy(torch.randn(4, 7), ints(0, 1, 2, 6), **{name: 10**400})
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_dense_targets_of_accuracy_in_odd_dtypes(place: Place, dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match=f"target has dtype {dtype}"):
+        accuracy(torch.randn(4, 7), torch.ones(4, 7).to(dtype))
+
+
+@pytest.mark.parametrize("topk", ["", "1", b"\x01\x02"])
+def test_text_is_no_topk(topk: Any) -> None:
+    with pytest.raises(TypeError, match="topk is"):
+        accuracy(torch.randn(4, 7), ints(0, 1, 2, 6), topk)

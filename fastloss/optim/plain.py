@@ -39,7 +39,7 @@ def norm(grad: Tensor) -> Tensor:
 
 
 def unscale(grad: Tensor, grad_scale: Tensor) -> None:
-    """g ← g / grad_scale, in float32 and rounded once."""
+    """Divide a gradient by the loss scale in place: g ← g / grad_scale, in float32 and rounded once."""
     values = sparse_values(grad) if grad.is_sparse else grad
     if values.is_complex():
         values = torch.view_as_real(values.conj() if values.is_conj() else values)  # the factor is real
@@ -114,7 +114,7 @@ def step(
 
 
 def _add(tensor: Tensor, other: Tensor, factor: float) -> Tensor:
-    """tensor ← tensor + factor · other, in place.
+    """Add in place: tensor ← tensor + factor · other.
 
     On a CPU torch adds a sparse tensor without dense dimensions to memory at twice the storage offset of the other.
     """
