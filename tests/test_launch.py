@@ -140,4 +140,5 @@ def test_the_host_side_of_a_step_is_timed(tmp_path: Path) -> None:
     _, _, *lines, last = without_gpu(tmp_path, "benchmarks.sgd", *options).splitlines()
     assert [line.split(":")[0] for line in lines] == ["resnet50", "large", "small"]
     assert all("us a tensor" in line and line.endswith("where gradients have moved") for line in lines)
+    assert all(re.search(r"  fused=True +\d+\.\d{3} ratio +\d+\.\d{3}  ", line) for line in lines)
     assert last.startswith("0 bars missed")
