@@ -525,6 +525,68 @@ def test_gradients_that_come_and_go(
     assert len(plans) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(40,), (5, 8)], ids=str)
+@pytest.mark.parametrize("groups", [1, 20])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum_dtype": torch.float32}, {"master_weights": True}, {"kahan_sum": True}, {"max_norm": 20.0}],
+    ids=str,
+)
+def test_some_gradients_of_small_tensors_in_16_bits(
+    dtype: torch.dtype, shape: tuple[int, ...], groups: int, options: dict[str, Any]
+) -> None:
+    """No less exact than torch's own step, beside float64; what has no gradient stays, its buffers too."""
+    count, rates, generator = 60, {"momentum": 0.9, "weight_decay": 0.01}, torch.Generator().manual_seed(3)
+    values = [torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
+    ours, theirs, exact = (
+        [nn.Parameter(value.to(wide, copy=True)) for value in values] for wide in (dtype, dtype, torch.float64)
+    )
+
+    def grouped(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+        return [{"params": params[i::groups], "lr": 0.1 + 0.01 * i} for i in range(groups)]
+
+    optimizer = fastloss.SGD(grouped(ours), **rates, **options)
+    others = torch.optim.SGD(grouped(theirs), foreach=True, **rates), torch.optim.SGD(grouped(exact), **rates)
+    for step in range(12):
+        present = [step == 0 or bool(torch.rand((), generator=generator) < 0.7) for _ in range(count)]
+        for param, other, wide, has in zip(ours, theirs, exact, present, strict=True):
+            grad = torch.randn(shape, generator=generator).to(dtype) if has else None
+            param.grad = grad
+            other.grad = grad if grad is None else grad.clone()
+            wide.grad = grad if grad is None else grad.double()
+        before = [[tensor.clone() for tensor in (p, *optimizer.state[p].values())] for p in ours if p.grad is None]
+        if "max_norm" in options:
+            for params in (theirs, exact):
+                torch.nn.utils.clip_grad_norm_(params, options["max_norm"])
+        optimizer.step()
+        for other in others:
+            other.step()
+        after = [[p, *optimizer.state[p].values()] for p in ours if p.grad is None]
+        for old, new in zip(before, after, strict=True):
+            assert all(map(torch.equal, old, new))
+
+    def error(params: list[nn.Parameter]) -> float:
+        return sum(float((p.detach().double() - e).square().sum()) for p, e in zip(params, exact, strict=True)) ** 0.5
+
+    assert error(ours) <= 1.01 * error(theirs)  # both round the parameters
+
+
+def test_each_group_has_its_own_momentum_dtype() -> None:
+    params = [nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in ((8,), (4, 3), (8,))]
+    groups = [
+        {"params": [param], "momentum_dtype": dtype}
+        for param, dtype in zip(params, (None, torch.float32, None), strict=True)
+    ]
+    optimizer = fastloss.SGD(groups, lr=0.1, momentum=0.9)
+    for absent in (None, 1, 0, None):
+        for i, param in enumerate(params):
+            param.grad = None if i == absent else torch.ones_like(param)
+        optimizer.step()
+        dtypes = [optimizer.state[param]["momentum_buffer"].dtype for param in params]
+        assert dtypes == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
 def test_a_gradient_comes_back_in_another_layout(place: Place) -> None:
     """A step without a gradient starts fewer programs; tables that are laid out after it need all of them."""
     ours, theirs = ([nn.Parameter(torch.ones(6, 4, device=place.device)) for _ in range(3)] for _ in range(2))

@@ -62,6 +62,8 @@ class SGDBatch:
     # True if only addresses changed since the last step: parameters and buffers are the same tensors; they and the
     # gradients have the same dtypes, sizes, strides and flags; and the parameters' addresses are the same.
     unchanged: bool = False
+    # True if all of that holds but for the gradients.
+    settled: bool = False
     # True if some of the step's gradients are None: their parameters and buffers stay as they are.
     incomplete: bool = False
     # Of stochastic rounding: int64 (1,), on the batch's device, advanced by each use. None: torch's generator.

@@ -103,7 +103,7 @@ class Repeat:
             if not plan.is_like_before(params, optimizer.state, grads) or not all(map(_may_start, self._ready)):
                 return False
             for batch, start in zip(plan.batches, self._starts, strict=True):
-                batch.tensors.unchanged = True
+                batch.tensors.unchanged = batch.tensors.settled = True
                 start(batch.take(grads))
         finally:
             plan.release()

@@ -182,21 +182,27 @@ class StepPlan:
         """Return whether everything is as it was when the plan was made; then the batches have their tensors."""
         if self.settings != settings or not self._fetch(params, state):
             return False
-        unchanged = self.last_step is not None and self.last_step.is_like(self, grads)
+        last = self.last_step
+        if last is not None and not last.has_tensors(self):
+            last = self.last_step = None
+        unchanged = last is not None and last.has_gradients(grads)
         self.repeat = self.repeat if unchanged else None
         for batch in self.batches:
-            batch.tensors.unchanged = unchanged
+            batch.tensors.unchanged, batch.tensors.settled = unchanged, last is not None
         if unchanged:
             self._set_complete(grads, True)
             return True
-        self.last_step = None
         layouts = layouts_of(grads)
         complete = self.layouts == layouts
         self._set_complete(grads, complete)
+        if not complete and self.layouts != [new or old for new, old in zip(layouts, self.layouts, strict=True)]:
+            return False
+        if last is not None:
+            last.forget_gradients()
+            return True
         stored = self._stored()
         return (
-            (complete or all(new is None or new == old for new, old in zip(layouts, self.layouts, strict=True)))
-            and self.params.are_of(params)
+            self.params.are_of(params)
             and self.buffers.are_of(self._buffers())
             and self._buffer_attributes() == self.buffer_attributes
             and self.addresses.are_of(stored)
@@ -206,7 +212,10 @@ class StepPlan:
 
     def is_like_before(self, params: list[Tensor], state: dict[Any, Any], grads: list[Tensor | None]) -> bool:
         """Return whether only the gradients' addresses may differ from the last step's, with all gradients there."""
-        return self.last_step is not None and self._fetch(params, state) and self.last_step.is_like(self, grads)
+        last = self.last_step
+        return (
+            last is not None and self._fetch(params, state) and last.has_gradients(grads) and last.has_tensors(self)
+        )
 
     def release(self) -> None:
         """Let go of the tensors, at the end of a step."""
@@ -216,9 +225,11 @@ class StepPlan:
     def finish_step(self, grads: list[Tensor | None]) -> None:
         """Let the next step be compared with this one, which was carried out with these gradients."""
         # (The shards of DTensors' gradients are other tensors in every step.)
-        if self.last_step is None and self.batches and self.complete and not self.sharded and not self.plain:
+        if self.batches and not self.sharded and not self.plain:
             with contextlib.suppress(TypeError):  # a torch without guards
-                self.last_step = _LastStep(self, grads)
+                self.last_step = self.last_step or _LastStep(self)
+                if self.complete:
+                    self.last_step.store_gradients(grads)
 
     def _fetch(self, params: list[Any], state: dict[Any, Any]) -> bool:
         """Put the tensors of this step into the batches; return False if parameters or states have come or gone."""
@@ -295,25 +306,37 @@ class _LastStep:
     the same attributes, no backend can tell them apart. (A parameter's state is found by its identity.)
     """
 
-    def __init__(self, plan: StepPlan, grads: list[Tensor | None]) -> None:
-        batched = [i for batch in plan.batches for i in batch.indices]
-        self._batched = None if batched == list(range(len(grads))) else batched  # None: all, as they come
-        self._others = sorted(set(range(len(grads))).difference(batched))  # no gradient
+    def __init__(self, plan: StepPlan) -> None:
+        count, batched = len(plan.group_of), [i for batch in plan.batches for i in batch.indices]
+        self._batched = None if batched == list(range(count)) else batched  # None: all, as they come
+        self._others = sorted(set(range(count)).difference(batched))  # no gradient
         self._with_buffers = any(batch.backend == "triton" for batch in plan.batches)  # whose tables have addresses
         stored, tensors = self._tensors(plan)
         self._addresses = Addresses(tensors if self._with_buffers else stored)
         self._tensors_are_alike = tensor_guard(tensors)
-        self._grads_are_alike = tensor_guard(self._of_batches(grads))
+        self._grads_are_alike: Callable[..., bool] | None = None
 
-    def is_like(self, plan: StepPlan, grads: list[Tensor | None]) -> bool:
-        """Return whether nothing has changed since."""
-        stored, tensors = self._tensors(plan)
+    def store_gradients(self, grads: list[Any]) -> None:
+        """Let gradients be compared with these, unless there are others that they are like."""
+        if self._grads_are_alike is None:
+            self._grads_are_alike = tensor_guard(self._of_batches(grads))
+
+    def forget_gradients(self) -> None:
+        """Let no gradients be like those before."""
+        self._grads_are_alike = None
+
+    def has_gradients(self, grads: list[Any]) -> bool:
+        """Return whether the last step had gradients like these, all of them."""
         return (
-            self._grads_are_alike(*self._of_batches(grads))
+            self._grads_are_alike is not None
+            and self._grads_are_alike(*self._of_batches(grads))
             and not (self._others and any(grads[i] is not None for i in self._others))
-            and self._tensors_are_alike(*tensors)
-            and self._addresses.are_of(tensors if self._with_buffers else stored)
         )
+
+    def has_tensors(self, plan: StepPlan) -> bool:
+        """Return whether parameters and buffers are like those of the last step, where they were."""
+        stored, tensors = self._tensors(plan)
+        return self._tensors_are_alike(*tensors) and self._addresses.are_of(tensors if self._with_buffers else stored)
 
     @staticmethod
     def _tensors(plan: StepPlan) -> tuple[list[Tensor], tuple[Tensor, ...]]:

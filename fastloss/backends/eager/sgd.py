@@ -54,16 +54,15 @@ _ALL = slice(None)
 _NUMBER_TYPES = {float, int, bool}
 
 _bytes_of = operator.attrgetter("nbytes")
+_dtype_of = operator.attrgetter("dtype")
 
 
 def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
     """See :class:`fastloss.backends.contract.Backend`."""
-    if batch.incomplete:
-        batch, grads = _present(batch, grads)
     wide = compute_dtype(batch.params[0].dtype)
-    for part in _parts(batch):
+    for part in _parts(batch, grads):
         if part.flat is not None:
-            squares += _squares(part.flat.gather(batch, _chosen(grads, part.flat.indices), wide), wide)
+            squares += _squares(part.flat.gather_gradients(batch, grads, wide), batch)
         if part.small is not None:
             chosen = _chosen(grads, part.small.indices)
             widest = torch.float64 if any(grad.dtype == torch.float64 for grad in chosen) else wide
@@ -72,14 +71,15 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
         for i in part.pieced + (part.large.indices if part.large is not None else []):
             grad = grads[i]
             dense = grad.as_strided((grad.numel(),), (1,)) if _is_dense(grad) else grad.reshape(-1)
-            squares += _squares(dense, wide)
+            squares += _squares(dense, batch)
 
 
-def _squares(flat: Tensor, wide: torch.dtype) -> Tensor:
+def _squares(flat: Tensor, batch: SGDBatch) -> Tensor:
     """Return Σ g², float64, by norms of short pieces: over 10⁷ numbers torch's norm loses 3 of float32's 7 digits."""
+    wide = compute_dtype(batch.params[0].dtype)
     if flat.dtype != wide:
-        pieces = [_squares(flat[start : start + _PIECE].to(wide), wide) for start in range(0, flat.numel(), _PIECE)]
-        return torch.stack(pieces).sum()
+        pieces = (_in_dtype(batch, "grads", piece, wide) for piece in flat.split(_PIECE))
+        return torch.stack([_squares(piece, batch) for piece in pieces]).sum()
     whole = flat.numel() // _NORM_PIECE * _NORM_PIECE
     norms = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_PIECE), dim=1)
     rest = torch.linalg.vector_norm(flat[whole:])
@@ -90,12 +90,10 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
     """See :class:`fastloss.backends.contract.Backend`."""
     if controls.found_inf is not None and controls.found_inf.item() != 0:
         return
-    if batch.incomplete:
-        batch, grads = _present(batch, grads)
     if controls.grad_scale is not None:
-        _unscale(grads, controls.grad_scale)
+        _unscale([grad for grad in grads if grad is not None], controls.grad_scale)
     clip = _clip_factor(controls)
-    for part in _parts(batch):
+    for part in _parts(batch, grads):
         if part.flat is not None:
             _step_flat(batch, part.flat, grads, rules, clip, first=part.first)
             continue
@@ -109,7 +107,7 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
         for i in part.pieced:
             _step_by_pieces(batch, i, _laid_out_as(batch.params[i], grads[i]), rule, clip, first=part.first)
     for i, flags in batch.begun.items():
-        if batch.momentum[i] is not None:
+        if batch.momentum[i] is not None and grads[i] is not None:
             flags.fill_(1)
 
 
@@ -143,7 +141,9 @@ class _Flat:
     numels: list[int]  # of the parameters
     rules: list[int]  # of the parameters, those of one rule side by side
     gathered: bool = False  # the buffers lie elsewhere, and each step works on copies
-    rooms: dict[tuple[str, torch.dtype], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+    rooms: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+    cuts: dict[tuple[str, torch.dtype], list[Tensor]] = field(default_factory=dict)  # views of rooms
+    rooms_of_chosen: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(batch: SGDBatch, indices: list[int]) -> _Flat:
@@ -157,14 +157,31 @@ class _Flat:
         rules = [batch.rules[i] for i in indices]
         return _Flat(indices, kinds, list(map(Addresses, buffers)), vectors, numels, rules, gathered)
 
-    def chosen(self, number_of: dict[int, int]) -> _Flat | None:
-        """Return some of the tensors, for one step; ``number_of`` has their new numbers."""
-        places = [place for place, i in enumerate(self.indices) if i in number_of]
-        if not places:
-            return None
-        numels, rules = [self.numels[place] for place in places], [self.rules[place] for place in places]
-        numbers = [number_of[self.indices[place]] for place in places]
-        return _Flat(numbers, self.kinds, [], self.vectors, numels, rules, gathered=True)
+    def chosen(self, grads: list[Any]) -> _Flat | None:
+        """Return those of the tensors that have gradients, for one step."""
+        places = _present(self.indices, grads)
+        if not places or len(places) == len(self.indices):
+            return self if places else None
+        runs, present = [0], False
+        for i, numel in zip(self.indices, self.numels, strict=True):
+            if (grads[i] is not None) is present:
+                runs[-1] += numel
+            else:
+                runs.append(numel)
+                present = not present
+        return _ChosenFlat(
+            [self.indices[place] for place in places],
+            self.kinds,
+            [],
+            self.vectors,
+            [self.numels[place] for place in places],
+            [self.rules[place] for place in places],
+            gathered=True,
+            rooms=self.rooms_of_chosen,
+            whole=self,
+            places=places,
+            runs=runs,
+        )
 
     def params(self, batch: SGDBatch) -> list[Tensor]:
         return _chosen(batch.params, self.indices)
@@ -181,49 +198,121 @@ class _Flat:
         if kind not in self.kinds:
             return None
         buffers: list[Tensor] = _chosen(getattr(batch, kind), self.indices)
-        return _flattened(buffers) if self.gathered else buffers[0].as_strided((sum(self.numels),), (1,))
+        if not self.gathered:
+            return buffers[0].as_strided((self.numel,), (1,))
+        return self.gather(batch, kind, buffers, buffers[0].dtype, buffers[0].dtype)
 
-    def put_back(self, batch: SGDBatch, buffers: dict[str, Tensor | None]) -> None:
-        """Write what has been gathered to the buffers."""
+    def put_back(self, batch: SGDBatch) -> None:
+        """Write what has been copied to the buffers."""
         for kind in self.kinds if self.gathered else ():
-            flat, params = buffers[kind], self.params(batch)
-            assert flat is not None
-            foreach_copy_(_chosen(getattr(batch, kind), self.indices), _views(flat, params))
+            buffers = _chosen(getattr(batch, kind), self.indices)
+            foreach_copy_(buffers, self.views(batch, kind, buffers[0].dtype))
+
+    @functools.cached_property
+    def numel(self) -> int:
+        """The elements of all of the parameters."""
+        return sum(self.numels)
 
     @functools.cached_property
     def spans(self) -> list[tuple[int, int]]:
         """The rules, and how many elements are stepped by each."""
+        if len(set(self.rules)) == 1:
+            return [(self.rules[0], self.numel)]
         lengths: dict[int, int] = {}
         for rule, numel in zip(self.rules, self.numels, strict=True):
             lengths[rule] = lengths.get(rule, 0) + numel
         return list(lengths.items())
 
-    def gather(self, batch: SGDBatch, tensors: list[Tensor], dtype: torch.dtype, name: str = "grads") -> Tensor:
-        """Return the tensors side by side, in ``dtype``."""
-        if list(map(Tensor.numel, tensors)) != self.numels:
-            check_gradients(self.params(batch), tensors)
-        flat, views = self.room(batch, name, dtype)
+    def gather_gradients(self, batch: SGDBatch, grads: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the gradients side by side, in ``dtype``."""
+        params, chosen = self.params(batch), _chosen(grads, self.indices)
+        if list(map(Tensor.numel, chosen)) != self.numels:
+            check_gradients(params, chosen)
+        dtypes = set(map(_dtype_of, chosen))
+        return self.gather(batch, "grads", chosen, dtypes.pop() if len(dtypes) == 1 else dtype, dtype)
+
+    def gather(
+        self, batch: SGDBatch, name: str, tensors: list[Tensor], given: torch.dtype, dtype: torch.dtype
+    ) -> Tensor:
+        """Return tensors of the dtype ``given``, or of several, side by side in ``dtype``."""
+        flat = self.room(batch, name, dtype)
         with torch.inference_mode():  # costs a fifth less than no_grad
-            if self.vectors:
+            if not self.vectors:
+                self.gather_shapes(batch, name, tensors, dtype)
+            elif given == dtype:
                 torch.cat(tensors, out=flat)  # half of the time of the other
-            else:
-                foreach_copy_(views, tensors)
+            else:  # to convert them one by one would take ten times as long
+                flat.copy_(torch.cat(tensors, out=self.room(batch, name, given)))
         return flat
 
-    def scatter(self, batch: SGDBatch, views: list[Tensor]) -> None:
-        """Write to the parameters."""
-        params = self.params(batch)
+    def gather_shapes(self, batch: SGDBatch, name: str, tensors: list[Tensor], dtype: torch.dtype) -> None:
+        """Copy tensors of any shapes to a room."""
+        foreach_copy_(self.views(batch, name, dtype), tensors)
+
+    def scatter(self, batch: SGDBatch, dtype: torch.dtype) -> None:
+        """Write to the parameters what has been gathered of them in ``dtype``."""
+        params, views = self.params(batch), self.views(batch, "params", dtype)
         with torch.inference_mode():
             foreach_copy_(params, views)
         torch.autograd.graph.increment_version(params)  # which that mode does not
 
-    def room(self, batch: SGDBatch, name: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """Return a flat buffer for all parameters, and its parts in their shapes; the same in every step."""
-        if (name, dtype) not in self.rooms:
-            params = self.params(batch)
-            flat = torch.empty(sum(self.numels), dtype=dtype, device=params[0].device)
-            self.rooms[name, dtype] = flat, _views(flat, params)
-        return self.rooms[name, dtype]
+    def room(self, batch: SGDBatch, name: str, dtype: torch.dtype) -> Tensor:
+        """Return a flat buffer for all parameters: the same memory in every step."""
+        room = self.rooms.get((name, dtype))
+        if room is None or room.numel() < self.numel:
+            self.cuts.clear()
+            room = self.rooms[name, dtype] = torch.empty(self.numel, dtype=dtype, device=batch.params[0].device)
+        return room[: self.numel]
+
+    def views(self, batch: SGDBatch, name: str, dtype: torch.dtype) -> list[Tensor]:
+        """Return the parts of a room in the parameters' shapes."""
+        if (name, dtype) not in self.cuts:
+            room = self.room(batch, name, dtype)
+            self.cuts[name, dtype] = list(
+                room.split(self.numels) if self.vectors else unflatten(room, self.params(batch))
+            )
+        return self.cuts[name, dtype]
+
+
+@dataclass(eq=False, kw_only=True)
+class _ChosenFlat(_Flat):
+    """Those of a flat's tensors that have gradients in a step, which works on copies.
+
+    Nothing is made for each of them: neighbours are copied together, between their own flat buffers and the whole's.
+    """
+
+    whole: _Flat
+    places: list[int]  # of the tensors in the whole
+    runs: list[int]  # elements of tensors without gradients, of neighbours that have them, and so on in turn
+    memory: dict[str, list[Tensor]] = field(default_factory=dict)  # of neighbours' buffers
+
+    def buffer(self, batch: SGDBatch, kind: str) -> Tensor | None:
+        whole = None if self.whole.gathered else self.whole.buffer(batch, kind)
+        if whole is None:
+            return super().buffer(batch, kind)
+        stretches = self.memory[kind] = self.stretches(whole)
+        return torch.cat(stretches, out=self.room(batch, kind, whole.dtype))
+
+    def put_back(self, batch: SGDBatch) -> None:
+        if self.whole.gathered:
+            super().put_back(batch)
+        for kind, stretches in self.memory.items():
+            foreach_copy_(stretches, self.pieces(self.room(batch, kind, stretches[0].dtype)))
+
+    def gather_shapes(self, batch: SGDBatch, name: str, tensors: list[Tensor], dtype: torch.dtype) -> None:
+        self.room(batch, name, dtype).copy_(flatten(tensors))
+
+    def views(self, batch: SGDBatch, name: str, dtype: torch.dtype) -> list[Tensor]:
+        """Return the parts of a room, copied to the whole's."""
+        whole, views = self.whole.room(batch, name, dtype), self.whole.views(batch, name, dtype)
+        foreach_copy_(self.stretches(whole), self.pieces(self.room(batch, name, dtype)))
+        return [views[place] for place in self.places]
+
+    def stretches(self, whole: Tensor) -> list[Tensor]:
+        return list(whole.split(self.runs))[1::2]
+
+    def pieces(self, room: Tensor) -> list[Tensor]:
+        return list(room.split(self.runs[1::2]))
 
 
 @dataclass(eq=False)
@@ -242,13 +331,13 @@ class _Direct:
         contiguous, has_momentum = all(map(Tensor.is_contiguous, params)), batch.momentum[indices[0]] is not None
         return _Direct(indices, has_momentum, contiguous, list(map(_bytes_of, params)))
 
-    def chosen(self, number_of: dict[int, int]) -> _Direct | None:
-        """Return some of the tensors, for one step; ``number_of`` has their new numbers."""
-        places = [place for place, i in enumerate(self.indices) if i in number_of]
+    def chosen(self, grads: list[Any]) -> _Direct | None:
+        """Return those of the tensors that have gradients, for one step."""
+        places = _present(self.indices, grads)
         if not places:
             return None
-        numbers = [number_of[self.indices[place]] for place in places]
-        return _Direct(numbers, self.has_momentum, self.contiguous, [self.nbytes[place] for place in places])
+        indices, nbytes = ([values[i] for i in places] for values in (self.indices, self.nbytes))
+        return _Direct(indices, self.has_momentum, self.contiguous, nbytes)
 
     def params(self, batch: SGDBatch) -> list[Tensor]:
         return _chosen(batch.params, self.indices)
@@ -328,15 +417,15 @@ class _Part:
             _strides(batch, strided),
         )
 
-    def chosen(self, number_of: dict[int, int]) -> _Part:
-        """Return the part with some of its tensors, for one step; ``number_of`` has their new numbers."""
+    def chosen(self, grads: list[Any]) -> _Part:
+        """Return the part with those of its tensors that have gradients, for one step."""
         return _Part(
             self.rule,
             self.first,
-            None if self.small is None else self.small.chosen(number_of),
-            None if self.large is None else self.large.chosen(number_of),
-            None if self.flat is None else self.flat.chosen(number_of),
-            [number_of[i] for i in self.pieced if i in number_of],
+            None if self.small is None else self.small.chosen(grads),
+            None if self.large is None else self.large.chosen(grads),
+            None if self.flat is None else self.flat.chosen(grads),
+            [i for i in self.pieced if grads[i] is not None],
             [],
             [],
         )
@@ -344,7 +433,7 @@ class _Part:
     def holds(self, batch: SGDBatch) -> bool:
         """Return whether everything is where it was; a program may have moved buffers to another device and back."""
         return (self.flat is None or self.flat.lies_still(batch)) and (
-            batch.unchanged or _strides(batch, self.strided) == self.strides
+            batch.settled or _strides(batch, self.strided) == self.strides
         )
 
 
@@ -354,17 +443,22 @@ def _strides(batch: SGDBatch, indices: list[int]) -> list[tuple[int, ...]]:
     return [tensor.stride() for values in lists for i in indices if (tensor := values[i]) is not None]
 
 
-def _parts(batch: SGDBatch) -> list[_Part]:
+def _parts(batch: SGDBatch, grads: list[Any]) -> list[_Part]:
     """Return the parts in which the tensors are stepped: those of the step before, if nothing has changed."""
     first = {i for i, flags in batch.begun.items() if not flags.any()} if batch.begun else set()
     parts: list[_Part] = batch.memory.get("parts", [])
     holds = parts and batch.memory["first"] == first and all(part.holds(batch) for part in parts)
-    if not holds:
+    dtypes = (
+        batch.memory["dtypes"]
+        if holds and batch.settled
+        else [None if m is None else m.dtype for m in batch.momentum]
+    )
+    if not holds or batch.memory["dtypes"] != dtypes:
         together: dict[tuple[int, bool], list[int]] = defaultdict(list)
         for i, (param, number) in enumerate(zip(batch.params, batch.rules, strict=True)):
             if param.numel():
                 together[number, i in first].append(i)
-        flats: dict[tuple[bool, bool], list[int]] = defaultdict(list)
+        flats: dict[tuple[bool, torch.dtype | None], list[int]] = defaultdict(list)
         parts = []
         for (rule, begins), indices in together.items():
             flat: list[int] = []
@@ -372,46 +466,26 @@ def _parts(batch: SGDBatch) -> list[_Part]:
             if len(flat) < len(indices):
                 parts.append(part)
             for i in flat:
-                flats[begins, batch.momentum[i] is None].append(i)
+                momentum = batch.momentum[i]
+                flats[begins, None if momentum is None else momentum.dtype].append(i)
         for (begins, _), indices in flats.items():
             parts.append(_Part(-1, begins, None, None, _Flat.of(batch, indices), [], [], []))
-        batch.memory.update(parts=parts, first=first)
-    return parts
+        batch.memory.update(parts=parts, first=first, dtypes=dtypes)
+    return [part.chosen(grads) for part in parts] if batch.incomplete else parts
 
 
-def _present(batch: SGDBatch, grads: list[Any]) -> tuple[SGDBatch, list[Tensor]]:
-    """Return those of a batch's tensors that have gradients, as a batch for one step, and the gradients."""
-    parts = _parts(batch)
-    present = [i for i, grad in enumerate(grads) if grad is not None]
-    number_of = {i: number for number, i in enumerate(present)}
-    lists = (batch.params, batch.momentum, batch.companions, batch.rules)
-    chosen: list[Any] = [[values[i] for i in present] for values in lists]
-    begun = {number_of[i]: flags for i, flags in batch.begun.items() if i in number_of}
-    first = {number_of[i] for i in batch.memory["first"] if i in number_of}
-    memory = {"parts": [part.chosen(number_of) for part in parts], "first": first}
-    params, momentum, companions, rules = chosen
-    return (
-        SGDBatch(params, momentum, companions, rules, batch.rounding, begun, memory, seed=batch.seed),
-        [grads[i] for i in present],
-    )
+def _present(indices: list[int], grads: list[Any]) -> list[int]:
+    """Return the places of those indices whose tensors have gradients."""
+    return [place for place, i in enumerate(indices) if grads[i] is not None]
 
 
 def _side_by_side(buffers: list[Tensor]) -> None:
     """Move the buffers' memory into one tensor, where they lie one after the other."""
-    flat = _flattened(buffers)
+    flat = flatten([buffer.contiguous() for buffer in buffers])
     if len(buffers) == 1:
         flat = flat.clone()  # of one tensor it is a view
-    for buffer, view in zip(buffers, _views(flat, buffers), strict=True):
+    for buffer, view in zip(buffers, unflatten(flat, buffers), strict=True):
         buffer.data = view
-
-
-def _flattened(buffers: list[Tensor]) -> Tensor:
-    flat: Tensor = flatten([buffer.contiguous() for buffer in buffers])
-    return flat
-
-
-def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    return list(unflatten(flat, list(like)))
 
 
 def _step_flat(
@@ -419,31 +493,29 @@ def _step_flat(
 ) -> None:
     wide, narrow = compute_dtype(batch.params[0].dtype), batch.params[0].dtype
     params = flat.params(batch)
-    grad = flat.gather(batch, _chosen(grads, flat.indices), wide)
-    buffers = {kind: flat.buffer(batch, kind) for kind in ("momentum", "companions")}
-    momentum, companions = buffers["momentum"], buffers["companions"]
+    grad = flat.gather_gradients(batch, grads, wide)
+    momentum, companions = flat.buffer(batch, "momentum"), flat.buffer(batch, "companions")
     advance = functools.partial(
-        _advance_flat, flat, momentum=momentum, grad=grad, rules=rules, clip=clip, first=first
+        _advance_flat, batch, flat, momentum=momentum, grad=grad, rules=rules, clip=clip, first=first
     )
     if batch.rounding == "master":
         assert companions is not None
-        result, views = flat.room(batch, "params", narrow)
-        companions.copy_(true_master(companions, flat.gather(batch, params, narrow, "params")))
+        result = flat.room(batch, "params", narrow)
+        companions.copy_(true_master(companions, flat.gather(batch, "params", params, narrow, narrow)))
         advance(companions)
         result.copy_(companions)  # one rounding of all; lists of tensors of two dtypes are copied one by one
     elif batch.rounding == "nearest":
-        result, views = flat.room(batch, "params", wide)
-        flat.gather(batch, params, wide, "params")
+        result = flat.gather(batch, "params", params, narrow, wide)
         advance(result)
     else:
-        result, views = flat.room(batch, "params", narrow)
-        flat.gather(batch, params, narrow, "params")
+        result = flat.gather(batch, "params", params, narrow, narrow)
         _advance_rounded(batch, result, companions, advance)
-    flat.scatter(batch, views)
-    flat.put_back(batch, buffers)
+    flat.scatter(batch, result.dtype)
+    flat.put_back(batch)
 
 
 def _advance_flat(
+    batch: SGDBatch,
     flat: _Flat,
     result: Tensor,
     *,
@@ -454,20 +526,15 @@ def _advance_flat(
     first: bool,
 ) -> None:
     """Step a flat tensor, each rule's stretch of it by that rule."""
-    spans = flat.spans
-    if len(spans) == 1:
-        rule = _Numbers.of(rules[spans[0][0]])
-        _advance([result], [grad], _listed(momentum), rule, clip, first=first, scratch=True)
-        return
+    spans, buffer = flat.spans, _in_dtype(batch, "momentum", momentum, result.dtype)
     if clip != 1.0:
         grad.mul_(clip)
     lengths = [length for _, length in spans]
-    buffer = None if momentum is None else momentum.to(result.dtype)
     buffers = [[]] * len(spans) if buffer is None else [[piece] for piece in buffer.split(lengths)]
     stretches = zip(spans, result.split(lengths), grad.split(lengths), buffers, strict=True)
     for (number, _), of_result, of_grad, of_buffer in stretches:
         _advance([of_result], [of_grad], of_buffer, _Numbers.of(rules[number]), first=first)
-    if buffer is not None and momentum is not None and buffer is not momentum:
+    if momentum is not None and buffer is not momentum:
         momentum.copy_(buffer)
 
 
@@ -509,17 +576,16 @@ def _step_large(
 
 
 def _step_by_pieces(batch: SGDBatch, i: int, grad: Tensor, rule: _Numbers, clip: float, *, first: bool) -> None:
-    tensors = (batch.params[i], grad, batch.momentum[i], batch.companions[i])
-    lines = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
-    for start in range(0, grad.numel(), _PIECE):
-        param, piece, momentum, companion = (t if t is None else t[start : start + _PIECE] for t in lines)
-        assert param is not None
-        assert piece is not None
+    tensors, count = (batch.params[i], grad, batch.momentum[i], batch.companions[i]), -(-grad.numel() // _PIECE)
+    lines: Any = (
+        [None] * count if tensor is None else tensor.as_strided((tensor.numel(),), (1,)).split(_PIECE)
+        for tensor in tensors
+    )
+    for param, piece, momentum, companion in zip(*lines, strict=True):
         wide = compute_dtype(param.dtype)
-        piece = piece.to(wide) if clip == 1.0 else _clipped(batch, piece, clip, wide)
-        advance = functools.partial(_advance_piece, piece, momentum, rule, first)
+        piece_of_grad = _in_dtype(batch, "grads", piece, wide, clip)
+        advance = functools.partial(_advance_piece, batch, piece_of_grad, momentum, rule, first)
         if batch.rounding == "master":
-            assert companion is not None
             companion.copy_(true_master(companion, param))
             advance(companion)
             param.copy_(companion)
@@ -530,24 +596,41 @@ def _step_by_pieces(batch: SGDBatch, i: int, grad: Tensor, rule: _Numbers, clip:
     torch.autograd.graph.increment_version([batch.params[i]])
 
 
-def _advance_piece(grad: Tensor, momentum: Tensor | None, rule: _Numbers, first: bool, wide: Tensor) -> None:
-    _advance([wide], [grad], _listed(momentum), rule, first=first)
+def _advance_piece(
+    batch: SGDBatch, grad: Tensor, momentum: Tensor | None, rule: _Numbers, first: bool, wide: Tensor
+) -> None:
+    buffer = _in_dtype(batch, "momentum", momentum, wide.dtype)
+    _advance([wide], [grad], _listed(buffer), rule, first=first)
+    if momentum is not None and buffer is not momentum:
+        momentum.copy_(buffer)
 
 
-def _clipped(batch: SGDBatch, piece: Tensor, clip: float, wide: torch.dtype) -> Tensor:
-    """Return a clipped piece of a gradient in a buffer that is the same in every step: new memory takes longer."""
-    buffer = batch.memory.get("clipped")
-    if buffer is None or len(buffer) < len(piece):
-        buffer = batch.memory["clipped"] = torch.empty_like(piece, dtype=wide)
-    result: Tensor = buffer[: len(piece)]
-    return torch.mul(piece, clip, out=result) if piece.dtype == wide else result.copy_(piece).mul_(clip)
+def _in_dtype(batch: SGDBatch, name: str, tensor: Any, dtype: torch.dtype, factor: float = 1.0) -> Any:
+    """Return a flat tensor, or None, in ``dtype`` and times a factor.
+
+    A copy has the same memory in every step: new memory takes longer.
+    """
+    if tensor is None or (tensor.dtype == dtype and factor == 1.0):
+        return tensor
+    rooms: dict[str, Tensor] = batch.memory.setdefault("rooms", {})
+    room, numel = rooms.get(name), tensor.numel()
+    if room is None or room.numel() < numel:
+        room = rooms[name] = torch.empty(numel, dtype=dtype, device=tensor.device)
+    result = room[:numel]
+    if tensor.dtype == dtype:
+        return torch.mul(tensor, factor, out=result)
+    result.copy_(tensor)
+    return result if factor == 1.0 else result.mul_(factor)
 
 
 def _advance_rounded(
     batch: SGDBatch, param: Tensor, compensation: Tensor | None, advance: Callable[[Tensor], None]
 ) -> None:
     """Step one flat tensor of 16 bits in float32 by ``advance``, and round it."""
-    wide = param.float() if compensation is None else compensated(param, compensation)
+    if compensation is None:
+        wide = _in_dtype(batch, "params", param, torch.float32)
+    else:
+        wide = compensated(param, compensation)
     advance(wide)
     if batch.rounding == "stochastic":
         param.copy_(round_stochastically(wide, param.dtype, batch.seed))
@@ -558,30 +641,15 @@ def _advance_rounded(
 
 
 def _advance(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum: list[Tensor],
-    rule: _Numbers,
-    clip: float = 1.0,
-    *,
-    first: bool = False,
-    scratch: bool = False,
+    params: list[Tensor], grads: list[Tensor], momentum: list[Tensor], rule: _Numbers, *, first: bool
 ) -> None:
-    """Step float32 or float64 parameters; with ``scratch`` the gradients may be written to.
-
-    Momentum buffers are of one dtype: that of the parameters, or there is one.
-    """
-    if clip != 1.0:
-        grads = [grad.mul_(clip) for grad in grads] if scratch else [grad * clip for grad in grads]
+    """Step tensors that are all float32, or all float64."""
     if rule.decoupled and rule.weight_decay != 0:
         foreach_mul_(params, 1.0 - rule.lr * rule.weight_decay)
-    wide, buffers = params[0].dtype, momentum
-    if momentum and momentum[0].dtype != wide:
-        buffers = [m.to(wide) for m in momentum]
     step = functools.partial(
         fused_sgd_,
         params,
-        momentum_buffer_list=buffers,
+        momentum_buffer_list=momentum,
         weight_decay=0.0 if rule.decoupled else rule.weight_decay,
         momentum=rule.momentum,
         lr=rule.lr,
@@ -597,8 +665,6 @@ def _advance(
         if plain is grads:
             raise
         step(grads=plain)
-    if buffers is not momentum:
-        foreach_copy_(momentum, buffers)
 
 
 def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
