@@ -438,7 +438,8 @@ class _Repeat:
     """The launches of the last step, for one in which nothing has changed but the gradients and where they lie."""
 
     def __init__(self, batch: SGDBatch) -> None:
-        self._batch, self._device = batch, batch.params[0].device
+        self._batch, device = batch, batch.params[0].device
+        self._gpu = device.index if device.type == "cuda" else None
         self._tables = [tables for tables in batch.memory["tables"].values() if len(tables.device.items)]
 
     @staticmethod
@@ -449,8 +450,8 @@ class _Repeat:
 
     def may_start(self) -> bool:
         """Return whether the launches would be queued as the last ones were."""
-        return self._device.type != "cuda" or (
-            self._device.index == torch.cuda.current_device() and not torch.cuda.is_current_stream_capturing()
+        return self._gpu is None or (
+            self._gpu == torch.cuda.current_device() and not torch.cuda.is_current_stream_capturing()
         )
 
     def __call__(self, grads: list[Tensor]) -> None:
@@ -461,7 +462,7 @@ class _Repeat:
             if not tables.grads.are_of(chosen):
                 _move_gradients(tables, batch, Addresses(chosen))
             tables.start(tables.device)
-            if self._device.type == "cuda":
+            if self._gpu is not None:
                 _keep_until_read(tables, batch)
         torch.autograd.graph.increment_version(batch.params)
 
