@@ -18,6 +18,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -159,27 +160,27 @@ class _Flat:
 
     def chosen(self, grads: list[Any]) -> _Flat | None:
         """Return those of the tensors that have gradients, for one step."""
-        places = _present(self.indices, grads)
-        if not places or len(places) == len(self.indices):
-            return self if places else None
-        runs, present = [0], False
-        for i, numel in zip(self.indices, self.numels, strict=True):
-            if (grads[i] is not None) is present:
+        having = _having(self.indices, grads)
+        if all(having) or not any(having):
+            return self if all(having) else None
+        runs, last = [0], False
+        for has, numel in zip(having, self.numels, strict=True):
+            if has is last:
                 runs[-1] += numel
             else:
                 runs.append(numel)
-                present = not present
+                last = has
         return _ChosenFlat(
-            [self.indices[place] for place in places],
+            list(compress(self.indices, having)),
             self.kinds,
             [],
             self.vectors,
-            [self.numels[place] for place in places],
-            [self.rules[place] for place in places],
+            list(compress(self.numels, having)),
+            list(compress(self.rules, having)),
             gathered=True,
             rooms=self.rooms_of_chosen,
             whole=self,
-            places=places,
+            having=having,
             runs=runs,
         )
 
@@ -282,7 +283,7 @@ class _ChosenFlat(_Flat):
     """
 
     whole: _Flat
-    places: list[int]  # of the tensors in the whole
+    having: list[bool]  # of each tensor of the whole: whether it has a gradient
     runs: list[int]  # elements of tensors without gradients, of neighbours that have them, and so on in turn
     memory: dict[str, list[Tensor]] = field(default_factory=dict)  # of neighbours' buffers
 
@@ -306,7 +307,7 @@ class _ChosenFlat(_Flat):
         """Return the parts of a room, copied to the whole's."""
         whole, views = self.whole.room(batch, name, dtype), self.whole.views(batch, name, dtype)
         foreach_copy_(self.stretches(whole), self.pieces(self.room(batch, name, dtype)))
-        return [views[place] for place in self.places]
+        return list(compress(views, self.having))
 
     def stretches(self, whole: Tensor) -> list[Tensor]:
         return list(whole.split(self.runs))[1::2]
@@ -333,10 +334,10 @@ class _Direct:
 
     def chosen(self, grads: list[Any]) -> _Direct | None:
         """Return those of the tensors that have gradients, for one step."""
-        places = _present(self.indices, grads)
-        if not places:
+        having = _having(self.indices, grads)
+        if not any(having):
             return None
-        indices, nbytes = ([values[i] for i in places] for values in (self.indices, self.nbytes))
+        indices, nbytes = (list(compress(values, having)) for values in (self.indices, self.nbytes))
         return _Direct(indices, self.has_momentum, self.contiguous, nbytes)
 
     def params(self, batch: SGDBatch) -> list[Tensor]:
@@ -474,9 +475,9 @@ def _parts(batch: SGDBatch, grads: list[Any]) -> list[_Part]:
     return [part.chosen(grads) for part in parts] if batch.incomplete else parts
 
 
-def _present(indices: list[int], grads: list[Any]) -> list[int]:
-    """Return the places of those indices whose tensors have gradients."""
-    return [place for place, i in enumerate(indices) if grads[i] is not None]
+def _having(indices: list[int], grads: list[Any]) -> list[bool]:
+    """Return of each index whether its tensor has a gradient."""
+    return [grad is not None for grad in _chosen(grads, indices)]
 
 
 def _side_by_side(buffers: list[Tensor]) -> None:
