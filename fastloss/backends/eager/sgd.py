@@ -304,7 +304,9 @@ class _ChosenFlat(_Flat):
         self.room(batch, name, dtype).copy_(flatten(tensors))
 
     def views(self, batch: SGDBatch, name: str, dtype: torch.dtype) -> list[Tensor]:
-        """Return the parts of a room, copied to the whole's."""
+        """Return the parts of a room; of shapes, copied to the whole's, whose views are there."""
+        if self.vectors:
+            return super().views(batch, name, dtype)
         whole, views = self.whole.room(batch, name, dtype), self.whole.views(batch, name, dtype)
         foreach_copy_(self.stretches(whole), self.pieces(self.room(batch, name, dtype)))
         return list(compress(views, self.having))
