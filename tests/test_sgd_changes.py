@@ -527,14 +527,14 @@ def test_gradients_that_come_and_go(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(40,), (5, 8)], ids=str)
-@pytest.mark.parametrize("groups", [1, 20])
+@pytest.mark.parametrize(("groups", "shared"), [(1, False), (1, True), (20, False)])
 @pytest.mark.parametrize(
     "options",
     [{}, {"momentum_dtype": torch.float32}, {"master_weights": True}, {"kahan_sum": True}, {"max_norm": 20.0}],
     ids=str,
 )
 def test_some_gradients_of_small_tensors_in_16_bits(
-    dtype: torch.dtype, shape: tuple[int, ...], groups: int, options: dict[str, Any]
+    dtype: torch.dtype, shape: tuple[int, ...], groups: int, shared: bool, options: dict[str, Any]
 ) -> None:
     """No less exact than torch's own step, beside float64; what has no gradient stays, its buffers too."""
     count, rates, generator = 60, {"momentum": 0.9, "weight_decay": 0.01}, torch.Generator().manual_seed(3)
@@ -565,6 +565,9 @@ def test_some_gradients_of_small_tensors_in_16_bits(
         after = [[p, *optimizer.state[p].values()] for p in ours if p.grad is None]
         for old, new in zip(before, after, strict=True):
             assert all(map(torch.equal, old, new))
+        for state in optimizer.state.values() if shared and step == 3 else ():
+            for buffer in state.values():
+                buffer.share_memory_()
 
     def error(params: list[nn.Parameter]) -> float:
         return sum(float((p.detach().double() - e).square().sum()) for p, e in zip(params, exact, strict=True)) ** 0.5
