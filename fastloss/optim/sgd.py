@@ -175,7 +175,7 @@ class SGD(Optimizer):
     # ------------------------------------------------------------------------------------------------- the step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient.
+        """Take one step of every parameter that has a gradient.
 
         Args:
             closure: computes the loss anew, with gradients, and returns it.
