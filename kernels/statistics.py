@@ -3,10 +3,10 @@ r"""Row statistics: the numbers of each row that losses are composed of, and the
 The formulas and their names are in ``backends/eager/statistics.py``. With N rows, V classes and b bytes a logit,
 device memory moves (labels and the numbers of each row left out):
 
-=========  =======  ===================================================
-forward    N·V·b    each logit read once, in one launch for all parts
-backward   2·N·V·b  read once, gradient written once, in one launch
-=========  =======  ===================================================
+=========  =======  ===================================================================
+forward    N·V·b    each logit read once, in one launch; one more for N rows' losses
+backward   2·N·V·b  read once, gradient written once, in one launch from any upstream
+=========  =======  ===================================================================
 
 Logits lose their row's maximum (in backward, lse in two parts) before they are multiplied by log2(e), so that z_y and
 lse are in the same units and their difference is as exact as the sum of exponentials.
@@ -22,10 +22,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.backends.contract import ExternalLabel, LossInputs, LossOptions, RowStatistics
+from fastloss.backends.contract import (
+    ExternalLabel,
+    LossInputs,
+    LossOptions,
+    RowStatistics,
+    Statistics,
+    WantedParts,
+    compute_dtype,
+)
 
 from .arguments import Form, Strided, block, compiled_in, inside, pointers, row_offsets, strided, tile_rows
-from .launch import launch, on_device
+from .launch import launch, on_device, scratch
+from .row_loss import Partial, row_results, sum_of_weights
+from .soft_cross_entropy import narrowed
 from .tile_helpers import (
     LOG2_E,
     LOG_OF_0,
@@ -34,6 +44,7 @@ from .tile_helpers import (
     finite_maximum,
     fp64,
     labels,
+    last_to_end,
     log_softmax,
     online_step,
     rank_in_tile,
@@ -43,17 +54,93 @@ from .tile_helpers import (
     softcapped_rows,
     weighted_sums,
 )
-from .tiles import ALL_REGISTERS, in_blocks, plan
+from .tiles import ALL_REGISTERS, FUSED, in_blocks, plan, power_of_2
 
-__all__ = ["Ranked", "load_label", "row_statistics_backward", "row_statistics_forward"]
+__all__ = [
+    "Ranked",
+    "load_label",
+    "row_statistics_backward",
+    "row_statistics_forward",
+    "statistics_backward",
+    "statistics_forward",
+]
 
 _NO_CLASS = tl.constexpr(0x7FFFFFFF)
+_BLOCK = 1024  # rows of a program that makes their losses
+
+
+def statistics_forward(inputs: LossInputs, wanted: WantedParts, *, loss_dtype: torch.dtype) -> Statistics:
+    """See :class:`fastloss.backends.contract.Backend`. Two launches: the visit, and one for the rows' losses."""
+    logits, target, weight, options = inputs
+    rows, device, dtype = target.numel(), logits.device, compute_dtype(logits.dtype)
+    of = _visited(inputs, wanted.entropy, wanted.predicted or wanted.correct, wanted.every_row)
+
+    def empty(wanted: bool, dtype: torch.dtype, shape: int | tuple[int, ...] = rows) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=device) if wanted else None
+
+    shape = () if options.is_reduced else rows
+    out = _Parts(
+        torch.empty(shape, dtype=loss_dtype, device=device),
+        empty(wanted.z_loss, loss_dtype, shape),
+        empty(wanted.lse, dtype),
+        empty(wanted.entropy, dtype),
+        empty(wanted.correct, torch.bool),
+        torch.empty(2, dtype=torch.float64, device=device),
+    )
+    programs = triton.cdiv(rows, _BLOCK)
+    constants = {
+        "BLOCK": _BLOCK,
+        "G_PAD": min(power_of_2(programs), _BLOCK),
+        "F": _form(weight, options, REDUCTION=options.reduction),
+    }
+    with on_device(logits):
+        sums, _, counter = scratch(device, 2 * programs, 1) if options.is_reduced else (None, None, None)
+        numbers = (rows, logits.shape[1], options.ignore_index, options.label_smoothing, options.lse_square_scale)
+        launch(
+            _losses_of_rows,
+            (programs,),
+            (target, weight, of, out, Partial(sums, None, counter), *numbers),
+            {**constants, "num_warps": 4, **FUSED},
+        )
+    predicted = of.predicted if wanted.predicted else None
+    return Statistics(*out[:4], predicted, out.correct, saved=(of.lse, of.entropy, out.totals))
+
+
+def statistics_backward(
+    upstreams: Sequence[Tensor | None], inputs: LossInputs, saved: Sequence[Tensor | None]
+) -> Tensor:
+    """See :class:`fastloss.backends.contract.Backend`. One launch."""
+    loss, z_loss, of_lse, of_entropy = map(_column, upstreams)
+    lse, entropy, totals = saved
+    nothing = _column(None)
+    of = _Upstreams(loss, z_loss, of_lse, nothing, of_entropy, nothing)
+    return _gradient(of, inputs, lse, entropy, totals, torch.empty_like(inputs.input))
 
 
 def row_statistics_forward(
     inputs: LossInputs, *, entropy: bool, predicted: bool, every_row: bool, ranked: ExternalLabel | None = None
 ) -> RowStatistics:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
+    of = RowStatistics(*_visited(inputs, entropy, predicted, every_row, ranked))
+    if of.weighted_sum is not None:
+        total = inputs.input.shape[1] if inputs.weight is None else inputs.weight.sum(dtype=torch.float64)
+        of.weighted_sum.add_(total * torch.where(of.label_logit.isfinite(), of.label_logit, 0.0))
+    return of
+
+
+def row_statistics_backward(
+    upstreams: Sequence[Tensor | None], inputs: LossInputs, lse: Tensor, entropy: Tensor | None, *, inplace: bool
+) -> Tensor:
+    """See :class:`fastloss.backends.contract.Backend`. One launch."""
+    of_rows = _Upstreams(_column(None), _column(None), *map(_column, upstreams))
+    result = inputs.input if inplace else torch.empty_like(inputs.input)
+    return _gradient(of_rows, inputs, lse, entropy, None, result)
+
+
+def _visited(
+    inputs: LossInputs, entropy: bool, predicted: bool, every_row: bool, ranked: ExternalLabel | None = None
+) -> _Statistics:
+    """Return the numbers of each row; Σ_c w_c z_c is that of z_c − z_y, where z_y is finite. One launch."""
     logits, target, weight, options = inputs
     outer, classes, inner = logits.shape
     rows = outer * inner
@@ -66,10 +153,11 @@ def row_statistics_forward(
     def rowwise(wanted: bool, dtype: torch.dtype = torch.float64) -> Tensor | None:
         return torch.empty(rows, dtype=dtype, device=logits.device) if wanted else None
 
-    lse, label_logit = (torch.empty(rows, dtype=torch.float64, device=logits.device) for _ in range(2))
-    row_entropy, weighted_sum = rowwise(entropy), rowwise(options.label_smoothing != 0)
-    row_predicted, rank = rowwise(predicted, torch.int64), rowwise(ranked is not None, torch.int64)
-    out = _Statistics(lse, label_logit, row_entropy, weighted_sum, row_predicted, rank)
+    lse, label_logit, row_entropy = rowwise(True), rowwise(True), rowwise(entropy)
+    weighted_sum, row_predicted = rowwise(options.label_smoothing != 0), rowwise(predicted, torch.int64)
+    out = _Statistics(
+        lse, label_logit, row_entropy, weighted_sum, row_predicted, rowwise(ranked is not None, torch.int64)
+    )
     label = Ranked(None, None) if ranked is None else Ranked(*ranked[:2])
     most_k = () if tiles.looped else (0 if ranked is None else ranked.most_k,)
     with on_device(logits):
@@ -87,39 +175,43 @@ def row_statistics_forward(
                 **tiles.options(),
             },
         )
-    if weighted_sum is not None:
-        total = classes if weight is None else weight.sum(dtype=torch.float64)
-        weighted_sum += total * torch.where(label_logit.isfinite(), label_logit, 0.0)
-    return RowStatistics(lse, label_logit, row_entropy, weighted_sum, row_predicted, rank)
+    return out
 
 
-def row_statistics_backward(
-    upstreams: Sequence[Tensor | None], inputs: LossInputs, lse: Tensor, entropy: Tensor | None, *, inplace: bool
+def _gradient(
+    of: _Upstreams, inputs: LossInputs, lse: Any, entropy: Tensor | None, totals: Tensor | None, result: Tensor
 ) -> Tensor:
-    """See :class:`fastloss.backends.contract.Backend`. One launch."""
     logits, target, weight, options = inputs
     outer, classes, inner = logits.shape
-    result = logits if inplace else torch.empty_like(logits)
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
     tiles, blocks = in_blocks(tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4), classes)
+    numbers = (options.ignore_index, options.label_smoothing, options.lse_square_scale, options.softcap or 1.0)
     with on_device(logits):
         launch(
             _statistics_gradient,
             (tiles.number, blocks),
             (
-                *(strided(logits), target, weight, strided(result), lse, entropy),
-                _Upstreams(*(None if u is None else u.contiguous() for u in upstreams)),
-                *(outer * inner, classes, inner, options.ignore_index, options.softcap or 1.0),
+                *(strided(logits), target, weight, strided(result), lse, entropy, totals, of),
+                *(outer * inner, classes, inner, *numbers),
             ),
             {"T": tiles.tile(logits.dtype), "F": _form(weight, options), **tiles.options()},
         )
     return result
 
 
-def _form(weight: Tensor | None, options: LossOptions) -> Form:
+def _form(weight: Tensor | None, options: LossOptions, **more: object) -> Form:
     """Return the options that the kernels are compiled for; a part that is not wanted is a pointer that is None."""
-    return compiled_in(Form(HAS_WEIGHT=weight is not None, SOFTCAP=options.softcap is not None))
+    smoothing, softcap = options.label_smoothing != 0, options.softcap is not None
+    return compiled_in(Form(weight is not None, smoothing, softcap, **more))
+
+
+def _column(upstream: Tensor | None) -> _Column:
+    """Return an upstream gradient, of rows in any shape or ``()``, as the kernel reads it."""
+    if upstream is None:
+        return _Column(None, 0)
+    flat = upstream.reshape(-1) if upstream.dim() > 1 else upstream
+    return _Column(flat, flat.stride(0) if flat.dim() else 0)
 
 
 class _Statistics(NamedTuple):
@@ -140,11 +232,31 @@ class Ranked(NamedTuple):
     position: Any  # int64: how many of the classes at hand have a lower index
 
 
-class _Upstreams(NamedTuple):
-    """The pointers to the upstream gradients; None: 0."""
+class _Parts(NamedTuple):
+    """The pointers to what is made of the numbers of rows: (rows,) each, or None."""
 
+    loss: Any  # or (), reduced
+    z_loss: Any  # likewise
     lse: Any
-    label: Any
+    entropy: Any
+    correct: Any  # bool
+    totals: Any  # (2,), float64: what a mean divides by, and W
+
+
+class _Column(NamedTuple):
+    """A number for each row; or one for all, with a stride of 0."""
+
+    ptr: Any  # None: 0
+    stride: Any
+
+
+class _Upstreams(NamedTuple):
+    """The upstream gradients."""
+
+    loss: Any  # reduced, if the loss is, as the next one
+    z_loss: Any
+    lse: Any
+    label: Any  # of z_y
     entropy: Any
     weighted_sum: Any
 
@@ -379,8 +491,92 @@ def _statistics_loop(
 
 
 @triton.jit
-def _upstream(upstream_ptr, row, in_range):
-    return tl.load(upstream_ptr + row, mask=in_range, other=0.0).to(tl.float64)
+def _sum_over_programs(sums_ptr, place, G_PAD: tl.constexpr):
+    """Return the sum of one of the four numbers that each program stored."""
+    total = tl.zeros([G_PAD], tl.float64)
+    for start in tl.range(0, tl.num_programs(0), G_PAD):
+        program = start + tl.arange(0, G_PAD)
+        there = program < tl.num_programs(0)
+        total += tl.load(sums_ptr + program * 4 + place, mask=there, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
+def _losses_of_rows(
+    target_ptr,  # (rows,)
+    weight_ptr,  # (classes,) or None
+    of: _Statistics,
+    out: _Parts,
+    partial: Partial,
+    rows,
+    classes,
+    ignore_index,
+    eps: fp64,
+    z_scale: fp64,
+    BLOCK: tl.constexpr,  # rows of a program
+    G_PAD: tl.constexpr,
+    F: tl.constexpr,
+):
+    """Make the losses, reduced, of the rows' numbers, and round the numbers that are asked for. Reads no logit."""
+    eps, z_scale = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64)
+    program = tl.program_id(0)
+    row = program * BLOCK + tl.arange(0, BLOCK)
+    in_range = row < rows
+    _, counted, weight = labels(
+        target_ptr, row, in_range, weight_ptr, classes, ignore_index, F.HAS_WEIGHT, tl.float64
+    )
+    lse = tl.load(of.lse + row, mask=in_range, other=0.0)
+    z_label = tl.load(of.label_logit + row, mask=in_range, other=0.0)
+    w_total, wz = tl.zeros([1], tl.float64) + classes, lse
+    if F.SMOOTHING:
+        wz = tl.load(of.weighted_sum + row, mask=in_range, other=0.0)
+        if F.HAS_WEIGHT:
+            w_total = tl.zeros([1], tl.float64) + sum_of_weights(weight_ptr, classes, tl.float64, BLOCK)
+    near = tl.where(finite(z_label), z_label, 0.0)
+    one = tl.full([BLOCK], 1.0, tl.float64)
+    loss, _, _, _ = row_results(
+        one, lse, z_label, wz, near, w_total, weight, counted, eps, z_scale, classes, F.SMOOTHING
+    )
+    z_loss = tl.where(counted, weight * z_scale * lse * lse, 0.0)
+    if out.lse is not None:
+        tl.store(out.lse + row, lse, mask=in_range)
+    if out.entropy is not None:
+        tl.store(out.entropy + row, tl.load(of.entropy + row, mask=in_range), mask=in_range)
+    if out.correct is not None:
+        target = tl.load(target_ptr + row, mask=in_range, other=0).to(tl.int64)
+        right = counted & (tl.load(of.predicted + row, mask=in_range, other=0) == target)
+        tl.store(out.correct + row, right, mask=in_range)
+
+    total, ends = tl.full([1], 1.0, tl.float64), program == 0
+    if F.REDUCTION == "none":
+        tl.store(out.loss + row, narrowed(loss, out.loss), mask=in_range)
+        if out.z_loss is not None:
+            tl.store(out.z_loss + row, narrowed(z_loss, out.z_loss), mask=in_range)
+    else:
+        sums = partial.sums + program * 4
+        tl.store(sums, tl.sum(loss, axis=0))
+        tl.store(sums + 1, tl.sum(z_loss, axis=0))
+        tl.store(sums + 2, tl.sum(weight, axis=0))  # NaN where a label is out of bounds
+        ends = last_to_end(partial.counter)
+    if ends:
+        if F.REDUCTION != "none":
+            tl.store(partial.counter, 0)
+            if F.REDUCTION == "mean":
+                total *= _sum_over_programs(partial.sums, 2, G_PAD)
+            place = tl.arange(0, 1)
+            tl.store(out.loss + place, narrowed(_sum_over_programs(partial.sums, 0, G_PAD) / total, out.loss))
+            if out.z_loss is not None:
+                z_total = _sum_over_programs(partial.sums, 1, G_PAD) / total
+                tl.store(out.z_loss + place, narrowed(z_total, out.z_loss))
+        tl.store(out.totals + tl.arange(0, 1), total)
+        tl.store(out.totals + 1 + tl.arange(0, 1), w_total)
+
+
+@triton.jit
+def _upstream(upstream: _Column, row, in_range):
+    """Return an upstream gradient of each row, in float64."""
+    place = row.to(tl.int64) * upstream.stride
+    return tl.load(upstream.ptr + place, mask=in_range, other=0.0).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
@@ -391,34 +587,53 @@ def _statistics_gradient(
     gradient: Strided,
     lse_ptr,  # (rows,)
     entropy_ptr,  # (rows,) or None
+    totals_ptr,  # (2,): what a mean divides by, and W; None: no upstream gradient of a loss
     upstream: _Upstreams,
     rows,
     classes,
     inner,
     ignore_index,
+    eps: fp64,
+    z_scale: fp64,
     cap: fp64,
     T: tl.constexpr,
     F: tl.constexpr,
 ):
     """Gradient from the logits and each row's lse and entropy. Reads the logits once, writes once."""
-    cap = tl.full([1], cap, T.ACC)
+    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, T.ACC)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
-    label, _, _ = labels(target_ptr, row, in_range, target_ptr, classes, ignore_index, False, T.ACC)
+    label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, F.HAS_WEIGHT, T.ACC)
     lse = tl.load(lse_ptr + row, mask=in_range, other=0.0).to(tl.float64)
+    LABEL: tl.constexpr = upstream.label.ptr is not None or upstream.loss.ptr is not None
+    SUM: tl.constexpr = upstream.weighted_sum.ptr is not None or (upstream.loss.ptr is not None and F.SMOOTHING)
     level = tl.zeros([T.ROWS], tl.float64)
-    wanted = row < 0  # rows with a gradient: the others are not read, whatever they hold
-    if upstream.lse is not None:
+    of_label, of_sum, of_entropy = level, level, level
+    if upstream.lse.ptr is not None:
         level += _upstream(upstream.lse, row, in_range)
-        wanted = wanted | (level != 0.0)
-    if upstream.label is not None:
+    if upstream.label.ptr is not None:
         of_label = _upstream(upstream.label, row, in_range)
-        wanted = wanted | (of_label != 0.0)
-    if upstream.weighted_sum is not None:
+    if upstream.weighted_sum.ptr is not None:
         of_sum = _upstream(upstream.weighted_sum, row, in_range)
-        wanted = wanted | (of_sum != 0.0)
-    if upstream.entropy is not None:
+    if upstream.loss.ptr is not None:
+        of_loss = _upstream(upstream.loss, row, in_range) / tl.load(totals_ptr)
+        of_loss = tl.where(counted, of_loss, 0.0)
+        one, w_total = tl.full([T.ROWS], 1.0, tl.float64), tl.load(totals_ptr + 1)
+        _, slope, hit, spread = row_results(
+            one, lse, lse, lse, lse, w_total, weight, counted, eps, z_scale, classes, F.SMOOTHING
+        )
+        # A row with an upstream gradient of 0 may hold NaN.
+        of_label = -of_loss * hit
+        of_sum = -of_loss * spread
+        level += tl.where(of_loss == 0.0, 0.0, of_loss * slope)
+    if upstream.z_loss.ptr is not None:
+        of_z_loss = _upstream(upstream.z_loss, row, in_range) / tl.load(totals_ptr)
+        slope = 2.0 * z_scale * weight.to(tl.float64) * lse
+        level += tl.where(counted & (of_z_loss != 0.0), of_z_loss * slope, 0.0)
+    if upstream.entropy.ptr is not None:
         of_entropy = _upstream(upstream.entropy, row, in_range)
-        wanted = wanted | (of_entropy != 0.0)
+    # Rows with a gradient: the others are not read, whatever they hold.
+    wanted = (level != 0.0) | (of_label != 0.0) | (of_sum != 0.0) | (of_entropy != 0.0)
+    if upstream.entropy.ptr is not None:
         level -= of_entropy * tl.load(entropy_ptr + row, mask=in_range, other=0.0)
 
     cols = tl.program_id(1) * T.COLS + tl.arange(0, T.COLS)
@@ -430,13 +645,13 @@ def _statistics_gradient(
     z, dz = softcapped(x, mask, cap, False, T, F)
     log_p = log_softmax(z, lse, T)
     p = tl.exp2(log_p * LOG2_E)
-    if upstream.entropy is not None:
+    if upstream.entropy.ptr is not None:
         g = p * (level.to(T.ACC)[:, None] - of_entropy.to(T.ACC)[:, None] * tl.maximum(log_p, LOG_OF_0))
     else:
         g = p * level.to(T.ACC)[:, None]
-    if upstream.label is not None:
+    if LABEL:
         g += tl.where(cols[None, :] == label[:, None], of_label.to(T.ACC)[:, None], 0.0)
-    if upstream.weighted_sum is not None:
+    if SUM:
         if F.HAS_WEIGHT:
             w = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(T.ACC)
             g += of_sum.to(T.ACC)[:, None] * w[None, :]

@@ -500,7 +500,7 @@ def test_class_probabilities(
     """The loss is whatever cross_entropy makes of them; here it is torch's, so that this test is of the rest."""
     dim, scale = min(1, len(shape) - 1), 0.1
 
-    def soft_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Any:
+    def soft_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, *_: Any) -> Any:
         return soft_loss_value(input, target, weight, options.lse_square_scale), ()
 
     def soft_loss_value(input: Tensor, target: Tensor, weight: Tensor | None, z_scale: float) -> Tensor:

@@ -38,7 +38,9 @@ __all__ = [
     "SGDRule",
     "SoftForward",
     "SoftRowStatistics",
+    "Statistics",
     "WantedGradients",
+    "WantedParts",
     "check_gradients",
     "compute_dtype",
     "may_keep_memory",
@@ -110,6 +112,33 @@ class SoftForward(NamedTuple):
     target_gradient: Tensor | None  # d(loss)/d(target), laid out as the target
     saved: tuple[Tensor, ...]  # for this backend's `soft_cross_entropy_backward`
     row_loss: Tensor | None = None  # −Σ_c w_c u_c log p_c per row; given with a gradient of logits, not in place
+
+
+class WantedParts(NamedTuple):
+    """The parts of :class:`Statistics` that are asked for, beside the loss."""
+
+    z_loss: bool
+    lse: bool
+    entropy: bool
+    predicted: bool
+    correct: bool
+
+    @property
+    def every_row(self) -> bool:
+        """Return True if ignored rows have parts too."""
+        return self.lse or self.entropy or self.predicted
+
+
+class Statistics(NamedTuple):
+    """The loss, and numbers of each row, ``(rows,)`` each; a part that was not asked for is None."""
+
+    loss: Tensor  # () or (rows,), in the dtype that was asked for
+    z_loss: Tensor | None  # the part of the loss that λ makes, likewise
+    lse: Tensor | None  # log Σ_c exp(z_c), in the dtype of the arithmetic
+    entropy: Tensor | None  # H = lse − Σ_c p_c z_c of the softmax p, likewise
+    predicted: Tensor | None  # as in RowStatistics
+    correct: Tensor | None  # bool: the label is predicted, and not ignored
+    saved: tuple[Tensor | None, ...]  # for this backend's `statistics_backward`
 
 
 class RowStatistics(NamedTuple):
@@ -190,6 +219,19 @@ class Backend(Protocol):
         self, upstream: Tensor, inputs: LossInputs, saved: Sequence[Tensor], wanted: WantedGradients
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients from the input and the target; ``upstream`` is ``()``, or ``(rows,)`` for "none"."""
+        ...
+
+    def statistics_forward(self, inputs: LossInputs, wanted: WantedParts, *, loss_dtype: torch.dtype) -> Statistics:
+        """Return the loss and the parts that are wanted. A label out of bounds (off the CPU) makes its row NaN."""
+        ...
+
+    def statistics_backward(
+        self, upstreams: Sequence[Tensor | None], inputs: LossInputs, saved: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Return the gradient from the logits. ``upstreams`` are of loss, z-loss, lse and H, or None.
+
+        They have any strides. A row whose upstreams are all 0 has a gradient of 0, even if it holds NaN.
+        """
         ...
 
     def row_statistics_forward(

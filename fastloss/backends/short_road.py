@@ -214,46 +214,49 @@ class Call:
         replay = recorder.replay(outputs, node)
         if replay is not None:  # another thread may have recorded one
             self.texts = [str(replay.__doc__)]
-            self.forward = replay if node is None else _function(replay, node, self.texts)
+            device = outputs[0].get_device()
+            self.forward = replay if node is None else _function(replay, node, device, self.texts)
         return outputs
 
 
-def _function(replay: Callable[..., Any], node: Any, texts: list[str]) -> Callable[..., Any]:
+def _function(replay: Callable[..., Any], node: Any, device: int, texts: list[str]) -> Callable[..., Any]:
     """Return ``apply`` of an autograd function: (input, target, weight, stream) → the long road's outputs.
 
     Args:
         replay: its forward pass.
-        node: the long road's node, whose function does the backward passes that are not replayed.
+        node: the long road's node, whose function does the backward passes that are not replayed. ``replayed`` of its
+            first outputs may have upstream gradients in those that are.
+        device: the number of the GPU.
         texts: takes those of replayed backward passes.
     """
     function, attributes = node._forward_cls, dict(vars(node))
+    count = function.replayed
     for name in [name for name, value in attributes.items() if getattr(value, "of_each_call", False)]:
         del attributes[name]  # the forward pass makes its own
     replays: dict[Any, Callable[..., Any]] = {}  # of backward passes, by the kinds of their upstream gradients
 
-    def backward(ctx: Any, of_loss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        stream = None
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        first, stream = upstreams[:count], None
         if not (
-            of_loss is None
-            or others[0] is not None
+            upstreams[count] is not None
             or is_grad_enabled()
             or graph_is_kept()
             or transforms_are_active()
             or dispatch_mode_count()
         ):
             try:
-                key = _kind(of_loss)
-                stream = _stream_of(of_loss.get_device())
+                key = _kinds(first)
+                stream = _stream_of(device)
             except (AttributeError, RuntimeError):  # a batched upstream has no memory of its own
                 pass
             if stream is not None and (replayed := replays.get(key)) is not None:
-                return replayed(of_loss, *ctx.saved_tensors, stream)  # type: ignore[no-any-return]
+                return replayed(*first, *ctx.saved_tensors, stream)  # type: ignore[no-any-return]
         for name, value in attributes.items():
             setattr(ctx, name, value)
         if stream is None or len(replays) >= _MOST_UPSTREAMS:
-            return function.backward(ctx, of_loss, *others)  # type: ignore[no-any-return]
-        with Recorder((of_loss, *ctx.saved_tensors)) as recorder:
-            gradients = function.backward(ctx, of_loss, *others)
+            return function.backward(ctx, *upstreams)  # type: ignore[no-any-return]
+        with Recorder((*_distinct(first), *ctx.saved_tensors)) as recorder:
+            gradients = function.backward(ctx, *upstreams)
         recorded = recorder.replay((*gradients[:2], None, None))
         if recorded is not None:
             replays[key] = recorded
@@ -264,8 +267,22 @@ def _function(replay: Callable[..., Any], node: Any, texts: list[str]) -> Callab
     return apply_of(type(function.__name__, (Function,), methods))
 
 
+def _kinds(upstreams: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Return what must be equal for upstream gradients to be taken as others were."""
+    if len(upstreams) == 1 and upstreams[0] is not None:
+        return _kind(upstreams[0])
+    kinds = [None if upstream is None else _kind(upstream) for upstream in upstreams]
+    return (*kinds, *[upstream is None for upstream in _distinct(upstreams)])
+
+
+def _distinct(upstreams: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return None for those in the place of another one before, as the upstream gradients of a sum's terms are."""
+    places = [None if upstream is None else upstream.data_ptr() for upstream in upstreams]
+    return [upstream if places.index(places[n]) == n else None for n, upstream in enumerate(upstreams)]
+
+
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what must be equal for one upstream gradient, of the loss's shape, to be taken as another was."""
+    """Return what must be equal for one upstream gradient, of its output's shape, to be taken as another was."""
     return tensor.__class__, tensor.dtype, tensor.stride(), tensor.data_ptr() & 15, tensor.is_neg()
 
 

@@ -183,6 +183,8 @@ class _CrossEntropy(Function):
     grad, the logits are saved, and derivatives past the first come from those.
     """
 
+    replayed = 1  # a backward pass at an upstream gradient of the loss alone may be: backends/short_road.py
+
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
         weight, options, backend, loss_dtype, inplace, divisor = arguments

@@ -33,6 +33,7 @@ __all__ = [
     "SMALL_ON_CPU",
     "WIDENED_TYPES",
     "accuracies",
+    "check_of_labels",
     "composed",
     "has_too_many_rows",
     "in_rows",
@@ -78,7 +79,7 @@ def loss_and_accuracies(
     look = not traced and isinstance(target, Tensor) and choice.may_look(target)
     checks.check_tensors(input, target, weight, options.ignore_index, look=look)
     if call is not None and look and not target.is_floating_point():
-        call.check = _check_of_labels(input, options)
+        call.check = check_of_labels(input, options)
     dtype = checks.loss_dtype(input, target, weight)
     soft = target.is_floating_point()
     if not traced and not soft and input.dim() == 1:
@@ -114,7 +115,7 @@ def in_rows(values: Tensor, input: Tensor) -> Tensor:
     return values if input.dim() == 2 else values.view(row_shape(input))
 
 
-def _check_of_labels(input: Tensor, options: LossOptions) -> Callable[[Tensor], None]:
+def check_of_labels(input: Tensor, options: LossOptions) -> Callable[[Tensor], None]:
     classes, ignored = input.shape[class_dim(input)], options.ignore_index
     return lambda target: checks.check_labels(target, classes, ignored)
 
@@ -162,7 +163,7 @@ def accuracies(
     checks.check_index_target(input, target, None)
     target = target.view(()) if input.dim() == 1 else target
     if options.topk and _has_values(target) and choice.may_look(target):
-        check = _check_of_labels(input, options)
+        check = check_of_labels(input, options)
         if call is not None:
             call.check = check
         with without_dispatch(), without_subclasses():

@@ -1,6 +1,6 @@
 """Losses from a few numbers of each row, in ordinary torch operations, N numbers at a time.
 
-The numbers come from one visit to the logits, or from those of several ranks, each of which has some of the classes.
+The numbers come from visits of several ranks to their logits, each of which has some of the classes.
 """
 
 from __future__ import annotations
@@ -10,80 +10,46 @@ from torch import Tensor
 
 from ..backends.contract import LossOptions, RowStatistics, SoftRowStatistics
 from ..backends.view import wide_labels
-from . import composite
 
-__all__ = ["LabelLosses", "soft_losses", "total_weight"]
+__all__ = ["label_losses", "soft_losses", "total_weight"]
 
 
-class LabelLosses:
-    """The losses of class indices. Every tensor is ``(rows,)``, and every operation is differentiable.
+def label_losses(
+    rows: RowStatistics, target: Tensor, weight: Tensor | None, options: LossOptions, classes: int | Tensor
+) -> Tensor:
+    """Return the rows' losses of class indices, ``(rows,)``; every operation is differentiable.
 
     With lse, the label's logit z_y and Σ_c w_c z_c of each row,
 
         loss_row  =  w_y (1−ε) (lse − z_y)  +  λ w_y lse²  +  ε/C (W lse − Σ_c w_c z_c)
 
+    It is 0 where a row is ignored, NaN where its label is invalid.
+
     Args:
-        rows: the numbers, of all C classes.
+        rows: the numbers, of all C classes; ``(rows,)`` each.
         target: the labels, among all classes.
         weight: of all classes.
-        options: ε, λ, the ignored index and the reduction.
+        options: ε, λ and the ignored index.
         classes: C; a scalar tensor where the host does not know it.
     """
-
-    def __init__(
-        self,
-        rows: RowStatistics,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
-        classes: int | Tensor,
-    ) -> None:
-        self.options, self.classes = options, classes
-        self.lse, self.label_logit, self.weighted_sum = rows.lse, rows.label_logit, rows.weighted_sum
-        self.class_weight = None if weight is None else weight.to(self.lse.dtype)
-        labels = wide_labels(target)
-        counted = labels != options.ignore_index
-        label, invalid = labels, None
-        # Off the CPU the host would have to wait for the labels.
-        if not target.is_cpu or not bool(counted.all()):
-            # With zeros for its numbers an ignored row adds nothing, and gets no gradient.
-            self.lse = torch.where(counted, self.lse, 0.0)
-            self.label_logit = torch.where(counted, self.label_logit, 0.0)
-            if self.weighted_sum is not None:
-                self.weighted_sum = torch.where(counted, self.weighted_sum, 0.0)
-            label = labels * counted
-        if not target.is_cpu:
-            invalid = counted & ((labels < 0) | (labels >= classes))
-            label = label * ~invalid
-        self.counted = counted
-        self.weight: Tensor | None = None  # w_y; None: 1 in every row that counts
-        if self.class_weight is not None:
-            self.weight = self.class_weight[label] * counted
-        if invalid is not None:
-            one = counted.to(self.lse.dtype) if self.weight is None else self.weight
-            self.weight = one.masked_fill(invalid, float("nan"))
-
-    def loss(self) -> Tensor:
-        """Return the loss, reduced as the options say."""
-        return self._reduced(self.values())
-
-    def values(self) -> Tensor:
-        """Return the rows' losses: 0 where a row is ignored, NaN where its label is invalid."""
-        eps = self.options.label_smoothing
-        value = self.lse - self.label_logit
-        value = value * (1 - eps) if eps else value
-        if self.options.lse_square_scale:
-            value = value + self.options.lse_square_scale * self.lse.square()
-        value = value if self.weight is None else value * self.weight
-        return _with_spread(value, self.lse, self.weighted_sum, self.class_weight, eps, self.classes)
-
-    def z_loss(self) -> Tensor:
-        """Return the z-loss, the part of the loss with λ, reduced alike."""
-        value = self.options.lse_square_scale * self.lse.square()
-        return self._reduced(value if self.weight is None else value * self.weight)
-
-    def _reduced(self, value: Tensor) -> Tensor:
-        return composite.reduced(value, self.counted if self.weight is None else self.weight, self.options.reduction)
+    eps = options.label_smoothing
+    weight = None if weight is None else weight.to(rows.lse.dtype)
+    labels = wide_labels(target)
+    counted = labels != options.ignore_index
+    # With zeros for its numbers an ignored row adds nothing, and gets no gradient.
+    lse, label_logit = (torch.where(counted, number, 0.0) for number in (rows.lse, rows.label_logit))
+    weighted_sum = None if rows.weighted_sum is None else torch.where(counted, rows.weighted_sum, 0.0)
+    value = (lse - label_logit) * (1 - eps)
+    if options.lse_square_scale:
+        value = value + options.lse_square_scale * lse.square()
+    label = labels * counted
+    if not target.is_cpu:
+        invalid = counted & ((labels < 0) | (labels >= classes))
+        label = label * ~invalid
+        value = value * torch.where(invalid, float("nan"), 1.0)
+    if weight is not None:
+        value = value * weight[label] * counted
+    return _with_spread(value, lse, weighted_sum, weight, eps, classes)
 
 
 def soft_losses(
@@ -95,7 +61,7 @@ def soft_losses(
 
         loss_row  =  (1−ε) nll  +  λ mass lse²  +  ε/C (W lse − Σ_c w_c z_c)
 
-    The arguments are as of :class:`LabelLosses`.
+    The arguments are as of :func:`label_losses`.
     """
     eps = options.label_smoothing
     value = rows.nll * (1 - eps) if eps else rows.nll

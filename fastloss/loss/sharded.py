@@ -47,7 +47,7 @@ from ..ranks import collectives, placements
 from ..ranks.collectives import Layout, all_reduce, all_reduce_detached, gather
 from . import composite
 from .autograd import fused_cross_entropy, is_differentiable
-from .row_numbers import LabelLosses, soft_losses, total_weight
+from .row_numbers import label_losses, soft_losses, total_weight
 
 __all__ = [
     "Numbers",
@@ -482,7 +482,7 @@ class _LabelShard(_Shard):
         lse, label_logit, weighted_sum = numbers
         rows = RowStatistics(lse, label_logit, None, weighted_sum, None)
         weight = None if self.weight is None else self.weight.detach()
-        return LabelLosses(rows, self.labels, weight, self.options, self.layout.classes).values()
+        return label_losses(rows, self.labels, weight, self.options, self.layout.classes)
 
     def gradients(
         self, upstreams: Numbers, input: Tensor, target: Tensor, numbers: Any, needs: Any, inplace: bool = False

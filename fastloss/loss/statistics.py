@@ -1,13 +1,7 @@
 r"""The loss and other numbers of each row that a trainer logs or trains on, all from one visit to the logits.
 
-The visit gives a few numbers per row: lse, the label's logit z_y, and as needed H = lse − Σ p z, Σ_c w_c z_c and the
-predicted class. They are the outputs of one autograd node, and the losses are computed from them in ordinary torch
-operations, N numbers at a time:
-
-    loss_row  =  w_y (1−ε) (lse − z_y)  +  λ w_y lse²  +  ε/C (W lse − Σ_c w_c z_c)
-
-So each part may have an upstream gradient of its own. At the node one coefficient per row arrives for each number,
-and backward is one more visit (the formula is in ``backends/eager/statistics.py``). The numbers are float64, so that
+All parts are the outputs of one autograd node, so that each may have an upstream gradient of its own; backward is one
+more visit (the formulas are in ``backends/eager/statistics.py``). The numbers of a row are float64 meanwhile, so that
 lse − z_y loses nothing. Since the gradient is computed in backward, float16's loss scale is known before anything is
 rounded.
 
@@ -17,6 +11,8 @@ Tracing, function transforms, tiny tensors on a CPU and derivatives past the fir
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +20,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import checks
-from ..backends import choice
-from ..backends.contract import Backend, LossInputs, LossOptions, RowStatistics, compute_dtype
+from ..backends import choice, short_road
+from ..backends.contract import Backend, LossInputs, LossOptions, WantedParts, compute_dtype
 from ..backends.torch_private import legacy_reduction
 from ..backends.view import as_labels, as_rows, class_dim, in_memory, row_shape, wide_labels
 from . import composite, routes
 from .autograd import is_differentiable
-from .row_numbers import LabelLosses
+from .functional import cross_entropy
 
 __all__ = ["LossStatistics", "cross_entropy_with_statistics"]
 
@@ -44,16 +40,6 @@ class LossStatistics(NamedTuple):
     entropy: Tensor | None
     predicted: Tensor | None
     correct: Tensor | None
-
-
-class _Wanted(NamedTuple):
-    """The parts that were asked for."""
-
-    z_loss: bool
-    lse: bool
-    entropy: bool
-    predicted: bool
-    correct: bool
 
 
 def cross_entropy_with_statistics(
@@ -126,6 +112,12 @@ def cross_entropy_with_statistics(
         tensor([[-0.1057,  0.0867,  0.0190],
                 [ 0.1501, -0.3339,  0.1838]])
     """
+    call = None
+    if not torch.compiler.is_compiling() and short_road.is_open and size_average is reduce is None:
+        given = ("statistics", ignore_index, reduction, label_smoothing, lse_square_scale, softcap)
+        served, call = short_road.serve(input, target, weight, (*given, z_loss, lse, entropy, predicted, correct))
+        if served is not None:
+            return _in_rows(served, input, reduction)
     if checks.is_symbolic(input, target):
         return checks.symbolic(cross_entropy_with_statistics, locals())
     if size_average is not None or reduce is not None:
@@ -138,98 +130,77 @@ def cross_entropy_with_statistics(
         softcap=softcap,
     )
     checks.check_switches(z_loss=z_loss, lse=lse, entropy=entropy, predicted=predicted, correct=correct)
-    wanted = _Wanted(z_loss, lse, entropy, predicted, correct)
+    wanted = WantedParts(z_loss, lse, entropy, predicted, correct)
     checks.check_logits(input)
     if isinstance(target, Tensor) and checks.is_soft(input, target):
         return _of_probabilities(input, target, weight, options, wanted)
     traced = routes.is_traced(input, target)
     look = not traced and isinstance(target, Tensor) and choice.may_look(target)
     checks.check_tensors(input, target, weight, options.ignore_index, look=look)
-    target = target.view(()) if input.dim() == 1 else target
+    if call is not None and look:
+        call.check = routes.check_of_labels(input, options)
     small = routes.is_small(input, target, weight, routes.WIDENED_TYPES)
     if traced or small or input.numel() == 0 or routes.has_too_many_rows(input):
+        target = target.view(()) if input.dim() == 1 else target
         return _composed(input, target, weight, options, wanted)
 
-    labels, every_row = as_labels(target), lse or entropy or predicted
-    numbers = _row_statistics(input, labels, weight, options, entropy, predicted or correct, every_row)
-    losses = LabelLosses(numbers, labels, weight, options, input.shape[class_dim(input)])
-    dtype = checks.loss_dtype(input, target, weight)
-    loss, of_lse = losses.loss().to(dtype), losses.z_loss().to(dtype) if z_loss else None
-    if not options.is_reduced:
-        loss, of_lse = loss.view(target.shape), None if of_lse is None else of_lse.view(target.shape)
-    return LossStatistics(loss, of_lse, *_rows_of_visit(numbers, input, target, options, wanted, lse=lse))
+    class_weight = None if weight is None else in_memory(weight.detach()).contiguous()
+    backend = choice.load(choice.choose(input))
+    arguments = as_labels(target), class_weight, options, backend, wanted, checks.loss_dtype(input, target, weight)
+    if input.requires_grad and torch.is_grad_enabled():
+        run = functools.partial(_Statistics.apply, input, *arguments)
+    else:
+        run = functools.partial(_visited, input, *arguments)
+    parts = run() if call is None else call.recorded((input, target, weight), run)
+    return _in_rows(parts, input, reduction)
+
+
+def _in_rows(parts: Sequence[Any], input: Tensor, reduction: str) -> LossStatistics:
+    """Return parts that are flat in the labels' shape."""
+    if input.dim() == 2:
+        return LossStatistics(*parts)
+    losses, rows = (parts[:2], parts[2:]) if reduction != "none" else ((), parts)
+    return LossStatistics(*losses, *(None if part is None else routes.in_rows(part, input) for part in rows))
 
 
 def _of_probabilities(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: _Wanted
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: WantedParts
 ) -> LossStatistics:
     """Return the parts for class probabilities. Only the loss and the z-loss need more than the logits."""
-    loss, _ = routes.loss_and_accuracies(input, target, weight, options)
+    loss = cross_entropy(
+        *(input, target, weight, None, options.ignore_index, None, options.reduction, options.label_smoothing),
+        lse_square_scale=options.lse_square_scale,
+        softcap=options.softcap,
+    )
     if not any(wanted):
         return LossStatistics(loss, None, None, None, None, None)
     dim, shape = class_dim(input), row_shape(input)
     labels = target.argmax(dim) if wanted.correct else torch.zeros(shape, dtype=torch.int64, device=input.device)
-    # No row is ignored, and neither the label's logit nor Σ_c w_c z_c is used.
-    of_rows = dataclasses.replace(options, ignore_index=-1, label_smoothing=0.0)
+    # No row is ignored, and the loss of these labels is not used.
+    of_rows = dataclasses.replace(options, ignore_index=-1)
+    wanted_rows = wanted._replace(z_loss=False, lse=wanted.lse or wanted.z_loss)
     if routes.is_traced(input, target) or input.numel() == 0 or routes.is_small(input, labels):
-        parts = _composed_rows(input, labels, of_rows, wanted)
+        rows = _composed_rows(input, labels, of_rows, wanted_rows)
     else:
-        argmax = wanted.predicted or wanted.correct
-        numbers = _row_statistics(input, labels.reshape(-1), None, of_rows, wanted.entropy, argmax, True)
-        parts = _rows_of_visit(numbers, input, labels, of_rows, wanted, lse=True)
+        switches = wanted_rows._asdict()
+        rows = _Rows(
+            *cross_entropy_with_statistics(input, labels, ignore_index=-1, softcap=options.softcap, **switches)[2:]
+        )
     z_loss = None
-    if wanted.z_loss and parts.lse is not None:
-        mass = target.to(parts.lse.dtype)
+    if wanted.z_loss and rows.lse is not None:
+        mass = target.to(rows.lse.dtype)
         if weight is not None:
-            mass = mass * composite.by_class(weight.to(parts.lse.dtype), input)
-        value = options.lse_square_scale * parts.lse.square() * mass.sum(dim)
+            mass = mass * composite.by_class(weight.to(rows.lse.dtype), input)
+        value = options.lse_square_scale * rows.lse.square() * mass.sum(dim)
         z_loss = composite.reduced(value, None, options.reduction).to(loss.dtype)
-    return LossStatistics(loss, z_loss, parts.lse if wanted.lse else None, *parts[1:])
-
-
-class _Rows(NamedTuple):
-    """The parts that have one element per row, of the labels' shape."""
-
-    lse: Tensor | None
-    entropy: Tensor | None
-    predicted: Tensor | None
-    correct: Tensor | None
-
-
-def _rows_of_visit(
-    numbers: RowStatistics, input: Tensor, target: Tensor, options: LossOptions, wanted: _Wanted, *, lse: bool
-) -> _Rows:
-    """Return the rows' parts from the numbers that a backend gave: copies, since backward needs the numbers."""
-
-    def given(number: Tensor) -> Tensor:
-        return number.view(target.shape).to(compute_dtype(input.dtype), copy=True)
-
-    return _Rows(
-        given(numbers.lse) if lse else None,
-        None if numbers.entropy is None else given(numbers.entropy),
-        *_predicted_and_correct(numbers.predicted, target, options.ignore_index, wanted),
-    )
-
-
-def _predicted_and_correct(
-    predicted: Tensor | None, target: Tensor, ignore_index: int, wanted: _Wanted
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the predicted class and whether it is right, of the target's shape; None where it is not wanted."""
-    if predicted is None:
-        return None, None
-    predicted = predicted.view(target.shape)
-    correct = None
-    if wanted.correct:
-        labels = wide_labels(target)
-        correct = (predicted == labels) & (labels != ignore_index)
-    return predicted if wanted.predicted else None, correct
+    return LossStatistics(loss, z_loss, rows.lse if wanted.lse else None, *rows[1:])
 
 
 # ------------------------------------------------------------------------------------------------ plain operations
 
 
 def _composed(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: _Wanted
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: WantedParts
 ) -> LossStatistics:
     """Return the parts from torch's own differentiable operations."""
     target = wide_labels(target)
@@ -243,69 +214,54 @@ def _composed(
     return LossStatistics(loss, z_loss, parts.lse if wanted.lse else None, *parts[1:])
 
 
-def _composed_rows(input: Tensor, target: Tensor, options: LossOptions, wanted: _Wanted) -> _Rows:
+class _Rows(NamedTuple):
+    """The parts that have one element per row, of the labels' shape."""
+
+    lse: Tensor | None
+    entropy: Tensor | None
+    predicted: Tensor | None
+    correct: Tensor | None
+
+
+def _composed_rows(input: Tensor, target: Tensor, options: LossOptions, wanted: WantedParts) -> _Rows:
     """Return the rows' parts from torch's own operations; lse where the z-loss needs it, too."""
-    plain = _PlainRows(input, options)
-    predicted = input.detach().argmax(plain.dim) if wanted.predicted or wanted.correct else None
-    return _Rows(
-        plain.lse() if wanted.lse or wanted.z_loss else None,
-        plain.entropy() if wanted.entropy else None,
-        *_predicted_and_correct(predicted, target, options.ignore_index, wanted),
-    )
-
-
-class _PlainRows:
-    """The numbers of each row, from torch's own differentiable operations, in the dtype of the arithmetic."""
-
-    def __init__(self, input: Tensor, options: LossOptions) -> None:
-        self.input, self.options, self.dim = input, options, class_dim(input)
-
-    def logits(self) -> Tensor:
-        x, cap = self.input.to(compute_dtype(self.input.dtype)), self.options.softcap
-        return x if cap is None else cap * torch.tanh(x / cap)
-
-    def lse(self) -> Tensor:
-        lse = torch.logsumexp(self.logits(), self.dim)
-        return torch.where(lse == torch.inf, float("nan"), lse)  # as in the loss and in the kernels
-
-    def entropy(self) -> Tensor:
-        log_p = torch.log_softmax(self.logits(), self.dim)
+    dim, cap, lse, entropy, predicted, correct = class_dim(input), options.softcap, None, None, None, None
+    z = input.to(compute_dtype(input.dtype))
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    if wanted.lse or wanted.z_loss:
+        lse = torch.logsumexp(z, dim)
+        lse = torch.where(lse == torch.inf, float("nan"), lse)  # as in the loss and in the kernels
+    if wanted.entropy:
+        log_p = torch.log_softmax(z, dim)
         # A masked logit's p and its derivatives are 0, and so must be their products with log p.
-        return -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(self.dim)
-
-    def label_logit(self, target: Tensor) -> Tensor:
-        labels = wide_labels(target)
-        usable = (labels != self.options.ignore_index) & (labels >= 0) & (labels < self.input.shape[self.dim])
-        return self.logits().gather(self.dim, (labels * usable).unsqueeze(self.dim)).squeeze(self.dim)
-
-    def weighted_sum(self, weight: Tensor | None) -> Tensor:
-        z = self.logits()
-        return (z if weight is None else z * composite.by_class(weight.to(z.dtype), z)).sum(self.dim)
+        entropy = -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(dim)
+    if wanted.predicted or wanted.correct:
+        predicted, labels = input.detach().argmax(dim), wide_labels(target)
+        correct = (predicted == labels) & (labels != options.ignore_index) if wanted.correct else None
+    return _Rows(lse, entropy, predicted if wanted.predicted else None, correct)
 
 
 # ------------------------------------------------------------------------------------------------- the autograd node
 
 
-def _row_statistics(
+def _visited(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     options: LossOptions,
-    entropy: bool,
-    predicted: bool,
-    every_row: bool,
-) -> RowStatistics:
-    """Return a backend's numbers of each row, with a graph where ``input`` needs one. ``target`` is ``(rows,)``."""
-    weight = None if weight is None else in_memory(weight.detach()).contiguous()
-    backend = choice.load(choice.choose(input))
-    switches: dict[str, Any] = {"entropy": entropy, "predicted": predicted, "every_row": every_row}
-    if not (input.requires_grad and torch.is_grad_enabled()):
-        return backend.row_statistics_forward(LossInputs(as_rows(input), target, weight, options), **switches)
-    return RowStatistics(*_RowStatistics.apply(input, target, weight, options, backend, switches))
+    backend: Backend,
+    wanted: WantedParts,
+    loss_dtype: torch.dtype,
+) -> Sequence[Any]:
+    """Return the parts, flat, without a graph."""
+    inputs = LossInputs(as_rows(input), target, weight, options)
+    return backend.statistics_forward(inputs, wanted, loss_dtype=loss_dtype)[:6]
 
 
-class _RowStatistics(Function):
-    """(input, …) → the fields of RowStatistics."""
+class _Statistics(Function):
+    """(input, …) → the parts, flat."""
+
+    replayed = 4  # a backward pass at upstream gradients of these outputs may be: backends/short_road.py
 
     @staticmethod
     def forward(
@@ -315,29 +271,28 @@ class _RowStatistics(Function):
         weight: Tensor | None,
         options: LossOptions,
         backend: Backend,
-        switches: dict[str, Any],
+        wanted: WantedParts,
+        loss_dtype: torch.dtype,
     ) -> tuple[Tensor | None, ...]:
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
-        rows = backend.row_statistics_forward(LossInputs(as_rows(input), target, weight, options), **switches)
-        if rows.predicted is not None:
-            ctx.mark_non_differentiable(rows.predicted)
-        ctx.save_for_backward(input, target, weight, rows.lse, rows.entropy)
-        return tuple(rows)
+        inputs = LossInputs(as_rows(input), target, weight, options)
+        *parts, saved = backend.statistics_forward(inputs, wanted, loss_dtype=loss_dtype)
+        ctx.mark_non_differentiable(*(part for part in parts[4:] if part is not None))
+        ctx.save_for_backward(input, target, weight, *saved)
+        return tuple(parts)
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstreams = upstreams[:4]  # the prediction has none
-        nothing = (None,) * 5
+        upstreams, nothing = upstreams[:4], (None,) * 6  # the prediction has no gradient
         if all(upstream is None for upstream in upstreams):
             return (None, *nothing)
-        input, target, weight, lse, entropy = ctx.saved_tensors
+        input, target, weight, *saved = ctx.saved_tensors
         if is_differentiable(upstreams):
             return (_differentiable_gradient(input, target, weight, ctx.options, upstreams), *nothing)
         upstreams = tuple(None if upstream is None else in_memory(upstream) for upstream in upstreams)
         inputs = LossInputs(as_rows(input), target, weight, ctx.options)
-        gradient = ctx.backend.row_statistics_backward(upstreams, inputs, lse, entropy, inplace=False)
-        return (gradient.view(input.shape), *nothing)
+        return (ctx.backend.statistics_backward(upstreams, inputs, saved).view(input.shape), *nothing)
 
 
 def _differentiable_gradient(
@@ -348,19 +303,23 @@ def _differentiable_gradient(
     upstreams: tuple[Tensor | None, ...],
 ) -> Tensor:
     """Return the gradient as a function of ``input`` and the upstreams that autograd can differentiate again."""
-    create_graph = torch.is_grad_enabled()
+    create_graph, dtype = torch.is_grad_enabled(), compute_dtype(input.dtype)
     if not create_graph:
         input = input.detach().requires_grad_()
     with torch.enable_grad():
-        plain = _PlainRows(input, options)
-        formulas = (
-            plain.lse,
-            lambda: plain.label_logit(target.view(row_shape(input))),
-            plain.entropy,
-            lambda: plain.weighted_sum(weight),
-        )
-        pairs = [(formula().flatten(), up) for formula, up in zip(formulas, upstreams, strict=True) if up is not None]
-        numbers = [number for number, _ in pairs]
-        given = [upstream.to(number.dtype) for number, upstream in pairs]
+        target, x = wide_labels(target).view(row_shape(input)), input.to(dtype)
+        if not target.is_cpu:  # no operator of torch takes a label out of bounds: its row is NaN
+            classes = input.shape[class_dim(input)]
+            invalid = (target != options.ignore_index) & ((target < 0) | (target >= classes))
+            target = target.masked_fill(invalid, 0)
+            x = x * torch.where(invalid, float("nan"), 1.0).unsqueeze(class_dim(input)).to(dtype)
+        _, z_loss, lse, entropy = (upstream is not None for upstream in upstreams)
+        wanted = WantedParts(z_loss, lse, entropy, False, False)
+        parts = _composed(x, target, None if weight is None else weight.to(dtype), options, wanted)
+        pairs = [
+            (part, up) for part, up in zip(parts[:4], upstreams, strict=True) if part is not None and up is not None
+        ]
+        numbers = [part.view(up.shape) for part, up in pairs]
+        given = [up.to(dtype) for _, up in pairs]
         (gradient,) = torch.autograd.grad(numbers, input, given, create_graph=create_graph)
     return gradient

@@ -5,7 +5,12 @@ from .cross_entropy import cross_entropy_backward, cross_entropy_forward, rescal
 from .sgd import sgd_squares, sgd_step
 from .soft_cross_entropy import soft_cross_entropy_backward, soft_cross_entropy_forward
 from .soft_statistics import soft_statistics_backward, soft_statistics_forward
-from .statistics import row_statistics_backward, row_statistics_forward
+from .statistics import (
+    row_statistics_backward,
+    row_statistics_forward,
+    statistics_backward,
+    statistics_forward,
+)
 
 __all__ = [
     "accuracy",
@@ -21,4 +26,6 @@ __all__ = [
     "soft_cross_entropy_forward",
     "soft_statistics_backward",
     "soft_statistics_forward",
+    "statistics_backward",
+    "statistics_forward",
 ]

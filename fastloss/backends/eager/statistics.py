@@ -8,6 +8,13 @@ and the gradient of upstream gradients g of lse, z_y, H and Σ_c w_c z_c is
 
     ∂/∂z_c  =  p_c (g_lse − g_H (log p_c + H))  +  [c = y] g_zy  +  g_wz w_c,      log p_c = z_c − lse
 
+With w_y its label's weight, C classes, W = Σ_c w_c and λ = ``lse_square_scale``, a row's loss is
+
+    hit (lse − z_y) + tail lse + spread (W lse − Σ_c w_c z_c),   hit = w_y (1−ε),  tail = w_y λ lse,  spread = ε/C
+
+so that an upstream gradient g of it is one of each number: g (hit + 2 tail + spread W) of lse, −g hit of z_y, and
+−g spread of Σ_c w_c z_c. The z-loss is tail lse.
+
 Both terms of H are at least 0, so that nothing cancels. Where a masked logit of −inf makes p_c = 0, the logarithm is
 replaced by a number: 0 times it is 0.
 
@@ -18,21 +25,116 @@ serve soft targets too (``soft_statistics.py``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..contract import ExternalLabel, LossInputs, RowStatistics, compute_dtype
+from ..contract import ExternalLabel, LossInputs, RowStatistics, Statistics, WantedParts, compute_dtype
 from .accuracy import inside_label, rank_of, run_maxima
 from .chunks import Chunk, Scratch, chunks, row_dtype
 from .sweep import LOG2_E, Piece, capped, sweep
 from .workers import for_each
 
-__all__ = ["row_statistics_backward", "row_statistics_forward", "sweep_softmax", "visit_rows"]
+__all__ = [
+    "row_statistics_backward",
+    "row_statistics_forward",
+    "statistics_backward",
+    "statistics_forward",
+    "sweep_softmax",
+    "visit_rows",
+]
 
 # exp() of it is 0 even in float64; so is its product with that 0, as −inf's is not.
 _LOG_OF_0 = -1e3
+
+
+def statistics_forward(inputs: LossInputs, wanted: WantedParts, *, loss_dtype: torch.dtype) -> Statistics:
+    """See :class:`fastloss.backends.contract.Backend`; every row is visited."""
+    argmax, dtype = wanted.predicted or wanted.correct, compute_dtype(inputs.input.dtype)
+    rows = row_statistics_forward(inputs, entropy=wanted.entropy, predicted=argmax, every_row=wanted.every_row)
+    counted, divisor, total, hit, tail, spread = _terms(inputs, rows.lse)
+    value = hit * (rows.lse - rows.label_logit)
+    value = value if tail is None else value + tail * rows.lse
+    if rows.weighted_sum is not None:
+        value = value + spread * (total * rows.lse - rows.weighted_sum)
+
+    def reduced(value: Tensor) -> Tensor:
+        value = value if counted is None else torch.where(counted, value, 0.0)
+        return (value.sum() / divisor if inputs.options.is_reduced else value).to(loss_dtype)
+
+    z_loss = reduced(rows.lse * (0.0 if tail is None else tail)) if wanted.z_loss else None
+    lse = rows.lse.to(dtype, copy=True) if wanted.lse else None
+    entropy = None if rows.entropy is None else rows.entropy.to(dtype, copy=True)
+    predicted, correct = rows.predicted, None
+    if predicted is not None and wanted.correct:
+        correct = predicted == inputs.target
+        correct = correct if counted is None else correct & counted
+    predicted = predicted if wanted.predicted else None
+    return Statistics(reduced(value), z_loss, lse, entropy, predicted, correct, saved=(rows.lse, rows.entropy))
+
+
+def statistics_backward(
+    upstreams: Sequence[Tensor | None], inputs: LossInputs, saved: Sequence[Tensor | None]
+) -> Tensor:
+    """See :class:`fastloss.backends.contract.Backend`; the softmax is computed again."""
+    of_loss, of_z_loss, of_lse, of_entropy = upstreams
+    lse, entropy = saved
+    assert lse is not None
+    of_label = of_sum = None
+    if of_loss is not None or of_z_loss is not None:
+        counted, divisor, total, hit, tail, spread = _terms(inputs, lse)
+
+        def of_row(upstream: Tensor, slope: Any) -> Tensor:
+            upstream = upstream.to(lse.dtype).flatten() / divisor
+            idle = upstream == 0 if counted is None else (upstream == 0) | ~counted  # a row may hold NaN then
+            return torch.where(idle, 0.0, upstream * slope).expand(lse.shape)
+
+        slope = 0.0 if tail is None else 2 * tail
+        parts = [] if of_lse is None else [of_lse.to(lse.dtype).flatten()]
+        if of_z_loss is not None:
+            parts.append(of_row(of_z_loss, slope))
+        if of_loss is not None:
+            of_label = of_row(of_loss, -hit)
+            if inputs.options.label_smoothing:
+                of_sum = of_row(of_loss, -spread)
+            parts.append(of_row(of_loss, hit + slope + spread * total))
+        of_lse = sum(parts[1:], parts[0])
+    return row_statistics_backward((of_lse, of_label, of_entropy, of_sum), inputs, lse, entropy, inplace=False)
+
+
+class _Terms(NamedTuple):
+    """The terms of the rows' losses, as at the top of this file: ``(rows,)``, or one number for all rows."""
+
+    counted: Tensor | None  # None: every row
+    divisor: Any  # of the loss, and of its gradient
+    total: Any  # W
+    hit: Any
+    tail: Any  # None: 0
+    spread: Any
+
+
+def _terms(inputs: LossInputs, lse: Tensor) -> _Terms:
+    logits, target, weight, options = inputs
+    rows, classes, labels, eps = target.numel(), logits.shape[1], target.long(), options.label_smoothing
+    counted = labels != options.ignore_index
+    every_row = target.is_cpu and bool(counted.all())  # elsewhere the host would have to wait
+    w: Any = 1.0 if every_row else counted.to(lse.dtype)
+    if weight is not None:
+        w = w * weight.to(lse.dtype)[_label(inputs).flatten()]
+    if not target.is_cpu:
+        w = w.masked_fill(counted & ((labels < 0) | (labels >= classes)), float("nan"))
+    divisor: Any = 1.0
+    if options.reduction == "mean":
+        divisor = w.sum() if isinstance(w, Tensor) else rows
+    return _Terms(
+        None if every_row else counted,
+        divisor,
+        classes if weight is None else weight.sum(dtype=lse.dtype),
+        w * (1 - eps),
+        w * options.lse_square_scale * lse if options.lse_square_scale else None,
+        eps / classes,
+    )
 
 
 def row_statistics_forward(
