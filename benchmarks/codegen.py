@@ -275,9 +275,9 @@ def _may_be_narrow(launch: Launch) -> bool:
 
 
 def _is_aligned(launch: Launch) -> bool:
-    """Return True if 128-bit accesses reach every element. Numbers of rows, which one kernel reads, don't count."""
+    """Return True if 128-bit accesses reach every element. Numbers of rows, which two kernels read, don't count."""
     shape, widest = launch.label.split()[0], 16 // _itemsize(launch)
-    if launch.kernel.__name__ == "_weigh_kernel" or _elements(launch) < widest or "@" in shape:
+    if launch.kernel.__name__ in ("_weigh_kernel", "_losses_of_rows") or _elements(launch) < widest or "@" in shape:
         return False
     if launch.constants.get("BY_INNER"):
         return int(shape.split("x")[2]) % widest == 0
@@ -385,10 +385,11 @@ def _forms(logits: Tensor, target: Tensor, meta: Callable[..., Tensor]) -> Itera
         yield f"{form} backward", partial(_after, partial(forward, neither), backward, given, first)
     for form in STATISTICS:
         every, given = "every" in form, inputs(form)
-        numbers = dict.fromkeys(("entropy", "predicted", "every_row"), every)
-        yield f"{form} forward", partial(kernels.row_statistics_forward, given, **numbers)
-        upstreams = (row, row, row if every else None, row if "smoothing" in form else None)
-        yield f"{form} backward", partial(kernels.row_statistics_backward, upstreams, given, row, row, inplace=False)
+        wanted, part = contract.WantedParts(*(every,) * 5), meta(*target.shape, dtype=torch.float32)
+        forward = partial(kernels.statistics_forward, given, wanted, loss_dtype=logits.dtype)
+        yield f"{form} forward", forward
+        backward = partial(kernels.statistics_backward, (one, one, part, part) if every else (one, None, None, None))
+        yield f"{form} backward", partial(_after, forward, backward, given)
     # A shard of the classes.
     elsewhere, numbers = (
         contract.ExternalLabel(row, target, 5),
@@ -400,6 +401,7 @@ def _forms(logits: Tensor, target: Tensor, meta: Callable[..., Tensor]) -> Itera
         yield f"{form} forward", partial(kernels.row_statistics_forward, hard, **numbers, ranked=elsewhere)
         yield f"{form} soft forward", partial(kernels.soft_statistics_forward, soft, ranked=elsewhere)
         upstreams = (row, row, None, row if "smoothing" in form else None)
+        yield f"{form} backward", partial(kernels.row_statistics_backward, upstreams, hard, row, None, inplace=False)
         yield f"{form} soft backward", partial(kernels.soft_statistics_backward, upstreams, soft, row, row, first)
 
 

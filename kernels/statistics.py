@@ -187,6 +187,7 @@ def _gradient(
     # No row is held whole here: each program takes one tile of some rows and some classes.
     tiles, blocks = in_blocks(tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4), classes)
     numbers = (options.ignore_index, options.label_smoothing, options.lse_square_scale, options.softcap or 1.0)
+    losses = {"Z_LOSS": options.lse_square_scale != 0, "REDUCTION": options.reduction} if totals is not None else {}
     with on_device(logits):
         launch(
             _statistics_gradient,
@@ -195,7 +196,7 @@ def _gradient(
                 *(strided(logits), target, weight, strided(result), lse, entropy, totals, of),
                 *(outer * inner, classes, inner, *numbers),
             ),
-            {"T": tiles.tile(logits.dtype), "F": _form(weight, options), **tiles.options()},
+            {"T": tiles.tile(logits.dtype), "F": _form(weight, options, **losses), **tiles.options()},
         )
     return result
 
@@ -240,7 +241,7 @@ class _Parts(NamedTuple):
     lse: Any
     entropy: Any
     correct: Any  # bool
-    totals: Any  # (2,), float64: what a mean divides by, and W
+    totals: Any  # (2,), float64: 1 / Σ w_y for a mean, else 1; and W
 
 
 class _Column(NamedTuple):
@@ -568,7 +569,7 @@ def _losses_of_rows(
             if out.z_loss is not None:
                 z_total = _sum_over_programs(partial.sums, 1, G_PAD) / total
                 tl.store(out.z_loss + place, narrowed(z_total, out.z_loss))
-        tl.store(out.totals + tl.arange(0, 1), total)
+        tl.store(out.totals + tl.arange(0, 1), 1.0 / total)
         tl.store(out.totals + 1 + tl.arange(0, 1), w_total)
 
 
@@ -579,6 +580,14 @@ def _upstream(upstream: _Column, row, in_range):
     return tl.load(upstream.ptr + place, mask=in_range, other=0.0).to(tl.float64)
 
 
+@triton.jit
+def _of_loss(upstream: _Column, totals_ptr, row, in_range, F: tl.constexpr):
+    """Return an upstream gradient of the sum of losses, or of each of them."""
+    if F.REDUCTION == "none":
+        return _upstream(upstream, row, in_range)
+    return tl.load(upstream.ptr).to(tl.float64) * tl.load(totals_ptr)
+
+
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _statistics_gradient(
     logits: Strided,
@@ -587,7 +596,7 @@ def _statistics_gradient(
     gradient: Strided,
     lse_ptr,  # (rows,)
     entropy_ptr,  # (rows,) or None
-    totals_ptr,  # (2,): what a mean divides by, and W; None: no upstream gradient of a loss
+    totals_ptr,  # (2,): 1 / Σ w_y for a mean, else 1; and W; None: no upstream gradient of a loss
     upstream: _Upstreams,
     rows,
     classes,
@@ -614,21 +623,21 @@ def _statistics_gradient(
         of_label = _upstream(upstream.label, row, in_range)
     if upstream.weighted_sum.ptr is not None:
         of_sum = _upstream(upstream.weighted_sum, row, in_range)
+    weight = weight.to(tl.float64)
+    tail = weight * z_scale * lse if F.Z_LOSS else weight
     if upstream.loss.ptr is not None:
-        of_loss = _upstream(upstream.loss, row, in_range) / tl.load(totals_ptr)
-        of_loss = tl.where(counted, of_loss, 0.0)
-        one, w_total = tl.full([T.ROWS], 1.0, tl.float64), tl.load(totals_ptr + 1)
-        _, slope, hit, spread = row_results(
-            one, lse, lse, lse, lse, w_total, weight, counted, eps, z_scale, classes, F.SMOOTHING
-        )
-        # A row with an upstream gradient of 0 may hold NaN.
+        of_loss = tl.where(counted, _of_loss(upstream.loss, totals_ptr, row, in_range, F), 0.0)
+        hit = weight - weight * eps if F.SMOOTHING else weight
+        slope = hit + 2.0 * tail if F.Z_LOSS else hit
         of_label = -of_loss * hit
-        of_sum = -of_loss * spread
+        if F.SMOOTHING:
+            of_sum = -of_loss * (eps / classes)
+            slope += eps / classes * tl.load(totals_ptr + 1)
+        # A row with an upstream gradient of 0 may hold NaN.
         level += tl.where(of_loss == 0.0, 0.0, of_loss * slope)
-    if upstream.z_loss.ptr is not None:
-        of_z_loss = _upstream(upstream.z_loss, row, in_range) / tl.load(totals_ptr)
-        slope = 2.0 * z_scale * weight.to(tl.float64) * lse
-        level += tl.where(counted & (of_z_loss != 0.0), of_z_loss * slope, 0.0)
+    if upstream.z_loss.ptr is not None and F.Z_LOSS:
+        of_z_loss = tl.where(counted, _of_loss(upstream.z_loss, totals_ptr, row, in_range, F), 0.0)
+        level += tl.where(of_z_loss == 0.0, 0.0, of_z_loss * (2.0 * tail))
     if upstream.entropy.ptr is not None:
         of_entropy = _upstream(upstream.entropy, row, in_range)
     # Rows with a gradient: the others are not read, whatever they hold.

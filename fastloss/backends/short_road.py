@@ -245,7 +245,7 @@ def _function(replay: Callable[..., Any], node: Any, device: int, texts: list[st
             or dispatch_mode_count()
         ):
             try:
-                key = _kinds(first)
+                key = _kind(upstreams[0]) if count == 1 else _kinds(first)
                 stream = _stream_of(device)
             except (AttributeError, RuntimeError):  # a batched upstream has no memory of its own
                 pass
@@ -269,8 +269,6 @@ def _function(replay: Callable[..., Any], node: Any, device: int, texts: list[st
 
 def _kinds(upstreams: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Return what must be equal for upstream gradients to be taken as others were."""
-    if len(upstreams) == 1 and upstreams[0] is not None:
-        return _kind(upstreams[0])
     kinds = [None if upstream is None else _kind(upstream) for upstream in upstreams]
     return (*kinds, *[upstream is None for upstream in _distinct(upstreams)])
 
@@ -281,7 +279,7 @@ def _distinct(upstreams: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [upstream if places.index(places[n]) == n else None for n, upstream in enumerate(upstreams)]
 
 
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
+def _kind(tensor: Any) -> tuple[Any, ...]:
     """Return what must be equal for one upstream gradient, of its output's shape, to be taken as another was."""
     return tensor.__class__, tensor.dtype, tensor.stride(), tensor.data_ptr() & 15, tensor.is_neg()
 
