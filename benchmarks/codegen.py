@@ -385,8 +385,8 @@ def _forms(logits: Tensor, target: Tensor, meta: Callable[..., Tensor]) -> Itera
         yield f"{form} backward", partial(_after, partial(forward, neither), backward, given, first)
     for form in STATISTICS:
         every, given = "every" in form, inputs(form)
-        wanted, part = contract.WantedParts(*(every,) * 5), meta(*target.shape, dtype=torch.float32)
-        forward = partial(kernels.statistics_forward, given, wanted, loss_dtype=logits.dtype)
+        parts, part = contract.WantedParts(*(every,) * 5), meta(*target.shape, dtype=torch.float32)
+        forward = partial(kernels.statistics_forward, given, parts, loss_dtype=logits.dtype)
         yield f"{form} forward", forward
         backward = partial(kernels.statistics_backward, (one, one, part, part) if every else (one, None, None, None))
         yield f"{form} backward", partial(_after, forward, backward, given)
