@@ -122,6 +122,39 @@ def test_a_replayed_call_has_the_bits_of_a_recorded_one(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(ROWS, CLASSES), (2, CLASSES, 3), (CLASSES,)], ids=str)
+def test_statistics_are_replayed(kernels: Place, shape: tuple[int, ...], reduction: str) -> None:
+    """At upstream gradients of the loss, of all parts, of sums and means of them."""
+    names = ("z_loss", "lse", "entropy", "predicted", "correct")
+    weight = torch.rand(CLASSES, device=kernels.device) if len(shape) > 2 else None
+    options: dict[str, Any] = {"reduction": reduction, "label_smoothing": 0.1, "lse_square_scale": 0.1}
+    options |= dict.fromkeys(names, True)
+    totals: list[Callable[[Any], Any]] = [
+        lambda parts: parts.loss.sum(),
+        lambda parts: (parts.loss * 2).sum() + parts.z_loss.sum() + (parts.lse * parts.entropy).mean(),
+        lambda parts: parts.entropy.sum() + parts.lse.sum(),
+    ]
+
+    def values_and_gradients(x: Tensor, y: Tensor) -> list[Any]:
+        with torch.no_grad():
+            values = [*fastloss.cross_entropy_with_statistics(x, y, weight, **options)]
+        for total in totals:
+            x = x.detach().requires_grad_()
+            parts = fastloss.cross_entropy_with_statistics(x, y, weight, **options)
+            values += [*parts, *torch.autograd.grad(total(parts), x)]
+        return values
+
+    for _ in range(3):
+        x, y = torch.randn(shape, device=kernels.device), torch.randint(CLASSES, shape[:1] + shape[2:])
+        y = (y if len(shape) > 1 else y[0]).to(kernels.device)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FASTLOSS_SHORT_ROAD", "0")
+            expected = values_and_gradients(x, y)
+        assert same(values_and_gradients(x, y), expected)
+    assert [len(call.texts) for call in replayed()] == [1, 4]  # a pass forward; one, and three kinds back
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("topk", [1, (1, 3)])
 def test_accuracy_is_replayed(kernels: Place, topk: Any, reduction: str) -> None:
     def accuracy(x: Tensor, y: Tensor) -> Any:

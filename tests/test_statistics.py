@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import pytest
@@ -382,6 +383,54 @@ def test_compiled_without_a_graph_break(place: Place) -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
+def test_upstream_gradients_of_any_strides(place: Place) -> None:
+    """Of every part: expanded, transposed, strided."""
+    input, target = case((4, 30, 6))
+    options: dict[str, Any] = {"reduction": "none", "lse_square_scale": 0.1, "label_smoothing": 0.1}
+    expected: Any = None
+    for form in (lambda t: t, lambda t: t.t().contiguous().t(), lambda t: t.repeat_interleave(2, 1)[:, ::2]):
+        torch.manual_seed(0)
+        parts, x = on_device(place, input, target, **options, **EVERY)
+        upstreams = [form(torch.randn(4, 6, device=place.device)) for _ in NUMBERS]
+        upstreams[1] = torch.randn(6, device=place.device).expand(4, 6)
+        (gradient,) = torch.autograd.grad(parts[:4], x, upstreams)
+        expected = gradient if expected is None else expected
+        assert torch.equal(gradient, expected)
+
+
+def test_rows_without_an_upstream_gradient_may_hold_anything(place: Place) -> None:
+    input, target = case((6, 30))
+    input[0], input[1], input[2, 3], input[5] = torch.nan, torch.inf, torch.nan, -torch.inf
+    parts, x = on_device(place, input, target, reduction="none", lse_square_scale=0.1, label_smoothing=0.1, **EVERY)
+    upstreams = [
+        torch.zeros(6, device=place.device).index_fill(0, torch.tensor(3), number + 1.0) for number in range(4)
+    ]
+    (gradient,) = torch.autograd.grad(parts[:4], x, upstreams)
+    others = gradient[[0, 1, 2, 4, 5]]
+    assert torch.equal(others, torch.zeros_like(others))
+    assert gradient[3].isfinite().all()
+
+
+def test_a_label_out_of_bounds_off_the_cpu(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row's losses and gradient are NaN, and so are means; second derivatives raise nothing."""
+    monkeypatch.setattr(choice, "may_look", lambda tensor: False)
+    if not place.interpreted and place.device.type == "cpu":
+        pytest.skip("the eager backend takes labels on a CPU for checked")
+    input, target = torch.randn(4, 30), torch.tensor([2, 30, -100, -1])
+    for reduction in REDUCTIONS:
+        parts, x = on_device(place, input, target, reduction=reduction, **EVERY)
+        (gradient,) = torch.autograd.grad(parts.loss.sum() + parts.z_loss.sum(), x)
+        assert parts.correct.tolist()[1:] == [False] * 3
+        assert parts.lse.isfinite().all()
+        if reduction == "none":
+            assert parts.loss.isnan().tolist() == parts.z_loss.isnan().tolist() == [False, True, False, True]
+        else:
+            assert parts.loss.isnan()
+        assert gradient[[1, 3]].isnan().all()
+        assert torch.equal(gradient[2].cpu(), torch.zeros(30))
+        assert gradient[0].isnan().all() == (reduction == "mean")
+
+
 def test_retained_graphs_and_separate_backwards(place: Place) -> None:
     input, target = case((5, 40))
     parts, x = on_device(place, input, target, **EVERY)
@@ -416,6 +465,19 @@ class _Count(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(function))
         return function(*args, **(kwargs or {}))
+
+
+def test_launches(kernels: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two forward, and one back for all upstream gradients at once."""
+    choice.load("triton")
+    launch: Any = sys.modules["fastloss.kernels.launch"].Launch
+    started: list[Any] = []
+    monkeypatch.setattr(launch, "start", lambda self, *_: started.append(self))
+    monkeypatch.setenv("FASTLOSS_SHORT_ROAD", "0")
+    parts, x = on_device(kernels, *case((6, 40)), label_smoothing=0.1, lse_square_scale=0.1, **EVERY)
+    assert len(started) == 2
+    torch.autograd.grad(parts[:4], x, [torch.ones_like(part) for part in parts[:4]])
+    assert len(started) == 3
 
 
 def test_parts_that_are_off_cost_no_operation() -> None:
