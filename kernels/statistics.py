@@ -85,7 +85,7 @@ def statistics_forward(inputs: LossInputs, wanted: WantedParts, *, loss_dtype: t
         empty(wanted.lse, dtype),
         empty(wanted.entropy, dtype),
         empty(wanted.correct, torch.bool),
-        torch.empty(2, dtype=torch.float64, device=device),
+        torch.empty(3, dtype=torch.float64, device=device),
     )
     programs = triton.cdiv(rows, _BLOCK)
     constants = {
@@ -241,7 +241,7 @@ class _Parts(NamedTuple):
     lse: Any
     entropy: Any
     correct: Any  # bool
-    totals: Any  # (2,), float64: 1 / Σ w_y for a mean, else 1; and W
+    totals: Any  # (3,), float64: Σ w_y for a mean, else 1; W; the reciprocal of the first
 
 
 class _Column(NamedTuple):
@@ -569,8 +569,9 @@ def _losses_of_rows(
             if out.z_loss is not None:
                 z_total = _sum_over_programs(partial.sums, 1, G_PAD) / total
                 tl.store(out.z_loss + place, narrowed(z_total, out.z_loss))
-        tl.store(out.totals + tl.arange(0, 1), 1.0 / total)
+        tl.store(out.totals + tl.arange(0, 1), total)
         tl.store(out.totals + 1 + tl.arange(0, 1), w_total)
+        tl.store(out.totals + 2 + tl.arange(0, 1), 1.0 / total)
 
 
 @triton.jit
@@ -581,11 +582,13 @@ def _upstream(upstream: _Column, row, in_range):
 
 
 @triton.jit
-def _of_loss(upstream: _Column, totals_ptr, row, in_range, F: tl.constexpr):
+def _of_loss(upstream: _Column, totals_ptr, row, in_range, T: tl.constexpr, F: tl.constexpr):
     """Return an upstream gradient of the sum of losses, or of each of them."""
     if F.REDUCTION == "none":
         return _upstream(upstream, row, in_range)
-    return tl.load(upstream.ptr).to(tl.float64) * tl.load(totals_ptr)
+    of_sum = tl.load(upstream.ptr).to(tl.float64)
+    # A division takes registers from all rows; only in float64 a product with the reciprocal shows.
+    return of_sum / tl.load(totals_ptr) if T.ACC == tl.float64 else of_sum * tl.load(totals_ptr + 2)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
@@ -596,7 +599,7 @@ def _statistics_gradient(
     gradient: Strided,
     lse_ptr,  # (rows,)
     entropy_ptr,  # (rows,) or None
-    totals_ptr,  # (2,): 1 / Σ w_y for a mean, else 1; and W; None: no upstream gradient of a loss
+    totals_ptr,  # (3,), as above; None: no upstream gradient of a loss
     upstream: _Upstreams,
     rows,
     classes,
@@ -626,7 +629,7 @@ def _statistics_gradient(
     weight = weight.to(tl.float64)
     tail = weight * z_scale * lse if F.Z_LOSS else weight
     if upstream.loss.ptr is not None:
-        of_loss = tl.where(counted, _of_loss(upstream.loss, totals_ptr, row, in_range, F), 0.0)
+        of_loss = tl.where(counted, _of_loss(upstream.loss, totals_ptr, row, in_range, T, F), 0.0)
         hit = weight - weight * eps if F.SMOOTHING else weight
         slope = hit + 2.0 * tail if F.Z_LOSS else hit
         of_label = -of_loss * hit
@@ -636,7 +639,7 @@ def _statistics_gradient(
         # A row with an upstream gradient of 0 may hold NaN.
         level += tl.where(of_loss == 0.0, 0.0, of_loss * slope)
     if upstream.z_loss.ptr is not None and F.Z_LOSS:
-        of_z_loss = tl.where(counted, _of_loss(upstream.z_loss, totals_ptr, row, in_range, F), 0.0)
+        of_z_loss = tl.where(counted, _of_loss(upstream.z_loss, totals_ptr, row, in_range, T, F), 0.0)
         level += tl.where(of_z_loss == 0.0, 0.0, of_z_loss * (2.0 * tail))
     if upstream.entropy.ptr is not None:
         of_entropy = _upstream(upstream.entropy, row, in_range)

@@ -29,8 +29,8 @@ or other objects that can be written to; those under function modes (``torch.set
 modes, transforms, tracers, compilers, forward-mode derivatives, hooks of saved tensors, hooks of launches or
 ``FASTLOSS_VALIDATE``; and those on a stream that is captured into a graph, or on a GPU that is not the current one.
 A backward pass takes the long road where it is differentiated itself, where the graph is kept for another one, and
-where there is an upstream gradient of the gradient. Else it is replayed by the kinds of its upstream gradients, and by
-which of them share their memory.
+where there is an upstream gradient of the gradient. Else it is replayed, by the kinds of its upstream gradients and
+by which of them share their memory.
 
 The long road reads nothing else. It sees no number of a tensor on a GPU; on a CPU, where the host looks at labels,
 the short road does too. It hands addresses to kernels, and looks at their alignment alone. From call to call it
