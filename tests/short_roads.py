@@ -64,7 +64,12 @@ ALONE = {**BASE, "function": "accuracy", "leaf": False}
 WRITTEN = {**BASE, "options": {"inplace": True}, "leaf": False, "world": "behind an operation"}
 EVERY = dict.fromkeys(("z_loss", "lse", "entropy", "predicted", "correct"), True)
 STATISTICS = {**BASE, "function": "cross_entropy_with_statistics", "options": EVERY}
-SUMMED = {**STATISTICS, "upstreams": ("sum of lse and entropy",)}
+SUMMED = {**STATISTICS, "upstreams": ("sum", "lse", "entropy")}
+SUMMED_ROWS = {
+    **STATISTICS,
+    "options": {**EVERY, "reduction": "none"},
+    "upstreams": ("sum", "lse", "z_loss", "entropy"),
+}
 WORLDS = ["no_grad", "autocast", "eager", "FASTLOSS_BACKEND", "FASTLOSS_VALIDATE", "dispatch mode", "function mode"]
 WORLDS += ["hooks of saved tensors", "thread", "inference_mode"]
 
@@ -124,6 +129,7 @@ CHANGES: list[tuple[Case, dict[str, list[Any]]]] = [
         },
     ),
     (SUMMED, {"upstreams": [("lse", "entropy"), ("mean of lse",)]}),
+    (SUMMED_ROWS, {"upstreams": [("sum", "z_loss", "lse", "entropy")]}),
 ]
 
 
@@ -207,8 +213,12 @@ def upstreams_of(parts: Any, names: tuple[str, ...], memory: Tensor, offset: int
         return {"loss": like(parts[0] if isinstance(parts, tuple) else parts, 0)}
     if names == ("mean of lse",):
         return {"lse": memory[0, 0].expand(parts.lse.shape)}
-    if names == ("sum of lse and entropy",):  # in the same memory
-        return dict.fromkeys(("lse", "entropy"), like(parts.lse, 0))
+    if names[0] == "sum":  # of the last two, whose upstream gradients lie in the same memory
+        *others, one, two = names[1:]
+        return {
+            **upstreams_of(parts, tuple(others), memory[1:], offset),
+            **dict.fromkeys((one, two), like(parts.lse, 0)),
+        }
     return {name: like(getattr(parts, name), row) for row, name in enumerate(names)}
 
 

@@ -256,7 +256,12 @@ def _function(replay: Callable[..., Any], node: Any, device: int, texts: list[st
             setattr(ctx, name, value)
         if stream is None or len(replays) >= _MOST_UPSTREAMS:
             return function.backward(ctx, *upstreams)  # type: ignore[no-any-return]
-        with Recorder((*_distinct(first), *ctx.saved_tensors)) as recorder:
+        # An argument that lies in the memory of one before is taken for that one.
+        distinct = [
+            upstream if n == place else None
+            for n, (upstream, place) in enumerate(zip(first, _firsts(first), strict=True))
+        ]
+        with Recorder((*distinct, *ctx.saved_tensors)) as recorder:
             gradients = function.backward(ctx, *upstreams)
         recorded = recorder.replay((*gradients[:2], None, None))
         if recorded is not None:
@@ -271,13 +276,13 @@ def _function(replay: Callable[..., Any], node: Any, device: int, texts: list[st
 def _kinds(upstreams: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Return what must be equal for upstream gradients to be taken as others were."""
     kinds = [None if upstream is None else _kind(upstream) for upstream in upstreams]
-    return (*kinds, *[upstream is None for upstream in _distinct(upstreams)])
+    return (*kinds, *_firsts(upstreams))
 
 
-def _distinct(upstreams: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return None for those in the place of another one before, as the upstream gradients of a sum's terms are."""
+def _firsts(upstreams: Sequence[Tensor | None]) -> list[int]:
+    """Return for each the number of the first in the same memory, as the upstream gradients of a sum's terms are."""
     places = [None if upstream is None else upstream.data_ptr() for upstream in upstreams]
-    return [upstream if places.index(places[n]) == n else None for n, upstream in enumerate(upstreams)]
+    return list(map(places.index, places))
 
 
 def _kind(tensor: Any) -> tuple[Any, ...]:
