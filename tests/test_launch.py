@@ -42,14 +42,16 @@ def test_ready_launches_start_what_triton_would(tmp_path: Path) -> None:
 
 
 FORMS = ["plain forward+gradient", "accuracy forward+gradient", "smoothing", "softcap", "none", "backward", "soft"]
+FORMS += ["statistics", "shard", "chunk", "rescale", "accuracy alone", "sgd "]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [*FORMS, "statistics", "shard", "chunk", "rescale", "accuracy alone", "sgd "])
-@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 120])
-def test_no_launch_needs_more_shared_memory_than_the_gpu_has(tmp_path: Path, capability: int, form: str) -> None:
-    """Programs have 64 KB of it, 99, 163 or 227, by the GPU."""
-    assert "calls fit" in without_gpu(tmp_path, "tests.fake_gpu", str(capability), form)
+@pytest.mark.parametrize("capability", [75, 80, 86, 90, 120])
+def test_no_launch_needs_more_shared_memory_than_the_gpu_has(tmp_path: Path, capability: int) -> None:
+    """Programs have 64 KB of it, 99, 163 or 227, by the GPU. Triton lays out 89's as 86's, which has as much."""
+    lines = without_gpu(tmp_path, "tests.fake_gpu", str(capability)).splitlines()
+    for form in FORMS:
+        assert any(form in line and line.endswith(" fits") for line in lines), form
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,22 +68,20 @@ def test_values_that_are_equal_but_not_the_same_are_told_apart(values: tuple[obj
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ([], 16 + 4 + 1),
-        (["--all"], 64 + 6 + 1 + 2),
-        (["-k", "slow or eager"], 3 + 1 + 2),
-        (["-m", "slow"], 1 + 2),
-        (["test_made.py::test_slow"], 1),
-        (["test_made.py::test_agnostic"], 6),
-    ],
-    ids=str,
-)
-def test_what_is_selected(arguments: list[str], expected: int, tmp_path: Path) -> None:
-    listed = pytest_over(TESTS, tmp_path, "--collect-only", "-q", "-p", "no:cacheprovider", *arguments)
-    assert sum("::" in line for line in listed.splitlines()) == expected, listed
-    assert ("pytest --all" in listed) == (not arguments)
+def test_what_is_selected(tmp_path: Path) -> None:
+    expected: dict[tuple[str, ...], int] = {
+        (): 16 + 4 + 1,
+        ("--all",): 64 + 6 + 1 + 2,
+        ("-k", "slow or eager"): 3 + 1 + 2,
+        ("-m", "slow"): 1 + 2,
+        ("test_made.py::test_slow",): 1,
+        ("test_made.py::test_agnostic",): 6,
+    }
+    options = ("--collect-only", "-q", "-p", "no:cacheprovider")
+    lists = pytest_over(TESTS, tmp_path, *([*options, *arguments] for arguments in expected))
+    for (arguments, count), listed in zip(expected.items(), lists, strict=True):
+        assert sum("::" in line for line in listed.splitlines()) == count, listed
+        assert ("pytest --all" in listed) == (not arguments)
 
 
 @pytest.mark.slow
@@ -90,8 +89,8 @@ def test_the_last_failures_are_by_hand_if_there_are_any(tmp_path: Path) -> None:
     tests = (
         "import pytest\n@pytest.mark.slow\ndef test_slow(): ...\ndef test_good(): ...\ndef test_bad(): assert False"
     )
-    options = ("--lf", "-n", "logical", "--maxprocesses", "2")
-    first, second = (pytest_over(tests, tmp_path, *options) for _ in range(2))
+    options = ["--lf", "-n", "logical", "--maxprocesses", "1"]
+    first, second = pytest_over(tests, tmp_path, options, options)
     assert "1 failed, 1 passed" in first
     assert " worker" in first
     assert "pytest --all" in first
@@ -104,8 +103,10 @@ def test_the_last_failures_are_by_hand_if_there_are_any(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", ["0", "1"])
 def test_the_fast_selection_is_named_only_where_it_left_tests_out(processes: str, tmp_path: Path) -> None:
-    assert "pytest --all" not in pytest_over(FEW, tmp_path, "-n", processes)
-    assert "pytest --all" in pytest_over(TESTS, tmp_path, "-n", processes)
+    (tmp_path / "test_few.py").write_text(FEW, encoding="utf-8")
+    few, some = pytest_over(TESTS, tmp_path, ["-n", processes, "test_few.py"], ["-n", processes, "test_made.py"])
+    assert "pytest --all" not in few
+    assert "pytest --all" in some
 
 
 @pytest.mark.slow
@@ -118,24 +119,29 @@ CASES = [pytest.param(n, n, marks=pytest.mark.skip) for n in range(20)] + [(n, 2
 @pytest.mark.parametrize("c", range(2))
 def test_skips(a, b, c): ...
 """
-    done = pytest_over(table, tmp_path, "-n", "0")
+    (done,) = pytest_over(table, tmp_path, ["-n", "0"])
     assert "40 passed, 40 skipped" in done
 
 
-def pytest_over(tests: str, folder: Path, *arguments: str) -> str:
-    """Return what pytest prints over these tests, with this project's conftest.py."""
+def pytest_over(tests: str, folder: Path, *runs: list[str]) -> list[str]:
+    """Return what pytest prints over these tests in each run, with this project's conftest.py.
+
+    One process runs them in turn: it takes seconds to begin.
+    """
     (folder / "test_made.py").write_text(tests, encoding="utf-8")
     conftest = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
     (folder / "conftest.py").write_text(conftest, encoding="utf-8")
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     outer = ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_ADDOPTS")
     environment = {name: value for name, value in os.environ.items() if name not in outer}
+    program = f"import pytest\nfor run in {runs}: print('exit code', int(pytest.main(run)), flush=True)"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments],
+        [sys.executable, "-c", program],
         cwd=folder,
         env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    return done.stdout
+    *printed, end = re.split(r"^exit code [01]\n", done.stdout, flags=re.MULTILINE)
+    assert (len(printed), end) == (len(runs), ""), done.stdout + done.stderr
+    return printed
