@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,24 +41,12 @@ def exit_codes(
 
     What they print is in ``folder / "RANK.log"``.
     """
-    environment, processes = _environment(), []
-    codes: list[int | None] = []
-    try:
-        for rank in range(count):
-            with open(folder / f"{rank}.log", "w", encoding="utf-8") as log:
-                command = [sys.executable, str(HERE / script), str(rank), str(count), str(folder), *arguments]
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        end = time.monotonic() + limit
-        while time.monotonic() < end and any(process.poll() is None for process in processes):
-            if until_one_fails and any(process.poll() for process in processes):
-                break
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            codes.append(process.poll())
-            if codes[-1] is None:
-                process.kill()
-            process.wait()
+    how = {"script": str(HERE / script), "count": count, "folder": str(folder), "arguments": arguments}
+    ends = {"limit": limit, "until_one_fails": until_one_fails}
+    forks = [sys.executable, str(HERE / "forks.py"), json.dumps({**how, **ends})]
+    out, errors, code = _run(forks, _environment(), limit + LIMIT)
+    assert code == 0, errors
+    codes: list[int | None] = json.loads(out)
     return codes
 
 
@@ -74,10 +62,19 @@ def torchrun(count: int, *command: str, limit: float = LIMIT) -> str:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *command]
-    environment, pipe = _environment(), subprocess.PIPE
+    environment = _environment()
     environment.pop("FASTLOSS_BACKEND", None)
+    out, errors, code = _run(run, environment, limit)
+    if code:
+        pytest.fail(f"{' '.join(command)}\n{out[-3000:]}\n{errors[-6000:]}")
+    return out
+
+
+def _run(command: list[str], environment: dict[str, str], limit: float) -> tuple[str, str, int]:
+    """Return what a program prints, and its exit code. It and those that it started end in time."""
+    pipe = subprocess.PIPE
     with subprocess.Popen(
-        run, env=environment, cwd=HERE.parent, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        command, env=environment, cwd=HERE.parent, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     ) as process:
         try:
             out, errors = process.communicate(timeout=limit)
@@ -85,10 +82,8 @@ def torchrun(count: int, *command: str, limit: float = LIMIT) -> str:
             out, errors = "", f"not at its end after {limit} s"
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # those that it started, too
-    if process.returncode:
-        pytest.fail(f"{' '.join(command)}\n{out[-3000:]}\n{errors[-6000:]}")
-    return out
+                os.killpg(process.pid, signal.SIGKILL)
+    return out, errors, process.returncode
 
 
 def _environment() -> dict[str, str]:

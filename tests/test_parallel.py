@@ -295,7 +295,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[s
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
     folder = tmp_path_factory.mktemp("failures")
-    codes = processes.exit_codes("ranks.py", 3, folder, "fail", limit=60)
+    codes = processes.exit_codes("ranks.py", 3, folder, "fail", limit=worker.LIMIT)
     if codes != [0, 0, 7]:
         pytest.fail(f"the processes ended with {codes}\n{processes.logs(folder)}")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(3)]
