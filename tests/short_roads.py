@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastloss
 from benchmarks.no_gpu import pretend
 from fastloss.backends import short_road
+from tests.fake_gpu import stop_at_shared_memory
 
 Case = dict[str, Any]
 started: list[tuple[Any, ...]] = []
@@ -323,6 +324,7 @@ def differences(
 def of_changing_shapes(calls: int) -> None:
     """Make so many calls of random shapes; the process needs no more memory after a tenth of them."""
     pretend()
+    stop_at_shared_memory()
     rows, classes = (torch.randint(most, (calls,)).tolist() for most in (270, 4))
     memory = torch.randn(500 * 32)
     labels = torch.zeros(500, dtype=torch.int64)
@@ -370,6 +372,7 @@ def in_threads() -> None:
 
 def main() -> None:
     pretend(note)
+    stop_at_shared_memory()
     forget: Callable[[], None] = sys.modules["fastloss.kernels.launch"].forget
     torch.manual_seed(0)
     both = list(pairs())
