@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import LIMIT
 from torch import Tensor
 
 from fastloss import bench
@@ -837,12 +838,12 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
         text=True,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LIMIT
         while not record.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         early = json.loads(record.read_text(encoding="utf-8"))  # whole at any time, so a kill leaves it too
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=LIMIT)
     finally:
         process.kill()
     assert (process.returncode, errors) == (130, "")

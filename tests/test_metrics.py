@@ -261,7 +261,9 @@ def test_torchmetrics_is_imported_when_it_is_used() -> None:
     program = "import sys, fastloss; before = 'torchmetrics' in sys.modules; fastloss.Accuracy()\n"
     program += "print(before, 'torchmetrics' in sys.modules, 'Accuracy' in dir(fastloss.metrics.accuracy))"
     command = [sys.executable, "-c", program]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.split()
+    printed = subprocess.run(
+        command, capture_output=True, text=True, timeout=processes.LIMIT, check=True
+    ).stdout.split()
     assert printed == ["False", str(HAS_TORCHMETRICS), "True"]
     with pytest.raises(AttributeError, match="no attribute 'accuracies'"):
         _ = fastloss.accuracies  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import LIMIT
 
 from fastloss import accuracy, cross_entropy
 from fastloss.backends.eager import workers
@@ -90,7 +91,7 @@ def test_a_forked_child_has_workers_of_its_own() -> None:
     child = context.Process(target=in_a_child, args=(queue,), daemon=True)
     child.start()
     try:
-        assert queue.get(timeout=60) == expected
+        assert queue.get(timeout=LIMIT) == expected
     finally:
         child.kill()
 
