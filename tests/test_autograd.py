@@ -97,9 +97,10 @@ def test_second_derivatives_are_as_exact_as_torchs(
         and classes > 300
         and (dtype != torch.bfloat16 or targets not in ("labels", "one-hot", "mixup"))
     ):
-        pytest.skip("takes the interpreter some 10 seconds")
+        pytest.skip("takes the interpreter some seconds")
+    rows = min(rows, 100) if place.interpreted else rows
     torch.manual_seed(0)
-    logits = torch.randn(shape, device=place.device).to(dtype)
+    logits = torch.randn(rows, classes, device=place.device).to(dtype)
     labels = torch.randint(classes, (rows,), device=place.device)
     at_label = F.one_hot(labels, classes)
     target = at_label.to(dtype) if "one-hot" in targets else labels.clone()
