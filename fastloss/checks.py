@@ -314,7 +314,8 @@ def symbolic(function: Callable[..., Any], variables: dict[str, Any]) -> Any:
     """
     code = function.__code__
     arguments = {name: variables[name] for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]}
-    return torch.overrides.handle_torch_function(function, (variables["input"], variables["target"]), **arguments)
+    tensors = [arguments[name] for name in ("input", "linear_weight", "target") if name in arguments]
+    return torch.overrides.handle_torch_function(function, tensors, **arguments)
 
 
 def is_autocast(input: Tensor) -> bool:

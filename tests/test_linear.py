@@ -1563,3 +1563,22 @@ def test_what_the_module_refuses() -> None:
         LinearCrossEntropyLoss(4, 7, chunks=3)
     with pytest.raises(RuntimeError, match=r"weight has shape \(6,\).*\(7,\)"):
         LinearCrossEntropyLoss(4, 7, weight=torch.ones(6))
+
+
+@pytest.mark.parametrize("name", ["input", "linear_weight", "target", "linear_bias", "weight"])
+def test_sparse_tensors_are_refused_by_name(name: str) -> None:
+    given = {
+        "input": torch.randn(4, 7),
+        "linear_weight": torch.randn(5, 7),
+        "target": torch.tensor([0, 1, 2, 3]),
+        "linear_bias": torch.randn(5),
+        "weight": torch.ones(5),
+    }
+    with pytest.raises(RuntimeError, match=f"{name} has layout torch.sparse_coo"):
+        linear_cross_entropy(**given | {name: given[name].to_sparse()})
+
+
+def test_labels_beside_no_classes(place: Place) -> None:
+    x, t = torch.randn(2, 7, device=place.device), torch.tensor([-100, 1], device=place.device)
+    with pytest.raises(IndexError, match=r"target\[1\] is 1, .* \[0, 0\)"):
+        linear_cross_entropy(x, x.new_empty(0, 7), t)

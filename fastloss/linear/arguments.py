@@ -82,10 +82,7 @@ def check_shapes(arguments: Arguments, *, whole: bool) -> None:
     assert isinstance(input, Tensor)
     assert isinstance(linear_weight, Tensor)
     assert isinstance(target, Tensor)
-
-    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
-        if tensor.layout != torch.strided:
-            raise RuntimeError(f"fastloss: {name} has layout {tensor.layout}; expected {torch.strided}")
+    checks.check_strided(linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
 
     def shapes() -> str:
         names = ("input", "linear_weight", "target", "linear_bias", "weight")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function
 
 from .. import checks
 from ..backends import choice
@@ -110,7 +109,7 @@ def linear_cross_entropy(
         torch.Size([3, 2])
     """
     if checks.is_symbolic(input, linear_weight, target):
-        return handle_torch_function(linear_cross_entropy, (input, linear_weight, target), **locals())
+        return checks.symbolic(linear_cross_entropy, locals())
     options = checked(
         group,
         input,
@@ -162,7 +161,7 @@ def linear_cross_entropy_with_accuracy(
         LossAndAccuracy(loss=tensor(1.0035), accuracy=tensor(0.5000))
     """
     if checks.is_symbolic(input, linear_weight, target):
-        return handle_torch_function(linear_cross_entropy_with_accuracy, (input, linear_weight, target), **locals())
+        return checks.symbolic(linear_cross_entropy_with_accuracy, locals())
     options = checked(
         group,
         input,
@@ -217,6 +216,8 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
         compiled.count_operations_in(modes)
         loss, values = compiled.linear_loss_and_accuracies(Tensors(x, linear_weight, linear_bias, t), weight, call)
     elif traced or rows == 0 or classes == 0 or trained_weight:
+        if not (traced or soft) and choice.may_look(t):
+            checks.check_labels(t.view(target.shape), classes, options.ignore_index, shifted=shift)
         loss, values = routes.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
     else:
         if not soft and choice.may_look(t):
