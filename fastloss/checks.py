@@ -201,6 +201,7 @@ def check_index_target(input: Tensor, target: object, weight: object) -> None:
             f"fastloss: target has shape {tuple(target.shape)}; expected {expected} "
             f"for an input of shape {tuple(input.shape)}"
         )
+    check_strided(target=target)
     _check_beside(input, target, weight)
     check_weight_dtype(input, weight)
 
@@ -252,7 +253,6 @@ def check_soft_target(input: Tensor, target: Tensor, weight: object, ignore_inde
 
 def _check_beside(input: Tensor, target: Tensor, weight: object) -> None:
     """Check that ``target`` and ``weight`` are on ``input``'s device, and that there is a weight for each class."""
-    check_strided(target=target)
     if target.device != input.device:
         raise RuntimeError(f"fastloss: target is on {target.device}; expected {input.device}, where input is")
     check_weight(input, weight)

@@ -272,7 +272,7 @@ def call(case: Case) -> tuple[Any, ...]:
     def named(argument: Any) -> Any:
         if isinstance(argument, tuple):
             return tuple(map(named, argument))
-        if isinstance(argument, int) and argument > 1 << 32:
+        if isinstance(argument, int) and argument > 1 << 22:  # an address: other numbers are small
             return names.get(argument, f"memory {argument % 16}")
         return argument
 

@@ -836,6 +836,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         cwd=ROOT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which shells ignore in the background
     )
     try:
         deadline = time.monotonic() + LIMIT
