@@ -10,6 +10,7 @@ import contextvars
 import copy
 import functools
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from places import Place
 from torch import Tensor, nn
 
 import fastloss
+from fastloss.backends import choice
 from fastloss.optim.repeat import Repeat
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -573,6 +575,33 @@ def test_some_gradients_of_small_tensors_in_16_bits(
         return sum(float((p.detach().double() - e).square().sum()) for p, e in zip(params, exact, strict=True)) ** 0.5
 
     assert error(ours) <= 1.01 * error(theirs)  # both round the parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"nesterov": True}, {"decoupled_weight_decay": True}, {"max_norm": 1.0}, {"momentum": 0.0}], ids=str
+)
+def test_16_bits_by_torchs_operator_have_the_same_bits(
+    dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a float32 copy, for large tensors and for small ones of which some have no gradient, in two groups."""
+    eager_sgd = sys.modules[choice.load("eager").sgd_step.__module__]
+    if not eager_sgd._is_right_in(dtype):
+        pytest.skip("this torch's operator is wrong in 16 bits")
+    shapes, results = [(40,), (5, 8), (17,), (30000,), (3, 9000)], []
+    for is_right_in in (eager_sgd._is_right_in, lambda dtype: False):
+        monkeypatch.setattr(eager_sgd, "_is_right_in", is_right_in)
+        generator = torch.Generator().manual_seed(5)
+        params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in 4 * shapes]
+        groups = [{"params": params[i::2], "lr": 0.1 + 0.05 * i} for i in range(2)]
+        optimizer = fastloss.SGD(groups, **{"momentum": 0.9, "weight_decay": 0.01, **options})
+        for step in range(5):
+            for param in params:
+                grad = torch.randn(param.shape, generator=generator).to(dtype)
+                param.grad = grad if step == 0 or torch.rand((), generator=generator) < 0.6 else None
+            optimizer.step()
+        results.append([t for p in params for t in (p.detach(), *optimizer.state[p].values())])
+    assert all(map(torch.equal, *results))
 
 
 def test_each_group_has_its_own_momentum_dtype() -> None:
