@@ -10,11 +10,20 @@
 tensor(0.5000)
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _layout
-
-_layout.extend(__path__)
+_PACKAGE = Path(__file__).resolve().parent
+_ROOT = _PACKAGE.parent
+# A wheel holds the kernels inside this package. In the repository they stand beside it, in kernels/; and Python that
+# is started in a clone's root finds this folder, without them, before an installed package: the root joins the path.
+if (
+    not (_PACKAGE / "kernels").is_dir()
+    and (_ROOT / "kernels" / "__init__.py").is_file()
+    and (_ROOT / "pyproject.toml").is_file()
+    and str(_ROOT) not in __path__
+):
+    __path__.append(str(_ROOT))
 
 from .backends.choice import use_backend  # noqa: E402
 from .faces.modules import CrossEntropyLoss, LinearCrossEntropyLoss  # noqa: E402

@@ -259,21 +259,13 @@ def _visited(
 
 
 class _Statistics(Function):
-    """(input, …) → the parts, flat."""
+    """(input, target, weight, options, backend, wanted parts, dtype of the loss) → the parts, flat."""
 
     replayed = 4  # a backward pass at upstream gradients of these outputs may be: backends/short_road.py
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
-        backend: Backend,
-        wanted: WantedParts,
-        loss_dtype: torch.dtype,
-    ) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+        weight, options, backend, wanted, loss_dtype = arguments
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
         inputs = LossInputs(as_rows(input), target, weight, options)

@@ -16,7 +16,6 @@ from torch.optim.optimizer import Optimizer
 from ..backends import choice
 from ..backends.contract import FLAG_ELEMENTS, SGDBatch, SGDControls, SGDRule, check_gradients
 from ..backends.torch_private import step_is_observed, unscales_by_step
-from ..checks import check_switches
 from ..ranks.placements import is_dtensor
 from . import plain
 from .checkpoint import check_loaded, restore_dtypes
@@ -748,7 +747,9 @@ def _check(group: dict[str, Any], *, loaded: bool = False) -> None:
         raise ValueError(f"Invalid max_norm value: {max_norm}; expected 0 or more, or None for no clipping")
     if dtype is not None and dtype not in SERVED_DTYPES:
         raise TypeError(f"momentum_dtype must be a floating torch.dtype of 16, 32 or 64 bits, or None; got {dtype!r}")
-    check_switches(**{name: group[name] for name in (*_ROUNDINGS, "decoupled_weight_decay")})
+    for name in (*_ROUNDINGS, "decoupled_weight_decay"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"fastloss: {name} is {group[name]!r}; expected True or False")
     chosen = [name for name in _ROUNDINGS if group[name]]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} exclude each other; choose one")
