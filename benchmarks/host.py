@@ -82,6 +82,18 @@ def launches() -> Iterator[Contest]:
     def of_soft(x: Tensor, _: Tensor) -> Tensor:
         return fastloss.cross_entropy(x, soft)
 
+    # Six chunks of (16, 8) x 64, beside torch's two functions.
+    hidden, head = (torch.randn(n, 8, requires_grad=True) for n in (96, 64))
+    next_tokens = torch.randint(64, (96,))
+
+    def by_chunks(_: Tensor) -> None:
+        fastloss.linear_cross_entropy(hidden, head, next_tokens, chunk_size=16).backward()
+        hidden.grad = head.grad = None
+
+    def plain(_: Tensor) -> None:
+        F.cross_entropy(F.linear(hidden, head), next_tokens).backward()
+        hidden.grad = head.grad = None
+
     other = "F.cross_entropy (8, 10)"
     rows: list[tuple[str, Call, str, Call, float | None]] = [
         ("forward", forward(fastloss.cross_entropy, target), other, alone, 2.0),
@@ -100,11 +112,13 @@ def launches() -> Iterator[Contest]:
     for name, ours, beside, theirs, bar in rows:
         logits = torch.randn(64, 1000, requires_grad="backward" in name)
         yield [logits], [Pair(f"{name} (64, 1000)", ours, beside, theirs, bar)]
+    name = "linear, forward + backward, six chunks (96, 8) x 64"
+    yield [few], [Pair(name, by_chunks, "F.linear, F.cross_entropy", plain, 1.5)]
 
 
 def _form(pair: Pair, ours: float, theirs: float) -> str:
     bar = "" if pair.bar is None else f"  ≤ {pair.bar}"
-    times = f"{1e6 * ours:8.1f} us  {pair.other:>23} {1e6 * theirs:8.1f} us"
+    times = f"{1e6 * ours:8.1f} us  {pair.other:>25} {1e6 * theirs:8.1f} us"
     return f"{pair.name:52} {times}  ratio {ours / theirs:5.2f}{bar}"
 
 
