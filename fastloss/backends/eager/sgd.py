@@ -626,7 +626,7 @@ def _is_right_in(dtype: torch.dtype) -> bool:
     """
     if dtype.itemsize != 2:
         return False
-    given = [row[448:576] for row in torch.linspace(-3, 3, 3 * 1024).view(3, 1024).to(dtype)]
+    given = [row[448:576] for row in torch.linspace(-3, 3, 3 * 1024, device="cpu").view(3, 1024).to(dtype)]
     exact = [row.float() for row in given]
     rule = _Numbers(0.1, 0.9, 0.1, 0.01, True, False, False)
     for param, grad, momentum in (given, exact):
@@ -702,7 +702,7 @@ def _advance_rounded(
 def _advance(
     params: list[Tensor], grads: list[Tensor], momentum: list[Tensor], rule: _Numbers, *, first: bool
 ) -> None:
-    """Step tensors that are all float32, or all float64."""
+    """Step tensors of one dtype: float32 or float64, or 16 bits where the operator is right for them."""
     if rule.decoupled and rule.weight_decay != 0:
         foreach_mul_(params, 1.0 - rule.lr * rule.weight_decay)
     step = functools.partial(
@@ -727,7 +727,8 @@ def _advance(
 
 
 def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
-    """Return the tensor with the parameter's strides."""
+    """Return the tensor with the parameter's strides, and without a negative bit, which copies to float32 ignore."""
+    tensor = tensor.resolve_neg()
     if tensor.stride() == param.stride():
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
