@@ -131,7 +131,7 @@ def test_the_tuner_prints_what_it_tried(tmp_path: Path) -> None:
 def test_the_host_side_is_timed(tmp_path: Path) -> None:
     lines = without_gpu(tmp_path, "benchmarks.host", "--launches", "--seconds", "0.05", codes=(0, 1)).splitlines()
     names = ["forward", "forward + backward", "forward + backward + top-1", "soft targets, forward + backward"]
-    names += ["statistics, forward + backward", "accuracy"]
+    names += ["statistics, forward + backward", "accuracy", "linear, forward + backward, six chunks"]
     assert [line.split(" (")[0] for line in lines[1:-1]] == names
     assert lines[-1].endswith("bars missed")
 
