@@ -584,7 +584,7 @@ def test_some_gradients_of_small_tensors_in_16_bits(
 def test_16_bits_by_torchs_operator_are_the_same(
     dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As by a float32 copy, but for a last bit; large tensors, and small ones of which some have no gradient."""
+    """Compares with float32 copies, but for a last bit: large tensors, and small ones, some without a gradient."""
     eager_sgd = sys.modules[choice.load("eager").sgd_step.__module__]
     if not eager_sgd._is_right_in(dtype):
         pytest.skip("this torch's operator is wrong in 16 bits")

@@ -384,7 +384,7 @@ def test_compiled_without_a_graph_break(place: Place) -> None:
 
 
 def test_upstream_gradients_of_any_strides(place: Place) -> None:
-    """Of every part: expanded, transposed, strided."""
+    """Gives every part upstream gradients that are expanded, transposed and strided."""
     input, target = case((4, 30, 6))
     options: dict[str, Any] = {"reduction": "none", "lse_square_scale": 0.1, "label_smoothing": 0.1}
     expected: Any = None

@@ -209,6 +209,8 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
     call = LinearOptions(options, dtype, checks.loss_dtype(input, t, weight, dtype), **chunking)
     traced = routes.is_traced(input, target) or routes.is_traced(linear_weight, target)
     trained_weight = soft and weight is not None and weight.requires_grad
+    if not (traced or soft) and choice.may_look(t):
+        checks.check_labels(t.view(target.shape), classes, options.ignore_index, shifted=shift)
     by_operator = traced and type(linear_weight) in routes.FUSED_TYPES
     modes = routes.watching_modes(x, t, weight, options) if by_operator else []
     if modes or (by_operator and routes.is_compiled(x, t, weight, options)):
@@ -216,12 +218,8 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
         compiled.count_operations_in(modes)
         loss, values = compiled.linear_loss_and_accuracies(Tensors(x, linear_weight, linear_bias, t), weight, call)
     elif traced or rows == 0 or classes == 0 or trained_weight:
-        if not (traced or soft) and choice.may_look(t):
-            checks.check_labels(t.view(target.shape), classes, options.ignore_index, shifted=shift)
         loss, values = routes.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
     else:
-        if not soft and choice.may_look(t):
-            checks.check_labels(t.view(target.shape), classes, options.ignore_index, shifted=shift)
         if call.accumulate_grad and linear_weight.requires_grad and not linear_weight.is_leaf:
             raise RuntimeError(
                 "fastloss: accumulate_grad=True beside a linear_weight that is not a leaf and has no .grad to add "

@@ -749,7 +749,7 @@ def _check(group: dict[str, Any], *, loaded: bool = False) -> None:
         raise TypeError(f"momentum_dtype must be a floating torch.dtype of 16, 32 or 64 bits, or None; got {dtype!r}")
     for name in (*_ROUNDINGS, "decoupled_weight_decay"):
         if not isinstance(group[name], bool):
-            raise TypeError(f"fastloss: {name} is {group[name]!r}; expected True or False")
+            raise TypeError(f"{name} is {group[name]!r}; expected True or False")
     chosen = [name for name in _ROUNDINGS if group[name]]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} exclude each other; choose one")

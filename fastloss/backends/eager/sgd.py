@@ -273,7 +273,7 @@ class _Flat:
 
 @dataclass(eq=False, kw_only=True)
 class _ChosenFlat(_Flat):
-    """Those of a flat's tensors that have gradients in a step, which works on copies.
+    """Holds those of a flat's tensors that have gradients in a step, which works on copies.
 
     Nothing is made for each of them: neighbours are copied together, between their own flat buffers and the whole's.
     """
