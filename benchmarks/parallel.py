@@ -212,4 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    # gloo's threads may still hold tensors, and one that is freed while Python shuts down aborts the process:
+    # https://github.com/pytorch/pytorch/pull/179291
+    os._exit(code)

@@ -10,18 +10,19 @@ import contextlib
 import importlib
 import json
 import os
-import runpy
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import leaving
+
 
 def main(
     script: str, count: int, folder: str, arguments: list[str], limit: float, until_one_fails: bool
-) -> list[int | None] | None:
-    """Return the exit codes, None for a process that had to be killed; in such a process, return None."""
+) -> list[int | None]:
+    """Return the exit codes, None for a process that had to be killed."""
     for name in imported_by(script):
         with contextlib.suppress(ImportError):  # of an extra that is not there
             importlib.import_module(name)
@@ -33,9 +34,7 @@ def main(
             log = os.open(Path(folder) / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            sys.argv = [script, str(rank), str(count), folder, *arguments]
-            runpy.run_path(script, run_name="__main__")
-            return None
+            leaving.run([script, str(rank), str(count), folder, *arguments])
         ranks[process] = rank
     end = time.monotonic() + limit
     while ranks and time.monotonic() < end and not (until_one_fails and any(codes)):
@@ -68,6 +67,4 @@ def note_ended(ranks: dict[int, int], codes: list[int | None]) -> None:
 
 if __name__ == "__main__":
     asked: dict[str, Any] = json.loads(sys.argv[1])
-    found = main(**asked)
-    if found is not None:
-        print(json.dumps(found))
+    print(json.dumps(main(**asked)))

@@ -61,7 +61,8 @@ def torchrun(count: int, *command: str, limit: float = LIMIT) -> str:
     """What ``torchrun --nproc-per-node COUNT COMMAND`` prints, which must come to its end in time."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *command]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    run += [str(HERE / "leaving.py"), *command]
     environment = _environment()
     environment.pop("FASTLOSS_BACKEND", None)
     out, errors, code = _run(run, environment, limit)
