@@ -33,6 +33,34 @@ import fastloss  # noqa: E402
 from fastloss.backends import choice  # noqa: E402
 
 
+def _hasten_interpreter() -> None:
+    """Let functions that a kernel calls do without what has been done before.
+
+    In each call Triton's interpreter looks through the members of ``triton.language`` for builtins to replace, which
+    takes half of a kernel's time. The launch has replaced them for all that import ``triton.language``; Triton's own
+    functions import ``triton.language.core``, whose builtins the first call replaces for good.
+    """
+    from triton.runtime import interpreter
+
+    replaced = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in replaced:
+            interpreter._patch_lang(self.fn)
+            replaced.add(module)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.InterpretedFunction.__call__ = call  # type: ignore[method-assign]
+
+
+if not HAS_GPU and choice.triton_version() is not None:
+    _hasten_interpreter()
+
+
 def _places() -> list[Place]:
     places = [Place("eager", torch.device("cpu"))]
     if choice.triton_version() is not None:
