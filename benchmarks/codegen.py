@@ -305,7 +305,10 @@ HARD = (
     *("softcap+z", "smoothing+softcap", "weight+smoothing+softcap+z+accuracy"),
 )
 SOFT = ("soft", "soft-weight+smoothing", "soft-softcap+z", "soft-probabilities")
-STATISTICS = ("statistics", "statistics-every", "statistics-every+weight+smoothing+softcap")
+STATISTICS = (  # "every": the parts that are none of "squares" and "mean"
+    *("statistics", "statistics-every", "statistics-every+weight+smoothing+softcap"),
+    *("statistics-squares+mean", "statistics-every+squares+mean+weight+smoothing+softcap"),
+)
 SHARDS = ("shard", "shard-weight+smoothing+softcap")
 _OPTIONS: dict[str, tuple[str, Any]] = {  # of a form's words
     "accuracy": ("topk", (1, 5)),
@@ -384,11 +387,14 @@ def _forms(logits: Tensor, target: Tensor, meta: Callable[..., Tensor]) -> Itera
         backward = partial(kernels.soft_cross_entropy_backward, one)
         yield f"{form} backward", partial(_after, partial(forward, neither), backward, given, first)
     for form in STATISTICS:
-        every, given = "every" in form, inputs(form)
-        parts, part = contract.WantedParts(*(every,) * 5), meta(*target.shape, dtype=torch.float32)
+        every, squares, mean = (word in re.split("[-+]", form) for word in ("every", "squares", "mean"))
+        given, part = inputs(form), meta(*target.shape, dtype=torch.float32)
+        parts = contract.WantedParts(*(every,) * 5, log_sum_sq_probs=squares, mean_logit=mean)
+        upstreams = contract.PartUpstreams(one, *(one, part, part) if every else ())
+        upstreams = upstreams._replace(log_sum_sq_probs=part if squares else None, mean_logit=part if mean else None)
         forward = partial(kernels.statistics_forward, given, parts, loss_dtype=logits.dtype)
         yield f"{form} forward", forward
-        backward = partial(kernels.statistics_backward, (one, one, part, part) if every else (one, None, None, None))
+        backward = partial(kernels.statistics_backward, upstreams)
         yield f"{form} backward", partial(_after, forward, backward, given)
     # A shard of the classes.
     elsewhere, numbers = (
@@ -400,9 +406,9 @@ def _forms(logits: Tensor, target: Tensor, meta: Callable[..., Tensor]) -> Itera
         hard, soft = inputs(form), inputs(form, logits)
         yield f"{form} forward", partial(kernels.row_statistics_forward, hard, **numbers, ranked=elsewhere)
         yield f"{form} soft forward", partial(kernels.soft_statistics_forward, soft, ranked=elsewhere)
-        upstreams = (row, row, None, row if "smoothing" in form else None)
-        yield f"{form} backward", partial(kernels.row_statistics_backward, upstreams, hard, row, None, inplace=False)
-        yield f"{form} soft backward", partial(kernels.soft_statistics_backward, upstreams, soft, row, row, first)
+        of_rows = (row, row, None, row if "smoothing" in form else None)
+        yield f"{form} backward", partial(kernels.row_statistics_backward, of_rows, hard, row, None, inplace=False)
+        yield f"{form} soft backward", partial(kernels.soft_statistics_backward, of_rows, soft, row, row, first)
 
 
 def _after(

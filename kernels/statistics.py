@@ -26,7 +26,9 @@ from fastloss.backends.contract import (
     ExternalLabel,
     LossInputs,
     LossOptions,
+    PartUpstreams,
     RowStatistics,
+    RowUpstreams,
     Statistics,
     WantedParts,
     compute_dtype,
@@ -73,7 +75,8 @@ def statistics_forward(inputs: LossInputs, wanted: WantedParts, *, loss_dtype: t
     """See :class:`fastloss.backends.contract.Backend`. Two launches: the visit, and one for the rows' losses."""
     logits, target, weight, options = inputs
     rows, device, dtype = target.numel(), logits.device, compute_dtype(logits.dtype)
-    of = _visited(inputs, wanted.entropy, wanted.predicted or wanted.correct, wanted.every_row)
+    argmax, squares = wanted.predicted or wanted.correct, wanted.log_sum_sq_probs
+    of = _visited(inputs, wanted.entropy, argmax, wanted.every_row, None, squares, wanted.mean_logit)
 
     def empty(wanted: bool, dtype: torch.dtype, shape: int | tuple[int, ...] = rows) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=device) if wanted else None
@@ -85,6 +88,8 @@ def statistics_forward(inputs: LossInputs, wanted: WantedParts, *, loss_dtype: t
         empty(wanted.lse, dtype),
         empty(wanted.entropy, dtype),
         empty(wanted.correct, torch.bool),
+        empty(wanted.log_sum_sq_probs, dtype),
+        empty(wanted.mean_logit, dtype),
         torch.empty(3, dtype=torch.float64, device=device),
     )
     programs = triton.cdiv(rows, _BLOCK)
@@ -103,25 +108,30 @@ def statistics_forward(inputs: LossInputs, wanted: WantedParts, *, loss_dtype: t
             {**constants, "num_warps": 4, **FUSED},
         )
     predicted = of.predicted if wanted.predicted else None
-    return Statistics(*out[:4], predicted, out.correct, saved=(of.lse, of.entropy, out.totals))
+    saved = (of.lse, of.entropy, of.log_sum_sq_probs, out.totals)
+    return Statistics(*out[:4], predicted, *out[4:7], saved=saved)
 
 
-def statistics_backward(
-    upstreams: Sequence[Tensor | None], inputs: LossInputs, saved: Sequence[Tensor | None]
-) -> Tensor:
+def statistics_backward(upstreams: PartUpstreams, inputs: LossInputs, saved: Sequence[Tensor | None]) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
-    loss, z_loss, of_lse, of_entropy = map(_column, upstreams)
-    lse, entropy, totals = saved
+    loss, z_loss, of_lse, of_entropy, of_squares, of_mean = map(_column, upstreams)
     nothing = _column(None)
-    of = _Upstreams(loss, z_loss, of_lse, nothing, of_entropy, nothing)
-    return _gradient(of, inputs, lse, entropy, totals, torch.empty_like(inputs.input))
+    of = _Upstreams(loss, z_loss, of_lse, nothing, of_entropy, nothing, of_squares, of_mean)
+    return _gradient(of, inputs, saved, torch.empty_like(inputs.input))
 
 
 def row_statistics_forward(
-    inputs: LossInputs, *, entropy: bool, predicted: bool, every_row: bool, ranked: ExternalLabel | None = None
+    inputs: LossInputs,
+    *,
+    entropy: bool,
+    predicted: bool,
+    every_row: bool,
+    ranked: ExternalLabel | None = None,
+    log_sum_sq_probs: bool = False,
+    logit_sum: bool = False,
 ) -> RowStatistics:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
-    of = RowStatistics(*_visited(inputs, entropy, predicted, every_row, ranked))
+    of = RowStatistics(*_visited(inputs, entropy, predicted, every_row, ranked, log_sum_sq_probs, logit_sum))
     if of.weighted_sum is not None:
         total = inputs.input.shape[1] if inputs.weight is None else inputs.weight.sum(dtype=torch.float64)
         of.weighted_sum.add_(total * torch.where(of.label_logit.isfinite(), of.label_logit, 0.0))
@@ -129,16 +139,28 @@ def row_statistics_forward(
 
 
 def row_statistics_backward(
-    upstreams: Sequence[Tensor | None], inputs: LossInputs, lse: Tensor, entropy: Tensor | None, *, inplace: bool
+    upstreams: Sequence[Tensor | None],
+    inputs: LossInputs,
+    lse: Tensor,
+    entropy: Tensor | None,
+    log_sum_sq_probs: Tensor | None = None,
+    *,
+    inplace: bool,
 ) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
-    of_rows = _Upstreams(_column(None), _column(None), *map(_column, upstreams))
+    of_rows = _Upstreams(_column(None), _column(None), *map(_column, RowUpstreams(*upstreams)))
     result = inputs.input if inplace else torch.empty_like(inputs.input)
-    return _gradient(of_rows, inputs, lse, entropy, None, result)
+    return _gradient(of_rows, inputs, (lse, entropy, log_sum_sq_probs, None), result)
 
 
 def _visited(
-    inputs: LossInputs, entropy: bool, predicted: bool, every_row: bool, ranked: ExternalLabel | None = None
+    inputs: LossInputs,
+    entropy: bool,
+    predicted: bool,
+    every_row: bool,
+    ranked: ExternalLabel | None,
+    log_sum_sq_probs: bool,
+    logit_sum: bool,
 ) -> _Statistics:
     """Return the numbers of each row; Σ_c w_c z_c is that of z_c − z_y, where z_y is finite. One launch."""
     logits, target, weight, options = inputs
@@ -156,7 +178,8 @@ def _visited(
     lse, label_logit, row_entropy = rowwise(True), rowwise(True), rowwise(entropy)
     weighted_sum, row_predicted = rowwise(options.label_smoothing != 0), rowwise(predicted, torch.int64)
     out = _Statistics(
-        lse, label_logit, row_entropy, weighted_sum, row_predicted, rowwise(ranked is not None, torch.int64)
+        *(lse, label_logit, row_entropy, weighted_sum, row_predicted, rowwise(ranked is not None, torch.int64)),
+        *(rowwise(log_sum_sq_probs), rowwise(logit_sum)),
     )
     label = Ranked(None, None) if ranked is None else Ranked(*ranked[:2])
     most_k = () if tiles.looped else (0 if ranked is None else ranked.most_k,)
@@ -178,10 +201,10 @@ def _visited(
     return out
 
 
-def _gradient(
-    of: _Upstreams, inputs: LossInputs, lse: Any, entropy: Tensor | None, totals: Tensor | None, result: Tensor
-) -> Tensor:
+def _gradient(of: _Upstreams, inputs: LossInputs, saved: Sequence[Tensor | None], result: Tensor) -> Tensor:
+    """Write the gradient to ``result``; ``saved`` are lse, H, log Σ p² and the totals of the losses, or None."""
     logits, target, weight, options = inputs
+    *of_rows, totals = saved
     outer, classes, inner = logits.shape
     tiles = plan(logits, result)
     # No row is held whole here: each program takes one tile of some rows and some classes.
@@ -193,7 +216,7 @@ def _gradient(
             _statistics_gradient,
             (tiles.number, blocks),
             (
-                *(strided(logits), target, weight, strided(result), lse, entropy, totals, of),
+                *(strided(logits), target, weight, strided(result), *of_rows, totals, of),
                 *(outer * inner, classes, inner, *numbers),
             ),
             {"T": tiles.tile(logits.dtype), "F": _form(weight, options, **losses), **tiles.options()},
@@ -224,6 +247,8 @@ class _Statistics(NamedTuple):
     weighted_sum: Any  # or None
     predicted: Any  # int64; or None
     rank: Any  # int64; or None
+    log_sum_sq_probs: Any  # float64, as the next one; or None
+    logit_sum: Any  # or None
 
 
 class Ranked(NamedTuple):
@@ -241,6 +266,8 @@ class _Parts(NamedTuple):
     lse: Any
     entropy: Any
     correct: Any  # bool
+    log_sum_sq_probs: Any
+    mean_logit: Any
     totals: Any  # (3,), float64: Σ w_y for a mean, else 1; W; the reciprocal of the first
 
 
@@ -260,6 +287,8 @@ class _Upstreams(NamedTuple):
     label: Any  # of z_y
     entropy: Any
     weighted_sum: Any
+    log_sum_sq_probs: Any
+    logits: Any  # of the mean of z if there are losses, else of Σ z
 
 
 @triton.jit
@@ -298,9 +327,12 @@ def _store_row(
     u,  # Σ exp(z − m) (z − m)
     wz,
     first,  # the first class of the greatest logit
+    wide,  # s in float64, as the next one, where Σ p² is wanted
+    q,  # Σ exp(z − m)²
+    z_sum,
 ):
     """Store the statistics of each row; in float64, as only then lse keeps the precision of s."""
-    log_s = tl.log(s).to(tl.float64)
+    log_s = tl.log(s if out.log_sum_sq_probs is None else wide).to(tl.float64)
     tl.store(out.lse + row, log_s + m.to(tl.float64), mask=in_range)
     if out.entropy is not None:
         tl.store(out.entropy + row, log_s - (u / s).to(tl.float64), mask=in_range)
@@ -308,6 +340,10 @@ def _store_row(
         tl.store(out.weighted_sum + row, wz.to(tl.float64), mask=in_range)
     if out.predicted is not None:
         tl.store(out.predicted + row, first.to(tl.int64), mask=in_range)
+    if out.log_sum_sq_probs is not None:
+        tl.store(out.log_sum_sq_probs + row, tl.log(q / (wide * wide)), mask=in_range)
+    if out.logit_sum is not None:
+        tl.store(out.logit_sum + row, z_sum.to(tl.float64), mask=in_range)
 
 
 @triton.jit
@@ -356,9 +392,17 @@ def _statistics_tile(
     below = z - m[:, None]
     e = tl.exp2(below * LOG2_E)
     s = tl.sum(e, axis=1)
-    u, wz, first = s, s, row
+    u, wz, first, wide, q, z_sum = s, s, row, s, s, s
     if out.entropy is not None:
         u = tl.sum(e * tl.maximum(below, LOG_OF_0), axis=1)
+    if out.log_sum_sq_probs is not None:
+        # The greatest, 1 each, apart: where their p is near 1, the gradient is a difference of numbers near 1.
+        at_top = below == 0.0
+        top, others = tl.sum(at_top.to(tl.int32), axis=1).to(tl.float64), tl.where(at_top, 0.0, e)
+        wide = top + tl.sum(others, axis=1).to(tl.float64)
+        q = top + tl.sum(others * others, axis=1).to(tl.float64)
+    if out.logit_sum is not None:
+        z_sum = tl.sum(tl.where(col_mask[None, :], z, 0.0), axis=1)
     if out.weighted_sum is not None:
         weighted = z - near[:, None]
         if F.HAS_WEIGHT:
@@ -369,7 +413,7 @@ def _statistics_tile(
         if tl.max((s != s).to(tl.int32), axis=0) > 0:  # some row holds a NaN, or +inf
             nan = tl.min(tl.where(x != x, cols[None, :], _NO_CLASS), axis=1)
             first = tl.where(nan != _NO_CLASS, nan, first)
-    _store_row(out, row, in_range, m, s, u, wz, first)
+    _store_row(out, row, in_range, m, s, u, wz, first, wide, q, z_sum)
 
 
 class _Online(NamedTuple):
@@ -382,6 +426,8 @@ class _Online(NamedTuple):
     best: Any  # the group's greatest logit
     first: Any  # its first class
     rank: Any  # how many classes stand before the label that is ranked
+    q: Any  # Σ exp(z − m)²
+    z_sum: Any  # Σ z, float64: a group may have thousands of blocks
 
 
 @triton.jit
@@ -403,7 +449,7 @@ def _visit(
     F: tl.constexpr,
 ):
     """Return the state with one more block of a looped row."""
-    m_group, s_group, u_group, wz_group, best_group, first_group, rank_group = state
+    m_group, s_group, u_group, wz_group, best_group, first_group, rank_group, q_group, z_group = state
     cols, mask = block(start, classes, read, MASKED, T)
     places = pointers(logits, base, cols, T)
     x = tl.load(places, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(T.ACC)
@@ -420,8 +466,15 @@ def _visit(
     z, _ = softcapped(x, mask, cap, MASKED, T, F)
     if out.weighted_sum is not None:
         wz_group += weighted_sums(z, near, weight_ptr, cols, classes, mask, MASKED, T, F)
+    if out.logit_sum is not None:
+        z_here = tl.where(mask, z, 0.0) if MASKED else z
+        z_group += tl.sum(tl.reshape(z_here, SPLIT), axis=2).to(tl.float64)
     step = online_step(m_group, s_group, u_group, z, out.entropy is not None, T)
-    return _Online(step.m, step.s, step.u, wz_group, best_group, first_group, rank_group)
+    if out.log_sum_sq_probs is not None:  # the compiler takes the step's exponentials for these
+        factor = tl.exp2((m_group - finite_maximum(step.m)) * LOG2_E)
+        e = tl.exp2(step.below * LOG2_E)
+        q_group = q_group * factor * factor + tl.sum(e * e, axis=2)
+    return _Online(step.m, step.s, step.u, wz_group, best_group, first_group, rank_group, q_group, z_group)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
@@ -457,7 +510,10 @@ def _statistics_loop(
     if out.rank is not None:
         rank_group = tl.zeros([T.ROWS, T.COLS // T.GROUP], tl.int32)
         x_label, position = load_label(ranked, row, in_range, T)
-    state = _Online(m_group, s_group, s_group, s_group, m_group, first_group, rank_group)
+    z_group = s_group
+    if out.logit_sum is not None:
+        z_group = tl.zeros([T.ROWS, T.COLS // T.GROUP], tl.float64)
+    state = _Online(m_group, s_group, s_group, s_group, m_group, first_group, rank_group, s_group, z_group)
     full = classes // T.COLS * T.COLS
     if tl.max(read.to(tl.int32), axis=0) > 0:
         for start in tl.range(0, full, T.COLS):
@@ -473,7 +529,12 @@ def _statistics_loop(
     fall = tl.maximum(state.m - m[:, None], LOG_OF_0)
     factor = tl.exp2(fall * LOG2_E)
     s = tl.sum(state.s * factor, axis=1)
-    u, wz, first = s, s, row
+    u, wz, first, wide, q, z_sum = s, s, row, s, s, s
+    if out.log_sum_sq_probs is not None:
+        wide = tl.sum((state.s * factor).to(tl.float64), axis=1)
+        q = tl.sum((state.q * factor * factor).to(tl.float64), axis=1)
+    if out.logit_sum is not None:
+        z_sum = tl.sum(state.z_sum, axis=1)
     if out.entropy is not None:
         u = tl.sum((state.u + state.s * fall) * factor, axis=1)
     if out.weighted_sum is not None:
@@ -488,7 +549,7 @@ def _statistics_loop(
         if tl.max(has_nan.to(tl.int32), axis=0) > 0:  # or +inf
             nan = _first_nan(logits, base, has_nan, classes, T)
             first = tl.where(nan != _NO_CLASS, nan, first)
-    _store_row(out, row, in_range, m, s, u, wz, first)
+    _store_row(out, row, in_range, m, s, u, wz, first, wide, q, z_sum)
 
 
 @triton.jit
@@ -543,6 +604,10 @@ def _losses_of_rows(
         tl.store(out.lse + row, lse, mask=in_range)
     if out.entropy is not None:
         tl.store(out.entropy + row, tl.load(of.entropy + row, mask=in_range), mask=in_range)
+    if out.log_sum_sq_probs is not None:
+        tl.store(out.log_sum_sq_probs + row, tl.load(of.log_sum_sq_probs + row, mask=in_range), mask=in_range)
+    if out.mean_logit is not None:
+        tl.store(out.mean_logit + row, tl.load(of.logit_sum + row, mask=in_range) / classes, mask=in_range)
     if out.correct is not None:
         target = tl.load(target_ptr + row, mask=in_range, other=0).to(tl.int64)
         right = counted & (tl.load(of.predicted + row, mask=in_range, other=0) == target)
@@ -599,6 +664,7 @@ def _statistics_gradient(
     gradient: Strided,
     lse_ptr,  # (rows,)
     entropy_ptr,  # (rows,) or None
+    squares_ptr,  # (rows,) or None: log Σ p²
     totals_ptr,  # (3,), as above; None: no upstream gradient of a loss
     upstream: _Upstreams,
     rows,
@@ -619,7 +685,7 @@ def _statistics_gradient(
     LABEL: tl.constexpr = upstream.label.ptr is not None or upstream.loss.ptr is not None
     SUM: tl.constexpr = upstream.weighted_sum.ptr is not None or (upstream.loss.ptr is not None and F.SMOOTHING)
     level = tl.zeros([T.ROWS], tl.float64)
-    of_label, of_sum, of_entropy = level, level, level
+    of_label, of_sum, of_entropy, of_squares, of_logits = level, level, level, level, level
     if upstream.lse.ptr is not None:
         level += _upstream(upstream.lse, row, in_range)
     if upstream.label.ptr is not None:
@@ -643,10 +709,20 @@ def _statistics_gradient(
         level += tl.where(of_z_loss == 0.0, 0.0, of_z_loss * (2.0 * tail))
     if upstream.entropy.ptr is not None:
         of_entropy = _upstream(upstream.entropy, row, in_range)
+    if upstream.log_sum_sq_probs.ptr is not None:
+        of_squares = 2.0 * _upstream(upstream.log_sum_sq_probs, row, in_range)
     # Rows with a gradient: the others are not read, whatever they hold.
-    wanted = (level != 0.0) | (of_label != 0.0) | (of_sum != 0.0) | (of_entropy != 0.0)
+    wanted = (level != 0.0) | (of_label != 0.0) | (of_sum != 0.0) | (of_entropy != 0.0) | (of_squares != 0.0)
+    with_p = wanted
+    if upstream.logits.ptr is not None:
+        of_logits = _upstream(upstream.logits, row, in_range)
+        of_logits = of_logits if totals_ptr is None else of_logits / classes
+        wanted = wanted | (of_logits != 0.0)
     if upstream.entropy.ptr is not None:
         level -= of_entropy * tl.load(entropy_ptr + row, mask=in_range, other=0.0)
+    if upstream.log_sum_sq_probs.ptr is not None:
+        level -= of_squares
+        of_squares *= tl.exp(-tl.load(squares_ptr + row, mask=in_range, other=0.0))
 
     cols = tl.program_id(1) * T.COLS + tl.arange(0, T.COLS)
     col_mask = inside(cols, classes, T)
@@ -657,10 +733,14 @@ def _statistics_gradient(
     z, dz = softcapped(x, mask, cap, False, T, F)
     log_p = log_softmax(z, lse, T)
     p = tl.exp2(log_p * LOG2_E)
+    of_p = tl.broadcast_to(level.to(T.ACC)[:, None], p.shape)
     if upstream.entropy.ptr is not None:
-        g = p * (level.to(T.ACC)[:, None] - of_entropy.to(T.ACC)[:, None] * tl.maximum(log_p, LOG_OF_0))
-    else:
-        g = p * level.to(T.ACC)[:, None]
+        of_p -= of_entropy.to(T.ACC)[:, None] * tl.maximum(log_p, LOG_OF_0)
+    if upstream.log_sum_sq_probs.ptr is not None:
+        of_p += of_squares.to(T.ACC)[:, None] * p
+    g = p * of_p
+    if upstream.logits.ptr is not None:  # a row without another upstream gradient may hold −inf alone
+        g = tl.where(with_p[:, None], g, 0.0) + of_logits.to(T.ACC)[:, None]
     if LABEL:
         g += tl.where(cols[None, :] == label[:, None], of_label.to(T.ACC)[:, None], 0.0)
     if SUM:

@@ -63,7 +63,7 @@ WEIGHTED = {**BASE, "weight": torch.float32}
 RANKED = {**BASE, "function": "cross_entropy_with_accuracy"}
 ALONE = {**BASE, "function": "accuracy", "leaf": False}
 WRITTEN = {**BASE, "options": {"inplace": True}, "leaf": False, "world": "behind an operation"}
-EVERY = dict.fromkeys(("z_loss", "lse", "entropy", "predicted", "correct"), True)
+EVERY = dict.fromkeys(fastloss.LossStatistics._fields[1:], True)
 STATISTICS = {**BASE, "function": "cross_entropy_with_statistics", "options": EVERY}
 SUMMED = {**STATISTICS, "upstreams": ("sum", "lse", "entropy")}
 SUMMED_ROWS = {
@@ -126,7 +126,10 @@ CHANGES: list[tuple[Case, dict[str, list[Any]]]] = [
             "leaf": [False],
             "world": ["no_grad", "eager"],
             "upstream_offset": [1],
-            "upstreams": [("lse",), ("loss", "entropy"), ("z_loss",), ("loss", "z_loss", "lse", "entropy")],
+            "upstreams": [
+                *(("lse",), ("loss", "entropy"), ("z_loss",), ("loss", "z_loss", "lse", "entropy")),
+                *(("log_sum_sq_probs",), ("mean_logit",), ("entropy", "log_sum_sq_probs", "mean_logit")),
+            ],
         },
     ),
     (SUMMED, {"upstreams": [("lse", "entropy"), ("mean of lse",)]}),

@@ -125,7 +125,7 @@ def test_a_replayed_call_has_the_bits_of_a_recorded_one(
 @pytest.mark.parametrize("shape", [(ROWS, CLASSES), (2, CLASSES, 3), (CLASSES,)], ids=str)
 def test_statistics_are_replayed(kernels: Place, shape: tuple[int, ...], reduction: str) -> None:
     """At upstream gradients of the loss, of all parts, of sums and means of them."""
-    names = ("z_loss", "lse", "entropy", "predicted", "correct")
+    names = fastloss.LossStatistics._fields[1:]
     weight = torch.rand(CLASSES, device=kernels.device) if len(shape) > 2 else None
     options: dict[str, Any] = {"reduction": reduction, "label_smoothing": 0.1, "lse_square_scale": 0.1}
     options |= dict.fromkeys(names, True)
@@ -133,6 +133,7 @@ def test_statistics_are_replayed(kernels: Place, shape: tuple[int, ...], reducti
         lambda parts: parts.loss.sum(),
         lambda parts: (parts.loss * 2).sum() + parts.z_loss.sum() + (parts.lse * parts.entropy).mean(),
         lambda parts: parts.entropy.sum() + parts.lse.sum(),
+        lambda parts: parts.log_sum_sq_probs.sum() - (parts.mean_logit * parts.lse).sum(),
     ]
 
     def values_and_gradients(x: Tensor, y: Tensor) -> list[Any]:
@@ -151,7 +152,7 @@ def test_statistics_are_replayed(kernels: Place, shape: tuple[int, ...], reducti
             patch.setenv("FASTLOSS_SHORT_ROAD", "0")
             expected = values_and_gradients(x, y)
         assert same(values_and_gradients(x, y), expected)
-    assert [len(call.texts) for call in replayed()] == [1, 4]  # a pass forward; one, and three kinds back
+    assert [len(call.texts) for call in replayed()] == [1, 5]  # a pass forward; one, and four kinds back
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

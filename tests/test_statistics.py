@@ -22,8 +22,8 @@ from fastloss.loss import routes
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 REDUCTIONS = ["mean", "sum", "none"]
-NUMBERS = ("loss", "z_loss", "lse", "entropy")
-EVERY: dict[str, bool] = dict.fromkeys(("z_loss", "lse", "entropy", "predicted", "correct"), True)
+NUMBERS = ("loss", "z_loss", "lse", "entropy", "log_sum_sq_probs", "mean_logit")  # the differentiable parts
+EVERY: dict[str, bool] = dict.fromkeys(LossStatistics._fields[1:], True)
 
 
 def by_torch(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> LossStatistics:
@@ -33,11 +33,18 @@ def by_torch(input: Tensor, target: Tensor, weight: Tensor | None = None, **opti
     without = reference.loss(input, target, weight, **{**options, "lse_square_scale": 0.0})
     wide = input if input.dtype == torch.float64 else input.float()
     cap = options.get("softcap")
-    log_p = torch.log_softmax(wide if cap is None else cap * torch.tanh(wide / cap), dim)
-    lse = torch.logsumexp(wide if cap is None else cap * torch.tanh(wide / cap), dim)
+    z = wide if cap is None else cap * torch.tanh(wide / cap)
+    log_p = torch.log_softmax(z, dim)
+    lse = torch.logsumexp(z, dim)
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(dim)
     predicted = input.argmax(dim)
-    return LossStatistics(loss, loss - without, lse, entropy, predicted, predicted == target.long())
+    squares = torch.logsumexp(2 * log_p, dim)
+    correct = predicted == target.long()
+    return LossStatistics(loss, loss - without, lse, entropy, predicted, correct, squares, z.mean(dim))
+
+
+def differentiable(parts: LossStatistics) -> list[Any]:
+    return [getattr(parts, name) for name in NUMBERS]
 
 
 def values_and_gradient(
@@ -148,7 +155,9 @@ def test_weight_smoothing_z_loss_and_softcap(
 
 
 @pytest.mark.parametrize(
-    "parts", [("loss",), ("z_loss",), ("lse",), ("entropy",), ("loss", "entropy"), ("z_loss", "lse")], ids=str
+    "parts",
+    [*((name,) for name in NUMBERS), ("loss", "entropy"), ("z_loss", "lse"), ("loss", "log_sum_sq_probs")],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_each_part_alone_has_its_gradient(place: Place, dtype: torch.dtype, parts: tuple[str, ...]) -> None:
@@ -212,13 +221,42 @@ def test_special_rows(place: Place, classes: int) -> None:
     assert torch.equal(parts.predicted.cpu(), input.argmax(1))
     assert parts.lse[0].item() == -torch.inf
     assert parts.lse[1:3].isnan().all()
-    for part in (parts.loss, parts.entropy):
+    for part in (parts.loss, parts.entropy, parts.log_sum_sq_probs):
         assert part[:3].isnan().all()
         assert part[3:].isfinite().all()
+    torch.testing.assert_close(parts.mean_logit.cpu(), input.mean(1), equal_nan=True)
+    upstreams = [torch.ones_like(parts.loss), torch.tensor([0.0, 0, 0, 2, 0], device=place.device)]
+    (of_mean,) = torch.autograd.grad([parts.mean_logit, parts.lse], x, upstreams, retain_graph=True)
+    torch.testing.assert_close(of_mean[[0, 1, 2, 4]].cpu(), torch.full((4, classes), 1 / classes))
     (gradient,) = torch.autograd.grad((parts.loss + parts.entropy)[[0, 1, 3]].sum(), x)
     assert gradient[:2].isnan().any(1).all()
     assert torch.equal(gradient[[2, 4]].cpu(), torch.zeros(2, classes))  # whatever row 2 holds
     assert gradient[3].isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [5, 1000, 9001, 131072])
+def test_flat_and_peaked_rows(place: Place, classes: int) -> None:
+    """Σ p² of a flat row is 1 / C, that of a peaked one all but 1; p² itself is below the least float32."""
+    input = torch.zeros(6, classes)
+    input[1, classes // 2] = 20.0
+    input[2] = torch.linspace(-200, 0, classes)
+    input[3], input[4, 1:] = 500.0 + torch.randn(classes), -torch.inf
+    input[5, : classes // 2] = -torch.inf
+    input = input[:3] if place.interpreted and classes > 10_000 else input
+    target = torch.zeros(len(input), dtype=torch.int64)
+    upstreams = {name: torch.ones(len(input), dtype=torch.float64) for name in ("log_sum_sq_probs",)}
+    ours, our_gradient = values_and_gradient(
+        cross_entropy_with_statistics, input.to(place.device), target.to(place.device), None, upstreams, **EVERY
+    )
+    theirs, their_gradient = values_and_gradient(by_torch, input, target, None, upstreams)
+    exact, exact_gradient = values_and_gradient(by_torch, input.double(), target, None, upstreams)
+    for name in ("log_sum_sq_probs", "mean_logit"):
+        mine, torchs, true = (getattr(parts, name).detach() for parts in (ours, theirs, exact))
+        for row in range(len(input)):
+            assert_no_worse(mine[row], torchs[row], true[row], f"{name} of row {row}", 1.5)
+    assert_no_worse(our_gradient, their_gradient, exact_gradient, "gradient", 1.5)
+    assert ours.log_sum_sq_probs is not None
+    torch.testing.assert_close(ours.log_sum_sq_probs[0].cpu(), -torch.tensor(float(classes)).log())
 
 
 @pytest.mark.parametrize("classes", [17, 300, 9001])
@@ -339,7 +377,8 @@ def float64_case(place: Place, options: dict[str, Any], reduction: str) -> tuple
     input = torch.randn(2, 5, target.shape[1], dtype=torch.float64, device=place.device, requires_grad=True)
 
     def numbers(input: Tensor) -> tuple[Tensor | None, ...]:
-        return cross_entropy_with_statistics(input, target, weight, reduction=reduction, **options, **EVERY)[:4]
+        parts = cross_entropy_with_statistics(input, target, weight, reduction=reduction, **options, **EVERY)
+        return tuple(differentiable(parts))
 
     return numbers, input
 
@@ -376,7 +415,7 @@ def test_compiled_without_a_graph_break(place: Place) -> None:
 
     def total(x: Tensor) -> Tensor:
         parts = cross_entropy_with_statistics(x, target, lse_square_scale=0.1, **EVERY)
-        return parts.loss + parts.z_loss + parts.entropy.sum() + parts.correct.sum()  # type: ignore[union-attr]
+        return sum(number.sin().sum() for number in differentiable(parts)) + parts.correct.sum()  # type: ignore[union-attr]
 
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
     results = [(f(input), torch.autograd.grad(f(input), input)[0]) for f in (total, compiled)]
@@ -393,7 +432,7 @@ def test_upstream_gradients_of_any_strides(place: Place) -> None:
         parts, x = on_device(place, input, target, **options, **EVERY)
         upstreams = [form(torch.randn(4, 6, device=place.device)) for _ in NUMBERS]
         upstreams[1] = torch.randn(6, device=place.device).expand(4, 6)
-        (gradient,) = torch.autograd.grad(parts[:4], x, upstreams)
+        (gradient,) = torch.autograd.grad(differentiable(parts), x, upstreams)
         expected = gradient if expected is None else expected
         assert torch.equal(gradient, expected)
 
@@ -403,9 +442,10 @@ def test_rows_without_an_upstream_gradient_may_hold_anything(place: Place) -> No
     input[0], input[1], input[2, 3], input[5] = torch.nan, torch.inf, torch.nan, -torch.inf
     parts, x = on_device(place, input, target, reduction="none", lse_square_scale=0.1, label_smoothing=0.1, **EVERY)
     upstreams = [
-        torch.zeros(6, device=place.device).index_fill(0, torch.tensor(3), number + 1.0) for number in range(4)
+        torch.zeros(6, device=place.device).index_fill(0, torch.tensor(3), number + 1.0)
+        for number in range(len(NUMBERS))
     ]
-    (gradient,) = torch.autograd.grad(parts[:4], x, upstreams)
+    (gradient,) = torch.autograd.grad(differentiable(parts), x, upstreams)
     others = gradient[[0, 1, 2, 4, 5]]
     assert torch.equal(others, torch.zeros_like(others))
     assert gradient[3].isfinite().all()
@@ -474,7 +514,7 @@ def test_launches(kernels: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLOSS_SHORT_ROAD", "0")
     parts, x = on_device(kernels, *case((6, 40)), label_smoothing=0.1, lse_square_scale=0.1, **EVERY)
     assert len(started) == 2
-    torch.autograd.grad(parts[:4], x, [torch.ones_like(part) for part in parts[:4]])
+    torch.autograd.grad(differentiable(parts), x, [torch.ones_like(part) for part in differentiable(parts)])
     assert len(started) == 3
 
 
@@ -482,21 +522,20 @@ def test_parts_that_are_off_cost_no_operation() -> None:
     eager = choice.load("eager")
     input, target = case((5, 400))
     counts = {}
-    asked = ((False, False, 0.0), (True, False, 0.0), (False, True, 0.0), (False, False, 0.1))
-    for entropy, predicted, smoothing in asked:
+    for asked in ("", "entropy", "predicted", "log_sum_sq_probs", "logit_sum", "label_smoothing"):
+        options = LossOptions(label_smoothing=0.1 * (asked == "label_smoothing"))
+        inputs = LossInputs(input.unsqueeze(2), target, None, options)
+        parts: dict[str, bool] = dict.fromkeys(("entropy", "predicted"), False)
+        if asked and not options.label_smoothing:
+            parts[asked] = True
         with _Count() as count:
-            eager.row_statistics_forward(
-                LossInputs(input.unsqueeze(2), target, None, LossOptions(label_smoothing=smoothing)),
-                entropy=entropy,
-                predicted=predicted,
-                every_row=True,
-            )
-        counts[entropy, predicted, smoothing] = count.names
-    plain = counts.pop((False, False, 0.0))
+            eager.row_statistics_forward(inputs, **parts, every_row=True)
+        counts[asked] = count.names
+    plain = counts.pop("")
     assert all(len(names) > len(plain) for names in counts.values())
     assert sum("exp2" in name for name in plain) == 1
     assert sum(name.startswith("aten.sum") for name in plain) == 1
-    assert not any("argmax" in name or "clamp" in name for name in plain)
+    assert not any(word in name for name in plain for word in ("argmax", "clamp", "div"))
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
@@ -579,13 +618,15 @@ def test_class_probabilities(
     expected = torch.distributions.Categorical(logits=input.movedim(dim, -1)).entropy()
     torch.testing.assert_close(parts.entropy, expected)
     torch.testing.assert_close(parts.lse, input.logsumexp(dim))
+    torch.testing.assert_close(parts.log_sum_sq_probs, input.softmax(dim).square().sum(dim).log())
+    torch.testing.assert_close(parts.mean_logit, input.mean(dim))
     assert torch.equal(parts.predicted, input.argmax(dim))
     assert torch.equal(parts.correct, input.argmax(dim) == target.argmax(dim))
     ours = torch.autograd.grad((parts.loss - parts.z_loss + parts.entropy).sum(), (input, target))
     torch.testing.assert_close(ours, torch.autograd.grad((plain + expected).sum(), (input, target)))
 
 
-@pytest.mark.parametrize("part", ["predicted", "entropy"])
+@pytest.mark.parametrize("part", ["predicted", "entropy", "log_sum_sq_probs", "mean_logit"])
 def test_small_tensors_on_a_cpu_agree(part: str) -> None:
     input, target = case((6, 20))
     options: dict[str, Any] = {"lse_square_scale": 0.1, "label_smoothing": 0.1, part: True}

@@ -32,7 +32,9 @@ __all__ = [
     "Forward",
     "LossInputs",
     "LossOptions",
+    "PartUpstreams",
     "RowStatistics",
+    "RowUpstreams",
     "SGDBatch",
     "SGDControls",
     "SGDRule",
@@ -122,11 +124,13 @@ class WantedParts(NamedTuple):
     entropy: bool
     predicted: bool
     correct: bool
+    log_sum_sq_probs: bool = False
+    mean_logit: bool = False
 
     @property
     def every_row(self) -> bool:
         """Return True if ignored rows have parts too."""
-        return self.lse or self.entropy or self.predicted
+        return self.lse or self.entropy or self.predicted or self.log_sum_sq_probs or self.mean_logit
 
 
 class Statistics(NamedTuple):
@@ -138,7 +142,20 @@ class Statistics(NamedTuple):
     entropy: Tensor | None  # H = lse − Σ_c p_c z_c of the softmax p, likewise
     predicted: Tensor | None  # as in RowStatistics
     correct: Tensor | None  # bool: the label is predicted, and not ignored
+    log_sum_sq_probs: Tensor | None  # log Σ_c p_c², in the dtype of the arithmetic
+    mean_logit: Tensor | None  # the mean of z over the classes, likewise
     saved: tuple[Tensor | None, ...]  # for this backend's `statistics_backward`
+
+
+class PartUpstreams(NamedTuple):
+    """The upstream gradients of the differentiable parts of :class:`Statistics`, in any strides; None is 0."""
+
+    loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
 
 
 class RowStatistics(NamedTuple):
@@ -153,6 +170,19 @@ class RowStatistics(NamedTuple):
     weighted_sum: Tensor | None  # Σ_c w_c z_c, where options.label_smoothing is not 0; w = 1 without a weight
     predicted: Tensor | None  # int64: the class of the greatest logit, the first of equal ones; NaN is the greatest
     rank: Tensor | None = None  # int64: how many of these classes stand before the label, if asked for
+    log_sum_sq_probs: Tensor | None = None  # log Σ_c p_c², if asked for
+    logit_sum: Tensor | None = None  # Σ_c z_c, if asked for
+
+
+class RowUpstreams(NamedTuple):
+    """The upstream gradients of the differentiable numbers of :class:`RowStatistics`, ``(rows,)`` each; None is 0."""
+
+    lse: Tensor | None = None
+    label_logit: Tensor | None = None
+    entropy: Tensor | None = None
+    weighted_sum: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    logit_sum: Tensor | None = None
 
 
 class SoftRowStatistics(NamedTuple):
@@ -226,11 +256,11 @@ class Backend(Protocol):
         ...
 
     def statistics_backward(
-        self, upstreams: Sequence[Tensor | None], inputs: LossInputs, saved: Sequence[Tensor | None]
+        self, upstreams: PartUpstreams, inputs: LossInputs, saved: Sequence[Tensor | None]
     ) -> Tensor:
-        """Return the gradient from the logits. ``upstreams`` are of loss, z-loss, lse and H, or None.
+        """Return the gradient from the logits.
 
-        They have any strides. A row whose upstreams are all 0 has a gradient of 0, even if it holds NaN.
+        A row whose upstreams are all 0 has a gradient of 0, even if it holds NaN.
         """
         ...
 
@@ -242,6 +272,8 @@ class Backend(Protocol):
         predicted: bool,
         every_row: bool,
         ranked: ExternalLabel | None = None,
+        log_sum_sq_probs: bool = False,
+        logit_sum: bool = False,
     ) -> RowStatistics:
         """Return the numbers of each row, from which the layers above compute losses.
 
@@ -258,15 +290,17 @@ class Backend(Protocol):
         inputs: LossInputs,
         lse: Tensor,
         entropy: Tensor | None,
+        log_sum_sq_probs: Tensor | None = None,
         *,
         inplace: bool,
     ) -> Tensor:
-        """Return the gradient from the logits x. ``upstreams`` are of lse, z_y, H and Σ_c w_c z_c, or None.
+        """Return the gradient from the logits x. ``upstreams`` are those of :class:`RowUpstreams`, in its order.
 
-        (p_c g_lse − g_H p_c (log p_c + H) + [c = y] g_zy + g_wz w_c) ∂z_c/∂x_c,  where 0 · log 0 is 0;
+        (p_c g_lse − g_H p_c (log p_c + H) + [c = y] g_zy + g_wz w_c + 2 g_q p_c (p_c / Σ p² − 1) + g_z) ∂z_c/∂x_c,
 
-        and 0 in a row whose upstreams are all 0, even if it holds NaN. ``lse`` and, if there is a g_H, ``entropy``
-        are from the forward pass, or of more classes than these logits have: p is that of all of them then.
+        where 0 · log 0 is 0, g_q is of log Σ p² and g_z of Σ_c z_c; and 0 in a row whose upstreams are all 0, even if
+        it holds NaN. ``lse`` and, where there is a g_H or a g_q, ``entropy`` and ``log_sum_sq_probs`` are from the
+        forward pass, or of more classes than these logits have: p is that of all of them then.
         """
         ...
 

@@ -239,7 +239,7 @@ def _function(replay: Callable[..., Any], node: Any, device: int, texts: list[st
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
         first, stream = upstreams[:count], None
         if not (
-            upstreams[count] is not None
+            (count < len(upstreams) and upstreams[count] is not None)
             or is_grad_enabled()
             or graph_is_kept()
             or transforms_are_active()

@@ -21,7 +21,15 @@ from torch.autograd import Function
 
 from .. import checks
 from ..backends import choice, short_road
-from ..backends.contract import Backend, LossInputs, LossOptions, WantedParts, compute_dtype
+from ..backends.contract import (
+    Backend,
+    LossInputs,
+    LossOptions,
+    PartUpstreams,
+    Statistics,
+    WantedParts,
+    compute_dtype,
+)
 from ..backends.torch_private import legacy_reduction
 from ..backends.view import as_labels, as_rows, class_dim, in_memory, row_shape, wide_labels
 from . import composite, routes
@@ -40,6 +48,8 @@ class LossStatistics(NamedTuple):
     entropy: Tensor | None
     predicted: Tensor | None
     correct: Tensor | None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
 
 
 def cross_entropy_with_statistics(
@@ -59,11 +69,13 @@ def cross_entropy_with_statistics(
     correct: bool = False,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
+    log_sum_sq_probs: bool = False,
+    mean_logit: bool = False,
 ) -> LossStatistics:
     r"""Compute :func:`cross_entropy` and the z-loss, log-sum-exp, entropy, prediction and rightness of each row.
 
     One visit to the logits gives all parts that are asked for, and backward is one more, for any loss that is
-    computed from them: ``loss``, ``z_loss``, ``lse`` and ``entropy`` are differentiable, and each takes any upstream
+    computed from them: all but ``predicted`` and ``correct`` are differentiable, and each takes any upstream
     gradient. With z the logits (after the softcap), p their softmax, y a row's label and w_y its class weight:
 
         loss     as :func:`cross_entropy` has it; with reduction "none" alone, −loss is log p_y
@@ -72,9 +84,12 @@ def cross_entropy_with_statistics(
         entropy  H = lse − Σ_c p_c z_c = −Σ_c p_c log p_c, where 0 · log 0 is 0
         predicted  the class of the greatest logit, the first of equal ones; NaN is the greatest value
         correct  predicted = y, and y is not ignored
+        log_sum_sq_probs  log Σ_c p_c², from −log C of a flat row to 0 of a certain one
+        mean_logit  the mean of z over the C classes
 
-    The last four have one element per row, and the first three of them are given for ignored rows too. A row that
-    holds NaN or +inf has NaN for all numbers; −inf, a class that can't be chosen, is ordinary.
+    All but the first two have one element per row, and all of these but ``correct`` are given for ignored rows too. A
+    row that holds NaN or +inf has NaN for all numbers but ``mean_logit``, which is what :func:`torch.mean` gives;
+    −inf, a class that can't be chosen, is ordinary, and makes ``mean_logit`` −inf.
 
     Args:
         input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, …)``; float16, bfloat16, float32 or float64; any strides.
@@ -86,14 +101,15 @@ def cross_entropy_with_statistics(
         ignore_index: a label whose rows count neither in the losses nor in their mean, and are never correct.
         reduction: of ``loss`` and ``z_loss``: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: ε, in [0, 1].
-        z_loss, lse, entropy, predicted, correct: which parts to compute. The others are None and cost nothing.
+        z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit: which parts to compute. The others
+            are None and cost nothing.
         lse_square_scale: λ of the z-loss, which ``loss`` contains.
         softcap: z = softcap · tanh(input / softcap). The prediction is that of ``input``.
 
     Returns:
-        ``(loss, z_loss, lse, entropy, predicted, correct)``, a NamedTuple. ``loss`` and ``z_loss`` have the shape and
-        dtype of :func:`cross_entropy`'s result. The others have the labels' shape: ``lse`` and ``entropy`` in float32
-        (float64 for float64 logits), ``predicted`` in int64, ``correct`` in bool.
+        ``(loss, z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit)``, a NamedTuple. ``loss`` and
+        ``z_loss`` have the shape and dtype of :func:`cross_entropy`'s result. The others have the labels' shape:
+        ``predicted`` in int64, ``correct`` in bool, the rest in float32 (float64 for float64 logits).
 
     Raises:
         TypeError, ValueError, RuntimeError: arguments that don't fit, as torch raises them.
@@ -112,10 +128,11 @@ def cross_entropy_with_statistics(
         tensor([[-0.1057,  0.0867,  0.0190],
                 [ 0.1501, -0.3339,  0.1838]])
     """
+    switches = (z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit)
     call = None
     if not torch.compiler.is_compiling() and short_road.is_open and size_average is reduce is None:
         given = ("statistics", ignore_index, reduction, label_smoothing, lse_square_scale, softcap)
-        served, call = short_road.serve(input, target, weight, (*given, z_loss, lse, entropy, predicted, correct))
+        served, call = short_road.serve(input, target, weight, (*given, *switches))
         if served is not None:
             return _in_rows(served, input, reduction)
     if checks.is_symbolic(input, target):
@@ -129,8 +146,8 @@ def cross_entropy_with_statistics(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
     )
-    checks.check_switches(z_loss=z_loss, lse=lse, entropy=entropy, predicted=predicted, correct=correct)
-    wanted = WantedParts(z_loss, lse, entropy, predicted, correct)
+    wanted = WantedParts(*switches)
+    checks.check_switches(**wanted._asdict())
     checks.check_logits(input)
     if isinstance(target, Tensor) and checks.is_soft(input, target):
         return _of_probabilities(input, target, weight, options, wanted)
@@ -173,7 +190,7 @@ def _of_probabilities(
         softcap=options.softcap,
     )
     if not any(wanted):
-        return LossStatistics(loss, None, None, None, None, None)
+        return LossStatistics(loss, *[None] * len(wanted))
     dim, shape = class_dim(input), row_shape(input)
     labels = target.argmax(dim) if wanted.correct else torch.zeros(shape, dtype=torch.int64, device=input.device)
     # No row is ignored, and the loss of these labels is not used.
@@ -183,9 +200,8 @@ def _of_probabilities(
         rows = _composed_rows(input, labels, of_rows, wanted_rows)
     else:
         switches = wanted_rows._asdict()
-        rows = _Rows(
-            *cross_entropy_with_statistics(input, labels, ignore_index=-1, softcap=options.softcap, **switches)[2:]
-        )
+        of_labels = cross_entropy_with_statistics(input, labels, ignore_index=-1, softcap=options.softcap, **switches)
+        rows = _Rows(*(getattr(of_labels, name) for name in _Rows._fields))
     z_loss = None
     if wanted.z_loss and rows.lse is not None:
         mass = target.to(rows.lse.dtype)
@@ -221,6 +237,8 @@ class _Rows(NamedTuple):
     entropy: Tensor | None
     predicted: Tensor | None
     correct: Tensor | None
+    log_sum_sq_probs: Tensor | None
+    mean_logit: Tensor | None
 
 
 def _composed_rows(input: Tensor, target: Tensor, options: LossOptions, wanted: WantedParts) -> _Rows:
@@ -231,14 +249,16 @@ def _composed_rows(input: Tensor, target: Tensor, options: LossOptions, wanted: 
     if wanted.lse or wanted.z_loss:
         lse = torch.logsumexp(z, dim)
         lse = torch.where(lse == torch.inf, float("nan"), lse)  # as in the loss and in the kernels
-    if wanted.entropy:
-        log_p = torch.log_softmax(z, dim)
+    log_p = torch.log_softmax(z, dim) if wanted.entropy or wanted.log_sum_sq_probs else None
+    log_sum_sq_probs = torch.logsumexp(2 * log_p, dim) if wanted.log_sum_sq_probs and log_p is not None else None
+    if wanted.entropy and log_p is not None:
         # A masked logit's p and its derivatives are 0, and so must be their products with log p.
         entropy = -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(dim)
     if wanted.predicted or wanted.correct:
         predicted, labels = input.detach().argmax(dim), wide_labels(target)
         correct = (predicted == labels) & (labels != options.ignore_index) if wanted.correct else None
-    return _Rows(lse, entropy, predicted if wanted.predicted else None, correct)
+    mean_logit = z.mean(dim) if wanted.mean_logit else None
+    return _Rows(lse, entropy, predicted if wanted.predicted else None, correct, log_sum_sq_probs, mean_logit)
 
 
 # ------------------------------------------------------------------------------------------------- the autograd node
@@ -255,13 +275,14 @@ def _visited(
 ) -> Sequence[Any]:
     """Return the parts, flat, without a graph."""
     inputs = LossInputs(as_rows(input), target, weight, options)
-    return backend.statistics_forward(inputs, wanted, loss_dtype=loss_dtype)[:6]
+    return backend.statistics_forward(inputs, wanted, loss_dtype=loss_dtype)[:-1]
 
 
 class _Statistics(Function):
     """(input, target, weight, options, backend, wanted parts, dtype of the loss) → the parts, flat."""
 
-    replayed = 4  # a backward pass at upstream gradients of these outputs may be: backends/short_road.py
+    # A backward pass at upstream gradients of these outputs, which are all, may be: backends/short_road.py.
+    replayed = len(Statistics._fields) - 1
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
@@ -270,19 +291,20 @@ class _Statistics(Function):
         ctx.set_materialize_grads(False)
         inputs = LossInputs(as_rows(input), target, weight, options)
         *parts, saved = backend.statistics_forward(inputs, wanted, loss_dtype=loss_dtype)
-        ctx.mark_non_differentiable(*(part for part in parts[4:] if part is not None))
+        ctx.mark_non_differentiable(*(part for part in parts[4:6] if part is not None))
         ctx.save_for_backward(input, target, weight, *saved)
         return tuple(parts)
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstreams, nothing = upstreams[:4], (None,) * 6  # the prediction has no gradient
+        # The prediction has no gradient.
+        upstreams, nothing = PartUpstreams(*upstreams[:4], *upstreams[6:]), (None,) * 6
         if all(upstream is None for upstream in upstreams):
             return (None, *nothing)
         input, target, weight, *saved = ctx.saved_tensors
         if is_differentiable(upstreams):
             return (_differentiable_gradient(input, target, weight, ctx.options, upstreams), *nothing)
-        upstreams = tuple(None if upstream is None else in_memory(upstream) for upstream in upstreams)
+        upstreams = PartUpstreams(*(None if upstream is None else in_memory(upstream) for upstream in upstreams))
         inputs = LossInputs(as_rows(input), target, weight, ctx.options)
         return (ctx.backend.statistics_backward(upstreams, inputs, saved).view(input.shape), *nothing)
 
@@ -292,7 +314,7 @@ def _differentiable_gradient(
     target: Tensor,
     weight: Tensor | None,
     options: LossOptions,
-    upstreams: tuple[Tensor | None, ...],
+    upstreams: PartUpstreams,
 ) -> Tensor:
     """Return the gradient as a function of ``input`` and the upstreams that autograd can differentiate again."""
     create_graph, dtype = torch.is_grad_enabled(), compute_dtype(input.dtype)
@@ -305,13 +327,10 @@ def _differentiable_gradient(
             invalid = (target != options.ignore_index) & ((target < 0) | (target >= classes))
             target = target.masked_fill(invalid, 0)
             x = x * torch.where(invalid, float("nan"), 1.0).unsqueeze(class_dim(input)).to(dtype)
-        _, z_loss, lse, entropy = (upstream is not None for upstream in upstreams)
-        wanted = WantedParts(z_loss, lse, entropy, False, False)
+        named = {name: upstream for name, upstream in upstreams._asdict().items() if upstream is not None}
+        wanted = WantedParts(**{name: name in named for name in WantedParts._fields})
         parts = _composed(x, target, None if weight is None else weight.to(dtype), options, wanted)
-        pairs = [
-            (part, up) for part, up in zip(parts[:4], upstreams, strict=True) if part is not None and up is not None
-        ]
-        numbers = [part.view(up.shape) for part, up in pairs]
-        given = [up.to(dtype) for _, up in pairs]
+        numbers = [getattr(parts, name).view(upstream.shape) for name, upstream in named.items()]
+        given = [upstream.to(dtype) for upstream in named.values()]
         (gradient,) = torch.autograd.grad(numbers, input, given, create_graph=create_graph)
     return gradient

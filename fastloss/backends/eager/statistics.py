@@ -8,6 +8,11 @@ and the gradient of upstream gradients g of lse, z_y, H and Σ_c w_c z_c is
 
     ∂/∂z_c  =  p_c (g_lse − g_H (log p_c + H))  +  [c = y] g_zy  +  g_wz w_c,      log p_c = z_c − lse
 
+With q = Σ_c exp(z_c − m)², which is at least 1 as s is, log Σ_c p_c² = log (q / s²). Upstream gradients g_q of it
+and g_z of Σ_c z_c add
+
+    2 g_q p_c (p_c / Σ_c p_c² − 1)  +  g_z
+
 With w_y its label's weight, C classes, W = Σ_c w_c and λ = ``lse_square_scale``, a row's loss is
 
     hit (lse − z_y) + tail lse + spread (W lse − Σ_c w_c z_c),   hit = w_y (1−ε),  tail = w_y λ lse,  spread = ε/C
@@ -30,7 +35,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import ExternalLabel, LossInputs, RowStatistics, Statistics, WantedParts, compute_dtype
+from ..contract import (
+    ExternalLabel,
+    LossInputs,
+    PartUpstreams,
+    RowStatistics,
+    RowUpstreams,
+    Statistics,
+    WantedParts,
+    compute_dtype,
+)
 from .accuracy import inside_label, rank_of, run_maxima
 from .chunks import Chunk, Scratch, chunks, row_dtype
 from .sweep import LOG2_E, Piece, capped, sweep
@@ -52,7 +66,14 @@ _LOG_OF_0 = -1e3
 def statistics_forward(inputs: LossInputs, wanted: WantedParts, *, loss_dtype: torch.dtype) -> Statistics:
     """See :class:`fastloss.backends.contract.Backend`; every row is visited."""
     argmax, dtype = wanted.predicted or wanted.correct, compute_dtype(inputs.input.dtype)
-    rows = row_statistics_forward(inputs, entropy=wanted.entropy, predicted=argmax, every_row=wanted.every_row)
+    rows = row_statistics_forward(
+        inputs,
+        entropy=wanted.entropy,
+        predicted=argmax,
+        every_row=wanted.every_row,
+        log_sum_sq_probs=wanted.log_sum_sq_probs,
+        logit_sum=wanted.mean_logit,
+    )
     counted, divisor, total, hit, tail, spread = _terms(inputs, rows.lse)
     value = hit * (rows.lse - rows.label_logit)
     value = value if tail is None else value + tail * rows.lse
@@ -65,21 +86,24 @@ def statistics_forward(inputs: LossInputs, wanted: WantedParts, *, loss_dtype: t
 
     z_loss = reduced(rows.lse * (0.0 if tail is None else tail)) if wanted.z_loss else None
     lse = rows.lse.to(dtype, copy=True) if wanted.lse else None
-    entropy = None if rows.entropy is None else rows.entropy.to(dtype, copy=True)
+    squares = rows.log_sum_sq_probs
+    entropy, log_sum_sq_probs = (None if n is None else n.to(dtype, copy=True) for n in (rows.entropy, squares))
+    mean_logit = None if rows.logit_sum is None else (rows.logit_sum / inputs.input.shape[1]).to(dtype)
     predicted, correct = rows.predicted, None
     if predicted is not None and wanted.correct:
         correct = predicted == inputs.target
         correct = correct if counted is None else correct & counted
     predicted = predicted if wanted.predicted else None
-    return Statistics(reduced(value), z_loss, lse, entropy, predicted, correct, saved=(rows.lse, rows.entropy))
+    return Statistics(
+        *(reduced(value), z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit),
+        saved=(rows.lse, rows.entropy, squares),
+    )
 
 
-def statistics_backward(
-    upstreams: Sequence[Tensor | None], inputs: LossInputs, saved: Sequence[Tensor | None]
-) -> Tensor:
+def statistics_backward(upstreams: PartUpstreams, inputs: LossInputs, saved: Sequence[Tensor | None]) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`; the softmax is computed again."""
-    of_loss, of_z_loss, of_lse, of_entropy = upstreams
-    lse, entropy = saved
+    of_loss, of_z_loss, of_lse, of_entropy, of_squares, of_mean = upstreams
+    lse, entropy, squares = saved
     assert lse is not None
     of_label = of_sum = None
     if of_loss is not None or of_z_loss is not None:
@@ -100,7 +124,9 @@ def statistics_backward(
                 of_sum = of_row(of_loss, -spread)
             parts.append(of_row(of_loss, hit + slope + spread * total))
         of_lse = sum(parts[1:], parts[0])
-    return row_statistics_backward((of_lse, of_label, of_entropy, of_sum), inputs, lse, entropy, inplace=False)
+    of_logits = None if of_mean is None else of_mean.to(lse.dtype) / inputs.input.shape[1]
+    of_rows = RowUpstreams(of_lse, of_label, of_entropy, of_sum, of_squares, of_logits)
+    return row_statistics_backward(of_rows, inputs, lse, entropy, squares, inplace=False)
 
 
 class _Terms(NamedTuple):
@@ -138,13 +164,21 @@ def _terms(inputs: LossInputs, lse: Tensor) -> _Terms:
 
 
 def row_statistics_forward(
-    inputs: LossInputs, *, entropy: bool, predicted: bool, every_row: bool, ranked: ExternalLabel | None = None
+    inputs: LossInputs,
+    *,
+    entropy: bool,
+    predicted: bool,
+    every_row: bool,
+    ranked: ExternalLabel | None = None,
+    log_sum_sq_probs: bool = False,
+    logit_sum: bool = False,
 ) -> RowStatistics:
     """See :class:`fastloss.backends.contract.Backend`; every row is visited."""
     logits = inputs.input
     dtype = compute_dtype(logits.dtype)
     z_y = capped(logits.gather(1, _label(inputs)).to(dtype), inputs.options.softcap)
-    names = [name for name, wanted in (("lse", True), ("entropy", entropy), ("predicted", predicted)) if wanted]
+    asked = {"entropy": entropy, "predicted": predicted, "log_sum_sq_probs": log_sum_sq_probs, "logit_sum": logit_sum}
+    names = ["lse", *(name for name, wanted in asked.items() if wanted)]
     numbers = visit_rows(names, inputs, ranked, dtype, soft=False)
     numbers["label_logit"] = z_y.to(row_dtype(z_y.device)).flatten()
     return RowStatistics(**{**dict.fromkeys(RowStatistics._fields), **numbers})
@@ -184,6 +218,8 @@ def visit_rows(
         z = x if x.dtype == dtype else buffer.copy_(x)
         if cap is not None:
             z = torch.div(z, cap, out=buffer).tanh_().mul_(cap)
+        if "logit_sum" in results:
+            results["logit_sum"].copy_(z.sum(1, keepdim=True))
         # Subtracted before anything else, where it is exact: lse − z_y is to be as exact as torch's own log-softmax.
         maximum.masked_fill_(maximum == -torch.inf, 0)
         below = torch.sub(z, maximum, out=buffer)
@@ -197,9 +233,14 @@ def visit_rows(
             mass = u.sum(1, keepdim=True).to(wide)
             dot = u.mul_(below).sum(1, keepdim=True).to(wide)
         e = Scratch("logits", dtype, device).like(x).copy_(below) if "entropy" in results else below
-        total = e.mul_(LOG2_E).exp2_().sum(1, keepdim=True).to(wide)
+        # In float64 for Σ p²: where the greatest p is near 1, its gradient is a difference of numbers near 1.
+        added_in = wide if "log_sum_sq_probs" in results else None
+        total = e.mul_(LOG2_E).exp2_().sum(1, keepdim=True, dtype=added_in).to(wide)
         log_total = total.log()
         results["lse"].copy_(log_total + maximum)
+        if "log_sum_sq_probs" in results:
+            squares = torch.mul(e, e, out=Scratch("target", dtype, device).like(x) if "entropy" in results else e)
+            results["log_sum_sq_probs"].copy_((squares.sum(1, keepdim=True, dtype=added_in) / total / total).log())
         if "entropy" in results:
             mean = e.mul_(below.clamp_(min=_LOG_OF_0)).sum(1, keepdim=True) / total
             results["entropy"].copy_(log_total - mean)
@@ -226,26 +267,39 @@ def _weighted_sum(z: Tensor, class_weight: Tensor | None, *, exact: bool) -> Ten
 
 
 def row_statistics_backward(
-    upstreams: Sequence[Tensor | None], inputs: LossInputs, lse: Tensor, entropy: Tensor | None, *, inplace: bool
+    upstreams: Sequence[Tensor | None],
+    inputs: LossInputs,
+    lse: Tensor,
+    entropy: Tensor | None,
+    log_sum_sq_probs: Tensor | None = None,
+    *,
+    inplace: bool,
 ) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`; the softmax is computed again."""
     logits, _, weight, options = inputs
     rows, dtype = (logits.shape[0], 1, logits.shape[2]), compute_dtype(logits.dtype)
-    of_lse, of_label, of_entropy, of_sum = (None if u is None else u.reshape(rows) for u in upstreams)
+    of_rows = RowUpstreams(*(None if u is None else u.reshape(rows) for u in upstreams))
+    of_lse, of_label, of_entropy, of_sum, of_squares, of_logits = of_rows
     idle = torch.ones(rows, dtype=torch.bool, device=logits.device)  # rows without a gradient, whatever they hold
-    for upstream in (of_lse, of_label, of_entropy, of_sum):
+    for upstream in of_rows[:-1]:
         if upstream is not None:
             idle &= upstream == 0
+    without_p = idle  # whose gradient, if they have one, is that of Σ z alone
+    if of_logits is not None:
+        idle = idle & (of_logits == 0)
     some_idle = not idle.is_cpu or bool(idle.any())  # elsewhere reading them would make the host wait
     level = lse.new_zeros(rows) if of_lse is None else of_lse
     if of_entropy is not None and entropy is not None:
         level = level - of_entropy * entropy.view(rows)  # p (g_lse − g_H H − g_H log p)
         of_entropy = of_entropy.to(dtype)
+    if of_squares is not None and log_sum_sq_probs is not None:
+        level = level - 2 * of_squares  # p (g_lse − 2 g_q + p 2 g_q / Σ p²)
+        of_squares = (2 * of_squares * (-log_sum_sq_probs.view(rows)).exp()).to(dtype)
     level = level.to(dtype)
     label = None if of_label is None else _label(inputs)
     of_label = None if of_label is None else of_label.to(dtype)
     class_weight = None if weight is None else weight.to(dtype).view(1, -1, 1)
-    of_sum = None if of_sum is None else of_sum.to(dtype)
+    of_sum, of_logits = (None if u is None else u.to(dtype) for u in (of_sum, of_logits))
     gradient = logits if inplace else torch.empty_like(logits)
 
     def work(chunk: Chunk, log_p: Tensor) -> None:
@@ -253,7 +307,12 @@ def row_statistics_backward(
         if of_entropy is not None:
             of_log_p = Scratch("logits", dtype, log_p.device).like(log_p).copy_(log_p).clamp_(min=_LOG_OF_0)
             of_p = of_log_p.mul_(chunk.of(of_entropy)).neg_().add_(of_p)
-        p = log_p.mul_(LOG2_E).exp2_().mul_(of_p)
+        p = log_p.mul_(LOG2_E).exp2_()
+        if of_squares is not None:
+            of_p = torch.mul(p, chunk.of(of_squares), out=Scratch("target", dtype, p.device).like(p)).add_(of_p)
+        p.mul_(of_p)
+        if of_logits is not None:
+            p.masked_fill_(chunk.of(without_p), 0).add_(chunk.of(of_logits))
         if of_sum is not None:
             p.add_(chunk.of(of_sum)) if class_weight is None else p.addcmul_(chunk.of(of_sum), class_weight)
         if label is not None and of_label is not None:
