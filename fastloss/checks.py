@@ -274,10 +274,10 @@ def check_weight(input: Tensor, weight: object) -> None:
         raise RuntimeError(f"fastloss: weight is on {weight.device}; expected {input.device}, where input is")
 
 
-def check_labels(target: Tensor, classes: int, ignore_index: int, *, shifted: bool = False) -> None:
+def check_labels(target: Tensor, classes: int, ignore_index: int, *, shift: int = 0) -> None:
     """Check that every label is in [0, classes) or ``ignore_index``. On a GPU the host waits for them.
 
-    ``shifted``: the labels are one place before their place in the caller's tensor, which the error names.
+    ``shift``: the labels are so many places before their place in the caller's tensor, which the error names.
     """
     if target.numel() == 0:
         return
@@ -290,8 +290,8 @@ def check_labels(target: Tensor, classes: int, ignore_index: int, *, shifted: bo
         if bad.any():
             row = int(bad.nonzero()[0])
             place = tuple(int(i) for i in torch.unravel_index(torch.tensor(before + row), target.shape))
-            if shifted:
-                place = (*place[:-1], place[-1] + 1)
+            if shift:
+                place = (*place[:-1], place[-1] + shift)
             where = "" if not place else f"[{', '.join(map(str, place))}]"
             raise IndexError(
                 f"fastloss: target{where} is {int(labels[row])}, which is out of bounds: "

@@ -211,7 +211,7 @@ LINEAR = [
     Linear("L soft", target="soft", sizes=UNEVEN, options=EVERYTHING, weighted=True, topk=(1,)),
     Linear("L soft, none", target="soft", sizes=UNEVEN, options={"reduction": "none", **EVERYTHING}),
     Linear("L shift", shape=(2, 4, 13), how={"shift": True, "chunk_size": 3}, ignored="some"),
-    Linear("L shift, none", shape=(2, 4, 13), how={"shift": True}, options={"reduction": "none"}),
+    Linear("L shift, none", shape=(2, 4, 13), how={"shift": 2}, options={"reduction": "none"}),
     Linear("L into", how={"accumulate_grad": True, "chunk_size": 4}, sizes=UNEVEN, options=EVERYTHING, weighted=True),
     # Alone, ranks of fewer classes would have larger chunks, and so fewer collectives.
     Linear("L budget", how={"memory_budget": 1276}, sizes={2: (10, 3), 4: (6, 4, 2, 1)}, topk=(1,)),
@@ -265,7 +265,7 @@ def grouped_linear(case: Linear, rank: int, ranks: int, group: Any) -> dict[str,
     w, b = (each.split(sizes)[rank].clone().requires_grad_() for each in (w, b))
     target = t.split(sizes, -1)[rank].clone().requires_grad_() if soft else t
     loss, right = _called_linear(case, x, w, target, b, weight, {"group": group})
-    up = upstream[..., :-1] if case.how.get("shift") and upstream.dim() else upstream
+    up = upstream[..., : -case.how["shift"]] if case.how.get("shift") and upstream.dim() else upstream
     loss.backward(up.to(loss.dtype))
     wanted = [x, w] + ([b] if case.bias else []) + ([target] if soft else [])
     return {"loss": loss.detach(), "accuracy": right, "gradients": [each.grad for each in wanted]}
@@ -292,7 +292,7 @@ def placed_linear(case: Linear, ranks: int) -> dict[str, Any]:
     if soft:
         target.requires_grad_()
     loss, right = _called_linear(case, x, w, target, b, weight, {})
-    up = upstream[..., :-1] if case.how.get("shift") and upstream.dim() else upstream
+    up = upstream[..., : -case.how["shift"]] if case.how.get("shift") and upstream.dim() else upstream
     loss.backward(distribute_tensor(up.to(loss.dtype), mesh, loss.placements))
     wanted: list[Any] = [x, w] + ([b] if case.bias else []) + ([target] if soft else [])
 

@@ -86,12 +86,12 @@ def plain(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    shift: bool = False,
+    shift: int = False,
     **options: Any,
 ) -> Tensor:
     """The same loss in torch's own operators, the logits whole."""
     if shift:
-        input, target = input[..., :-1, :], target[..., 1:]
+        input, target = input[..., :-shift, :], target[..., shift:]
     logits = F.linear(input, linear_weight, linear_bias)
     shape, classes = logits.shape[:-1], logits.shape[-1]
     logits = logits.reshape(-1, classes)
@@ -470,25 +470,38 @@ def test_no_features(place: Place) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("lead", [(7,), (3, 6), (2, 2, 5), (2, 1)], ids=str)
-def test_shift(place: Place, lead: tuple[int, ...], reduction: str) -> None:
-    """The label of position t is target t + 1; for "none" the last position of each sequence is gone."""
+@pytest.mark.parametrize("shift", [True, 2, 4])
+@pytest.mark.parametrize("lead", [(7,), (3, 6), (2, 2, 5), (2, 1), (2, 3)], ids=str)
+def test_shift(place: Place, lead: tuple[int, ...], shift: int, reduction: str) -> None:
+    """The label of position t is target t + shift; for "none" the last positions of each sequence are gone."""
     case = make(place, *lead, bias=True)
-    rows = (*lead[:-1], lead[-1] - 1)
+    rows = (*lead[:-1], max(lead[-1] - shift, 0))
     upstream = torch.rand(rows if reduction == "none" else (), device=place.device)
-    ours = check(case, upstream, how={"chunk_size": 4}, reduction=reduction, shift=True)
+    ours = check(case, upstream, how={"chunk_size": 4}, reduction=reduction, shift=shift)
     assert ours["loss"].shape == (rows if reduction == "none" else ())
-    assert not ours["input"][..., -1, :].any()
-    result = linear_cross_entropy_with_accuracy(**case, shift=True, reduction=reduction, topk=(1, 3))
-    logits = F.linear(case["input"], case["linear_weight"], case["linear_bias"])[..., :-1, :].flatten(0, -2)
-    expected = fastloss.accuracy(logits, case["target"][..., 1:].flatten(), (1, 3), reduction=reduction)
+    assert not ours["input"][..., -shift:, :].any()
+    result = linear_cross_entropy_with_accuracy(**case, shift=shift, reduction=reduction, topk=(1, 3))
+    logits = F.linear(case["input"], case["linear_weight"], case["linear_bias"])[..., :-shift, :].flatten(0, -2)
+    expected = fastloss.accuracy(logits, case["target"][..., shift:].flatten(), (1, 3), reduction=reduction)
     for mine, other in zip(result.accuracy, expected, strict=True):
         torch.testing.assert_close(mine, other.view(mine.shape), equal_nan=True)
 
 
-def test_shift_of_empty_sequences(place: Place) -> None:
-    assert linear_cross_entropy(**make(place, 3, 0), shift=True).isnan()
-    assert linear_cross_entropy(**make(place, 3, 0), shift=True, reduction="none").shape == (3, 0)
+@pytest.mark.parametrize("length", [0, 1, 4])
+def test_shift_past_the_end(place: Place, length: int) -> None:
+    """No row counts then; a shift so great would not even fit into memory as labels."""
+    for shift in (max(length, 1), 10**15):
+        assert linear_cross_entropy(**make(place, 3, length), shift=shift).isnan()
+        assert linear_cross_entropy(**make(place, 3, length), shift=shift, reduction="none").shape == (3, 0)
+
+
+def test_shifts_that_are_one_number(place: Place) -> None:
+    """True is 1, False is 0, and any integer that Python takes for an index will do."""
+    case = make(place, 3, 6)
+    for shifts in ((True, 1, torch.tensor(1)), (False, 0)):
+        losses = [linear_cross_entropy(**case, shift=shift, reduction="none") for shift in shifts]
+        for loss in losses[1:]:
+            assert torch.equal(loss, losses[0])
 
 
 def test_shift_copies_no_hidden_states() -> None:
@@ -557,11 +570,11 @@ def test_rows_that_are_left_out_are_not_projected(place: Place) -> None:
 
 
 def test_a_label_out_of_range() -> None:
-    """On a CPU the error says where it is in the caller's tensor; with ``shift`` the first label is nobody's."""
+    """On a CPU the error says where it is in the caller's tensor; with ``shift`` the first labels are nobody's."""
     case = make(Place("eager", CPU), 2, 5)
     case["target"] = case["target"].clamp(min=0)
     case["target"][1, 3] = CLASSES
-    for shift in (False, True):
+    for shift in (False, True, 3):
         with pytest.raises(IndexError, match=rf"target\[1, 3\] is {CLASSES}.*\[0, {CLASSES}\)"):
             linear_cross_entropy(**case, shift=shift)
     case["target"][1, 3] = 0
@@ -818,7 +831,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "accumulate_grad is True beside",
     ),
     "both": ({"chunk_size": 2, "memory_budget": 10**9}, ValueError, "expected one of them"),
-    "shift=1": ({"shift": 1}, TypeError, "shift is 1; expected True or False"),
+    "shift=-1": ({"shift": -1}, ValueError, "shift is -1; expected 0 positions or more"),
+    "shift=1.0": ({"shift": 1.0}, TypeError, "shift is 1.0; expected True, False or a number of positions"),
+    "shift=None": ({"shift": None}, TypeError, "shift is None; expected True"),
     "skip_ignored=0": ({"skip_ignored": 0}, TypeError, "skip_ignored is 0"),
     "accumulate_grad='yes'": ({"accumulate_grad": "yes"}, TypeError, "accumulate_grad is 'yes'"),
     "reduction": ({"reduction": "avg"}, ValueError, "'avg' is not a valid value for reduction"),
@@ -866,8 +881,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "linear_weight is on meta; expected cpu",
     ),
     "device of the target": ({"target": ones(4, device="meta").long()}, RuntimeError, "target is on meta"),
-    "shift of rows": ({"shift": True, "input": ones(3), "target": ones(()).long()}, ValueError, "shift=True"),
-    "shift of probabilities": ({"shift": True, "target": ones(4, 7)}, ValueError, "shift=True"),
+    "shift of rows": ({"shift": True, "input": ones(3), "target": ones(()).long()}, ValueError, "shift=1;"),
+    "shift of probabilities": ({"shift": True, "target": ones(4, 7)}, ValueError, "shift=1;"),
     "shift of float labels": ({"shift": True, "target": ones(4)}, ValueError, "class indices of shape"),
     "shift of bool labels": ({"shift": True, "target": ones(4).bool()}, ValueError, "class indices of shape"),
     "shift of K dimensions": ({"shift": True, "linear_weight": ones(7, 2, 3)}, RuntimeError, "no shift"),
@@ -1348,7 +1363,7 @@ COMPILED: list[dict[str, Any]] = [
     {"dtype": torch.float16},
     {"soft": True},
     {"soft": True, "reduction": "none", "dtype": torch.float16},
-    {"shift": True, "reduction": "none", "softcap": 5.0},
+    {"shift": 2, "reduction": "none", "softcap": 5.0},
     {"skip_ignored": True, "reduction": "none", "all_ignored": True},
     {"skip_ignored": True, "accumulate_grad": True},
     {"strided_weight": True, "label_smoothing": 0.1},

@@ -172,13 +172,13 @@ def linear_derivatives(case: Linear, dtype: torch.dtype = torch.float64) -> tupl
     """The loss, the gradients of input, W, b and probabilities, and the logits, in one process."""
     _, t, weight, upstream, _ = case.tensors()
     x, w, b = (each.to(dtype).requires_grad_() for each in case.map())
-    soft, shift = case.target == "soft", case.how.get("shift", False)
+    soft, shift = case.target == "soft", case.how.get("shift", 0)
     t = t.to(dtype).requires_grad_() if soft else t
     weight = None if weight is None else weight.to(dtype)
     logits = F.linear(x, w, b if case.bias else None)
     if shift:
-        logits, rows = logits[..., :-1, :], t[..., 1:]
-        upstream = upstream[..., :-1] if upstream.dim() else upstream
+        logits, rows = logits[..., :-shift, :], t[..., shift:]
+        upstream = upstream[..., :-shift] if upstream.dim() else upstream
     else:
         rows = t
     flat = logits.reshape(-1, logits.shape[-1])
@@ -198,7 +198,7 @@ def check_linear(case: Linear, found: dict[str, Any]) -> None:
         return
     _, t, *_ = case.tensors()
     labels = t.argmax(-1) if case.target == "soft" else t
-    labels = labels[..., 1:] if case.how.get("shift") else labels
+    labels = labels[..., case.how.get("shift", 0) :]
     logits = exact[2].reshape(-1, exact[2].shape[-1])
     for k, value in zip(case.topk, found["accuracy"], strict=True):
         if case.options.get("reduction") == "none":
@@ -424,7 +424,7 @@ def test_placements_of_a_head_that_cannot_be_served(alone: Any) -> None:
     with pytest.raises(ValueError, match="target is a plain tensor, and input is placed as"):
         call(dtensor(X, Shard(0)), dtensor(w, Replicate()), T)
     x = X.view(2, 3, 4)
-    with pytest.raises(ValueError, match=r"shift=True with positions that are sharded"):
+    with pytest.raises(ValueError, match=r"shift=1 with positions that are sharded"):
         call(dtensor(x, Shard(1)), dtensor(w, Replicate()), dtensor(T.view(2, 3), Shard(1)), shift=True)
     with pytest.raises(RuntimeError, match="accumulate_grad=True beside a linear_weight that is a DTensor"):
         call(X, dtensor(w, Shard(0)).requires_grad_(), T, accumulate_grad=True)

@@ -23,15 +23,16 @@ class Arguments(NamedTuple):
     linear_bias: Tensor | None
     weight: Tensor | None
     options: LossOptions
-    shift: bool
+    shift: int
     chunking: dict[str, Any]
 
 
 def checked_chunking(
     chunk_size: object, memory_budget: object, shift: object, skip_ignored: object, accumulate_grad: object
-) -> dict[str, Any]:
-    """Return the arguments that are about chunks, as fields of a :class:`LinearOptions`."""
-    checks.check_switches(shift=shift, accumulate_grad=accumulate_grad)
+) -> tuple[int, dict[str, Any]]:
+    """Return ``shift``, and the arguments that are about chunks, as fields of a :class:`LinearOptions`."""
+    checks.check_switches(accumulate_grad=accumulate_grad)
+    shift = _checked_shift(shift)
     if skip_ignored is not None and not isinstance(skip_ignored, bool):
         raise TypeError(f"fastloss: skip_ignored is {skip_ignored!r}; expected True, False or None")
     chunking: dict[str, Any] = {"skip_ignored": skip_ignored, "accumulate_grad": accumulate_grad}
@@ -51,13 +52,27 @@ def checked_chunking(
         raise ValueError(
             f"fastloss: chunk_size is {chunk_size} and memory_budget {memory_budget}; expected one of them"
         )
-    return chunking
+    return shift, chunking
 
 
-def shifted_labels(target: Tensor, ignore_index: int) -> Tensor:
-    """Return the labels of the next tokens; the last position has none, and is ignored."""
-    last = target.new_full((*target.shape[:-1], 1), ignore_index, dtype=torch.int64)
-    return torch.cat([target[..., 1:].long(), last], dim=-1)[..., : target.shape[-1]]
+def _checked_shift(shift: object) -> int:
+    try:
+        if isinstance(shift, bool):
+            return int(shift)
+        # A compiler's int, which may vary from call to call, must stay one.
+        places = shift if type(shift) is int else operator.index(shift)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"fastloss: shift is {shift!r}; expected True, False or a number of positions") from None
+    if places < 0:
+        raise ValueError(f"fastloss: shift is {shift}; expected 0 positions or more (1 for the next token)")
+    return places
+
+
+def shifted_labels(target: Tensor, ignore_index: int, shift: int) -> Tensor:
+    """Return the labels of the tokens ``shift`` positions on; the last positions have none, and are ignored."""
+    count = min(shift, target.shape[-1])
+    last = target.new_full((*target.shape[:-1], count), ignore_index, dtype=torch.int64)
+    return torch.cat([target[..., shift:].long(), last], dim=-1)
 
 
 def dtype_of_logits(input: Tensor) -> torch.dtype:
@@ -114,7 +129,7 @@ def check_shapes(arguments: Arguments, *, whole: bool) -> None:
     is_soft = tuple(target.shape) == soft and target.is_floating_point() and target.dtype.itemsize > 1
     if shift and (input.dim() < 2 or target.is_floating_point() or target.dtype == torch.bool):
         raise ValueError(
-            f"fastloss: shift=True; {shapes()}; target is {target.dtype}; expected an "
+            f"fastloss: shift={shift}; {shapes()}; target is {target.dtype}; expected an "
             "input of shape (..., T, D) and class indices of shape (..., T)"
         )
     one_label = input.dim() == 1 and tuple(target.shape) == (1,)

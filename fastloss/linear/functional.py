@@ -37,7 +37,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     skip_ignored: bool | None = None,
@@ -62,9 +62,10 @@ def linear_cross_entropy(
         weight: a weight for each class, ``(C,)``.
         reduction, ignore_index, label_smoothing, lse_square_scale, softcap: as in :func:`fastloss.cross_entropy`;
             an ``ignore_index`` of None is torch's way to say -100.
-        shift: the label of position t is ``target[..., t + 1]``, as in training on next tokens; the last position has
-            none and is ignored. ``input`` is ``(…, T, D)`` and ``target`` ``(…, T)``. Instead of copies of
-            ``input[..., :-1, :]`` and ``target[..., 1:]`` there is one of the labels.
+        shift: the label of position t is ``target[..., t + shift]``; the last ``shift`` positions have none and are
+            ignored. True is 1, as in training on next tokens; a head that predicts later tokens has a greater one.
+            ``input`` is ``(…, T, D)`` and ``target`` ``(…, T)``. Instead of copies of ``input[..., :-shift, :]`` and
+            ``target[..., shift:]`` there is one of the labels.
         chunk_size: rows of a chunk. By default :func:`fastloss.linear.chunks.rows_of_chunk` has the rule.
         memory_budget: in bytes, for what is held beside inputs and gradients; the chunk is as large as it allows. On
             a CPU the few megabytes that its kernels keep from call to call come on top.
@@ -85,7 +86,7 @@ def linear_cross_entropy(
     gradient lies as its tensor.
 
     Returns:
-        The loss, ``()``; for "none" ``(…)``, of ``input``'s rows (with ``shift`` all but the last of each sequence).
+        The loss, ``()``; for "none" ``(…)``, of ``input``'s rows (all but the last ``shift`` of each sequence).
         In ``input``'s dtype, float32 for 16 bits under autocast.
 
     Any of ``input``, ``linear_weight``, ``linear_bias`` and probabilities may require a gradient; nothing is computed
@@ -121,7 +122,7 @@ def linear_cross_entropy(
         softcap=softcap,
     )
     switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad
-    chunking = checked(group, input, checked_chunking, *switches)
+    shift, chunking = checked(group, input, checked_chunking, *switches)
     arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
     return _loss_and_accuracies(arguments, group)[0]
 
@@ -139,7 +140,7 @@ def linear_cross_entropy_with_accuracy(
     topk: int | Sequence[int] = 1,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     skip_ignored: bool | None = None,
@@ -174,7 +175,7 @@ def linear_cross_entropy_with_accuracy(
         topk=checked(group, input, checks.checked_topk, topk),
     )
     switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad
-    chunking = checked(group, input, checked_chunking, *switches)
+    shift, chunking = checked(group, input, checked_chunking, *switches)
     arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
     loss, values = _loss_and_accuracies(arguments, group)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
@@ -187,7 +188,7 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
         return sharded.linear_loss_over_ranks(arguments, group)
     check_shapes(arguments, whole=True)
     if shift:
-        target = shifted_labels(target, options.ignore_index)
+        target = shifted_labels(target, options.ignore_index, shift)
     if linear_weight.dim() > 2:  # torch's K-dimensional loss: each input has logits (C, d1, …, dK), and they are held
         _check_unchunked(linear_weight, chunking)
         flat = linear_weight.reshape(-1, linear_weight.shape[-1])
@@ -210,7 +211,7 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
     traced = routes.is_traced(input, target) or routes.is_traced(linear_weight, target)
     trained_weight = soft and weight is not None and weight.requires_grad
     if not (traced or soft) and choice.may_look(t):
-        checks.check_labels(t.view(target.shape), classes, options.ignore_index, shifted=shift)
+        checks.check_labels(t.view(target.shape), classes, options.ignore_index, shift=shift)
     by_operator = traced and type(linear_weight) in routes.FUSED_TYPES
     modes = routes.watching_modes(x, t, weight, options) if by_operator else []
     if modes or (by_operator and routes.is_compiled(x, t, weight, options)):
@@ -232,7 +233,7 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
     if options.is_reduced:
         return loss, values
     if shift:
-        return loss.view(lead)[..., :-1], tuple(v.view(lead)[..., :-1] for v in values)
+        return loss.view(lead)[..., :-shift], tuple(v.view(lead)[..., :-shift] for v in values)
     return loss.view(lead), tuple(v.view(lead) for v in values)
 
 

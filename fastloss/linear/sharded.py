@@ -77,8 +77,8 @@ def linear_loss_over_ranks(arguments: Arguments, group: Any) -> tuple[Tensor, tu
         plan = placements.plan_linear(input, linear_weight, target, linear_bias, soft)
         if shift and any(p.is_shard() and p.dim == len(plan.row_shape) - 1 for p in plan.of_rows):
             raise ValueError(
-                f"fastloss: shift=True with positions that are sharded ({plan.of_rows}); expected whole sequences on "
-                "each rank, or shift=False beside labels that are shifted already"
+                f"fastloss: shift={shift} with positions that are sharded ({plan.of_rows}); expected whole sequences "
+                "on each rank, or shift=0 beside labels that are shifted already"
             )
         layout, t, weight = plan.layout, plan.target, placements.whole(weight)
         x, w, b = (placements.local(tensor) for tensor in (input, linear_weight, linear_bias))
@@ -99,9 +99,9 @@ def linear_loss_over_ranks(arguments: Arguments, group: Any) -> tuple[Tensor, tu
         x, w, b, t = input, linear_weight, linear_bias, target
     if look:
         checks.check_weight(input.new_empty(()).expand(int(layout.classes)), weight)
-    t = shifted_labels(t, options.ignore_index) if shift else t
+    t = shifted_labels(t, options.ignore_index, shift) if shift else t
     if not soft and look:
-        check_labels_together(t, layout, options.ignore_index, shifted=shift)
+        check_labels_together(t, layout, options.ignore_index, shift=shift)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     t = t.reshape(-1, t.shape[-1]) if soft else as_labels(wide_labels(t))
@@ -118,7 +118,7 @@ def linear_loss_over_ranks(arguments: Arguments, group: Any) -> tuple[Tensor, tu
     if plan is not None:
         results = [plan.placed(value) for value in results]
     if not options.is_reduced and shift:
-        results = [value[..., :-1] for value in results]
+        results = [value[..., :-shift] for value in results]
     return results[0], tuple(results[1:])
 
 

@@ -205,11 +205,11 @@ def _check_target(
     return False
 
 
-def check_labels_together(target: Tensor, layout: Layout, ignore_index: int, *, shifted: bool = False) -> None:
+def check_labels_together(target: Tensor, layout: Layout, ignore_index: int, *, shift: int = 0) -> None:
     """Check the labels of rows that several ranks share; a bad label on one rank is an error on all."""
     error = None
     try:
-        checks.check_labels(target, int(layout.classes), ignore_index, shifted=shifted)
+        checks.check_labels(target, int(layout.classes), ignore_index, shift=shift)
     except IndexError as raised:
         error = raised
     collectives.raise_together(error, layout.row_groups, target.device)
