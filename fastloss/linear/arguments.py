@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .. import checks
 from ..backends.contract import LossOptions
 
-__all__ = ["Arguments", "check_shapes", "checked_chunking", "dtype_of_logits", "shifted_labels"]
+__all__ = ["Arguments", "check_linear_map", "check_shapes", "checked_chunking", "dtype_of_logits", "shifted_labels"]
 
 
 class Arguments(NamedTuple):
@@ -82,6 +83,37 @@ def dtype_of_logits(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
+def check_linear_map(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, shapes: Callable[[], str], of: str = ""
+) -> None:
+    """Check that the shapes, devices and dtypes of a linear map and its input fit each other.
+
+    Args:
+        shapes: returns the words that name all shapes.
+        of: the beginning of the arguments' names.
+    """
+    if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
+        raise RuntimeError(
+            f"fastloss: {shapes()}; expected {of}input (..., D) and {of}linear_weight (C, D), with the same D"
+        )
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.device != input.device:
+            raise RuntimeError(
+                f"fastloss: {of}{name} is on {tensor.device}; expected {input.device}, where {of}input is"
+            )
+        if tensor.dtype != input.dtype and not checks.is_autocast(input):
+            raise RuntimeError(
+                f"fastloss: {of}{name} has dtype {tensor.dtype}; expected {input.dtype}, as {of}input has"
+            )
+    of_logits = tuple(linear_weight.shape[:-1])
+    if isinstance(linear_bias, Tensor) and tuple(linear_bias.shape) != of_logits:
+        raise RuntimeError(
+            f"fastloss: {shapes()}; expected a {of}linear_bias of shape {of_logits}, a number for each class"
+        )
+
+
 def check_shapes(arguments: Arguments, *, whole: bool) -> None:
     """Check that the shapes fit each other, and that the target is labels or probabilities.
 
@@ -105,20 +137,8 @@ def check_shapes(arguments: Arguments, *, whole: bool) -> None:
         named = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors if isinstance(tensor, Tensor)]
         return "the shapes are " + ", ".join(named)
 
-    if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
-        raise RuntimeError(f"fastloss: {shapes()}; expected input (..., D) and linear_weight (C, D), with the same D")
-    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.device != input.device:
-            raise RuntimeError(f"fastloss: {name} is on {tensor.device}; expected {input.device}, where input is")
-        if tensor.dtype != input.dtype and not checks.is_autocast(input):
-            raise RuntimeError(f"fastloss: {name} has dtype {tensor.dtype}; expected {input.dtype}, as input has")
+    check_linear_map(input, linear_weight, linear_bias, shapes)
     of_logits = tuple(linear_weight.shape[:-1])  # (C,), or torch's (C, d1, ..., dK)
-    if isinstance(linear_bias, Tensor) and tuple(linear_bias.shape) != of_logits:
-        raise RuntimeError(
-            f"fastloss: {shapes()}; expected a linear_bias of shape {of_logits}, a number for each class"
-        )
     if isinstance(weight, Tensor) and tuple(weight.shape) != of_logits[:1]:
         raise RuntimeError(f"fastloss: {shapes()}; expected one weight for each class: {of_logits[:1]}")
     if len(of_logits) > 1 and (input.dim() != 2 or shift):
