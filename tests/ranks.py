@@ -307,6 +307,42 @@ def placed_linear(case: Linear, ranks: int) -> dict[str, Any]:
     }
 
 
+# Of the K best classes: the dtype, K, and the rows beyond those that the ranks tell each other at a time.
+BEST = [("float32", 4, 5), ("float64", 1, 3), ("float32", 13, 1030)]
+
+
+def best_classes(rank: int, ranks: int, group: Any) -> list[Any]:
+    """What ``group=``, and each placement of DTensors, gives for each of :data:`BEST`."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    import fastloss
+
+    found, mesh = [], init_device_mesh("cpu", (ranks,))
+    for number in range(len(BEST)):
+        x, w, b, k = best_problem(number)
+        sizes = [13 - (ranks - 1), *[1] * (ranks - 1)]  # ranks with fewer than K classes
+        shard = [each.split(sizes)[rank] for each in (w, b)]
+        call, how = fastloss.linear_topk_log_probs, {"softcap": 50.0, "chunk_size": 100}
+        found.append(call(x, shard[0], k, linear_bias=shard[1], group=group, **how))
+        for of_x, of_w in ((None, Shard(0)), (Shard(0), Replicate()), (Replicate(), Shard(0))):
+            heads = [distribute_tensor(each, mesh, [of_w]) for each in (w, b)]
+            rows = x if of_x is None else distribute_tensor(x, mesh, [of_x])
+            result = call(rows, heads[0], k, linear_bias=heads[1], **how)
+            found.append([each.full_tensor() for each in result])
+    return found
+
+
+def best_problem(number: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Rows, a head of 13 classes (where all are wanted, two are equal), its bias, and K. Their products are exact."""
+    dtype, k, rows = BEST[number]
+    torch.manual_seed(number)
+    x, w, b = (torch.randint(-300, 300, shape) / 64 for shape in ((rows, 4), (13, 4), (13,)))
+    if k == 13:
+        w[7], b[7] = w[2], b[2]
+    return (*(each.to(getattr(torch, dtype)) for each in (x, w, b)), k)
+
+
 def _called_linear(case: Linear, x: Any, w: Any, t: Any, b: Any, weight: Any, where: Any) -> tuple[Any, Any]:
     import fastloss
 
@@ -416,6 +452,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         else:
             found = placed(case, rank, ranks) if case.placements else grouped(case, rank, ranks, world)
         results[case.name] = found
+    results["best"] = best_classes(rank, ranks, world)
     results["counts"] = {case.name: counted(case, rank, ranks, world) for case in COUNTED}
     # As on a GPU, where the host does not look at what the ranks tell each other first.
     told = collectives.agreed_layout
@@ -423,6 +460,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     for case in BLIND:
         alone = grouped_linear if isinstance(case, Linear) else grouped
         results["blind", case.name] = alone(case, rank, ranks, world)  # type: ignore[operator]
+    results["blind", "best"] = best_classes(rank, ranks, world)
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

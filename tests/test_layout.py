@@ -246,7 +246,7 @@ FILES = {
     "demo": ("report", "language_model", "alone", "training"),
     "measuring": ("sgd", "reference", "contenders", "inputs", "clock", "machine", "info", "style"),
     "loss": ("statistics", "functional", "routes", "sharded", "row_numbers", "compiled", "autograd", "composite"),
-    "linear": ("functional", "sharded", "compiled", "autograd", "chunks", "arguments"),
+    "linear": ("functional", "topk", "sharded", "compiled", "autograd", "chunks", "arguments"),
     "metrics": ("accuracy", "standalone"),
     "optim": ("sgd", "repeat", "step_plan", "shards", "plain", "checkpoint"),
     "ranks": ("placements", "collectives"),

@@ -289,6 +289,30 @@ def test_a_host_that_does_not_look(together: list[dict[str, Any]], case: Case) -
         torch.testing.assert_close(found["gradients"], looked["gradients"], rtol=1e-12, atol=1e-13)
 
 
+def test_best_classes(together: list[dict[str, Any]]) -> None:
+    """As of one process, on every rank; the lower one of two classes that are equal on different ranks is first."""
+    for results in together:
+        found, unseen = iter(results["best"]), results["blind", "best"]
+        torch.testing.assert_close(results["best"], unseen, rtol=0, atol=0)
+        for number in range(len(worker.BEST)):
+            x, w, b, k = worker.best_problem(number)
+            whole = fastloss.linear_topk_log_probs(x, w, k, linear_bias=b, softcap=50.0)
+            for _ in range(4):
+                log_probs, ids = next(found)
+                assert torch.equal(ids, whole.ids)
+                torch.testing.assert_close(log_probs, whole.log_probs, rtol=1e-6, atol=1e-6)
+
+
+def test_best_classes_of_a_group(alone: Any) -> None:
+    """More classes than there are; a group beside DTensors."""
+    from torch.distributed.tensor import Shard
+
+    with pytest.raises(ValueError, match="k is 5, and linear_weight has 4 classes"):
+        fastloss.linear_topk_log_probs(X, torch.ones(4, 4), 5, group=alone)
+    with pytest.raises(ValueError, match="group is given beside a DTensor"):
+        fastloss.linear_topk_log_probs(X, dtensor(torch.ones(4, 4), Shard(0)), 2, group=alone)
+
+
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[str, str]]]:
     """The errors of three processes, the last of which dies in the end; none of them hangs."""

@@ -52,9 +52,12 @@ class Plan:
     of_rows: tuple[Any, ...]  # placements of a tensor with one element per row
     row_shape: tuple[int, ...]  # of all rows
 
-    def placed(self, local: Tensor) -> Tensor:
-        """Return a result as a DTensor: replicated if it is ``()``, else placed as the rows."""
-        return _placed(local, self.mesh, self.of_rows, self.row_shape)
+    def placed(self, local: Tensor, *more: int) -> Tensor:
+        """Return a result as a DTensor: replicated if it is ``()``, else placed as the rows.
+
+        ``more``: its dimensions after those of the rows.
+        """
+        return _placed(local, self.mesh, self.of_rows, (*self.row_shape, *more))
 
 
 def local(tensor: Any) -> Any:
