@@ -27,7 +27,7 @@ name of torch                         used for                         without i
 ``_get_current_dispatch_mode_stack``,
 ``utils._python_dispatch``
 ``forward_ad._current_level``         forward-mode derivatives         an error at the first call
-``_is_any_autocast_enabled``,         the short road                   an error at import
+``_is_any_autocast_enabled``,         the short road, chunks           an error at import
 ``_len_torch_function_stack``,
 ``_top_saved_tensors_default_hooks``,
 ``_get_tracing_state``

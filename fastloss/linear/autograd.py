@@ -9,6 +9,7 @@ logits then.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,18 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from ..backends.torch_private import any_autocast
 from ..loss import composite
 from ..loss.autograd import handed_over, is_differentiable
 from . import chunks
 from .chunks import NO_GRADIENTS, Losses, Needs, Tensors
 
-__all__ = ["fused_linear_cross_entropy"]
+__all__ = ["fused_linear_cross_entropy", "without_autocast"]
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which autocast leaves the products on ``tensor``'s device as they are."""
+    return torch.autocast(tensor.device.type, enabled=False) if any_autocast() else nullcontext()
 
 
 def fused_linear_cross_entropy(tensors: Tensors, losses: Losses) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the loss, with a graph where a tensor needs one, and the accuracies; ``()`` or ``(rows,)``."""
     if not (torch.is_grad_enabled() and any(tensors.needs())):
-        with torch.no_grad(), torch.autocast(tensors.input.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(tensors.input):
             result = chunks.forward(tensors, NO_GRADIENTS, losses)
         return result.loss, result.accuracy
     loss, *accuracy = _LinearCrossEntropy.apply(*tensors, losses)
@@ -45,7 +52,7 @@ class _LinearCrossEntropy(Function):
         # The tensor itself: a saved one may come back as a copy, by a checkpoint or a hook, whose .grad is not read.
         weight = tensors.linear_weight
         ctx.accumulated = weight if call.accumulate_grad and weight.requires_grad else None
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight):
             result = chunks.forward(tensors, needs, losses)
         ctx.mark_non_differentiable(*result.accuracy)
         ctx.set_materialize_grads(False)
@@ -65,7 +72,7 @@ class _LinearCrossEntropy(Function):
             return (*handed_over(losses.backend, written, upstream), None)
         tensors, needs = Tensors(input, linear_weight, linear_bias, target), Needs(*ctx.needs_input_grad[:4])
         into = None if ctx.accumulated is None else _gradient_of(ctx.accumulated)
-        with torch.autocast(input.device.type, enabled=False), torch.no_grad():
+        with without_autocast(input), torch.no_grad():
             gradients = chunks.backward(upstream, tensors, saved, needs, losses, into)
         return (*gradients, None)
 
@@ -100,7 +107,7 @@ def _differentiable(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad, strict=False) if needed]
     x, w, b, t = tensors
     dtype = call.compute_dtype
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.enable_grad(), without_autocast(x):
         narrow = (None if each is None else each.to(dtype) for each in (x, w, b))
         logits = F.linear(*narrow).to(call.loss_dtype)  # type: ignore[arg-type]
         of_classes = None if weight is None else weight.to(logits.dtype)

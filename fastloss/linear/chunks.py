@@ -375,34 +375,45 @@ class ChunkIterator:
     def __init__(self, tensors: Tensors, call: LinearOptions, needs: Needs) -> None:
         self.tensors, self.call = tensors, call
         self.chosen, self.holds_ignored = _counted_rows(tensors.target, call)  # None: all of them
-        self.count = len(tensors.input if self.chosen is None else self.chosen)
+        self.count = (tensors.input if self.chosen is None else self.chosen).shape[0]
         self.size = rows_of_chunk(call, self.count, tensors.linear_weight, needs)
         by_rule = call.chunk_size is None and call.memory_budget is None
-        self.starts = _starts(self.count, self.size, even=by_rule and not tensors.target.is_cpu)
+        starts = _starts(self.count, self.size, even=by_rule and not tensors.target.is_cpu)
+        self.sizes = [end - start for start, end in itertools.pairwise(starts)]
         self.w = tensors.linear_weight.to(call.compute_dtype)
 
     def chunks(self) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:
         """Yield each chunk's index, x, target and logits. The next chunk's logits overwrite these."""
-        input, _, b, target = self.tensors
-        dtype, w = self.call.compute_dtype, self.w
+        input, _, b, _ = self.tensors
+        dtype, columns = self.call.compute_dtype, self.w.t()
         b = None if b is None else b.to(dtype)
-        shape = (min(self.size, self.count), _pitch(len(w), input.device))
-        buffer = torch.empty(shape, dtype=dtype, device=input.device)[:, : len(w)]
-        for start, end in itertools.pairwise(self.starts):
-            index: Index = slice(start, end)
-            if self.chosen is not None:
-                index = self.chosen[index]
-            x, t = input[index].to(dtype), target[index]
+        classes, most = columns.shape[1], min(self.size, self.count)
+        buffer = torch.empty((most, _pitch(classes, input.device)), dtype=dtype, device=input.device)[:, :classes]
+        for index, x, t in self._parts():
+            rows = x.shape[0]
+            x = x.to(dtype)
             if self.holds_ignored:
                 # Padding may hold NaN, and 0 · NaN would reach gᵀ x.
                 x = torch.where((t != self.call.options.ignore_index).unsqueeze(1), x, 0.0)
-            z = buffer[: len(x)]
+            z = buffer if rows == most else buffer[:rows]
             if b is None:
-                torch.mm(x, w.t(), out=z)
+                torch.mm(x, columns, out=z)
             else:
-                torch.addmm(b, x, w.t(), out=z)
+                torch.addmm(b, x, columns, out=z)
             yield index, x, t.contiguous(), z
             del x, z  # one chunk's copies at a time
+
+    def _parts(self) -> Iterator[tuple[Index, Tensor, Tensor]]:
+        """Yield each chunk's index, and the input and the target there: views, unless rows are left out."""
+        input, target, sizes = self.tensors.input, self.tensors.target, self.sizes
+        if self.chosen is not None:
+            for index in self.chosen.split(sizes):
+                yield index, input[index], target[index]
+            return
+        start = 0
+        for size, x, t in zip(sizes, input.split(sizes), target.split(sizes), strict=True):
+            yield slice(start, start + size), x, t
+            start += size
 
 
 def _starts(rows: int, size: int, *, even: bool) -> list[int]:
@@ -453,6 +464,7 @@ class GradientAccumulator:
         self._of_weight = [] if into is None else [into]  # of all its rows, or of their two halves
         self._of_bias: Tensor | None = None
         self._rows = visit.count
+        self._sum_dtype = torch.promote_types(self._weight.dtype, _wide(self._narrow.dtype))
 
     def add(self, index: Index, x: Tensor, g: Tensor) -> None:
         """Add a chunk's part, from its input x and its logits' gradient g."""
@@ -485,10 +497,9 @@ class GradientAccumulator:
         )
 
     def _add_to_weight(self, x: Tensor, g: Tensor) -> None:
-        dtype = torch.promote_types(self._weight.dtype, _wide(g.dtype))
-        before = int(bool(self._of_weight))
+        dtype, before = self._sum_dtype, int(bool(self._of_weight))
         if not before:
-            only = len(x) == self._rows and g.dtype == self._weight.dtype  # the only chunk is rounded once
+            only = x.shape[0] == self._rows and g.dtype == self._weight.dtype  # the only chunk is rounded once
             if only or dtype == g.dtype:
                 self._of_weight = [torch.mm(g.t(), x)]
                 return
@@ -498,10 +509,9 @@ class GradientAccumulator:
                 half = min(rows, -(-rows // 128) * 64)  # at which addresses are multiples of 128 bytes
                 parts = [half, rows - half]
             self._of_weight = [torch.empty((part, columns), dtype=dtype, device=x.device) for part in parts]
-        start = 0
-        for total in self._of_weight:
-            _add_product(total, g[:, start : start + len(total)], x, before=before)
-            start += len(total)
+        parts_of_g = (g,) if len(self._of_weight) == 1 else g.split([len(total) for total in self._of_weight], 1)
+        for total, part in zip(self._of_weight, parts_of_g, strict=True):
+            _add_product(total, part, x, before=before)
 
     def _finished_weight(self) -> Tensor | None:
         if not self._needs.linear_weight or self._into is not None:
