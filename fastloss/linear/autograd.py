@@ -8,9 +8,9 @@ logits then.
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,31 +18,28 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backends.torch_private import any_autocast
-from ..loss import composite
 from ..loss.autograd import handed_over, is_differentiable
 from . import chunks
 from .chunks import NO_GRADIENTS, Losses, Needs, Tensors
 
-__all__ = ["fused_linear_cross_entropy", "without_autocast"]
+__all__ = ["by_chunks"]
 
 
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which autocast leaves the products on ``tensor``'s device as they are."""
     return torch.autocast(tensor.device.type, enabled=False) if any_autocast() else nullcontext()
 
 
-def fused_linear_cross_entropy(tensors: Tensors, losses: Losses) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the loss, with a graph where a tensor needs one, and the accuracies; ``()`` or ``(rows,)``."""
-    if not (torch.is_grad_enabled() and any(tensors.needs())):
-        with torch.no_grad(), without_autocast(tensors.input):
-            result = chunks.forward(tensors, NO_GRADIENTS, losses)
-        return result.loss, result.accuracy
-    loss, *accuracy = _LinearCrossEntropy.apply(*tensors, losses)
-    return loss, tuple(accuracy)
+def by_chunks(tensors: Tensors, losses: Losses) -> tuple[Tensor, ...]:
+    """Return the outputs of ``losses``, with a graph where a tensor needs one; ``()`` or ``(rows,)`` each."""
+    if torch.is_grad_enabled() and any(tensors.needs()):
+        return cast("tuple[Tensor, ...]", _LinearCrossEntropy.apply(*tensors, losses))
+    with torch.no_grad(), _without_autocast(tensors.input):
+        return losses.outputs(chunks.forward(tensors, NO_GRADIENTS, losses))
 
 
 class _LinearCrossEntropy(Function):
-    """(*tensors, losses) → (loss, *accuracies)."""
+    """(*tensors, losses) → the losses' outputs: (loss, *accuracies), or numbers of each row."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -52,28 +49,30 @@ class _LinearCrossEntropy(Function):
         # The tensor itself: a saved one may come back as a copy, by a checkpoint or a hook, whose .grad is not read.
         weight = tensors.linear_weight
         ctx.accumulated = weight if call.accumulate_grad and weight.requires_grad else None
-        with without_autocast(weight):
+        with _without_autocast(weight):
             result = chunks.forward(tensors, needs, losses)
-        ctx.mark_non_differentiable(*result.accuracy)
+        outputs = losses.outputs(result)
+        ctx.mark_non_differentiable(*outputs[losses.differentiable :])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, losses.weight, result.saved, *result.gradients)
-        return (result.loss, *result.accuracy)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstream, losses = upstreams[0], ctx.losses
-        if upstream is None:
+        losses = ctx.losses
+        upstreams = upstreams[: losses.differentiable]
+        if all(upstream is None for upstream in upstreams):
             return (None,) * 5
-        if is_differentiable(upstreams[:1]):
+        if is_differentiable(upstreams):
             losses.refuse_second_derivative()
-            return (*_differentiable(ctx, upstream), None)
+            return (*_differentiable(ctx, upstreams), None)
         input, linear_weight, linear_bias, target, _, saved, *written = ctx.saved_tensors
         if ctx.written:
-            return (*handed_over(losses.backend, written, upstream), None)
+            return (*handed_over(losses.backend, written, upstreams[0]), None)
         tensors, needs = Tensors(input, linear_weight, linear_bias, target), Needs(*ctx.needs_input_grad[:4])
         into = None if ctx.accumulated is None else _gradient_of(ctx.accumulated)
-        with without_autocast(input), torch.no_grad():
-            gradients = chunks.backward(upstream, tensors, saved, needs, losses, into)
+        with _without_autocast(input), torch.no_grad():
+            gradients = chunks.backward(upstreams, tensors, saved, needs, losses, into)
         return (*gradients, None)
 
 
@@ -89,8 +88,8 @@ def _gradient_of(leaf: Tensor) -> Tensor:
     return leaf.grad
 
 
-def _differentiable(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients as functions of the tensors and ``upstream`` that autograd can differentiate again."""
+def _differentiable(ctx: Any, upstreams: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return the gradients as functions of the tensors and ``upstreams`` that autograd can differentiate again."""
     input, linear_weight, linear_bias, target, weight, *_ = ctx.saved_tensors
     tensors = [input, linear_weight, linear_bias, target]
     call = ctx.losses.call
@@ -107,13 +106,13 @@ def _differentiable(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad, strict=False) if needed]
     x, w, b, t = tensors
     dtype = call.compute_dtype
-    with torch.enable_grad(), without_autocast(x):
+    with torch.enable_grad(), _without_autocast(x):
         narrow = (None if each is None else each.to(dtype) for each in (x, w, b))
         logits = F.linear(*narrow).to(call.loss_dtype)  # type: ignore[arg-type]
         of_classes = None if weight is None else weight.to(logits.dtype)
-        options, total = call.options, call.total
-        if total is not None and options.reduction == "mean":
-            upstream, options = upstream / total, dataclasses.replace(options, reduction="sum")
-        loss = composite.cross_entropy(logits, t, of_classes, options)
-        results = iter(torch.autograd.grad(loss, wanted, upstream.to(loss.dtype), create_graph=create_graph))
+        outputs = ctx.losses.composed(logits, t, of_classes)
+        pairs = [(output, up) for output, up in zip(outputs, upstreams, strict=True) if up is not None]
+        given = [up.to(output.dtype) for output, up in pairs]
+        gradients = torch.autograd.grad([output for output, _ in pairs], wanted, given, create_graph=create_graph)
+    results = iter(gradients)
     return tuple(next(results) if needed else None for needed in ctx.needs_input_grad[:4])

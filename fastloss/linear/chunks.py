@@ -29,6 +29,7 @@ from torch import Tensor
 from ..backends import short_road
 from ..backends.contract import Backend, LossOptions, compute_dtype
 from ..backends.view import in_memory
+from ..loss import composite
 from ..loss.autograd import gradients_from_input, visit
 from ..loss.row_numbers import total_weight
 
@@ -38,6 +39,7 @@ __all__ = [
     "ChunkLoss",
     "GradientAccumulator",
     "Gradients",
+    "Index",
     "LinearOptions",
     "Losses",
     "Needs",
@@ -63,8 +65,8 @@ _SHARE_LEFT_OUT = 1 / 16
 _WIDENED = 1 << 22
 # Elements of a 32-bit sum that are rounded first; the others are rounded into their memory.
 _ROUNDED_FIRST = 1 << 10
-# Bytes of the numbers per row: its loss, its index, the numbers saved for the backward pass.
-_ROW_NUMBERS = 64
+
+Index = slice | Tensor  # of a chunk's rows
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class LinearOptions:
     skip_ignored: bool | None = None  # None: where the host knows the labels
     # Add to linear_weight.grad, in the backward pass, which knows the upstream gradient.
     accumulate_grad: bool = False
+    # Bytes of the numbers per row: its loss, its index, the numbers saved for the backward pass.
+    row_bytes: int = 64
     # The divisor of a mean over more rows than these; a float beside class probabilities. The accuracies are numbers
     # of rows then, not shares.
     total: Tensor | float | None = None
@@ -124,7 +128,7 @@ class Result(NamedTuple):
     loss: Tensor  # () or (rows,)
     accuracy: tuple[Tensor, ...]  # one () or (rows,) for each k of options.topk; float32, float64 beside call.total
     gradients: Gradients  # at an upstream gradient of 1, where they are written
-    saved: Tensor  # (numbers, rows), for the backward pass; (0, rows) if it needs none
+    saved: Tensor  # (numbers, rows), for the backward pass; (0, rows) if it needs none, or there is no chunk
 
 
 def writes_gradients(call: LinearOptions, needs: Needs, tensors: Tensors) -> bool:
@@ -197,7 +201,7 @@ def _rows_within(budget: int, call: LinearOptions, rows: int, linear_weight: Ten
         classes * wide * (needs.target + (on_cpu and (call.options.softcap is not None or (sums and wide > narrow))))
     )
     # For chunks of any size: the numbers of all rows, and the weights in the dtype of the products.
-    always = rows * _ROW_NUMBERS + (linear_weight.numel() * narrow if linear_weight.dtype != dtype else 0)
+    always = rows * call.row_bytes + (linear_weight.numel() * narrow if linear_weight.dtype != dtype else 0)
     if on_cpu and narrow < wide and needs.input:
         always += linear_weight.numel() * narrow  # oneDNN copies W into a layout of its own for g W
     of_sums = _bytes_of_sums(call, linear_weight, needs)
@@ -219,10 +223,10 @@ def _rows_within(budget: int, call: LinearOptions, rows: int, linear_weight: Ten
 class ChunkLoss(NamedTuple):
     """The loss of one chunk of n rows."""
 
-    loss: Tensor  # (n,), or () for a sum
+    loss: Tensor | None  # (n,), or () for a sum; None: numbers of each row alone
     right: Tensor | None  # for each k of options.topk the right rows, (k, n), or their number, (k,)
-    saved: Sequence[Tensor]  # for the backward pass, (n,) each
-    target_gradient: Tensor | None  # (n, C)
+    saved: Sequence[Tensor]  # numbers of each row, (n,) each
+    target_gradient: Tensor | None = None  # (n, C)
 
 
 class Losses:
@@ -235,6 +239,8 @@ class Losses:
     """
 
     per_row = False  # if True, a chunk's loss is (n,) for every reduction
+    keeps_numbers = False  # if True, the chunks' numbers are results: they are kept in each case
+    differentiable = 1  # how many of the outputs are
 
     def __init__(self, weight: Tensor | None, call: LinearOptions, backend: Backend) -> None:
         self.weight, self.call, self.backend = weight, call, backend
@@ -254,7 +260,11 @@ class Losses:
             return float(len(target))
         return total_weight(target, self.weight, self.call.options)
 
-    def forward(self, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
+    def counted(self, target: Tensor) -> Tensor | None:
+        """Return which rows have a loss, ``(rows,)`` bool; None: all of them. The others may hold NaN."""
+        return None if target.is_floating_point() else target != self.call.options.ignore_index
+
+    def forward(self, index: Index, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
         """Return the loss of logits z, ``(n, C)``, against t, and the gradients that are needed now."""
         part, of_logits, right = self.part, any(needs[:3]), None
         if part.topk and t.is_floating_point():  # before the gradient is written over the logits
@@ -278,11 +288,35 @@ class Losses:
         loss, of_target, *numbers = outputs
         return ChunkLoss(loss, torch.stack(numbers[:ks]) if ks else right, numbers[ks:], of_target)
 
-    def backward(self, upstream: Tensor, t: Tensor, z: Tensor, saved: tuple[Tensor, ...], needs: Needs) -> Any:
+    def outputs(self, result: Result) -> tuple[Tensor, ...]:
+        """Return the outputs of the autograd node."""
+        return (result.loss, *result.accuracy)
+
+    def upstreams(self, given: Sequence[Tensor | None], target: Tensor) -> list[Tensor | None]:
+        """Return the upstream gradients of a row, ``(rows,)`` each, from those of the differentiable outputs."""
+        assert given[0] is not None
+        total, upstream = self.total(target), in_memory(given[0])
+        upstream = upstream if total is None else upstream.double() / total
+        return [upstream.to(self.upstream_dtype).expand(target.shape[0])]
+
+    def counted_backward(self, upstreams: Sequence[Tensor | None], target: Tensor) -> Tensor | None:
+        """Return which rows have a gradient, as :meth:`counted` does."""
+        return self.counted(target)
+
+    def backward(
+        self,
+        index: Index,
+        upstreams: Sequence[Tensor | None],
+        t: Tensor,
+        z: Tensor,
+        saved: tuple[Tensor, ...],
+        needs: Needs,
+    ) -> Any:
         """Write the gradient over the logits z, and return that of the probabilities, ``(n, C)``, or None.
 
-        ``upstream`` is ``(n,)``.
+        ``upstreams`` are ``(n,)`` each.
         """
+        (upstream,) = upstreams
         part = dataclasses.replace(self.call.options, reduction="none", topk=())
         of_logits = any(needs[:3])
         return gradients_from_input(
@@ -291,6 +325,14 @@ class Losses:
             target_gradient=needs.target,
             inplace=of_logits,
         )[1]
+
+    def composed(self, logits: Tensor, t: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the differentiable outputs from all logits, by torch's own operators."""
+        options, total = self.call.options, self.call.total
+        divided = total is not None and options.reduction == "mean"
+        options = dataclasses.replace(options, reduction="sum") if divided else options
+        loss = composite.cross_entropy(logits, t, weight, options)
+        return (loss / total if divided else loss,)
 
     def finished(self, loss: Tensor, total: Tensor | float | None) -> Tensor:
         """Return the loss from the sum of its chunks' losses."""
@@ -314,21 +356,23 @@ def forward(tensors: Tensors, needs: Needs, losses: Losses) -> Result:
     dtype = call.loss_dtype if none else torch.float64
     loss = torch.zeros(rows if none or losses.per_row else (), dtype=dtype, device=device)
     right = torch.zeros((ks, rows) if none else (ks,), dtype=torch.float64, device=device) if ks else None
-    visit = ChunkIterator(tensors, call, needs)
+    visit = ChunkIterator(tensors, call, needs, losses.counted(target))
     sums = GradientAccumulator(tensors, visit, needs_now)
     saved = tensors.input.new_empty((0, rows))
+    keeps = losses.keeps_numbers or (any(needs) and not written)
     for index, x, t, z in visit.chunks():
-        part = losses.forward(t, z, total, needs_now)
-        if loss.dim():
-            loss[index] = part.loss
-        else:
-            loss += part.loss
+        part = losses.forward(index, t, z, total, needs_now)
+        if part.loss is not None:
+            if loss.dim():
+                loss[index] = part.loss
+            else:
+                loss += part.loss
         if right is not None and part.right is not None:
             if none:
                 right[:, index] = part.right.double()
             else:
                 right += part.right
-        if any(needs) and not written and part.saved:
+        if keeps and part.saved:
             numbers = torch.stack(tuple(part.saved))
             if not len(saved):
                 saved = numbers.new_zeros((len(numbers), rows))
@@ -344,37 +388,45 @@ def forward(tensors: Tensors, needs: Needs, losses: Losses) -> Result:
 
 
 def backward(
-    upstream: Tensor, tensors: Tensors, saved: Tensor, needs: Needs, losses: Losses, into: Tensor | None = None
+    given: Sequence[Tensor | None],
+    tensors: Tensors,
+    saved: Tensor,
+    needs: Needs,
+    losses: Losses,
+    into: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients from the logits, computed once more.
 
     Args:
-        upstream: the gradient of the loss, ``()`` or ``(rows,)``.
+        given: the gradients of the differentiable outputs: of a loss one, ``()`` or ``(rows,)``.
         saved: from the forward pass.
         into: the weight's gradient so far, to which its gradient is added chunk by chunk; it is not returned then.
     """
-    total, upstream = losses.total(tensors.target), in_memory(upstream)
-    upstream = upstream if total is None else upstream.double() / total
-    upstream = upstream.to(losses.upstream_dtype).expand(len(tensors.input))
-    visit = ChunkIterator(tensors, losses.call, needs)
+    upstreams = losses.upstreams(given, tensors.target)
+    visit = ChunkIterator(tensors, losses.call, needs, losses.counted_backward(upstreams, tensors.target))
     sums = GradientAccumulator(tensors, visit, needs, into)
     for index, x, t, z in visit.chunks():
         numbers = tuple(saved[:, index].contiguous().unbind(0)) if len(saved) else ()
-        sums.add_target(index, losses.backward(upstream[index].contiguous(), t, z, numbers, needs))
+        of_rows = [None if upstream is None else upstream[index].contiguous() for upstream in upstreams]
+        sums.add_target(index, losses.backward(index, of_rows, t, z, numbers, needs))
         sums.add(index, x, z)
         del x, z  # before the sums are rounded and the next x is made
     return losses.whole(sums.finished())
 
 
-Index = slice | Tensor
-
-
 class ChunkIterator:
-    """Visits rows a chunk at a time: projects them, and yields their logits."""
+    """Visits rows a chunk at a time: projects them, and yields their logits.
 
-    def __init__(self, tensors: Tensors, call: LinearOptions, needs: Needs) -> None:
+    Args:
+        tensors: the input and the linear map.
+        call: the options.
+        needs: which gradients are wanted.
+        counted: which rows count; None: all of them. The others are left out, or their input is taken for 0.
+    """
+
+    def __init__(self, tensors: Tensors, call: LinearOptions, needs: Needs, counted: Tensor | None) -> None:
         self.tensors, self.call = tensors, call
-        self.chosen, self.holds_ignored = _counted_rows(tensors.target, call)  # None: all of them
+        self.chosen, self.counted = _rows_to_visit(counted, call)
         self.count = (tensors.input if self.chosen is None else self.chosen).shape[0]
         self.size = rows_of_chunk(call, self.count, tensors.linear_weight, needs)
         by_rule = call.chunk_size is None and call.memory_budget is None
@@ -392,9 +444,9 @@ class ChunkIterator:
         for index, x, t in self._parts():
             rows = x.shape[0]
             x = x.to(dtype)
-            if self.holds_ignored:
+            if self.counted is not None:
                 # Padding may hold NaN, and 0 · NaN would reach gᵀ x.
-                x = torch.where((t != self.call.options.ignore_index).unsqueeze(1), x, 0.0)
+                x = torch.where(self.counted[index].unsqueeze(1), x, 0.0)
             z = buffer if rows == most else buffer[:rows]
             if b is None:
                 torch.mm(x, columns, out=z)
@@ -430,17 +482,15 @@ def _starts(rows: int, size: int, *, even: bool) -> list[int]:
     return [*starts, rows]
 
 
-def _counted_rows(target: Tensor, call: LinearOptions) -> tuple[Tensor | None, bool]:
-    """Return the rows to visit, None for all, and whether ignored rows may be among them."""
-    if target.is_floating_point():
-        return None, False
-    if call.skip_ignored is not True and not target.is_cpu:
-        return None, True
-    counted = (target != call.options.ignore_index).nonzero().flatten()
-    ignored = len(target) - len(counted)
-    if call.skip_ignored is not False and ignored >= _SHARE_LEFT_OUT * len(target) > 0:
-        return counted, False
-    return None, ignored > 0
+def _rows_to_visit(counted: Tensor | None, call: LinearOptions) -> tuple[Tensor | None, Tensor | None]:
+    """Return the indices of the rows to visit, None for all, and ``counted`` if others may be among them."""
+    if counted is None or (call.skip_ignored is not True and not counted.is_cpu):
+        return None, counted
+    chosen = counted.nonzero().flatten()
+    rows, ignored = counted.shape[0], counted.shape[0] - chosen.shape[0]
+    if call.skip_ignored is not False and ignored >= _SHARE_LEFT_OUT * rows > 0:
+        return chosen, None
+    return None, counted if ignored else None
 
 
 def _shares(right: Tensor, target: Tensor, options: LossOptions) -> Tensor:

@@ -105,7 +105,7 @@ def backward(upstream: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     saved = inputs[5]
     tensors, weight, call, needs = _unpacked((*inputs[:5], *inputs[6:]), reads=True)
     losses = Losses(weight, call, choice.backend_that_saved(len(saved)))
-    return _filled(chunks.backward(upstream, tensors, saved, needs, losses), tensors.input)
+    return _filled(chunks.backward((upstream,), tensors, saved, needs, losses), tensors.input)
 
 
 @backward.register_fake

@@ -19,7 +19,7 @@ from ..loss.sharded import checked
 from ..ranks import placements
 from . import compiled, sharded
 from .arguments import Arguments, check_shapes, checked_chunking, dtype_of_logits, shifted_labels
-from .autograd import fused_linear_cross_entropy
+from .autograd import by_chunks
 from .chunks import LinearOptions, Losses, Tensors, rows_of_chunk
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_accuracy"]
@@ -229,7 +229,7 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
         tensors = Tensors(x, linear_weight, linear_bias, t)
         rows_of_chunk(call, rows, linear_weight, tensors.needs())  # raises if the budget has no room for a row
         losses = Losses(weight, call, choice.load(choice.choose(input)))
-        loss, values = fused_linear_cross_entropy(tensors, losses)
+        loss, *values = by_chunks(tensors, losses)
     if options.is_reduced:
         return loss, values
     if shift:

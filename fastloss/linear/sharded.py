@@ -17,6 +17,7 @@ adds up the weight's gradient in the backward pass.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ from ..ranks import collectives, placements
 from ..ranks.collectives import Layout, all_reduce_detached, gather, replicated
 from . import chunks
 from .arguments import Arguments, check_shapes, dtype_of_logits, shifted_labels
-from .autograd import fused_linear_cross_entropy
-from .chunks import ChunkLoss, Gradients, LinearOptions, Losses, Needs, Tensors
+from .autograd import by_chunks
+from .chunks import ChunkLoss, Gradients, Index, LinearOptions, Losses, Needs, Tensors
 
 __all__ = ["linear_loss_over_ranks"]
 
@@ -161,7 +162,7 @@ def _of_part(
     losses = Losses(weight, of_part, backend)
     if layout.class_group is not None:
         losses = _SharedLosses(weight, of_part, backend, layout)
-    loss, values = fused_linear_cross_entropy(Tensors(x, linear_weight, linear_bias, t), losses)
+    loss, *values = by_chunks(Tensors(x, linear_weight, linear_bias, t), losses)
     right = torch.stack(values).double() if values else None
     loss, values = reduction.finished(loss, right, call.loss_dtype, (len(x),))
     return [loss, *values]
@@ -197,7 +198,7 @@ class _SharedLosses(Losses):
         super().__init__(weight, call, backend)
         self.layout, self.upstream_dtype = layout, torch.float64
 
-    def forward(self, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
+    def forward(self, index: Index, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
         options, labels = self.call.options, None if t.is_floating_point() else t
         shard = sharded_loss(z, t, self.weight, options, self.layout, self.backend, ranked=bool(options.topk))
         *numbers, rank = shard.numbers(z, t)
@@ -212,12 +213,21 @@ class _SharedLosses(Losses):
     def finished(self, loss: Tensor, total: Tensor | float | None) -> Tensor:
         return loss.sum() * self._scale(total, loss) if self.call.options.is_reduced else loss
 
-    def backward(self, upstream: Tensor, t: Tensor, z: Tensor, saved: tuple[Tensor, ...], needs: Needs) -> Any:
+    def backward(
+        self,
+        index: Index,
+        upstreams: Sequence[Tensor | None],
+        t: Tensor,
+        z: Tensor,
+        saved: tuple[Tensor, ...],
+        needs: Needs,
+    ) -> Any:
+        (upstream,) = upstreams
         sums = 2 + t.is_floating_point()
         numbers = (*saved[:sums], saved[sums] if len(saved) > sums else None)
         shard = sharded_loss(z, t, self.weight, self.call.options, self.layout, self.backend, ranked=False)
-        _, upstreams = _differentiated(shard, numbers, upstream)
-        return self._gradients(shard, upstreams, z, t, numbers, needs)
+        _, of_numbers = _differentiated(shard, numbers, upstream)
+        return self._gradients(shard, of_numbers, z, t, numbers, needs)
 
     def whole(self, gradients: Gradients) -> Gradients:
         if gradients.input is None:
