@@ -177,7 +177,7 @@ def _best_of_part(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, 
     if not len(linear_weight):  # a rank without classes
         return _Best(logits, ids, lse)
     with torch.autocast(device.type, enabled=False):
-        for index, _, _, z in ChunkIterator(tensors, call, NO_GRADIENTS).chunks():
+        for index, _, _, z in ChunkIterator(tensors, call, NO_GRADIENTS, None).chunks():
             labels = torch.zeros(len(z), dtype=torch.int64, device=device)
             inputs = LossInputs(z.unsqueeze(2), labels, None, call.options)
             numbers = backend.row_statistics_forward(inputs, entropy=False, predicted=False, every_row=True)
