@@ -18,6 +18,7 @@ MODULES = {
     "fastloss": {""},
     "fastloss.loss.functional": {"accuracy", "cross_entropy", "cross_entropy_with_accuracy"},
     "fastloss.linear.functional": {"linear_cross_entropy", "linear_cross_entropy_with_accuracy"},
+    "fastloss.linear.statistics": {"linear_cross_entropy_with_statistics"},
     "fastloss.linear.topk": {"linear_topk_log_probs"},
     "fastloss.loss.statistics": {"cross_entropy_with_statistics"},
     "fastloss.metrics.accuracy": {"Accuracy"},

@@ -246,7 +246,10 @@ FILES = {
     "demo": ("report", "language_model", "alone", "training"),
     "measuring": ("sgd", "reference", "contenders", "inputs", "clock", "machine", "info", "style"),
     "loss": ("statistics", "functional", "routes", "sharded", "row_numbers", "compiled", "autograd", "composite"),
-    "linear": ("functional", "topk", "sharded", "compiled", "autograd", "chunks", "arguments"),
+    "linear": (
+        *("statistics", "functional", "topk", "sharded", "compiled", "autograd", "row_numbers", "chunks"),
+        "arguments",
+    ),
     "metrics": ("accuracy", "standalone"),
     "optim": ("sgd", "repeat", "step_plan", "shards", "plain", "checkpoint"),
     "ranks": ("placements", "collectives"),

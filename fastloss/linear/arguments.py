@@ -12,7 +12,16 @@ from torch import Tensor
 from .. import checks
 from ..backends.contract import LossOptions
 
-__all__ = ["Arguments", "check_linear_map", "check_shapes", "checked_chunking", "dtype_of_logits", "shifted_labels"]
+__all__ = [
+    "Arguments",
+    "check_linear_map",
+    "check_shapes",
+    "checked_chunking",
+    "dtype_of_logits",
+    "labelled",
+    "of_rows",
+    "shifted_labels",
+]
 
 
 class Arguments(NamedTuple):
@@ -74,6 +83,16 @@ def shifted_labels(target: Tensor, ignore_index: int, shift: int) -> Tensor:
     count = min(shift, target.shape[-1])
     last = target.new_full((*target.shape[:-1], count), ignore_index, dtype=torch.int64)
     return torch.cat([target[..., shift:].long(), last], dim=-1)
+
+
+def of_rows(values: Tensor, lead: tuple[int, ...], shift: int) -> Tensor:
+    """Return numbers of flat rows in the rows' shape, without the positions that have no label; ``()`` as it is."""
+    return labelled(values.view((*lead, *values.shape[1:])), len(lead), shift) if values.dim() else values
+
+
+def labelled(values: Tensor, dims: int, shift: int) -> Tensor:
+    """Return numbers of rows without the positions that have no label: the last ones of the last of ``dims``."""
+    return values[(slice(None),) * (dims - 1) + (slice(0, -shift),)] if shift and values.dim() else values
 
 
 def dtype_of_logits(input: Tensor) -> torch.dtype:

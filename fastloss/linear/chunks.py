@@ -317,6 +317,7 @@ class Losses:
         ``upstreams`` are ``(n,)`` each.
         """
         (upstream,) = upstreams
+        assert upstream is not None
         part = dataclasses.replace(self.call.options, reduction="none", topk=())
         of_logits = any(needs[:3])
         return gradients_from_input(
@@ -329,10 +330,9 @@ class Losses:
     def composed(self, logits: Tensor, t: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
         """Return the differentiable outputs from all logits, by torch's own operators."""
         options, total = self.call.options, self.call.total
-        divided = total is not None and options.reduction == "mean"
-        options = dataclasses.replace(options, reduction="sum") if divided else options
-        loss = composite.cross_entropy(logits, t, weight, options)
-        return (loss / total if divided else loss,)
+        if total is None or options.reduction != "mean":
+            return (composite.cross_entropy(logits, t, weight, options),)
+        return (composite.cross_entropy(logits, t, weight, dataclasses.replace(options, reduction="sum")) / total,)
 
     def finished(self, loss: Tensor, total: Tensor | float | None) -> Tensor:
         """Return the loss from the sum of its chunks' losses."""

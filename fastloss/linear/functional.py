@@ -18,11 +18,11 @@ from ..loss.functional import LossAndAccuracy
 from ..loss.sharded import checked
 from ..ranks import placements
 from . import compiled, sharded
-from .arguments import Arguments, check_shapes, checked_chunking, dtype_of_logits, shifted_labels
+from .arguments import Arguments, check_shapes, checked_chunking, dtype_of_logits, of_rows, shifted_labels
 from .autograd import by_chunks
 from .chunks import LinearOptions, Losses, Tensors, rows_of_chunk
 
-__all__ = ["linear_cross_entropy", "linear_cross_entropy_with_accuracy"]
+__all__ = ["linear_cross_entropy", "linear_cross_entropy_with_accuracy", "prepared"]
 
 
 def linear_cross_entropy(
@@ -183,18 +183,46 @@ def linear_cross_entropy_with_accuracy(
 
 def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the loss and an accuracy for each k, ``()`` or of the labels' shape."""
-    input, linear_weight, target, linear_bias, weight, options, shift, chunking = arguments
+    input, linear_weight, target, linear_bias, weight, options, _, chunking = arguments
     if group is not None or any(map(placements.is_uncompiled_dtensor, (input, linear_weight))):
         return sharded.linear_loss_over_ranks(arguments, group)
     check_shapes(arguments, whole=True)
-    if shift:
-        target = shifted_labels(target, options.ignore_index, shift)
     if linear_weight.dim() > 2:  # torch's K-dimensional loss: each input has logits (C, d1, …, dK), and they are held
         _check_unchunked(linear_weight, chunking)
         flat = linear_weight.reshape(-1, linear_weight.shape[-1])
         logits = F.linear(input, flat, None if linear_bias is None else linear_bias.reshape(-1))
         logits = logits.view(*input.shape[:-1], *linear_weight.shape[:-1])
         return routes.loss_and_accuracies(logits, target, weight, options)
+    tensors, weight, call, lead, composed = prepared(arguments)
+    x, t = tensors.input, tensors.target
+    traced = routes.is_traced(input, target) or routes.is_traced(linear_weight, target)
+    by_operator = traced and type(linear_weight) in routes.FUSED_TYPES
+    modes = routes.watching_modes(x, t, weight, options) if by_operator else []
+    if modes or (by_operator and routes.is_compiled(x, t, weight, options)):
+        call = dataclasses.replace(call, accumulate_grad=False)
+        compiled.count_operations_in(modes)
+        loss, values = compiled.linear_loss_and_accuracies(tensors, weight, call)
+    elif composed:
+        loss, values = routes.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
+    else:
+        loss, *of_ks = by_chunks(tensors, Losses(weight, call, choice.load(choice.choose(input))))
+        values = tuple(of_ks)
+    return of_rows(loss, lead, arguments.shift), tuple(of_rows(value, lead, arguments.shift) for value in values)
+
+
+def prepared(arguments: Arguments) -> tuple[Tensors, Tensor | None, LinearOptions, tuple[int, ...], bool]:
+    """Check a call on one device, whose shapes are checked, and return it for rows that are flat.
+
+    Returns:
+        The tensors, of ``(rows, …)``; the class weights; the options; the shape of the rows; and True where torch's
+        own operators over all logits serve the call.
+
+    Raises:
+        ValueError: the budget has no room for a row.
+    """
+    input, linear_weight, target, linear_bias, weight, options, shift, chunking = arguments
+    if shift:
+        target = shifted_labels(target, options.ignore_index, shift)
     lead, classes = input.shape[:-1], len(linear_weight)
     rows = math.prod(lead)
     x = input.reshape(rows, input.shape[-1])
@@ -208,33 +236,20 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
         checks.check_index_target(logits, t, weight)
     weight = None if weight is None else weight.contiguous()  # as the kernels read it
     call = LinearOptions(options, dtype, checks.loss_dtype(input, t, weight, dtype), **chunking)
+    tensors = Tensors(x, linear_weight, linear_bias, t)
     traced = routes.is_traced(input, target) or routes.is_traced(linear_weight, target)
     trained_weight = soft and weight is not None and weight.requires_grad
     if not (traced or soft) and choice.may_look(t):
         checks.check_labels(t.view(target.shape), classes, options.ignore_index, shift=shift)
-    by_operator = traced and type(linear_weight) in routes.FUSED_TYPES
-    modes = routes.watching_modes(x, t, weight, options) if by_operator else []
-    if modes or (by_operator and routes.is_compiled(x, t, weight, options)):
-        call = dataclasses.replace(call, accumulate_grad=False)
-        compiled.count_operations_in(modes)
-        loss, values = compiled.linear_loss_and_accuracies(Tensors(x, linear_weight, linear_bias, t), weight, call)
-    elif traced or rows == 0 or classes == 0 or trained_weight:
-        loss, values = routes.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
-    else:
-        if call.accumulate_grad and linear_weight.requires_grad and not linear_weight.is_leaf:
-            raise RuntimeError(
-                "fastloss: accumulate_grad=True beside a linear_weight that is not a leaf and has no .grad to add "
-                "to; pass the parameter itself, or accumulate_grad=False"
-            )
-        tensors = Tensors(x, linear_weight, linear_bias, t)
-        rows_of_chunk(call, rows, linear_weight, tensors.needs())  # raises if the budget has no room for a row
-        losses = Losses(weight, call, choice.load(choice.choose(input)))
-        loss, *values = by_chunks(tensors, losses)
-    if options.is_reduced:
-        return loss, values
-    if shift:
-        return loss.view(lead)[..., :-shift], tuple(v.view(lead)[..., :-shift] for v in values)
-    return loss.view(lead), tuple(v.view(lead) for v in values)
+    if traced or rows == 0 or classes == 0 or trained_weight:
+        return tensors, weight, call, lead, True
+    if call.accumulate_grad and linear_weight.requires_grad and not linear_weight.is_leaf:
+        raise RuntimeError(
+            "fastloss: accumulate_grad=True beside a linear_weight that is not a leaf and has no .grad to add "
+            "to; pass the parameter itself, or accumulate_grad=False"
+        )
+    rows_of_chunk(call, rows, linear_weight, tensors.needs())  # raises if the budget has no room for a row
+    return tensors, weight, call, lead, False
 
 
 def _check_unchunked(linear_weight: Tensor, chunking: dict[str, Any]) -> None:

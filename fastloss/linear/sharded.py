@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..backends import choice
-from ..backends.contract import Backend
+from ..backends.contract import Backend, LossInputs, LossOptions, WantedParts
 from ..backends.torch_private import disable_dynamo
 from ..backends.view import as_labels, wide_labels
 from ..loss.sharded import (
@@ -40,16 +40,57 @@ from ..loss.sharded import (
 from ..ranks import collectives, placements
 from ..ranks.collectives import Layout, all_reduce_detached, gather, replicated
 from . import chunks
-from .arguments import Arguments, check_shapes, dtype_of_logits, shifted_labels
+from .arguments import Arguments, check_shapes, dtype_of_logits, labelled, of_rows, shifted_labels
 from .autograd import by_chunks
 from .chunks import ChunkLoss, Gradients, Index, LinearOptions, Losses, Needs, Tensors
+from .row_numbers import Numbers as NumbersByName
+from .row_numbers import RowVisitor, scaled
 
-__all__ = ["linear_loss_over_ranks"]
+__all__ = ["Part", "linear_loss_over_ranks", "part_of_rank"]
 
 
 @disable_dynamo
 def linear_loss_over_ranks(arguments: Arguments, group: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the loss and the accuracies of DTensors, or of a group's shards of the classes."""
+    part = part_of_rank(arguments, group)
+    results = _of_part(part)
+    loss, *values = (part.placed(value, arguments.shift) for value in results)
+    return loss, tuple(values)
+
+
+class Part(NamedTuple):
+    """This rank's part of a call, checked."""
+
+    tensors: Tensors  # of flat rows, (n, …), and of this rank's classes
+    weight: Tensor | None  # of all classes
+    call: LinearOptions
+    layout: Layout
+    backend: Backend
+    lead: tuple[int, ...]  # the shape of this rank's rows
+    plan: placements.Plan | None  # of DTensors
+
+    def placed(self, value: Tensor, shift: int) -> Tensor:
+        """Return a result of flat rows, or of all of them, ``()``, as the caller gets it."""
+        value = of_rows(value, self.lead, 0)
+        return labelled(value if self.plan is None else self.plan.placed(value), len(self.lead), shift)
+
+    def visitor(self, wanted: WantedParts, every_row: bool) -> RowVisitor:
+        """Return a visitor of the rows' logits, whose numbers are those over all classes."""
+        given = self.weight, self.call.options, self.backend, wanted, every_row
+        return RowVisitor(*given) if self.layout.class_group is None else _SharedRows(*given, self.layout)
+
+    def replicated_map(self) -> Tensors:
+        """Return the tensors; gradients of the map are added up over the ranks that share the rows."""
+        x, w, b, t = self.tensors
+        groups = self.layout.row_groups
+        return Tensors(x, replicated(w, groups), None if b is None else replicated(b, groups), t)
+
+
+def part_of_rank(arguments: Arguments, group: Any, same: object = None) -> Part:
+    """Check a call, together with the other ranks, and return this rank's part of it.
+
+    ``same``: what must be equal on all ranks of ``group`` beside the arguments; anything with a fixed ``repr``.
+    """
     input, linear_weight, target, linear_bias, weight, options, shift, chunking = arguments
     by_mesh = any(map(placements.is_dtensor, (input, linear_weight)))
     if by_mesh and group is not None:
@@ -93,6 +134,7 @@ def linear_loss_over_ranks(arguments: Arguments, group: Any) -> tuple[Tensor, tu
             same=(
                 *(options, input.shape, input.dtype, soft, shift, chunking, getattr(weight, "shape", None)),
                 torch.is_grad_enabled() and input.requires_grad,
+                *(() if same is None else (same,)),
             ),
             labels=None if soft else target,
             look=look,
@@ -113,14 +155,7 @@ def linear_loss_over_ranks(arguments: Arguments, group: Any) -> tuple[Tensor, tu
     rows = _common_rows_of_chunk(call, tensors, layout)  # raises if the budget has no room for a row
     if layout.class_group is not None:
         call = dataclasses.replace(call, chunk_size=rows, memory_budget=None)
-    results = _of_part(tensors, weight, call, layout, choice.load(choice.choose(x)))
-    if not options.is_reduced:
-        results = [value.view(lead) for value in results]
-    if plan is not None:
-        results = [plan.placed(value) for value in results]
-    if not options.is_reduced and shift:
-        results = [value[..., :-shift] for value in results]
-    return results[0], tuple(results[1:])
+    return Part(tensors, weight, call, layout, choice.load(choice.choose(x)), lead, plan)
 
 
 def _check_tensors(arguments: Arguments, *, soft: bool) -> None:
@@ -140,30 +175,19 @@ def _check_tensors(arguments: Arguments, *, soft: bool) -> None:
         checks.check_weight_dtype(logits, weight)
 
 
-def _of_part(
-    tensors: Tensors, weight: Tensor | None, call: LinearOptions, layout: Layout, backend: Backend
-) -> list[Tensor]:
-    """Return the loss and the accuracies over all ranks, ``()`` or ``(rows,)``, from this rank's part.
-
-    Args:
-        tensors: this rank's rows and classes; the labels are among all classes.
-        weight: of all classes, ``(C,)``.
-        call: the options.
-        layout: the place of the rows and classes among those of all ranks.
-        backend: the backend whose functions visit the logits.
-    """
-    x, linear_weight, linear_bias, t = tensors
+def _of_part(part: Part) -> list[Tensor]:
+    """Return the loss and the accuracies over all ranks, ``()`` or ``(rows,)``, from this rank's part."""
+    _, weight, call, layout, backend, _, _ = part
+    x, _, _, t = tensors = part.replicated_map()
     soft = t.is_floating_point()
     reduction = RowReduction(x, None if soft else t, weight, call.options, layout)
-    linear_weight = replicated(linear_weight, layout.row_groups)
-    linear_bias = None if linear_bias is None else replicated(linear_bias, layout.row_groups)
     total: Tensor | float = float(layout.rows) if soft else reduction.divisor
     of_part = dataclasses.replace(call, total=total, loss_dtype=torch.float64)
     losses = Losses(weight, of_part, backend)
     if layout.class_group is not None:
         losses = _SharedLosses(weight, of_part, backend, layout)
-    loss, *values = by_chunks(Tensors(x, linear_weight, linear_bias, t), losses)
-    right = torch.stack(values).double() if values else None
+    loss, *of_ks = by_chunks(tensors, losses)
+    right = torch.stack(of_ks).double() if of_ks else None
     loss, values = reduction.finished(loss, right, call.loss_dtype, (len(x),))
     return [loss, *values]
 
@@ -223,6 +247,7 @@ class _SharedLosses(Losses):
         needs: Needs,
     ) -> Any:
         (upstream,) = upstreams
+        assert upstream is not None
         sums = 2 + t.is_floating_point()
         numbers = (*saved[:sums], saved[sums] if len(saved) > sums else None)
         shard = sharded_loss(z, t, self.weight, self.call.options, self.layout, self.backend, ranked=False)
@@ -261,3 +286,87 @@ def _differentiated(shard: ShardedLoss, numbers: Numbers, upstream: Tensor) -> t
         given = [number for number in numbers if number is not None]
         gradients = iter(torch.autograd.grad(values, given, upstream.expand_as(values), allow_unused=True))
     return values.detach(), tuple(None if number is None else next(gradients) for number in numbers)
+
+
+class _SharedRows(RowVisitor):
+    """Visits the logits of this rank's classes: one collective per chunk in forward, none in backward."""
+
+    def __init__(
+        self,
+        weight: Tensor | None,
+        options: LossOptions,
+        backend: Backend | None,
+        wanted: WantedParts,
+        every_row: bool,
+        layout: Layout,
+    ) -> None:
+        super().__init__(weight, options, backend, wanted, every_row)
+        self.layout = layout
+
+    def numbers(self, t: Tensor, z: Tensor, ids: Tensor | None) -> NumbersByName:
+        shard = self._shard(t, z)
+        own = self._own_numbers(shard, z)
+        if ids is not None:
+            local, inside = self.own(ids, z)
+            values = scaled(z.gather(1, local), self.options).double() if z.shape[1] else local.double()
+            invalid = (ids < 0) | (ids >= self.layout.classes)
+            of_ids = torch.where(inside, values, 0.0).masked_fill(invalid, float("nan"))
+            own |= {f"selected {k}": column for k, column in enumerate(of_ids.unbind(1))}
+        by_rank = dict(zip(own, shard.gathered(list(own.values())), strict=True))
+        lse = torch.logsumexp(by_rank["lse"], 0)
+        share = by_rank["lse"] - lse  # the logarithm of each rank's part of the probability
+        numbers = {name: of_ranks.sum(0) for name, of_ranks in by_rank.items()} | {"lse": lse}
+        if "entropy" in by_rank:
+            parts = share.exp() * (by_rank["entropy"] - share)
+            numbers["entropy"] = torch.where(share == -torch.inf, 0.0, parts).sum(0)
+        if "predicted" in by_rank:
+            winner = by_rank["best"].argmax(0, keepdim=True)  # the first of equal ones: of the lower classes
+            numbers["predicted"] = by_rank["predicted"].gather(0, winner).squeeze(0).long()
+            del numbers["best"]
+        if ids is not None:
+            numbers["selected"] = torch.stack([numbers.pop(f"selected {k}") for k in range(ids.shape[1])], 1)
+        return numbers
+
+    def _own_numbers(self, shard: Any, z: Tensor) -> NumbersByName:
+        """Return the numbers of this rank's classes; beside the prediction its logit, "best"."""
+        if not z.shape[1]:
+            zero = torch.zeros(len(z), dtype=torch.float64, device=z.device)
+            names = (*self.names, *(("predicted", "best") if self.predicts else ()))
+            return {name: zero - torch.inf if name in ("lse", "best") else zero for name in names}
+        own = self.visited(shard.inputs(z, shard.local))
+        own["label_logit"] = torch.where(shard.is_own, own["label_logit"], 0.0)
+        if self.predicts:
+            own["best"] = z.gather(1, own["predicted"].unsqueeze(1)).squeeze(1)
+            own["predicted"] = own["predicted"] + self.layout.start
+        return own
+
+    def write_gradient(
+        self, upstreams: NumbersByName, t: Tensor, z: Tensor, numbers: NumbersByName, ids: Tensor | None
+    ) -> None:
+        if not z.shape[1]:
+            return
+        if "label_logit" in upstreams:
+            of_label = torch.where(self._shard(t, z).is_own, upstreams["label_logit"], 0.0)
+            upstreams = {**upstreams, "label_logit": of_label}
+        super().write_gradient(upstreams, t, z, numbers, ids)
+
+    def whole(self, gradients: Gradients) -> Gradients:
+        if gradients.input is None:
+            return gradients
+        return gradients._replace(input=all_reduce_detached(gradients.input, (self.layout.class_group,)))
+
+    def refuse_second_derivative(self) -> None:
+        raise RuntimeError(
+            "fastloss: numbers of rows over shards of the classes have no second derivative; with create_graph=True "
+            "gather linear_weight first (of a DTensor: redistribute) and pass the whole of it"
+        )
+
+    def _shard(self, t: Tensor, z: Tensor) -> Any:
+        return sharded_loss(z, t, self.weight, self.options, self.layout, self.backend, ranked=False)
+
+    def inputs(self, t: Tensor, z: Tensor) -> LossInputs:
+        shard = self._shard(t, z)
+        return shard.inputs(z, shard.local)
+
+    def own(self, ids: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return super().own(ids - self.layout.start, z)

@@ -253,7 +253,7 @@ def _over_ranks(
     log_probs, ids = best.log_probs(best.lse, options), best.ids
     ids = ids.masked_fill(ids == _NO_CLASS, -1)
     results = [result.view(*lead, k) for result in (log_probs, ids)]
-    return TopKLogProbs(*(results if plan is None else [plan.placed(result, k) for result in results]))
+    return TopKLogProbs(*(results if plan is None else [plan.placed(result) for result in results]))
 
 
 def _best_of_ranks(best: _Best, k: int, layout: collectives.Layout) -> _Best:

@@ -50,6 +50,7 @@ class LossStatistics(NamedTuple):
     correct: Tensor | None
     log_sum_sq_probs: Tensor | None = None
     mean_logit: Tensor | None = None
+    selected: Tensor | None = None
 
 
 def cross_entropy_with_statistics(

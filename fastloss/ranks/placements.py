@@ -52,12 +52,25 @@ class Plan:
     of_rows: tuple[Any, ...]  # placements of a tensor with one element per row
     row_shape: tuple[int, ...]  # of all rows
 
-    def placed(self, local: Tensor, *more: int) -> Tensor:
-        """Return a result as a DTensor: replicated if it is ``()``, else placed as the rows.
+    def placed(self, local: Tensor) -> Tensor:
+        """Return a result as a DTensor: replicated if it is ``()``, else placed as the rows are."""
+        return _placed(local, self.mesh, self.of_rows, (*self.row_shape, *local.shape[len(self.row_shape) :]))
 
-        ``more``: its dimensions after those of the rows.
+    def of_this_rank(self, tensor: Any, name: str) -> Tensor:
+        """Return this rank's part of a tensor that has the rows' shape, or first dimensions: of its rows.
+
+        Raises:
+            ValueError: a plain tensor beside rows that are sharded.
         """
-        return _placed(local, self.mesh, self.of_rows, (*self.row_shape, *more))
+        if is_dtensor(tensor):
+            return cast(Tensor, local(tensor.redistribute(placements=self.of_rows)))
+        if any(not placement.is_replicate() for placement in self.of_rows):
+            raise ValueError(
+                f"fastloss: {name} is a plain tensor, and the rows are sharded ({self.of_rows}): it could be the "
+                f"whole or this rank's part; expected a DTensor placed as {self.of_rows}: "
+                "DTensor.from_local(tensor, mesh, placements)"
+            )
+        return cast(Tensor, tensor)
 
 
 def local(tensor: Any) -> Any:
