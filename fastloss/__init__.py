@@ -30,6 +30,7 @@ from .faces.modules import CrossEntropyLoss, LinearCrossEntropyLoss  # noqa: E40
 from .faces.patch import Patch, patch_torch  # noqa: E402
 from .linear.functional import linear_cross_entropy, linear_cross_entropy_with_accuracy  # noqa: E402
 from .linear.statistics import linear_cross_entropy_with_statistics  # noqa: E402
+from .linear.token_loss import TokenLoss, linear_token_loss  # noqa: E402
 from .linear.topk import TopKLogProbs, linear_topk_log_probs  # noqa: E402
 from .loss.functional import LossAndAccuracy, accuracy, cross_entropy, cross_entropy_with_accuracy  # noqa: E402
 from .loss.statistics import LossStatistics, cross_entropy_with_statistics  # noqa: E402
@@ -48,6 +49,7 @@ __all__ = [
     "LossAndAccuracy",
     "LossStatistics",
     "Patch",
+    "TokenLoss",
     "TopKLogProbs",
     "accuracy",
     "cross_entropy",
@@ -56,6 +58,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_with_accuracy",
     "linear_cross_entropy_with_statistics",
+    "linear_token_loss",
     "linear_topk_log_probs",
     "patch_torch",
     "use_backend",

@@ -105,6 +105,7 @@ class Linear(Case):
     shape: tuple[int, ...] = (9, 13)  # (…, C)
     how: dict[str, Any] = field(default_factory=lambda: {"chunk_size": 2})
     bias: bool = True
+    of: str = "loss"  # or "statistics", or "tokens": a loss of tokens
 
     def class_dim(self) -> int:
         return len(self.shape) - 1
@@ -116,6 +117,12 @@ class Linear(Case):
         x, w, b = (torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype) for shape in shapes)
         return x, w, b
 
+    def of_rows(self) -> tuple[Tensor, Tensor]:
+        """Two classes of each row, and a number."""
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + 2)
+        ids = torch.randint(self.shape[-1], (*self.shape[:-1], 2), generator=generator)
+        return ids, torch.randn(self.shape[:-1], generator=generator, dtype=torch.float64)
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         flat = Case(**{f: getattr(self, f) for f in Case.__dataclass_fields__} | {"shape": (-1, self.shape[-1])})
         rows = torch.Size(self.shape[:-1]).numel()
@@ -123,6 +130,19 @@ class Linear(Case):
         lead = self.shape[:-1]
         t = t.view(*lead, *t.shape[1:])
         return torch.empty(0), t, weight, upstream.view(lead) if upstream.dim() else upstream, v
+
+
+def combined(parts: Any) -> Any:
+    """All parts of a row's statistics in one number."""
+    rows = 0.3 * parts.lse + 0.5 * parts.entropy + 0.2 * parts.selected.sum(-1)
+    rows = rows + parts.predicted.double() / 16 + parts.correct.double()
+    whole = parts.loss + 0.7 * parts.z_loss
+    return whole + (rows if whole.dim() else rows.sum())
+
+
+def of_token(log_probs: Tensor, entropy: Tensor, number: Tensor) -> Tensor:
+    """A loss that is not linear in either."""
+    return -torch.minimum(log_probs.exp() * number, 0.1 * number) - 0.3 * entropy * entropy
 
 
 EVERYTHING = {"label_smoothing": 0.2, "lse_square_scale": 0.1, "softcap": 3.0}
@@ -219,6 +239,19 @@ LINEAR = [
     Linear("L bfloat16", dtype=torch.bfloat16, shape=(9, 301)),
     Linear("L kernels", backend="triton", options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN, topk=(1,)),
 ]
+NONE = {"reduction": "none"}
+LINEAR += [
+    Linear("S plain", of="statistics"),
+    Linear("S uneven", of="statistics", sizes=UNEVEN, ignored="some", options={**EVERYTHING, **NONE}, weighted=True),
+    Linear("S empty shards", of="statistics", sizes=EMPTY, options=EVERYTHING, how={}),
+    Linear("S shift", of="statistics", shape=(2, 4, 13), how={"shift": True, "chunk_size": 3}, options=NONE),
+    Linear("S kernels", of="statistics", backend="triton", sizes=UNEVEN, options=EVERYTHING, ignored="some"),
+    Linear("T plain", of="tokens", ignored="some"),
+    Linear("T none", of="tokens", sizes=UNEVEN, options={"softcap": 3.0, **NONE}, ignored="some"),
+    Linear("T empty shards", of="tokens", sizes=EMPTY, how={}, options={"reduction": "sum"}),
+    Linear("T shift", of="tokens", shape=(2, 4, 13), how={"shift": True, "chunk_size": 3}),
+    Linear("T kernels", of="tokens", backend="triton", sizes=UNEVEN, ignored="some"),
+]
 LINEAR_PLACED = [  # of the input and of the head
     Linear("LD replicated", placements="rr", topk=(1,)),
     Linear("LD classes", placements="rc", options=EVERYTHING, weighted=True, ignored="some", topk=(1, 3)),
@@ -237,6 +270,10 @@ LINEAR_PLACED = [  # of the input and of the head
     Linear("LD both, soft", placements="rscr", mesh=TWO_D, target="soft", options={"reduction": "sum"}),
     Linear("LD both, none", placements="srrc", mesh=TWO_D, shape=(3, 4, 13), options={"reduction": "none"}),
     Linear("LD kernels", placements="srrc", mesh=TWO_D, backend="triton", ignored="some", topk=(1,)),
+    Linear("SD classes", of="statistics", placements="rc", options={**EVERYTHING, **NONE}, weighted=True),
+    Linear("SD both", of="statistics", placements="srrc", mesh=TWO_D, shape=(3, 4, 13), options=NONE, ignored="some"),
+    Linear("TD classes", of="tokens", placements="rc", ignored="some"),
+    Linear("TD both", of="tokens", placements="srrc", mesh=TWO_D, shape=(3, 4, 13), ignored="some"),
 ]
 
 
@@ -264,7 +301,7 @@ def grouped_linear(case: Linear, rank: int, ranks: int, group: Any) -> dict[str,
     x.requires_grad_()
     w, b = (each.split(sizes)[rank].clone().requires_grad_() for each in (w, b))
     target = t.split(sizes, -1)[rank].clone().requires_grad_() if soft else t
-    loss, right = _called_linear(case, x, w, target, b, weight, {"group": group})
+    loss, right = _called_linear(case, x, w, target, b, weight, {"group": group}, case.of_rows())
     up = upstream[..., : -case.how["shift"]] if case.how.get("shift") and upstream.dim() else upstream
     loss.backward(up.to(loss.dtype))
     wanted = [x, w] + ([b] if case.bias else []) + ([target] if soft else [])
@@ -291,7 +328,8 @@ def placed_linear(case: Linear, ranks: int) -> dict[str, Any]:
     target = distribute_tensor(t, mesh, lies)
     if soft:
         target.requires_grad_()
-    loss, right = _called_linear(case, x, w, target, b, weight, {})
+    of_rows = case.of_rows() if soft else tuple(distribute_tensor(each, mesh, lies) for each in case.of_rows())
+    loss, right = _called_linear(case, x, w, target, b, weight, {}, of_rows)
     up = upstream[..., : -case.how["shift"]] if case.how.get("shift") and upstream.dim() else upstream
     loss.backward(distribute_tensor(up.to(loss.dtype), mesh, loss.placements))
     wanted: list[Any] = [x, w] + ([b] if case.bias else []) + ([target] if soft else [])
@@ -343,11 +381,22 @@ def best_problem(number: int) -> tuple[Tensor, Tensor, Tensor, int]:
     return (*(each.to(getattr(torch, dtype)) for each in (x, w, b)), k)
 
 
-def _called_linear(case: Linear, x: Any, w: Any, t: Any, b: Any, weight: Any, where: Any) -> tuple[Any, Any]:
+def _called_linear(
+    case: Linear, x: Any, w: Any, t: Any, b: Any, weight: Any, where: Any, of_rows: tuple[Any, ...]
+) -> tuple[Any, Any]:
     import fastloss
 
-    options = {**case.options, **case.how, **where, "linear_bias": b if case.bias else None, "weight": weight}
+    options = {**case.options, **case.how, **where, "linear_bias": b if case.bias else None}
+    ids, number = of_rows
     with fastloss.use_backend(case.backend):
+        if case.of == "tokens":
+            result = fastloss.linear_token_loss(x, w, t, of_token, number, entropy=True, **options)
+            return result.loss, (result.log_probs, result.entropy)
+        options["weight"] = weight
+        if case.of == "statistics":
+            every = dict.fromkeys(("z_loss", "lse", "entropy", "predicted", "correct"), True)
+            parts = fastloss.linear_cross_entropy_with_statistics(x, w, t, selected=ids, **every, **options)
+            return combined(parts), ()
         if case.topk:
             result = fastloss.linear_cross_entropy_with_accuracy(x, w, t, topk=case.topk, **options)
             return result.loss, result.accuracy

@@ -62,6 +62,7 @@ def test_every_recipe_is_run_here() -> None:
     assert titles == [
         "Hugging Face Trainer",
         "A causal language model without its logits",
+        "Losses of tokens",
         "PyTorch Lightning",
         "Mixup",
         "SGD in Hugging Face's Trainer",
@@ -182,6 +183,38 @@ def test_a_causal_language_model_without_its_logits(tied: bool) -> None:
     their_weights = dict(theirs.named_parameters())
     for name, weight in ours.named_parameters():
         assert not torch.equal(weight, dict(first.named_parameters())[name])
+        torch.testing.assert_close(weight, their_weights[name], rtol=1e-4, atol=1e-5)
+
+
+def test_losses_of_tokens() -> None:
+    """Each step's loss, and the weights at the end, are those of the plain form over the logits."""
+    steps, rows, length, classes = 4, 3, 20, 256
+    first, run = llama(classes, length), recipe("Losses of tokens")()
+    batches = []
+    for _ in range(steps):
+        batch = {name: torch.randn(rows, length) for name in ("old", "reference", "advantages")}
+        batch["old"], batch["reference"] = batch["old"] / 8 - 5.5, batch["reference"] / 4 - 5.5
+        batch["input_ids"], batch["attention_mask"] = torch.randint(classes, (rows, length)), torch.ones(rows, length)
+        batch["completion_mask"] = (torch.arange(length) >= torch.randint(3, 10, (rows, 1))).long()
+        batches.append(batch)
+
+    ours, theirs = copy.deepcopy(first), copy.deepcopy(first)
+    our_losses = list(run["train"](ours, torch.optim.SGD(ours.parameters(), lr=0.5), batches))
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.5)
+    for batch, mine in zip(batches, our_losses, strict=True):
+        logits = theirs(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+        log_p = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+        counted, constants = (
+            batch["completion_mask"][:, 1:],
+            [batch[name][:, 1:] for name in ("old", "reference", "advantages")],
+        )
+        loss = (run["grpo"](log_p, None, *constants) * counted).sum() / counted.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert mine == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+    their_weights = dict(theirs.named_parameters())
+    for name, weight in ours.named_parameters():
         torch.testing.assert_close(weight, their_weights[name], rtol=1e-4, atol=1e-5)
 
 

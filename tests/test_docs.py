@@ -19,6 +19,7 @@ MODULES = {
     "fastloss.loss.functional": {"accuracy", "cross_entropy", "cross_entropy_with_accuracy"},
     "fastloss.linear.functional": {"linear_cross_entropy", "linear_cross_entropy_with_accuracy"},
     "fastloss.linear.statistics": {"linear_cross_entropy_with_statistics"},
+    "fastloss.linear.token_loss": {"linear_token_loss"},
     "fastloss.linear.topk": {"linear_topk_log_probs"},
     "fastloss.loss.statistics": {"cross_entropy_with_statistics"},
     "fastloss.metrics.accuracy": {"Accuracy"},

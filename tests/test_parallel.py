@@ -182,10 +182,47 @@ def linear_derivatives(case: Linear, dtype: torch.dtype = torch.float64) -> tupl
     else:
         rows = t
     flat = logits.reshape(-1, logits.shape[-1])
-    loss = expected_loss(case, flat, rows.reshape(-1, rows.shape[-1]) if soft else rows.reshape(-1), weight)
+    labels = rows.reshape(-1, rows.shape[-1]) if soft else rows.reshape(-1)
+    expected = {"loss": expected_loss, "statistics": expected_statistics, "tokens": expected_tokens}[case.of]
+    loss = expected(case, flat, labels, weight)
     loss = loss.view(logits.shape[:-1]) if loss.dim() else loss
     wanted = [x, w] + ([b] if case.bias else []) + ([t] if soft else [])
     return loss.detach(), list(torch.autograd.grad(loss, wanted, upstream.to(loss.dtype))), logits.detach()
+
+
+def rows_of(case: Linear) -> tuple[Tensor, Tensor]:
+    """The classes and the number of each flat row; with a shift the numbers stand where the labels stand."""
+    ids, number = case.of_rows()
+    if shift := case.how.get("shift"):
+        ids, number = ids[..., :-shift, :], number[..., shift:]
+    return ids.reshape(-1, ids.shape[-1]), number.reshape(-1)
+
+
+def expected_statistics(case: Linear, x: Tensor, t: Tensor, weight: Tensor | None) -> Tensor:
+    loss, without = (
+        reference.loss(x, t, weight, **{**case.options, "lse_square_scale": scale})
+        for scale in (case.options.get("lse_square_scale", 0.0), 0.0)
+    )
+    cap = case.options.get("softcap")
+    log_p = (x if cap is None else cap * torch.tanh(x / cap)).log_softmax(-1)
+    lse = (x if cap is None else cap * torch.tanh(x / cap)).logsumexp(-1)
+    predicted, ids = x.argmax(-1), rows_of(case)[0]
+    parts = fastloss.LossStatistics(
+        *(loss, loss - without, lse, -(log_p.exp() * log_p).sum(-1), predicted, predicted == t),
+        selected=log_p.gather(-1, ids),
+    )
+    return worker.combined(parts)
+
+
+def expected_tokens(case: Linear, x: Tensor, t: Tensor, weight: Tensor | None) -> Tensor:
+    cap = case.options.get("softcap")
+    log_p = (x if cap is None else cap * torch.tanh(x / cap)).log_softmax(-1)
+    counted = t != -100
+    of_labels = log_p.gather(-1, torch.where(counted, t, 0).unsqueeze(1)).squeeze(1)
+    rows = worker.of_token(of_labels, -(log_p.exp() * log_p).sum(-1), rows_of(case)[1].to(x.dtype))
+    rows = torch.where(counted, rows, 0.0)
+    reduced = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / counted.sum()}
+    return reduced[case.options.get("reduction", "mean")]
 
 
 def check_linear(case: Linear, found: dict[str, Any]) -> None:

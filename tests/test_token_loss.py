@@ -1,0 +1,389 @@
+"""``linear_token_loss``: losses of tokens from hidden states, each beside its plain form in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from places import Place
+from test_clients import recipe
+from test_linear import CLASSES, CPU, NAMES, REDUCTIONS, ROWS, assert_no_worse, make, products
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fastloss
+from fastloss import TokenLoss, linear_cross_entropy, linear_token_loss
+from fastloss.measuring.machine import peak_bytes
+
+pytestmark = pytest.mark.backend_agnostic
+
+
+RECIPE = recipe("Losses of tokens")()
+grpo, ppo = RECIPE["grpo"], RECIPE["ppo"]
+
+
+def dft(log_probs: Tensor, entropy: Tensor | None, *_: Tensor) -> Tensor:
+    return RECIPE["dynamic_fine_tuning"](log_probs, entropy)
+
+
+def penalty(log_probs: Tensor, entropy: Tensor | None, old: Tensor, reference: Tensor, advantages: Tensor) -> Tensor:
+    return RECIPE["kl_penalty"](log_probs, entropy, reference)
+
+
+def nonlinear(log_probs: Tensor, entropy: Tensor, old: Tensor, reference: Tensor, advantages: Tensor) -> Tensor:
+    return log_probs.exp() * entropy.square() * advantages + torch.sigmoid(log_probs - old)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], bool]] = {
+    "GRPO": (grpo, False),
+    "PPO": (ppo, True),
+    "DFT": (dft, False),
+    "KL penalty": (penalty, False),
+    "not linear": (nonlinear, True),
+}
+
+
+def token_inputs(case: dict[str, Any], seed: int = 1) -> list[Tensor]:
+    """Old log-probabilities, the reference's, and advantages; near the ones at hand, so that some are clipped."""
+    with torch.no_grad():
+        log_p = plain(**case, token_loss=dft, inputs=()).log_probs
+    return [log_p + 0.3 * torch.randn_like(log_p), log_p + torch.randn_like(log_p), torch.randn_like(log_p)]
+
+
+def plain(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    token_loss: Callable[..., Tensor],
+    inputs: Any,
+    linear_bias: Tensor | None = None,
+    weight: None = None,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    entropy: bool = False,
+    ignore_index: int = -100,
+) -> TokenLoss:
+    """The same in torch's own operators, the logits whole."""
+    z = F.linear(input, linear_weight, linear_bias)
+    z = z if z.dtype == torch.float64 else z.float()
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    log_p, counted = z.log_softmax(-1), target != ignore_index
+    of_labels = log_p.gather(-1, torch.where(counted, target, 0).unsqueeze(-1)).squeeze(-1)
+    h = -(log_p.exp() * log_p).sum(-1) if entropy else None
+    rows = torch.where(counted, token_loss(of_labels, h, *(each.to(z.dtype) for each in inputs)), 0.0)
+    loss = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / counted.sum()}[reduction]
+    return TokenLoss(loss, torch.where(counted, of_labels, 0.0), h)
+
+
+def run(
+    case: dict[str, Any],
+    token_loss: Callable[..., Tensor],
+    inputs: list[Tensor],
+    upstream: Tensor | float = 1.0,
+    dtype: torch.dtype | None = None,
+    trained: tuple[str, ...] = NAMES,
+    of: str = "ours",
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Loss, log-probabilities and the gradients of those that are trained, by name."""
+    tensors = dict(case)
+    leaves: dict[str, Tensor] = {}
+    for name, tensor in case.items():
+        if tensor is not None and tensor.is_floating_point():
+            tensors[name] = tensor = tensor.detach().to(dtype or tensor.dtype)
+            if name in trained:
+                leaves[name] = tensors[name] = tensor.clone().requires_grad_()
+    if of == "ours":
+        tensors.pop("weight", None)
+        x, w, t = (tensors.pop(name) for name in ("input", "linear_weight", "target"))
+        result = linear_token_loss(x, w, t, token_loss, *inputs, **tensors, **options)
+    else:
+        result = plain(**tensors, token_loss=token_loss, inputs=inputs, **options)
+    upstream = torch.as_tensor(upstream, device=result.loss.device).to(result.loss.dtype).expand_as(result.loss)
+    gradients = torch.autograd.grad(result.loss, list(leaves.values()), upstream)
+    found = {"loss": result.loss.detach(), "log_probs": result.log_probs.detach()}
+    return found | dict(zip(leaves, gradients, strict=True))
+
+
+def check(
+    case: dict[str, Any],
+    name: str,
+    upstream: Tensor | float = 1.0,
+    how: dict[str, Any] | None = None,
+    ulps: float = 8.0,
+    **options: Any,
+) -> None:
+    """Against torch's operators, in the same dtype and in float64."""
+    token_loss, entropy = FUNCTIONS[name]
+    inputs, options = token_inputs(case), {**options, "entropy": entropy}
+    ours = run(case, token_loss, inputs, upstream, **options, **(how or {}))
+    theirs = run(case, token_loss, inputs, upstream, of="plain", **options)
+    exact = run(case, token_loss, inputs, upstream, torch.float64, of="plain", **options)
+    assert_no_worse(ours, theirs, exact, ulps)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_plain_form(place: Place, dtype: torch.dtype, name: str, reduction: str) -> None:
+    """Loss, log-probabilities and all gradients; some rows are ignored, and chunks do not divide the rows."""
+    if place.interpreted and dtype == torch.bfloat16:
+        pytest.skip("the interpreter rounds bfloat16 by its own rules")
+    upstream = torch.rand(ROWS if reduction == "none" else (), device=place.device) + 0.5
+    case = make(place, dtype=dtype, bias=True)
+    ulps = 64.0 if dtype == torch.float64 else 8.0
+    check(case, name, upstream, {"chunk_size": 4}, ulps, reduction=reduction)
+
+
+@pytest.mark.parametrize("name", ["GRPO", "PPO"])
+@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"ignore_index": 5}], ids=str)
+@pytest.mark.parametrize("lead", [(7,), (2, 3, 4)], ids=str)
+def test_options_and_leading_dimensions(
+    place: Place, lead: tuple[int, ...], options: dict[str, Any], name: str
+) -> None:
+    case = make(place, *lead)
+    if "ignore_index" in options:
+        case["target"].clamp_(min=5)
+    check(case, name, how={"chunk_size": 5}, **options)
+
+
+def test_minus_log_p_is_the_cross_entropy(place: Place) -> None:
+    case = make(place, bias=True)
+    del case["weight"]
+    leaves = [case[name].requires_grad_() for name in ("input", "linear_weight", "linear_bias")]
+    x, w, t = (case[name] for name in ("input", "linear_weight", "target"))
+    ours = linear_token_loss(x, w, t, lambda log_p, _: -log_p, linear_bias=case["linear_bias"], chunk_size=4).loss
+    theirs = linear_cross_entropy(**case, chunk_size=4)
+    torch.testing.assert_close(ours, theirs)
+    for mine, right in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("own_shape", [False, True])
+def test_shift(place: Place, own_shape: bool) -> None:
+    """The token inputs stand where the labels stand, or have the shape of the result."""
+    case = make(place, 3, 5)
+    x, t = case["input"].clone().requires_grad_(), case["target"]
+    cut = {**case, "input": case["input"][:, :-1].reshape(-1, 5), "target": t[:, 1:].reshape(-1)}
+    inputs = [each.view(3, 4) for each in token_inputs(cut)]
+    given = inputs if own_shape else [F.pad(each, (1, 0), value=torch.nan) for each in inputs]
+    ours = linear_token_loss(x, case["linear_weight"], t, ppo, *given, entropy=True, shift=True, chunk_size=4)
+    assert ours.log_probs.shape == ours.entropy.shape == (3, 4)
+    flat = [each.reshape(-1) for each in inputs]
+    right = run(cut, ppo, flat, trained=("input",), of="plain", entropy=True)
+    torch.testing.assert_close(ours.loss.detach(), right["loss"])
+    torch.testing.assert_close(ours.log_probs.reshape(-1), right["log_probs"])
+    (gradient,) = torch.autograd.grad(ours.loss, x)
+    torch.testing.assert_close(gradient[:, :-1].reshape(-1, 5), right["input"])
+
+
+@pytest.mark.parametrize("skip_ignored", [None, False, True])
+def test_padding_may_hold_nan(place: Place, skip_ignored: bool | None) -> None:
+    """In the hidden states and in the token inputs; log p and entropy are 0 there."""
+    case = make(place, bias=True)
+    ignored, inputs = case["target"] == -100, token_inputs(case)
+    expected = run(case, ppo, inputs, of="plain", entropy=True)
+    case["input"][ignored] = torch.nan
+    for each in inputs:
+        each[ignored] = torch.nan
+    ours = run(case, ppo, inputs, entropy=True, skip_ignored=skip_ignored, chunk_size=4)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+    assert (ours["input"][ignored] == 0).all()
+
+
+def test_no_row_counts(place: Place) -> None:
+    case = make(place)
+    case["target"].fill_(-100)
+    x = case["input"].requires_grad_()
+    result = linear_token_loss(x, case["linear_weight"], case["target"], ppo, *[torch.zeros(ROWS)] * 3, entropy=True,
+                               reduction="sum", skip_ignored=True)  # fmt: skip
+    assert float(result.loss) == 0
+    assert (result.log_probs == 0).all()
+    assert (torch.autograd.grad(result.loss, x)[0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 3), ({"reduction": "sum"}, 3), ({"reduction": "none"}, 4), ({"accumulate_grad": True}, 4)],
+    ids=str,
+)
+def test_products(place: Place, options: dict[str, Any], expected: int) -> None:
+    """Three, where the gradient is written in the forward pass."""
+    case = make(place, 12)
+    case["target"].clamp_(min=0)
+    x, w = (case[name].requires_grad_() for name in ("input", "linear_weight"))
+
+    def step() -> None:
+        linear_token_loss(x, w, case["target"], dft, chunk_size=6, **options).loss.sum().backward()
+
+    assert products(step) == 2 * expected
+
+
+def test_one_chunk_is_held() -> None:
+    case = make(Place("eager", CPU), 600, features=64, classes=4000)
+    leaves = [case[name].requires_grad_() for name in ("input", "linear_weight")]
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        linear_token_loss(*leaves, case["target"], dft, chunk_size=50).loss.backward()
+
+    with fastloss.use_backend("eager"):
+        step()
+        step()
+        peak = peak_bytes(step, CPU) - sum(leaf.nbytes for leaf in leaves)
+    assert peak <= 2 * 50 * 4000 * 4 + 256 * 600
+
+
+def test_the_function_is_called_once_a_chunk_and_its_results_have_no_graph(place: Place) -> None:
+    case, calls = make(place, 10), []
+
+    def counted(log_probs: Tensor, entropy: Tensor, number: Tensor) -> Tensor:
+        calls.append((log_probs.shape, number.tolist(), entropy is not None, log_probs.is_leaf))
+        return -log_probs * number
+
+    case["target"].clamp_(min=0)
+    x, number = case["input"].requires_grad_(), torch.arange(10.0, device=place.device)
+    result = linear_token_loss(x, case["linear_weight"], case["target"], counted, number, entropy=True, chunk_size=4)
+    result.loss.backward()
+    assert [(shape[0], numbers[0], given, leaf) for shape, numbers, given, leaf in calls] == [
+        (4, 0.0, True, True),
+        (4, 4.0, True, True),
+        (2, 8.0, True, True),
+    ]
+    assert not result.log_probs.requires_grad
+    assert not result.entropy.requires_grad
+    with torch.no_grad():
+        again = linear_token_loss(x, case["linear_weight"], case["target"], counted, number, chunk_size=4)
+    torch.testing.assert_close(again.loss, result.loss.detach())
+    assert again.entropy is None
+
+
+@pytest.mark.parametrize("name", ["PPO", "not linear"])
+def test_gradcheck_and_gradgradcheck(place: Place, name: str) -> None:
+    case = make(place, 5, dtype=torch.float64, features=3, classes=6, bias=True)
+    token_loss, entropy = FUNCTIONS[name]
+    inputs = token_inputs(case)
+
+    def call(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return linear_token_loss(
+            x, w, case["target"], token_loss, *inputs, linear_bias=b, entropy=entropy, chunk_size=3
+        ).loss
+
+    tensors = [case[each].requires_grad_() for each in ("input", "linear_weight", "linear_bias")]
+    assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_and_two_backward_passes(place: Place, use_reentrant: bool) -> None:
+    case = make(place)
+    inputs, x = token_inputs(case), case["input"].requires_grad_()
+
+    def call(x: Tensor) -> Tensor:
+        return linear_token_loss(x * 2, case["linear_weight"], case["target"], grpo, *inputs, chunk_size=4).loss
+
+    loss = call(x)
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, x)
+    assert torch.equal(again, expected)
+    checkpoint(call, x, use_reentrant=use_reentrant).backward()
+    assert torch.equal(x.grad, expected)
+
+
+def test_accumulate_grad(place: Place) -> None:
+    case = make(place)
+    inputs, head = token_inputs(case), case["linear_weight"].requires_grad_()
+
+    def step(accumulate_grad: bool) -> Tensor:
+        head.grad = torch.ones_like(head)
+        linear_token_loss(
+            case["input"], head, case["target"], grpo, *inputs, chunk_size=4, accumulate_grad=accumulate_grad
+        ).loss.backward()
+        return head.grad
+
+    torch.testing.assert_close(step(True), step(False), rtol=1e-5, atol=1e-6)
+
+
+def test_float16_with_a_loss_scale(place: Place) -> None:
+    """Gradients that float16 could not hold without the scale: none is flushed."""
+    case = make(place, 64, features=4, classes=512)
+    case["target"].random_(512)
+    inputs = token_inputs(case)
+    with torch.autocast(place.device.type, dtype=torch.float16):
+        ours = run(case, penalty, inputs, 4096.0, chunk_size=32)
+    exact = run(case, penalty, inputs, 4096.0, torch.float64, of="plain")
+    assert ours["loss"].dtype == torch.float32
+    for name in ("input", "linear_weight"):
+        assert (ours[name].double() - exact[name]).norm() <= 2e-3 * exact[name].norm(), name
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["GRPO", "PPO"])
+def test_compiled_in_one_graph(place: Place, name: str, fresh_compiler: None) -> None:
+    case = make(place, 3, 5)
+    token_loss, entropy = FUNCTIONS[name]
+    inputs, x, w = token_inputs(case), case["input"].requires_grad_(), case["linear_weight"].requires_grad_()
+
+    def call(x: Tensor, w: Tensor) -> TokenLoss:
+        return linear_token_loss(x, w, case["target"], token_loss, *inputs, entropy=entropy, chunk_size=4)
+
+    ours, expected = torch.compile(call, fullgraph=True, backend="aot_eager")(x, w), call(x, w)
+    torch.testing.assert_close(ours.loss, expected.loss)
+    torch.testing.assert_close(ours.log_probs, expected.log_probs)
+    for mine, right in zip(
+        torch.autograd.grad(ours.loss, (x, w)), torch.autograd.grad(expected.loss, (x, w)), strict=True
+    ):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+
+
+TRAINED = torch.ones(3, requires_grad=True)
+ONES = torch.ones(ROWS)
+
+
+REFUSED: dict[str, tuple[Any, tuple[Any, ...], type[Exception], str]] = {
+    "a mean": (lambda p, h: p.mean(), (), ValueError, r"float32 of shape \(\); expected a .* of shape \(11,\)"),
+    "no tensor": (lambda p, h: 3.0, (), ValueError, r"token_loss returned 3.0; expected .* of shape \(11,\)"),
+    "no graph": (lambda p, h: p.detach(), (), RuntimeError, "without a graph; expected a function of log_probs"),
+    "a parameter": (
+        lambda p, h: p * TRAINED.sum(),
+        (),
+        RuntimeError,
+        r"requires grad, or one that is made of it: torch.float32 of shape \(3,\)",
+    ),
+    "tokens mixed": (lambda p, h: p - p.mean(), (), RuntimeError, "token_loss mixes tokens"),
+    "neighbours": (lambda p, h: p * p.roll(1), (), RuntimeError, "token_loss mixes tokens"),
+    "no function": (3, (), TypeError, r"token_loss is 3; expected a function of \(log_probs, entropy"),
+    "a number": (dft, (2.0,), TypeError, r"token input 0 is a float; expected a Tensor of target's shape \(11,\)"),
+    "a short one": (dft, (ONES, ONES[:3]), ValueError, r"token input 1 has shape \(3,\); expected \(11,\)"),
+    "a leaf": (dft, (ONES.clone().requires_grad_(),), RuntimeError, "token input 0 requires grad, and gets none"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(place: Place, name: str) -> None:
+    token_loss, inputs, error, words = REFUSED[name]
+    case = make(place)
+    x = case["input"].requires_grad_()
+    inputs = tuple(each.to(place.device) if isinstance(each, Tensor) else each for each in inputs)
+    with pytest.raises(error, match=words):
+        linear_token_loss(x, case["linear_weight"], case["target"], token_loss, *inputs, skip_ignored=False)
+
+
+def test_other_targets_are_refused() -> None:
+    x, w = torch.randn(3, 5), torch.randn(CLASSES, 5)
+    with pytest.raises(ValueError, match=r"target has dtype torch.float32; expected class indices"):
+        linear_token_loss(x, w, torch.rand(3, CLASSES), dft)
+    with pytest.raises(ValueError, match=r"K-dimensional loss; expected \(C, D\)"):
+        linear_token_loss(x, torch.randn(4, 2, 5), torch.zeros(3, 2).long(), dft)
