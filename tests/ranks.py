@@ -135,6 +135,7 @@ class Linear(Case):
 def combined(parts: Any) -> Any:
     """All parts of a row's statistics in one number."""
     rows = 0.3 * parts.lse + 0.5 * parts.entropy + 0.2 * parts.selected.sum(-1)
+    rows = rows + 0.4 * parts.log_sum_sq_probs - 0.6 * parts.mean_logit
     rows = rows + parts.predicted.double() / 16 + parts.correct.double()
     whole = parts.loss + 0.7 * parts.z_loss
     return whole + (rows if whole.dim() else rows.sum())
@@ -385,6 +386,7 @@ def _called_linear(
     case: Linear, x: Any, w: Any, t: Any, b: Any, weight: Any, where: Any, of_rows: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     import fastloss
+    from fastloss.backends.contract import WantedParts
 
     options = {**case.options, **case.how, **where, "linear_bias": b if case.bias else None}
     ids, number = of_rows
@@ -394,7 +396,7 @@ def _called_linear(
             return result.loss, (result.log_probs, result.entropy)
         options["weight"] = weight
         if case.of == "statistics":
-            every = dict.fromkeys(("z_loss", "lse", "entropy", "predicted", "correct"), True)
+            every: dict[str, Any] = dict.fromkeys(WantedParts._fields, True)
             parts = fastloss.linear_cross_entropy_with_statistics(x, w, t, selected=ids, **every, **options)
             return combined(parts), ()
         if case.topk:

@@ -25,9 +25,9 @@ from fastloss.measuring.machine import peak_bytes
 
 pytestmark = pytest.mark.backend_agnostic
 
-SWITCHES = ("z_loss", "lse", "entropy", "predicted", "correct")
+SWITCHES = ("z_loss", "lse", "entropy", "predicted", "correct", "log_sum_sq_probs", "mean_logit")
 EVERY = dict.fromkeys(SWITCHES, True)
-NUMBERS = ("loss", "z_loss", "lse", "entropy", "selected")
+NUMBERS = ("loss", "z_loss", "lse", "entropy", "log_sum_sq_probs", "mean_logit", "selected")
 
 
 def plain(
@@ -65,7 +65,9 @@ def plain(
         entropy,
         predicted,
         (predicted == target) & (target != options.get("ignore_index", -100)),
-        selected=None if selected is None else log_p.gather(-1, selected),
+        (2 * log_p).logsumexp(-1),
+        z.mean(-1),
+        None if selected is None else log_p.gather(-1, selected),
     )
 
 
@@ -136,9 +138,7 @@ def test_every_option(place: Place, options: dict[str, Any], bias: bool, weighte
     check(with_ids(place, bias=bias, weighted=weighted), how={"chunk_size": 4}, reduction=reduction, **options)
 
 
-@pytest.mark.parametrize(
-    "names", [("loss",), ("z_loss",), ("lse",), ("entropy",), ("selected",), ("loss", "entropy")], ids="+".join
-)
+@pytest.mark.parametrize("names", [*((name,) for name in NUMBERS), ("loss", "entropy")], ids="+".join)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_each_part_alone_in_other_dtypes(place: Place, dtype: torch.dtype, names: tuple[str, ...]) -> None:
     if place.interpreted and dtype == torch.bfloat16:

@@ -209,6 +209,7 @@ def expected_statistics(case: Linear, x: Tensor, t: Tensor, weight: Tensor | Non
     predicted, ids = x.argmax(-1), rows_of(case)[0]
     parts = fastloss.LossStatistics(
         *(loss, loss - without, lse, -(log_p.exp() * log_p).sum(-1), predicted, predicted == t),
+        *((2 * log_p).logsumexp(-1), log_p.mean(-1) + lse),
         selected=log_p.gather(-1, ids),
     )
     return worker.combined(parts)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choice
-from ..backends.contract import Backend, LossInputs, LossOptions, WantedParts, compute_dtype
+from ..backends.contract import Backend, LossInputs, LossOptions, RowUpstreams, WantedParts, compute_dtype
 from ..backends.view import as_rows, in_memory, wide_labels
 from .chunks import ChunkLoss, Gradients, Index, LinearOptions, Losses, Needs, Result
 
@@ -55,9 +55,11 @@ class RowVisitor:
             "entropy": wanted.entropy,
             "predicted": wanted.predicted or wanted.correct,
             "every_row": every_row,
+            "log_sum_sq_probs": wanted.log_sum_sq_probs,
+            "logit_sum": wanted.mean_logit,
         }
-        names = {"entropy": wanted.entropy, "weighted_sum": options.label_smoothing != 0}
-        self.names = ("lse", "label_logit", *(name for name, given in names.items() if given))
+        given = {**self.switches, "lse": True, "label_logit": True, "weighted_sum": options.label_smoothing != 0}
+        self.names = tuple(name for name in RowUpstreams._fields if given[name])
         self.predicts = self.switches["predicted"]
 
     def numbers(self, t: Tensor, z: Tensor, ids: Tensor | None) -> Numbers:
@@ -74,9 +76,9 @@ class RowVisitor:
         if of_selected is not None and ids is not None:
             local, inside = self.own(ids, z)
             of_selected = _times_slope(torch.where(inside, of_selected, 0.0), z.gather(1, local), self.options)
-        given = [upstreams.get(name) for name in ("lse", "label_logit", "entropy", "weighted_sum")]
-        entropy = numbers.get("entropy")
-        self.backend.row_statistics_backward(given, self.inputs(t, z), numbers["lse"], entropy, inplace=True)
+        given = RowUpstreams(**{name: upstream for name, upstream in upstreams.items() if name != "selected"})
+        saved = numbers["lse"], numbers.get("entropy"), numbers.get("log_sum_sq_probs")
+        self.backend.row_statistics_backward(given, self.inputs(t, z), *saved, inplace=True)
         if of_selected is not None and local is not None:
             z.scatter_add_(1, local, of_selected)
 
@@ -144,6 +146,10 @@ def numbers_of_logits(
             w = None if weight is None else weight.to(z.dtype)
             total = classes if w is None else w.sum(dtype=torch.float64)
             numbers[name] = (z if w is None else z * w).sum(1).double() + level * total
+        elif name == "logit_sum":
+            numbers[name] = z.sum(1).double() + level * classes
+        elif name == "log_sum_sq_probs":
+            numbers[name] = torch.logsumexp(2 * (z - lse.unsqueeze(1)), 1).double()
         elif name == "entropy":
             log_p = z - lse.unsqueeze(1)
             # A masked logit's p and its derivatives are 0, and so must be their products with log p.

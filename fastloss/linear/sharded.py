@@ -319,6 +319,9 @@ class _SharedRows(RowVisitor):
         if "entropy" in by_rank:
             parts = share.exp() * (by_rank["entropy"] - share)
             numbers["entropy"] = torch.where(share == -torch.inf, 0.0, parts).sum(0)
+        if "log_sum_sq_probs" in by_rank:
+            squares = 2 * share + by_rank["log_sum_sq_probs"]
+            numbers["log_sum_sq_probs"] = torch.logsumexp(squares.masked_fill(share == -torch.inf, -torch.inf), 0)
         if "predicted" in by_rank:
             winner = by_rank["best"].argmax(0, keepdim=True)  # the first of equal ones: of the lower classes
             numbers["predicted"] = by_rank["predicted"].gather(0, winner).squeeze(0).long()

@@ -49,6 +49,8 @@ def linear_cross_entropy_with_statistics(
     entropy: bool = False,
     predicted: bool = False,
     correct: bool = False,
+    log_sum_sq_probs: bool = False,
+    mean_logit: bool = False,
     selected: Tensor | None = None,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
@@ -61,20 +63,21 @@ def linear_cross_entropy_with_statistics(
 ) -> LossStatistics:
     r"""Compute :func:`cross_entropy_with_statistics` of ``linear(input, linear_weight, linear_bias)`` by chunks.
 
-    The logits never exist as a whole. ``loss``, ``z_loss``, ``lse``, ``entropy`` and ``selected`` are differentiable,
-    and each takes any upstream gradient: the backward pass computes the logits once more, a chunk at a time, writes
-    their gradient over them, and multiplies it by the weight and the input. That is four products; a loss that is a
+    The logits never exist as a whole. All parts but ``predicted`` and ``correct`` are differentiable, and each
+    takes any upstream gradient: the backward pass computes the logits once more, a chunk at a time, writes their
+    gradient over them, and multiplies it by the weight and the input. That is four products; a loss that is a
     sum over tokens takes three by :func:`linear_token_loss`. With reduction "none", −loss is log p of the labels.
 
     Args:
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, lse_square_scale:
             as in :func:`linear_cross_entropy`, and so are softcap, shift, chunk_size, memory_budget and
             accumulate_grad.
-        z_loss, lse, entropy, predicted, correct: as in :func:`cross_entropy_with_statistics`: which parts to compute.
+        z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit: which parts to compute, as in
+            :func:`cross_entropy_with_statistics`.
         selected: classes whose log-probabilities are wanted, ``(…, K)`` for rows ``(…)``, in int64 or int32. With
             ``shift`` they stand at the positions of ``input``, and are not moved.
-        skip_ignored: True leaves out the ignored rows, before they are projected. Their ``lse``, ``entropy``,
-            ``predicted`` and ``selected`` are 0 then. By default they have theirs, and are left out where no such
+        skip_ignored: True leaves out the ignored rows, before they are projected. The parts that have one element
+            per row are 0 there then. By default they have theirs, and are left out where no such
             part is asked for, as in :func:`linear_cross_entropy`. In backward the rows without an upstream gradient
             are left out likewise; they may hold NaN.
         group: as in :func:`linear_cross_entropy`: every rank gets all parts. ``selected`` is the same on every rank,
@@ -116,7 +119,7 @@ def linear_cross_entropy_with_statistics(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
     )
-    wanted = WantedParts(z_loss, lse, entropy, predicted, correct)
+    wanted = WantedParts(z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit)
     checked(group, input, checks.check_switches, **wanted._asdict())
     switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad
     shift, chunking = checked(group, input, checked_chunking, *switches)
@@ -220,15 +223,21 @@ def _parts(
         one = RowStatistics(torch.ones_like(lse), torch.zeros_like(lse), None, None, None)
         row_weight = label_losses(one, t, weight, plain, layout.classes).detach()
         z_loss = reduced(options.lse_square_scale * row_weight * torch.where(counted, lse, 0.0).square())
-    predicted, selected, entropy = (numbers.get(name) for name in ("predicted", "selected", "entropy"))
+    predicted, selected, logit_sum = (numbers.get(name) for name in ("predicted", "selected", "logit_sum"))
+    entropy, squares = (
+        None if number is None else number.to(dtype)
+        for number in (numbers.get("entropy"), numbers.get("log_sum_sq_probs"))
+    )
     return LossStatistics(
         loss,
         z_loss,
         lse.to(dtype) if wanted.lse else None,
-        None if entropy is None else entropy.to(dtype),
+        entropy,
         predicted if wanted.predicted else None,
         (predicted == t) & counted if wanted.correct and predicted is not None else None,
-        selected=None if selected is None else (selected - lse.unsqueeze(1)).to(dtype),
+        squares,
+        None if logit_sum is None else (logit_sum / layout.classes).to(dtype),
+        None if selected is None else (selected - lse.unsqueeze(1)).to(dtype),
     )
 
 
