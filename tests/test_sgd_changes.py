@@ -528,7 +528,7 @@ def test_gradients_that_come_and_go(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(40,), (5, 8)], ids=str)
+@pytest.mark.parametrize("shapes", [[(40,)], [(5, 8)], [(40,), (5, 8)], [(2, 1050)]], ids=str)
 @pytest.mark.parametrize(("groups", "shared"), [(1, False), (1, True), (20, False)])
 @pytest.mark.parametrize(
     "options",
@@ -536,11 +536,11 @@ def test_gradients_that_come_and_go(
     ids=str,
 )
 def test_some_gradients_of_small_tensors_in_16_bits(
-    dtype: torch.dtype, shape: tuple[int, ...], groups: int, shared: bool, options: dict[str, Any]
+    dtype: torch.dtype, shapes: list[tuple[int, ...]], groups: int, shared: bool, options: dict[str, Any]
 ) -> None:
     """No less exact than torch's own step, beside float64; what has no gradient stays, its buffers too."""
     count, rates, generator = 60, {"momentum": 0.9, "weight_decay": 0.01}, torch.Generator().manual_seed(3)
-    values = [torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
+    values = [torch.randn(shapes[i % len(shapes)], generator=generator).to(dtype) for i in range(count)]
     ours, theirs, exact = (
         [nn.Parameter(value.to(wide, copy=True)) for value in values] for wide in (dtype, dtype, torch.float64)
     )
@@ -553,7 +553,7 @@ def test_some_gradients_of_small_tensors_in_16_bits(
     for step in range(12):
         present = [step == 0 or bool(torch.rand((), generator=generator) < 0.7) for _ in range(count)]
         for param, other, wide, has in zip(ours, theirs, exact, present, strict=True):
-            grad = torch.randn(shape, generator=generator).to(dtype) if has else None
+            grad = torch.randn(param.shape, generator=generator).to(dtype) if has else None
             param.grad = grad
             other.grad = grad if grad is None else grad.clone()
             wide.grad = grad if grad is None else grad.double()
@@ -575,6 +575,34 @@ def test_some_gradients_of_small_tensors_in_16_bits(
         return sum(float((p.detach().double() - e).square().sum()) for p, e in zip(params, exact, strict=True)) ** 0.5
 
     assert error(ours) <= 1.01 * error(theirs)  # both round the parameters
+
+
+@pytest.mark.parametrize("moved", ["param", "buffer", "param without gradient", "buffer without gradient"])
+@pytest.mark.parametrize("then", ["few", "all of the small ones", "all"])
+@pytest.mark.parametrize("options", [{"max_norm": 0.5}, {"master_weights": True}], ids=str)
+def test_what_moves_while_gradients_lack(moved: str, then: str, options: dict[str, Any]) -> None:
+    """Bit for bit as with a plan made anew; a step of few gradients looks at no more than it touches."""
+    values = [torch.randn(140, 140) if i == 11 else torch.randn(4, 5) for i in range(12)]
+    ours, anew = ([nn.Parameter(value.half()) for value in values] for _ in range(2))
+    optimizers = [fastloss.SGD(params, lr=0.1, momentum=0.9, **options) for params in (ours, anew)]
+    having = {"few": [3, 5], "all of the small ones": list(range(11)), "all": list(range(12))}
+    for number, present in enumerate(["all", "all", "few", "few", then, "few", "all"]):
+        for i, pair in enumerate(zip(ours, anew, strict=True)):
+            grad = torch.randn_like(pair[0]).detach()
+            for param in pair:
+                param.grad = grad.clone() if i in having[present] else None
+        for optimizer, params in zip(optimizers, (ours, anew), strict=True):
+            if number == 4:
+                param = params[4 if "without" in moved else 3]
+                tensor = param if "param" in moved else optimizer.state[param]["momentum_buffer"]
+                tensor.data = tensor.data.t().contiguous().t()  # elsewhere, and in another order
+        optimizers[1]._plan = None
+        for optimizer in optimizers:
+            optimizer.step()
+        for param, twin in zip(ours, anew, strict=True):
+            assert torch.equal(param, twin)
+            state, expected = optimizers[0].state[param], optimizers[1].state[twin]
+            assert all(torch.equal(state[key], expected[key]) for key in state)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

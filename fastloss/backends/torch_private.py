@@ -5,7 +5,8 @@ name of torch                         used for                         without i
 ===================================== ================================ =============================================
 ``_fused_sgd_``, ``_foreach_copy_``,  SGD on a CPU, in few calls       an error at the first step
 ``_foreach_mul``, ``_foreach_mul_``,
-``_foreach_norm``
+``_foreach_norm``,
+``split_with_sizes_copy``
 ``_amp_foreach_non_finite_check_...`` division by a GradScaler's scale an error at that step
 ``Tensor._is_zerotensor``             gradients without memory         an error at the first step
 ``_C._nn.flatten_dense_tensors``,     SGD's small tensors of 16 bits   an error at import
@@ -102,6 +103,7 @@ __all__ = [
     "root_mesh",
     "saved_tensor_hooks",
     "sparse_values",
+    "split_copy",
     "step_is_observed",
     "stream_is_captured",
     "tensor_guard",
@@ -120,6 +122,7 @@ foreach_copy_ = torch._foreach_copy_
 foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
+split_copy = torch.split_with_sizes_copy
 unscale_ = torch._amp_foreach_non_finite_check_and_unscale_
 sparse_values = Tensor._values
 flatten = torch._C._nn.flatten_dense_tensors

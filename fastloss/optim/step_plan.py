@@ -19,7 +19,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain, compress, repeat
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ __all__ = [
 ]
 
 _MOST_DIMENSIONS = 6
+# The share of gradients up to which it takes less time to compare the tensors of each parameter by themselves.
+_FEW = 0.25
 SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _gradient_of = operator.attrgetter("grad")
 _layout_of = operator.attrgetter("layout")
@@ -183,7 +185,7 @@ class StepPlan:
         if self.settings != settings or not self._fetch(params, state):
             return False
         last = self.last_step
-        if last is not None and not last.has_tensors(self):
+        if last is not None and not (last.has_tensors(self) if self.complete else last.has_those(self, grads)):
             last = self.last_step = None
         unchanged = last is not None and last.has_gradients(grads)
         self.repeat = self.repeat if unchanged else None
@@ -315,6 +317,7 @@ class _LastStep:
         self._addresses = Addresses(tensors if self._with_buffers else stored)
         self._tensors_are_alike = tensor_guard(tensors)
         self._grads_are_alike: Callable[..., bool] | None = None
+        self._apart: list[list[Callable[..., bool]]] = []  # of each batch: guards of its parameters and their buffers
 
     def store_gradients(self, grads: list[Any]) -> None:
         """Let gradients be compared with these, unless there are others that they are like."""
@@ -337,6 +340,32 @@ class _LastStep:
         """Return whether parameters and buffers are like those of the last step, where they were."""
         stored, tensors = self._tensors(plan)
         return self._tensors_are_alike(*tensors) and self._addresses.are_of(tensors if self._with_buffers else stored)
+
+    def has_those(self, plan: StepPlan, grads: list[Any]) -> bool:
+        """Do as :meth:`has_tensors` for all that a step without some of the gradients touches, or more than that."""
+        having = [grad is not None for grad in grads]
+        if self._with_buffers or sum(having) > _FEW * len(having):
+            return self.has_tensors(plan)
+        start = 0
+        for number, batch in enumerate(plan.batches):
+            held = zip(batch.tensors.params, batch.tensors.momentum, batch.tensors.companions, strict=True)
+            present = batch.take(having)
+            if len(self._apart) == number:
+                if not self.has_tensors(plan):
+                    return False
+                self._apart.append([tensor_guard([x for x in tensors if x is not None]) for tensors in held])
+            else:
+                for is_alike, tensors in zip(
+                    compress(self._apart[number], present), compress(held, present), strict=True
+                ):
+                    if not is_alike(*[tensor for tensor in tensors if tensor is not None]):
+                        return False
+                stored = compress(batch.tensors.params, present)
+                addresses = compress(self._addresses.values[start : start + len(present)], present)
+                if list(map(Tensor.data_ptr, stored)) != list(addresses):
+                    return False
+            start += len(present)
+        return True
 
     @staticmethod
     def _tensors(plan: StepPlan) -> tuple[list[Tensor], tuple[Tensor, ...]]:

@@ -9,18 +9,20 @@ spends more on that than on the arithmetic where a tensor is small. So
 - tensors of another dtype are stepped in float32, a piece at a time that stays in a cache; small ones of that sort
   of all rules are gathered into one, side by side, where their momentum buffers lie for good (but for those that a
   program shares among processes); large ones, and small ones of which some have no gradient, go to the operator where
-  it is right for them;
+  it is right for them. Elsewhere those that have gradients are gathered, or, where each is worth a call, copied one
+  by one to memory that stays in a cache;
 - gradients that are clipped are multiplied first, piece by piece too, and are not written to.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import accumulate, compress
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -35,6 +37,7 @@ from ..torch_private import (
     foreach_norm,
     fused_sgd_,
     materialized,
+    split_copy,
     unflatten,
     unscale_,
     write_back,
@@ -50,6 +53,9 @@ _SMALL = 16384
 _MANY = 256
 # Elements of a large tensor that are stepped at a time: their float32 copies stay in a cache.
 _PIECE = 1 << 18
+# Elements of small tensors that are copied to float32 at a time; and those of one that make a call worth its while.
+_BUNCH = 1 << 18
+_WORTH_A_CALL = 2048
 # Elements whose squares are added up in float32.
 _NORM_PIECE = 1 << 14
 _NORM_EPSILON = 1e-6
@@ -142,13 +148,14 @@ class _Flat:
     indices: list[int]
     kinds: tuple[str, ...]  # the buffers that there are: "momentum", "companions"
     addresses: list[Addresses]  # of each kind
-    vectors: bool  # all of the parameters have one dimension
+    rest: tuple[int, ...] | None  # the parameters' sizes but for the first, if all have the same: rows of one matrix
     numels: list[int]  # of the parameters
     rules: list[int]  # of the parameters, those of one rule side by side
     gathered: bool = False  # the buffers lie elsewhere, and each step works on copies
     rooms: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
     cuts: dict[tuple[str, torch.dtype], list[Tensor]] = field(default_factory=dict)  # views of rooms
     rooms_of_chosen: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+    places: dict[str, list[Tensor]] = field(default_factory=dict)  # see slots()
 
     @staticmethod
     def of(batch: SGDBatch, indices: list[int]) -> _Flat:
@@ -158,20 +165,23 @@ class _Flat:
         gathered = any(any(map(Tensor.is_shared, some)) for some in buffers)
         for some in buffers if not gathered else ():
             _side_by_side(some)
-        vectors, numels = all(param.dim() == 1 for param in params), list(map(Tensor.numel, params))
+        rests = {tuple(param.shape[1:]) if param.dim() else None for param in params}
+        rest, numels = rests.pop() if len(rests) == 1 else None, list(map(Tensor.numel, params))
         rules = [batch.rules[i] for i in indices]
-        return _Flat(indices, kinds, list(map(Addresses, buffers)), vectors, numels, rules, gathered)
+        return _Flat(indices, kinds, list(map(Addresses, buffers)), rest, numels, rules, gathered)
 
-    def chosen(self, grads: list[Any]) -> _Flat | None:
+    def chosen(self, batch: SGDBatch, grads: list[Any]) -> _Flat | None:
         """Return those of the tensors that have gradients, for one step."""
         having = _having(self.indices, grads)
-        if all(having) or not any(having):
-            return self if all(having) else None
+        if not any(having):
+            return None
+        if all(having) and (not self.may_be_copied(batch) or self.lies_still(batch)):
+            return self
         return _ChosenFlat(
             list(compress(self.indices, having)),
             self.kinds,
             [],
-            self.vectors,
+            self.rest,
             list(compress(self.numels, having)),
             list(compress(self.rules, having)),
             gathered=True,
@@ -182,6 +192,10 @@ class _Flat:
 
     def params(self, batch: SGDBatch) -> list[Tensor]:
         return _chosen(batch.params, self.indices)
+
+    def may_be_copied(self, batch: SGDBatch) -> bool:
+        """Return whether this step works on copies of the buffers, wherever they are, if some have no gradient."""
+        return batch.incomplete and self.rest is not None
 
     def lies_still(self, batch: SGDBatch) -> bool:
         """Return whether the buffers are where they were."""
@@ -203,12 +217,37 @@ class _Flat:
         """Write what has been copied to the buffers."""
         for kind in self.kinds if self.gathered else ():
             buffers = _chosen(getattr(batch, kind), self.indices)
-            foreach_copy_(buffers, self.views(batch, kind, buffers[0].dtype))
+            self.distribute(batch, kind, buffers[0].dtype, buffers)
 
     @functools.cached_property
     def numel(self) -> int:
         """The elements of all of the parameters."""
         return sum(self.numels)
+
+    @functools.cached_property
+    def offsets(self) -> list[int]:
+        """Where each of the parameters begins, and where the last one ends."""
+        return list(accumulate(self.numels, initial=0))
+
+    @functools.cached_property
+    def bunches(self) -> list[tuple[int, int]]:
+        """Neighbours whose float32 copies stay in a cache: the first, and the one after the last."""
+        bunches, first, numel = [], 0, 0
+        for i, more in enumerate(self.numels):
+            if numel and numel + more > _BUNCH:
+                bunches.append((first, i))
+                first, numel = i, 0
+            numel += more
+        return [*bunches, (first, len(self.numels))]
+
+    def slots(self, batch: SGDBatch, name: str) -> list[Tensor]:
+        """Return a place for a float32 copy of each parameter, in memory that all bunches share."""
+        if name not in self.places:
+            params, numels = self.params(batch), [sum(self.numels[slice(*bunch)]) for bunch in self.bunches]
+            room = torch.empty(max(numels), device=params[0].device)
+            bunches = zip(self.bunches, numels, strict=True)
+            self.places[name] = [p for at, n in bunches for p in unflatten(room[:n], params[slice(*at)])]
+        return self.places[name]
 
     @functools.cached_property
     def spans(self) -> list[tuple[int, int]]:
@@ -234,12 +273,14 @@ class _Flat:
         """Return tensors of the dtype ``given``, or of several, side by side in ``dtype``."""
         flat = self.room(batch, name, dtype)
         with torch.inference_mode():  # costs a fifth less than no_grad
-            if not self.vectors:
+            if self.rest is None:
                 self.gather_shapes(batch, name, tensors, dtype)
             elif given == dtype:
-                torch.cat(tensors, out=flat)  # half of the time of the other
+                torch.cat(tensors, out=self.rows(flat))  # half of the time of the other
             else:  # to convert them one by one would take ten times as long
-                flat.copy_(torch.cat(tensors, out=self.room(batch, name, given)))
+                narrow = self.room(batch, name, given)
+                torch.cat(tensors, out=self.rows(narrow))
+                flat.copy_(narrow)
         return flat
 
     def gather_shapes(self, batch: SGDBatch, name: str, tensors: list[Tensor], dtype: torch.dtype) -> None:
@@ -248,17 +289,27 @@ class _Flat:
 
     def scatter(self, batch: SGDBatch, dtype: torch.dtype) -> None:
         """Write to the parameters what has been gathered of them in ``dtype``."""
-        params, views = self.params(batch), self.views(batch, "params", dtype)
+        params = self.params(batch)
         with torch.inference_mode():
-            foreach_copy_(params, views)
+            self.distribute(batch, "params", dtype, params)
         torch.autograd.graph.increment_version(params)  # which that mode does not
+
+    def distribute(self, batch: SGDBatch, name: str, dtype: torch.dtype, tensors: list[Tensor]) -> None:
+        """Copy a room to tensors."""
+        foreach_copy_(tensors, self.views(batch, name, dtype))
+
+    def rows(self, flat: Tensor) -> Tensor:
+        """Return a flat tensor as the matrix of which tensors with the same :attr:`rest` have some rows each."""
+        return flat.view(-1, *self.rest) if self.rest else flat
 
     def room(self, batch: SGDBatch, name: str, dtype: torch.dtype) -> Tensor:
         """Return a flat buffer for all parameters: the same memory in every step."""
         room = self.rooms.get((name, dtype))
         if room is None or room.numel() < self.numel:
             self.cuts.clear()
-            room = self.rooms[name, dtype] = torch.empty(self.numel, dtype=dtype, device=batch.params[0].device)
+            with torch.inference_mode(False):  # it is written to in that mode and out of it
+                room = torch.empty(self.numel, dtype=dtype, device=batch.params[0].device)
+            self.rooms[name, dtype] = room
         return room[: self.numel]
 
     def views(self, batch: SGDBatch, name: str, dtype: torch.dtype) -> list[Tensor]:
@@ -266,7 +317,7 @@ class _Flat:
         if (name, dtype) not in self.cuts:
             room = self.room(batch, name, dtype)
             self.cuts[name, dtype] = list(
-                room.split(self.numels) if self.vectors else unflatten(room, self.params(batch))
+                room.split(self.numels) if self.rest == () else unflatten(room, self.params(batch))
             )
         return self.cuts[name, dtype]
 
@@ -283,14 +334,14 @@ class _ChosenFlat(_Flat):
     memory: dict[str, list[Tensor]] = field(default_factory=dict)  # of neighbours' buffers
 
     def buffer(self, batch: SGDBatch, kind: str) -> Tensor | None:
-        whole = None if self.whole.gathered else self.whole.buffer(batch, kind)
+        whole = None if self.whole.gathered or self.rest is not None else self.whole.buffer(batch, kind)
         if whole is None:
             return super().buffer(batch, kind)
         stretches = self.memory[kind] = self.stretches(whole)
         return torch.cat(stretches, out=self.room(batch, kind, whole.dtype))
 
     def put_back(self, batch: SGDBatch) -> None:
-        if self.whole.gathered:
+        if not self.memory:
             super().put_back(batch)
         for kind, stretches in self.memory.items():
             foreach_copy_(stretches, self.pieces(self.room(batch, kind, stretches[0].dtype)))
@@ -299,24 +350,27 @@ class _ChosenFlat(_Flat):
         self.room(batch, name, dtype).copy_(flatten(tensors))
 
     def views(self, batch: SGDBatch, name: str, dtype: torch.dtype) -> list[Tensor]:
-        """Return the parts of a room; of shapes, copied to the whole's, whose views are there."""
-        if self.vectors:
-            return super().views(batch, name, dtype)
+        """Return the parts of a room, copied to the whole's, whose views are there."""
         whole, views = self.whole.room(batch, name, dtype), self.whole.views(batch, name, dtype)
         foreach_copy_(self.stretches(whole), self.pieces(self.room(batch, name, dtype)))
         return list(compress(views, self.having))
 
+    def distribute(self, batch: SGDBatch, name: str, dtype: torch.dtype, tensors: list[Tensor]) -> None:
+        if self.rest is None:
+            super().distribute(batch, name, dtype, tensors)
+            return
+        room, narrow = self.room(batch, name, dtype), tensors[0].dtype
+        if dtype != narrow:
+            room = self.room(batch, name, narrow).copy_(room)
+        row = math.prod(self.rest)
+        split_copy(self.rows(room), [numel // row for numel in self.numels], out=tensors)
+
     @functools.cached_property
     def runs(self) -> list[int]:
         """The elements of tensors without gradients, of neighbours that have them, and so on in turn."""
-        runs, last = [0], False
-        for has, numel in zip(self.having, self.whole.numels, strict=True):
-            if has is last:
-                runs[-1] += numel
-            else:
-                runs.append(numel)
-                last = has
-        return runs
+        turns = map(operator.is_not, [*self.having, False], [False, *self.having])
+        bounds = [0, *compress(self.whole.offsets, turns), self.whole.numel]
+        return list(map(operator.sub, bounds[1:], bounds))
 
     def stretches(self, whole: Tensor) -> list[Tensor]:
         return list(whole.split(self.runs))[1::2]
@@ -427,14 +481,14 @@ class _Part:
             _strides(batch, strided),
         )
 
-    def chosen(self, grads: list[Any]) -> _Part:
+    def chosen(self, batch: SGDBatch, grads: list[Any]) -> _Part:
         """Return the part with those of its tensors that have gradients, for one step."""
         return _Part(
             self.rule,
             self.first,
             None if self.small is None else self.small.chosen(grads),
             None if self.large is None else self.large.chosen(grads),
-            None if self.flat is None else self.flat.chosen(grads),
+            None if self.flat is None else self.flat.chosen(batch, grads),
             [i for i in self.pieced if grads[i] is not None],
             [],
             [],
@@ -442,7 +496,7 @@ class _Part:
 
     def holds(self, batch: SGDBatch) -> bool:
         """Return whether everything is where it was; a program may have moved buffers to another device and back."""
-        return (self.flat is None or self.flat.lies_still(batch)) and (
+        return (self.flat is None or self.flat.may_be_copied(batch) or self.flat.lies_still(batch)) and (
             batch.settled or _strides(batch, self.strided) == self.strides
         )
 
@@ -481,7 +535,7 @@ def _parts(batch: SGDBatch, grads: list[Any]) -> list[_Part]:
         for (begins, _), indices in flats.items():
             parts.append(_Part(-1, begins, None, None, _Flat.of(batch, indices), [], [], []))
         batch.memory.update(parts=parts, first=first, dtypes=dtypes)
-    return [part.chosen(grads) for part in parts] if batch.incomplete else parts
+    return [part.chosen(batch, grads) for part in parts] if batch.incomplete else parts
 
 
 def _having(indices: list[int], grads: list[Any]) -> list[bool]:
@@ -503,7 +557,10 @@ def _step_flat(
 ) -> None:
     wide, narrow = compute_dtype(batch.params[0].dtype), batch.params[0].dtype
     params = flat.params(batch)
-    if isinstance(flat, _ChosenFlat) and _step_directly(batch, flat.indices, grads, rules, clip, first=first):
+    if isinstance(flat, _ChosenFlat) and (
+        _step_directly(batch, flat.indices, grads, rules, clip, first=first)
+        or _step_copies(batch, flat, grads, rules, clip, first=first)
+    ):
         return
     grad = flat.gather_gradients(batch, grads, wide)
     momentum, companions = flat.buffer(batch, "momentum"), flat.buffer(batch, "companions")
@@ -610,12 +667,52 @@ def _step_directly(
     if any(rule.decoupled and rule.weight_decay != 0 for rule in numbers.values()):
         return False  # two roundings
     check_gradients(params, chosen)
-    for number, rule in numbers.items():
-        of_rule = [batch.rules[i] == number for i in indices]
-        those, with_gradients, buffers = (list(compress(some, of_rule)) for some in (params, chosen, momentum))
-        _advance(those, with_gradients, buffers, rule, first=first)
+    _advance_lists([params, chosen, momentum], [batch.rules[i] for i in indices], numbers, first=first)
     torch.autograd.graph.increment_version(params)
     return True
+
+
+def _step_copies(
+    batch: SGDBatch, flat: _ChosenFlat, grads: list[Tensor], rules: Sequence[SGDRule], clip: float, *, first: bool
+) -> bool:
+    """Step tensors of 16 bits by float32 copies of each, if they are rounded to nearest; return whether it did.
+
+    Copies that lie apart need no views that depend on the set of gradients.
+    """
+    params, whole = flat.params(batch), flat.whole
+    is_narrow = batch.rounding == "nearest" and params[0].dtype.itemsize == 2
+    if clip != 1.0 or not is_narrow or flat.numel < _WORTH_A_CALL * len(params):
+        return False
+    chosen = _chosen(grads, flat.indices)
+    check_gradients(params, chosen)
+    narrow = {"params": params, "grads": materialized(chosen)}
+    momentum: list[Tensor] = _chosen(batch.momentum, flat.indices) if "momentum" in flat.kinds else []
+    if momentum and momentum[0].dtype != torch.float32:
+        narrow["momentum"] = momentum
+    wide = {name: list(compress(whole.slots(batch, name), flat.having)) for name in narrow}
+    numbers = {number: _Numbers.of(rules[number]) for number in set(flat.rules)}
+    before = list(accumulate(flat.having, initial=0))
+    with torch.inference_mode():
+        for first_of_bunch, end in whole.bunches:
+            bunch = slice(before[first_of_bunch], before[end])
+            if bunch.start < bunch.stop:
+                for name, tensors in narrow.items():
+                    foreach_copy_(wide[name][bunch], tensors[bunch])
+                lists = [some[bunch] for some in (wide["params"], wide["grads"], wide.get("momentum", momentum))]
+                _advance_lists(lists, flat.rules[bunch], numbers, first=first)
+                for name in narrow.keys() - {"grads"}:
+                    foreach_copy_(narrow[name][bunch], wide[name][bunch])
+    torch.autograd.graph.increment_version(params)
+    return True
+
+
+def _advance_lists(lists: list[list[Tensor]], rules: list[int], numbers: dict[int, _Numbers], *, first: bool) -> None:
+    """Step tensors (lists of parameters, gradients and momentum), each by its own of several rules."""
+    for number, rule in numbers.items():
+        of_rule = [other == number for other in rules] if len(numbers) > 1 else None
+        params, grads, momentum = lists if of_rule is None else [list(compress(some, of_rule)) for some in lists]
+        if params:
+            _advance(params, grads, momentum, rule, first=first)
 
 
 @functools.cache
