@@ -1144,6 +1144,10 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "momentum of 8 bits": ({"momentum_dtype": torch.float8_e4m3fn}, TypeError, "momentum_dtype must be.*float8"),
     "momentum type in words": ({"momentum_dtype": "float32"}, TypeError, "momentum_dtype must be.*'float32'"),
     **{
+        f"huge {name}": ({name: 10**400}, ValueError, rf"{name} is about 2\^1328; expected at most 1.797.*e\+308")
+        for name in ("lr", "momentum", "weight_decay", "dampening", "max_norm")
+    },
+    **{
         f"{name}={value!r}": ({name: value}, TypeError, f"{name} is {value!r}; expected True or False")
         for name, value in [
             *(("master_weights", "no"), ("kahan_sum", 1), ("stochastic_rounding", None)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import sys
 import weakref
 from collections.abc import Callable
 from numbers import Real
@@ -717,8 +719,19 @@ def _rounding(group: dict[str, Any], param: Tensor) -> str:
     return "stochastic" if group["stochastic_rounding"] else "nearest"
 
 
+def _check_range(name: str, value: Any) -> None:
+    try:
+        if isinstance(value, Real):
+            float(value)
+    except OverflowError:
+        sign, size = "-" if value < 0 else "", f"2^{math.floor(abs(value)).bit_length() - 1}"
+        raise ValueError(f"{name} is about {sign}{size}; expected at most {sys.float_info.max}") from None
+
+
 def _check(group: dict[str, Any], *, loaded: bool = False) -> None:
     """Check the options of a parameter group; of one that is loaded, all but what numbers they are."""
+    for name in ("lr", "momentum", "weight_decay", "dampening", "max_norm"):
+        _check_range(name, group[name])
     named = {"lr": "learning rate", "momentum": "momentum value", "weight_decay": "weight_decay value"}
     for name, words in named.items():
         value = group[name]
