@@ -59,11 +59,15 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_i
 
 def is_soft(input: Tensor, target: Tensor) -> bool:
     """Return True if the target of a loss has one value per class: ``input``'s shape, and a floating-point dtype."""
+    if target.is_nested:  # it may have no shape
+        check_strided(target=target)
     return target.shape == input.shape and target.is_floating_point()
 
 
 def is_dense(input: Tensor, target: object) -> bool:
     """Return True if the target of an accuracy has one value per class, in any dtype: one-hot or probabilities."""
+    if isinstance(target, Tensor) and target.is_nested:  # it may have no shape
+        check_strided(target=target)
     if not isinstance(target, Tensor) or target.shape != input.shape:
         return False
     # With one class, a target of shape (1,) is dense if its dtype is none of labels.

@@ -704,9 +704,9 @@ def _statistics_gradient(
             slope += eps / classes * tl.load(totals_ptr + 1)
         # A row with an upstream gradient of 0 may hold NaN.
         level += tl.where(of_loss == 0.0, 0.0, of_loss * slope)
-    if upstream.z_loss.ptr is not None and F.Z_LOSS:
+    if upstream.z_loss.ptr is not None:
         of_z_loss = tl.where(counted, _of_loss(upstream.z_loss, totals_ptr, row, in_range, T, F), 0.0)
-        level += tl.where(of_z_loss == 0.0, 0.0, of_z_loss * (2.0 * tail))
+        level += tl.where(of_z_loss == 0.0, 0.0, of_z_loss * (2.0 * tail if F.Z_LOSS else 0.0))
     if upstream.entropy.ptr is not None:
         of_entropy = _upstream(upstream.entropy, row, in_range)
     if upstream.log_sum_sq_probs.ptr is not None:

@@ -611,6 +611,10 @@ SPARSE = {
     "input": (lambda **given: {**given, "input": given["input"].to_sparse()}),
     "target": (lambda **given: {**given, "target": given["target"].to_sparse()}),
     "nested input": (lambda **given: {**given, "input": torch.nested.nested_tensor(list(given["input"]))}),
+    "nested target": (lambda **given: {**given, "target": torch.nested.nested_tensor([given["target"]] * 4)}),
+    "probabilities in a nested target": (
+        lambda **given: {**given, "target": torch.nested.nested_tensor(list(given["input"].softmax(1)))}
+    ),
 }
 
 

@@ -305,6 +305,22 @@ def test_no_row_counted(place: Place) -> None:
     assert summed.loss.item() == summed.z_loss.item() == 0
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(3, 5), (300, 200)], ids=str)
+def test_the_mean_over_no_weight_at_all_is_nan(place: Place, shape: tuple[int, int], scale: float) -> None:
+    """As torch's own mean is, with its gradient: the z-loss's too, whatever its scale."""
+    logits = torch.randn(shape, device=place.device, requires_grad=True)
+    target, weight = torch.zeros(shape[0], dtype=torch.int64), torch.zeros(shape[1])
+    parts = fastloss.cross_entropy_with_statistics(
+        logits, target.to(place.device), weight.to(place.device), lse_square_scale=scale, z_loss=True
+    )
+    for value in (parts.loss, parts.z_loss):
+        assert value is not None
+        (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
+        assert value.isnan()
+        assert gradient.isnan().all()
+
+
 def strided(kind: str) -> Tensor:
     if kind == "transposed":
         return torch.randn(24, 8).t()

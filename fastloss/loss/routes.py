@@ -215,6 +215,7 @@ def is_small(
         and type(input) in FUSED_TYPES
         and type(target) is Tensor
         and input.is_cpu
+        and not target.is_nested
         and (input.numel() <= SMALL_ON_CPU or (input.dim() > 1 and input.shape[1] <= FEW_CLASSES))
         and (target.dtype in labels or (target.dtype is input.dtype and target.shape == input.shape))
         and (weight is None or (isinstance(weight, Tensor) and weight.dtype is input.dtype))
