@@ -85,13 +85,10 @@ def sgd_squares(batch: SGDBatch, grads: list[Tensor], squares: Tensor) -> None:
 
 def _squares(flat: Tensor, batch: SGDBatch) -> Tensor:
     """Return Σ g², float64, by norms of short pieces: over 10⁷ numbers torch's norm loses 3 of float32's 7 digits."""
-    wide = compute_dtype(batch.params[0].dtype)
-    if flat.dtype != wide:
-        pieces = (_in_dtype(batch, "grads", piece, wide) for piece in flat.split(_PIECE))
-        return torch.stack([_squares(piece, batch) for piece in pieces]).sum()
+    wide = torch.promote_types(flat.dtype, compute_dtype(batch.params[0].dtype))
     whole = flat.numel() // _NORM_PIECE * _NORM_PIECE
-    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_PIECE), dim=1)
-    rest = torch.linalg.vector_norm(flat[whole:])
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_PIECE), dim=1, dtype=wide)
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=wide)
     return norms.double().square().sum() + rest.double().square()
 
 
