@@ -149,6 +149,7 @@ def of_token(log_probs: Tensor, entropy: Tensor, number: Tensor) -> Tensor:
 EVERYTHING = {"label_smoothing": 0.2, "lse_square_scale": 0.1, "softcap": 3.0}
 UNEVEN = {2: (4, 9), 4: (2, 6, 1, 4)}
 EMPTY = {2: (13, 0), 4: (0, 5, 8, 0)}
+PARTS = ("z_loss", "lse", "entropy", "predicted", "correct", "log_sum_sq_probs", "mean_logit")
 GROUPS = [
     Case("plain"),
     Case("uneven", sizes=UNEVEN, ignored="some"),
@@ -278,6 +279,54 @@ LINEAR_PLACED = [  # of the input and of the head
 ]
 
 
+@dataclass(frozen=True)
+class Parts(Case):
+    """The same of ``cross_entropy_with_statistics``, with every part, and an upstream gradient of each."""
+
+    asked: tuple[str, ...] = PARTS
+
+    def upstreams(self) -> dict[str, Tensor]:
+        """Upstream gradients of the differentiable parts."""
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + 2)
+        dim = self.class_dim()
+        rows = self.shape[:dim] + self.shape[dim + 1 :]
+        of_losses = rows if self.options.get("reduction") == "none" else ()
+        names = [name for name in ("loss", *self.asked) if name not in ("predicted", "correct")]
+        return {
+            name: torch.randn(of_losses if "loss" in name else rows, generator=generator, dtype=torch.float64)
+            for name in names
+        }
+
+
+STATISTICS = [
+    Parts("S plain", ignored="some", shape=(40, 13), special="tied"),
+    Parts("S everything", options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN),
+    Parts("S none", options={"reduction": "none", **EVERYTHING}, weighted=True, ignored="some", sizes=UNEVEN),
+    Parts("S empty shards", sizes=EMPTY, options={"reduction": "sum", "lse_square_scale": 0.1}),
+    Parts("S spatial", shape=(2, 13, 3, 2), options=EVERYTHING, ignored="some", sizes=UNEVEN),
+    Parts("S one row", shape=(13,), sizes=UNEVEN),
+    Parts("S no rows", shape=(0, 13), options={"reduction": "sum"}),
+    Parts("S infinite", special="infinite", options={"reduction": "none"}, sizes=UNEVEN),
+    Parts("S nan", special="nan", options={"reduction": "none"}),
+    Parts("S soft", target="soft", sizes=UNEVEN, options=EVERYTHING, weighted=True, shape=(30, 13)),
+    Parts("S soft, none", target="soft", sizes=EMPTY, options={"reduction": "none", **EVERYTHING}),
+    Parts("S float32", dtype=torch.float32, options=EVERYTHING, weighted=True, shape=(7, 501)),
+    Parts("S kernels", backend="triton", options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN),
+    *(Parts(f"S {name}", asked=(name,), options={"lse_square_scale": 0.1}, sizes=UNEVEN) for name in PARTS),
+    Parts("SD rows", placements="s", options=EVERYTHING, weighted=True, ignored="some"),
+    Parts("SD rows, half ignored", placements="s", ignored="first half"),
+    Parts("SD rows, none", placements="s", options={"reduction": "none"}, shape=(3, 13, 4)),
+    Parts("SD few rows", placements="s", shape=(1, 13)),
+    Parts("SD rows, soft", placements="s", target="soft", options=EVERYTHING, weighted=True),
+    Parts("SD rows, bfloat16", placements="s", dtype=torch.bfloat16, shape=(7, 501)),
+    Parts("SD classes", placements="c", options=EVERYTHING, weighted=True, ignored="some"),
+    Parts("SD classes, soft", placements="c", target="soft", options=EVERYTHING, weighted=True),
+    Parts("SD both", placements="sc", mesh=TWO_D, options=EVERYTHING, weighted=True, ignored="some"),
+    Parts("SD both, none", placements="sc", mesh=TWO_D, options={"reduction": "none"}),
+    Parts("SD kernels", placements="sc", mesh=TWO_D, backend="triton", options=EVERYTHING, ignored="some"),
+]
+
+
 COUNTED = [
     Case("plain"),
     Case("with accuracy", topk=(1, 3), options=EVERYTHING, weighted=True),
@@ -288,10 +337,16 @@ COUNTED = [
     Case("D classes with accuracy", placements="c", topk=(1, 3), options=EVERYTHING, weighted=True),
     Case("D rows", placements="s", topk=(1, 3), options=EVERYTHING),
     Case("D both", placements="sc", mesh=TWO_D, topk=(1,)),
+    Parts("statistics", options=EVERYTHING, weighted=True),
+    Parts("statistics of soft", target="soft"),
+    Parts("lse of soft", target="soft", asked=("lse", "z_loss")),
+    Parts("D statistics of classes", placements="c", options=EVERYTHING),
+    Parts("D statistics of rows", placements="s"),
     Linear("linear", how={"chunk_size": 3}),
     Linear("linear with accuracy", how={"chunk_size": 3}, topk=(1,)),
 ]
 BLIND = [case for case in (*GROUPS, *LINEAR) if case.name in ("everything", "soft, top", "top", "L top", "L soft")]
+BLIND_PARTS = [case for case in STATISTICS if case.name in ("S everything", "S soft, none")]
 
 
 def grouped_linear(case: Linear, rank: int, ranks: int, group: Any) -> dict[str, Any]:
@@ -471,6 +526,48 @@ def placed(case: Case, rank: int, ranks: int, *, gathered: bool = True) -> dict[
     return result
 
 
+def parts_of(case: Parts, rank: int, ranks: int, group: Any, *, gathered: bool = True) -> dict[str, Any]:
+    """A case of :data:`STATISTICS`: the parts, the gradients, and whether these lie as the logits do; whole if placed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    import fastloss
+
+    x, t, weight, *_ = case.tensors()
+    dim, soft, how = case.class_dim(), case.target == "soft", {}
+    if case.placements:
+        mesh = init_device_mesh("cpu", case.mesh.get(ranks, (ranks,)))
+        of = {"r": Replicate(), "s": Shard(0), "c": Shard(dim)}
+        of_target = of if soft else {**of, "c": Replicate()}
+        places = [[of_one[letter] for letter in case.placements] for of_one in (of, of_target)]
+        x, t = (distribute_tensor(*each, src_data_rank=None) for each in ((x, mesh, places[0]), (t, mesh, places[1])))
+    else:
+        x = x.split(case.shards(ranks), dim)[rank].clone()
+        t = t.split(case.shards(ranks), dim)[rank].clone() if soft else t
+        how = {"group": group}
+    wanted = [tensor.requires_grad_() for tensor in ([x, t] if soft else [x])]
+    with fastloss.use_backend(case.backend):
+        parts = fastloss.cross_entropy_with_statistics(
+            x, t, weight, **dict.fromkeys(case.asked, True), **case.options, **how
+        )
+        outputs = {name: getattr(parts, name) for name in case.upstreams()}
+        given = [upstream.to(outputs[name].dtype) for name, upstream in case.upstreams().items()]
+        if case.placements:
+            given = [
+                distribute_tensor(upstream, mesh, output.placements, src_data_rank=None)
+                for upstream, output in zip(given, outputs.values(), strict=True)
+            ]
+        gradients = torch.autograd.grad(list(outputs.values()), wanted, given)
+    placed = [] if not case.placements else [gradients[0].placements == x.placements]
+
+    def whole(tensor: Any) -> Any:
+        tensor = None if tensor is None else tensor.detach()
+        return tensor.full_tensor() if case.placements and gathered and tensor is not None else tensor
+
+    found = {name: whole(part) for name, part in parts._asdict().items()}
+    return {"parts": found, "gradients": list(map(whole, gradients)), "kept placements": placed}
+
+
 def _called(case: Case, fastloss: Any, x: Any, t: Any, weight: Any, where: Any) -> tuple[Any, tuple[Any, ...]]:
     with fastloss.use_backend(case.backend):
         if case.topk:
@@ -495,10 +592,12 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     )
     results: dict[str, Any] = {}
     world = dist.group.WORLD
-    for case in (*GROUPS, *PLACED, *LINEAR, *LINEAR_PLACED):
+    for case in (*GROUPS, *PLACED, *STATISTICS, *LINEAR, *LINEAR_PLACED):
         if case.backend == "triton" and choice.triton_version() is None:
             continue
-        if isinstance(case, Linear):
+        if isinstance(case, Parts):
+            found = parts_of(case, rank, ranks, world)
+        elif isinstance(case, Linear):
             found = placed_linear(case, ranks) if case.placements else grouped_linear(case, rank, ranks, world)
         else:
             found = placed(case, rank, ranks) if case.placements else grouped(case, rank, ranks, world)
@@ -512,6 +611,8 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         alone = grouped_linear if isinstance(case, Linear) else grouped
         results["blind", case.name] = alone(case, rank, ranks, world)  # type: ignore[operator]
     results["blind", "best"] = best_classes(rank, ranks, world)
+    for case in BLIND_PARTS:
+        results["blind", case.name] = parts_of(case, rank, ranks, world)
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -537,7 +638,9 @@ def counted(case: Case, rank: int, ranks: int, group: Any) -> tuple[int, list[tu
 
     one = replace(case, second=False)
     with Listener() as listener, CommDebugMode() as mode:
-        if isinstance(one, Linear):
+        if isinstance(one, Parts):
+            parts_of(one, rank, ranks, group, gathered=False)
+        elif isinstance(one, Linear):
             grouped_linear(one, rank, ranks, group)
         elif one.placements:
             placed(one, rank, ranks, gathered=False)
@@ -548,7 +651,7 @@ def counted(case: Case, rank: int, ranks: int, group: Any) -> tuple[int, list[tu
 
 FAILURES = (
     *("rows", "options", "labels", "arguments", "label", "label, rows", "weight", "linear"),
-    *("reduction", "dtype", "need", "sparse", "mesh", "dead"),
+    *("reduction", "dtype", "need", "sparse", "mesh", "parts", "switch", "dead"),
 )
 
 
@@ -593,6 +696,10 @@ def failing(name: str, rank: int, group: Any) -> None:
     elif name == "mesh":
         mesh = DeviceMesh("cpu", list(range(group.size() - 1)))
         fastloss.cross_entropy(distribute_tensor(x.detach(), mesh, [Shard(1)]), t % 4)
+    elif name == "parts":
+        fastloss.cross_entropy_with_statistics(x, t, entropy=last, group=group)
+    elif name == "switch":
+        fastloss.cross_entropy_with_statistics(x, t, entropy=0.5 if last else True, group=group)
     elif name == "dead":
         if last:
             os._exit(7)

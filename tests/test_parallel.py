@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import ranks as worker
 import reference
 import torch
 import torch.nn.functional as F
-from ranks import GROUPS, LINEAR, LINEAR_PLACED, PLACED, Case, Linear
+from ranks import GROUPS, LINEAR, LINEAR_PLACED, PLACED, STATISTICS, Case, Linear, Parts
 from torch import Tensor
 
 import fastloss
@@ -165,6 +166,58 @@ def test_dtensors(together: list[dict[str, Any]], case: Case) -> None:
             assert all(p.is_replicate() for p in of_loss)
 
 
+# -------------------------------------------------------------------------------------------------------- statistics
+
+
+def expected_parts(case: Parts, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The parts and the gradients, in one process."""
+    x, t, weight, *_ = inputs(case, dtype)
+    dim, soft, cap = case.class_dim(), case.target == "soft", case.options.get("softcap")
+    wanted = [x.requires_grad_()] + ([t.requires_grad_()] if soft else [])
+    wide = x if dtype == torch.float64 else x.float()
+    z = wide if cap is None else cap * torch.tanh(wide / cap)
+    log_p, predicted = torch.log_softmax(z, dim), x.argmax(dim)
+    loss = expected_loss(case, x, t, weight)
+    bare = replace(case, options={**case.options, "lse_square_scale": 0.0})
+    labels = t.argmax(dim) if soft else t
+    parts = {
+        "loss": loss,
+        "z_loss": loss - expected_loss(bare, x, t, weight),
+        "lse": torch.logsumexp(z, dim),
+        "entropy": -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(dim),
+        "predicted": predicted,
+        "correct": (predicted == labels) & (soft | (labels != case.options.get("ignore_index", -100))),
+        "log_sum_sq_probs": torch.logsumexp(2 * log_p, dim),
+        "mean_logit": z.mean(dim),
+    }
+    parts = {name: parts[name] for name in ("loss", *case.asked)}
+    given = {name: upstream.to(parts[name].dtype) for name, upstream in case.upstreams().items()}
+    gradients = torch.autograd.grad([parts[name] for name in given], wanted, list(given.values()))
+    return {name: part.detach() for name, part in parts.items()}, list(gradients)
+
+
+@pytest.mark.parametrize("case", STATISTICS, ids=lambda case: case.name)
+def test_statistics(together: list[dict[str, Any]], case: Parts) -> None:
+    """Every part is the same on every rank, and takes any upstream gradient."""
+    found, dim = of(case, together), case.class_dim()
+    (exact, gradients), (theirs, their_gradients) = expected_parts(case), expected_parts(case, case.dtype)
+    for results in found:
+        given = {name: part for name, part in results["parts"].items() if part is not None}
+        assert given.keys() == exact.keys()
+        assert all(results["kept placements"])
+        for name, part in given.items():
+            if part.dtype in (torch.bool, torch.int64):
+                assert torch.equal(part, exact[name]), name
+            else:
+                assert_close(part, case, exact[name], theirs[name], name)
+    for number, right in enumerate(gradients):
+        of_ranks = [results["gradients"][number] for results in found]
+        whole = of_ranks[0] if case.placements else torch.cat(of_ranks, dim)
+        rows = slice(2 if case.special == "nan" else 0, None)
+        assert whole[: rows.start].isnan().all()
+        assert_close(whole[rows], case, right[rows], their_gradients[number][rows], f"gradient {number}")
+
+
 # ------------------------------------------------------------------------------------------------------------ linear
 
 
@@ -303,6 +356,13 @@ def test_collectives_and_their_bytes(together: list[dict[str, Any]]) -> None:
         "D classes with accuracy": [reduced(1, 7), gathered(4)],
         # Is something wrong on a rank? What do the means divide by? The loss, and how many rows are right.
         "D rows": [reduced(1), reduced(2), reduced(3)],
+        # lse, z_y, Σ w z, H, log Σ p², Σ z, the greatest logit and its class
+        "statistics": [hello, gathered(8)],
+        # As of soft targets; the numbers of rows, z_y too; the greatest probability and its class.
+        "statistics of soft": [hello, gathered(3), gathered(7), gathered(2)],
+        "lse of soft": [hello, gathered(3)],
+        "D statistics of classes": [gathered(8)],
+        "D statistics of rows": [reduced(1), reduced(2), reduced(2)],
         "linear": [hello, *[gathered(2, 3)] * 3, reduced(5, 9)],  # 9 rows, 3 a chunk; the input's gradient
         "linear with accuracy": [hello, *[reduced(1, 3), gathered(3, 3)] * 3, reduced(5, 9)],
     }
@@ -351,6 +411,13 @@ def test_best_classes_of_a_group(alone: Any) -> None:
         fastloss.linear_topk_log_probs(X, dtensor(torch.ones(4, 4), Shard(0)), 2, group=alone)
 
 
+@pytest.mark.parametrize("case", worker.BLIND_PARTS, ids=lambda case: case.name)
+def test_statistics_of_a_host_that_does_not_look(together: list[dict[str, Any]], case: Parts) -> None:
+    for results in together:
+        found, looked = results["blind", case.name], results[case.name]
+        torch.testing.assert_close(found, looked, rtol=1e-12, atol=1e-13)
+
+
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[str, str]]]:
     """The errors of three processes, the last of which dies in the end; none of them hangs."""
@@ -379,6 +446,12 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[s
         ("dtype", r"RuntimeError.*rank 2 of the group refused", r"NotImplementedError.*torch.int64"),
         ("need", r"RuntimeError.*differ in their options.* or need of input's gradient", None),
         ("sparse", r"RuntimeError.*rank 2 of the group refused", r"RuntimeError.*input has layout torch.sparse_coo"),
+        ("parts", r"RuntimeError.*differ in their options, parts", None),
+        (
+            "switch",
+            r"RuntimeError.*rank 2 of the group refused",
+            r"TypeError.*entropy is 0.5; expected True or False",
+        ),
         ("mesh", r"^: $", r"RuntimeError.*this process \(rank 2\) is none of its ranks"),
     ],
 )
@@ -450,7 +523,8 @@ def test_placements_that_cannot_be_served(alone: Any) -> None:
     """Each error names what the placements were and what would do."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    for call in (fastloss.cross_entropy, fastloss.accuracy, fastloss.cross_entropy_with_accuracy):
+    losses = (fastloss.cross_entropy, fastloss.cross_entropy_with_accuracy, fastloss.cross_entropy_with_statistics)
+    for call in (fastloss.accuracy, *losses):
         with pytest.raises(ValueError, match=r"Partial\(sum\).* can't be served; expected Replicate\(\) or Shard"):
             call(dtensor(X, Partial()), T)
         with pytest.raises(ValueError, match=r"shards the classes over dimensions \[0, 1\] of the mesh; expected"):
@@ -521,6 +595,7 @@ def test_second_derivatives_over_shards_of_the_classes_are_refused(alone: Any, o
             fastloss.cross_entropy(x, t, group=alone),
             fastloss.cross_entropy_with_accuracy(x, T, group=alone, label_smoothing=0.1).loss,
             fastloss.cross_entropy(dtensor(x, Shard(1)), T).to_local(),
+            fastloss.cross_entropy_with_statistics(x, T, entropy=True, group=alone).entropy.sum(),  # type: ignore[union-attr]
         ],
         "gather linear_weight first": [fastloss.linear_cross_entropy(x, torch.eye(4), T, group=alone)],
     }
@@ -553,6 +628,7 @@ def test_twice_backward_and_no_grad(alone: Any) -> None:
         lambda x: fastloss.cross_entropy(x, T, group=alone),
         lambda x: fastloss.linear_cross_entropy(x, torch.eye(4), T, group=alone),
         lambda x: fastloss.cross_entropy(dtensor(x, Replicate()), T).to_local(),
+        lambda x: fastloss.cross_entropy_with_statistics(x, T, lse=True, group=alone).loss,
     ):
         x = X.clone().requires_grad_()
         loss = call(x)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends.contract import LossOptions, RowStatistics, SoftRowStatistics
 from ..backends.view import wide_labels
 
-__all__ = ["label_losses", "soft_losses", "total_weight"]
+__all__ = ["label_losses", "label_z_losses", "soft_losses", "total_weight"]
 
 
 def label_losses(
@@ -42,14 +42,29 @@ def label_losses(
     value = (lse - label_logit) * (1 - eps)
     if options.lse_square_scale:
         value = value + options.lse_square_scale * lse.square()
+    value = _weighted(value, labels, counted, weight, classes)
+    return _with_spread(value, lse, weighted_sum, weight, eps, classes)
+
+
+def label_z_losses(
+    lse: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, classes: int | Tensor
+) -> Tensor:
+    """Return λ w_y lse² of each row, the part of :func:`label_losses` that λ makes; its arguments are as there."""
+    labels = wide_labels(target)
+    counted = labels != options.ignore_index
+    weight = None if weight is None else weight.to(lse.dtype)
+    value = options.lse_square_scale * torch.where(counted, lse, 0.0).square()
+    return _weighted(value, labels, counted, weight, classes)
+
+
+def _weighted(value: Tensor, labels: Tensor, counted: Tensor, weight: Tensor | None, classes: int | Tensor) -> Tensor:
+    """Return w_y times a number of each row, which is 0 in rows that don't count; NaN where the label is invalid."""
     label = labels * counted
-    if not target.is_cpu:
+    if not labels.is_cpu:
         invalid = counted & ((labels < 0) | (labels >= classes))
         label = label * ~invalid
         value = value * torch.where(invalid, float("nan"), 1.0)
-    if weight is not None:
-        value = value * weight[label] * counted
-    return _with_spread(value, lse, weighted_sum, weight, eps, classes)
+    return value if weight is None else value * weight[label] * counted
 
 
 def soft_losses(

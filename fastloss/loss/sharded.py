@@ -6,7 +6,12 @@ before the label. One collective gathers them. From then on every rank knows the
 
     lse = log Σ_ranks exp(lse_rank),     z_y, Σ_c w_c z_c, rank: sums over the ranks
 
-and computes the same loss from them, in ordinary operations (``row_numbers.py``). Ranks count against the label's
+and computes the same loss from them, in ordinary operations (``row_numbers.py``). The statistics are some more
+numbers in the same collective; with the ranks' shares π = exp(lse_rank − lse) of all probabilities,
+
+    H = Σ_ranks π (H_rank − log π),   log Σ p² = log Σ_ranks π² Σ p_rank²,   Σ_c z_c: a sum over the ranks
+
+and the prediction is that of the first rank whose greatest logit is the greatest. Ranks count against the label's
 logit, which must be known before the visit: where an accuracy is wanted, a collective of one number per row goes
 first.
 
@@ -37,8 +42,10 @@ from ..backends.contract import (
     LossInputs,
     LossOptions,
     RowStatistics,
+    RowUpstreams,
     SoftRowStatistics,
     WantedGradients,
+    WantedParts,
     compute_dtype,
 )
 from ..backends.torch_private import disable_dynamo
@@ -47,12 +54,13 @@ from ..ranks import collectives, placements
 from ..ranks.collectives import Layout, all_reduce, all_reduce_detached, gather
 from . import composite
 from .autograd import fused_cross_entropy, is_differentiable
-from .row_numbers import label_losses, soft_losses, total_weight
+from .row_numbers import label_losses, label_z_losses, soft_losses, total_weight
 
 __all__ = [
     "Numbers",
     "RowReduction",
     "ShardedLoss",
+    "StatisticsShard",
     "accuracies_over_ranks",
     "check_labels_together",
     "checked",
@@ -60,6 +68,7 @@ __all__ = [
     "refuse",
     "right_rows",
     "sharded_loss",
+    "statistics_over_ranks",
 ]
 
 
@@ -109,6 +118,36 @@ def accuracies_over_ranks(input: Tensor, target: Tensor, options: LossOptions, g
     return tuple(part.placed(value) for value in reduction.accuracies(right, row_shape(part.input)))
 
 
+@disable_dynamo
+def statistics_over_ranks(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    wanted: WantedParts,
+    group: Any,
+    of_whole_rows: Callable[..., dict[str, Any]],
+) -> dict[str, Tensor]:
+    """Return the loss and the parts that are wanted by their names, as :func:`loss_over_ranks` returns the loss.
+
+    Args:
+        input, target, weight, options, group: as there.
+        wanted: the parts.
+        of_whole_rows: returns the parts, without a reduction and with losses in float64, of labels of rows that this
+            process has all classes of: (input, target, weight, options, wanted) → their names and values, or None.
+    """
+    part = _part_of_rank(input, target, weight, options, group, only_accuracy=False, parts=wanted)
+    reduction = RowReduction(part.input, part.labels, part.weight, options, part.layout)
+    of_target = _statistics_of_probabilities if part.labels is None else _statistics_of_labels
+    losses, rows = of_target(part, reduction, wanted, of_whole_rows)
+    shape, dtype = row_shape(part.input), compute_dtype(part.input.dtype)
+    found = dict(zip(losses, reduction.whole(list(losses.values()), shape), strict=True))
+    found = {name: value.to(checks.loss_dtype(input, target, weight)) for name, value in found.items()}
+    for name, values in rows.items():
+        found[name] = (values.to(dtype) if values.is_floating_point() else values).view(shape)
+    return {name: part.placed(value) for name, value in found.items()}
+
+
 class _Part(NamedTuple):
     """This rank's part of a call."""
 
@@ -126,9 +165,19 @@ class _Part(NamedTuple):
 
 
 def _part_of_rank(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, group: Any, *, only_accuracy: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    group: Any,
+    *,
+    only_accuracy: bool,
+    parts: WantedParts | None = None,
 ) -> _Part:
-    """Check the arguments, together with the other ranks, and return this rank's part of them."""
+    """Check the arguments, together with the other ranks, and return this rank's part of them.
+
+    ``parts``: what else must be equal on the ranks of a group, beside the options.
+    """
     if placements.is_dtensor(input):
         checks.check_no_gradient(weight)
         if group is not None:
@@ -161,7 +210,7 @@ def _part_of_rank(
         input.shape[class_dim(input)],
         math.prod(shape),
         device=input.device,
-        same=(options, shape, input.dtype, dense, only_accuracy, getattr(weight, "shape", None)),
+        same=(options, shape, input.dtype, dense, only_accuracy, getattr(weight, "shape", None), parts),
         labels=None if dense else target,
         look=look,
     )
@@ -255,6 +304,12 @@ class RowReduction:
         parts = loss.double().reshape(1)
         whole = all_reduce(parts if right is None else torch.cat([parts, right]), self.layout.row_groups)
         return whole[0].to(dtype), self._shares(whole[1:].detach())
+
+    def whole(self, parts: list[Tensor], shape: tuple[int, ...]) -> list[Tensor]:
+        """Return several reduced losses over all rows from this rank's parts of them; or, for "none", the values."""
+        if not self.options.is_reduced:
+            return [values.view(shape) for values in parts]
+        return list(all_reduce(torch.stack(parts).double(), self.layout.row_groups).unbind(0))
 
     def accuracies(self, right: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Return the accuracies over all rows from this rank's right rows."""
@@ -351,6 +406,74 @@ def _of_shared_classes(part: _Part, reduction: RowReduction, backend: Backend) -
     return reduction.part(values), right
 
 
+def _statistics_of_labels(
+    part: _Part, reduction: RowReduction, wanted: WantedParts, of_whole_rows: Callable[..., dict[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return this rank's parts of the losses, and the numbers of its rows, by their names. One visit."""
+    input, target, labels, weight, options, layout, _ = part
+    assert labels is not None
+    if layout.class_group is None:
+        own = dataclasses.replace(options, reduction="none")
+        rows = of_whole_rows(input, target.view(row_shape(input)), weight, own, wanted)
+    else:
+        shard = _statistics_shard(input, labels, weight, options, layout, wanted)
+        numbers = _Numbers.apply(input, target, shard)
+        rows = {"loss": shard.values(numbers), **shard.parts(numbers)}
+        if wanted.z_loss:
+            rows["z_loss"] = label_z_losses(numbers[0], labels, weight, options, layout.classes)
+    rows = {name: values.flatten() for name, values in rows.items() if values is not None}
+    losses = {name: reduction.part(values) for name, values in rows.items() if name in ("loss", "z_loss")}
+    return losses, {name: values for name, values in rows.items() if name not in losses}
+
+
+def _statistics_of_probabilities(
+    part: _Part, reduction: RowReduction, wanted: WantedParts, of_whole_rows: Callable[..., dict[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what :func:`_statistics_of_labels` does, by a visit to logits and target, and one to the logits alone.
+
+    Over shared classes the second visit, and its collective, are left out where nothing but lse and the z-loss is
+    wanted; the labels that the target stands for take a small collective of their own.
+    """
+    input, target, _, weight, options, layout, _ = part
+    backend, shared = choice.load(choice.choose(input)), layout.class_group is not None
+    # Labels of rows of which none is ignored; the loss of these labels is not used.
+    labels = torch.zeros(row_shape(input), dtype=torch.int64, device=input.device)
+    of_rows = LossOptions(ignore_index=-1, reduction="none", softcap=options.softcap)
+    argmax = wanted.predicted or wanted.correct
+    more = wanted._replace(z_loss=False, predicted=argmax, correct=False)
+    if shared:
+        shard = sharded_loss(input, target, weight, options, layout, backend, ranked=False)
+        *numbers, _ = _Numbers.apply(input, target, shard)
+        lse, _, mass, _ = numbers
+        loss, rows = reduction.part(shard.values(tuple(numbers))), {}
+        more = more._replace(lse=False)
+        if any(more):
+            of_labels = _statistics_shard(input, labels.flatten(), None, of_rows, layout, more)
+            rows = of_labels.parts(_Numbers.apply(input, target, of_labels))
+        rows["lse"] = lse
+    else:
+        loss, _ = _of_whole_rows(part, reduction, backend)
+        rows = of_whole_rows(input, labels, None, of_rows, more._replace(lse=wanted.lse or wanted.z_loss))
+        rows = {name: values.flatten() for name, values in rows.items() if values is not None}
+    losses = {"loss": loss}
+    if wanted.z_loss:
+        if not shared:
+            mass = as_rows(target).double() if weight is None else as_rows(target).double() * weight.view(1, -1, 1)
+            mass = mass.sum(1).flatten()
+        losses["z_loss"] = reduction.part(options.lse_square_scale * mass * rows["lse"].double().square())
+    if wanted.correct:
+        of_target = _label_of_all(target, layout)[1].long() if shared else composite.labels_of(target).flatten()
+        rows["correct"] = rows["predicted"] == of_target
+    return losses, {name: values for name, values in rows.items() if name != "loss" and getattr(wanted, name)}
+
+
+def _statistics_shard(
+    input: Tensor, labels: Tensor, weight: Tensor | None, options: LossOptions, layout: Layout, wanted: WantedParts
+) -> StatisticsShard:
+    backend = choice.load(choice.choose(input))
+    return StatisticsShard(labels, input.shape[class_dim(input)], weight, options, layout, backend, wanted)
+
+
 def _external_label(
     input: Tensor, target: Tensor, labels: Tensor | None, options: LossOptions, layout: Layout
 ) -> ExternalLabel:
@@ -358,16 +481,7 @@ def _external_label(
     x = as_rows(input.detach())
     outer, classes, inner = x.shape
     if labels is None:
-        score = as_rows(target.detach().to(torch.uint8) if target.dtype == torch.bool else target.detach())
-        if classes:
-            best = score.argmax(1, keepdim=True)
-            own = [score.gather(1, best), best + layout.start, x.gather(1, best)]
-        else:
-            nothing = x.new_full((outer, 1, inner), -torch.inf)
-            own = [nothing, nothing * 0, nothing * 0]
-        by_rank = gather(torch.stack([number.flatten().double() for number in own]), layout.class_group)
-        winner = by_rank[:, 0].argmax(0).expand(1, 3, -1)  # the first of equal ones: on the rank of the lower classes
-        _, label, logit = by_rank.gather(0, winner)[0].unbind(0)
+        _, label, logit = _label_of_all(target, layout, x)
         labels = label.long()
     else:
         local, is_own = _own_labels(labels, classes, options, layout)
@@ -378,6 +492,33 @@ def _external_label(
         logit = all_reduce_detached(logit, (layout.class_group,))
     position = (labels - layout.start).clamp(0, classes)
     return ExternalLabel(logit.contiguous(), position, max(options.topk))
+
+
+def _label_of_all(target: Tensor, layout: Layout, *more: Tensor) -> tuple[Tensor, ...]:
+    """Return the greatest value of each row over all ranks, its class, and what ``more`` have there; in float64.
+
+    ``more`` are in the canonical view. One collective.
+    """
+    score = as_rows(target.detach().to(torch.uint8) if target.dtype == torch.bool else target.detach())
+    outer, classes, inner = score.shape
+    if classes:
+        best = score.argmax(1, keepdim=True)
+        own = [score.gather(1, best), best + layout.start, *(x.gather(1, best) for x in more)]
+    else:
+        nothing = torch.zeros((outer, 1, inner), dtype=torch.float64, device=score.device)
+        own = [nothing - torch.inf, *[nothing] * (1 + len(more))]
+    return _of_first_greatest(
+        gather(torch.stack([number.flatten().double() for number in own]), layout.class_group)
+    ).unbind(0)
+
+
+def _of_first_greatest(by_rank: Tensor) -> Tensor:
+    """Return the numbers, ``(count, rows)``, of the rank whose first one is the greatest; ``(ranks, count, rows)``.
+
+    NaN is the greatest value. Of equal ones it is the rank of the lower classes.
+    """
+    winner = by_rank[:, 0].argmax(0).expand(1, by_rank.shape[1], -1)
+    return by_rank.gather(0, winner)[0]
 
 
 def _own_labels(labels: Tensor, classes: int, options: LossOptions, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -521,6 +662,99 @@ class _LabelShard(_Shard):
         return loss
 
 
+class StatisticsShard(_LabelShard):
+    """The loss of class indices, and other numbers of each row, as far as they are wanted.
+
+    A row's numbers are (lse, z_y, Σ w z, H, log Σ p², Σ z); None where one is not wanted.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        classes: int,
+        weight: Tensor | None,
+        options: LossOptions,
+        layout: Layout,
+        backend: Backend,
+        wanted: WantedParts,
+    ) -> None:
+        super().__init__(labels, classes, weight, options, layout, backend, None)
+        self.wanted = wanted
+
+    def numbers(self, input: Tensor, target: Tensor) -> Numbers:
+        """Return each row's numbers over all classes, and the predicted class or None. A visit and one collective."""
+        wanted, top = self.wanted, list[Any]([None, None])
+        switches: dict[str, Any] = {
+            "entropy": wanted.entropy,
+            "predicted": wanted.predicted or wanted.correct,
+            "log_sum_sq_probs": wanted.log_sum_sq_probs,
+            "logit_sum": wanted.mean_logit,
+        }
+        if input.numel():
+            rows = self.backend.row_statistics_forward(
+                self.inputs(input, self.local), every_row=wanted.every_row, **switches
+            )
+            label_logit = torch.where(self.is_own, rows.label_logit, 0.0)
+            if rows.predicted is not None:
+                x = as_rows(input)
+                logit = x.gather(1, rows.predicted.view(x.shape[0], 1, x.shape[2])).flatten()
+                top = [logit, rows.predicted + self.layout.start]
+        else:
+            zero = torch.zeros(math.prod(row_shape(input)), dtype=torch.float64, device=input.device)
+            of = {name: zero if switched else None for name, switched in switches.items()}
+            weighted_sum = zero if self.options.label_smoothing else None
+            rows = RowStatistics(lse=zero - torch.inf, label_logit=zero, weighted_sum=weighted_sum, **of)
+            label_logit = zero
+            top = [
+                None if rows.predicted is None else number for number in (zero - torch.inf, zero + self.layout.start)
+            ]
+        lse_by_rank, label, weighted, entropy, squares, logits, *top = self.gathered(
+            [rows.lse, label_logit, rows.weighted_sum, rows.entropy, rows.log_sum_sq_probs, rows.logit_sum, *top]
+        )
+        lse = torch.logsumexp(lse_by_rank, 0)
+        nothing, some = lse_by_rank == -torch.inf, lse != -torch.inf  # ranks and rows without a class to choose
+        log_share = lse_by_rank - lse
+        if entropy is not None:
+            parts = torch.where(nothing, 0.0, log_share.exp() * (entropy - log_share))
+            entropy = torch.where(some, parts.sum(0), float("nan"))
+        if squares is not None:
+            squares = torch.logsumexp(torch.where(nothing, -torch.inf, 2 * log_share + squares), 0)
+            squares = torch.where(some, squares, float("nan"))
+        predicted = None if rows.predicted is None else _of_first_greatest(torch.stack(top, 1))[1].long()
+        label, weighted, logits = _summed((label, weighted, logits))
+        return lse, label, weighted, entropy, squares, logits, predicted
+
+    def values(self, numbers: Any) -> Tensor:
+        """See :meth:`_LabelShard.values`."""
+        return super().values(numbers[:3])
+
+    def parts(self, numbers: Any) -> dict[str, Tensor]:
+        """Return the wanted parts but the losses, ``(rows,)`` each, from the numbers and the prediction."""
+        lse, _, _, entropy, squares, logits, predicted = numbers
+        found = {"lse": lse, "entropy": entropy, "predicted": predicted, "log_sum_sq_probs": squares}
+        if predicted is not None:
+            found["correct"] = (predicted == self.labels) & (self.labels != self.options.ignore_index)
+        if logits is not None:
+            found["mean_logit"] = logits / self.layout.classes
+        return {name: values for name, values in found.items() if getattr(self.wanted, name)}
+
+    def gradients(
+        self, upstreams: Numbers, input: Tensor, target: Tensor, numbers: Any, needs: Any, inplace: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See :meth:`_LabelShard.gradients`."""
+        if not input.numel():
+            return torch.zeros_like(input), None
+        of_lse, of_label, of_weighted, of_entropy, of_squares, of_logits = upstreams
+        of_label = None if of_label is None else torch.where(self.is_own, of_label, 0.0)
+        lse, _, _, entropy, squares, _ = numbers
+        gradient = self.backend.row_statistics_backward(
+            RowUpstreams(of_lse, of_label, of_entropy, of_weighted, of_squares, of_logits),
+            *(self.inputs(input, self.local), lse, entropy, squares),
+            inplace=inplace,
+        )
+        return gradient.view(input.shape), None
+
+
 class _SoftShard(_Shard):
     """The loss of class probabilities, sharded as the logits. A row's numbers are (lse, nll, mass, Σ w z or None)."""
 
@@ -578,17 +812,20 @@ def _summed(numbers: Iterable[Tensor | None]) -> list[Tensor | None]:
 
 
 class _Numbers(Function):
-    """(this rank's logits, its probabilities) → the numbers of each row over all classes, and the rank."""
+    """(this rank's logits, its probabilities) → the numbers of each row over all classes, and a last one of integers.
+
+    That is the label's rank, or the prediction.
+    """
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, shard: ShardedLoss) -> Numbers:
         ctx.shard = shard
         ctx.set_materialize_grads(False)
-        *numbers, rank = shard.numbers(input, target)
-        if rank is not None:
-            ctx.mark_non_differentiable(rank)
+        *numbers, last = shard.numbers(input, target)
+        if last is not None:
+            ctx.mark_non_differentiable(last)
         ctx.save_for_backward(input, target, *numbers)
-        return (*numbers, rank)
+        return (*numbers, last)
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -597,7 +834,7 @@ class _Numbers(Function):
             return (None,) * 3
         if is_differentiable(upstreams):
             raise RuntimeError(
-                "fastloss: cross_entropy over shards of the classes has no second derivative; with create_graph=True "
+                "fastloss: a loss over shards of the classes has no second derivative; with create_graph=True "
                 "gather the classes first (of a DTensor: input.redistribute) and pass whole rows"
             )
         input, target, *numbers = ctx.saved_tensors

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,8 @@ from ..backends.contract import (
 )
 from ..backends.torch_private import legacy_reduction
 from ..backends.view import as_labels, as_rows, class_dim, in_memory, row_shape, wide_labels
-from . import composite, routes
+from ..ranks import placements
+from . import composite, routes, sharded
 from .autograd import is_differentiable
 from .functional import cross_entropy
 
@@ -72,6 +73,7 @@ def cross_entropy_with_statistics(
     softcap: float | None = None,
     log_sum_sq_probs: bool = False,
     mean_logit: bool = False,
+    group: Any = None,
 ) -> LossStatistics:
     r"""Compute :func:`cross_entropy` and the z-loss, log-sum-exp, entropy, prediction and rightness of each row.
 
@@ -106,6 +108,8 @@ def cross_entropy_with_statistics(
             are None and cost nothing.
         lse_square_scale: λ of the z-loss, which ``loss`` contains.
         softcap: z = softcap · tanh(input / softcap). The prediction is that of ``input``.
+        group: each of its ranks has a shard of the classes, as in :func:`cross_entropy`; or ``input`` is a DTensor,
+            as there. Each part is then that of all classes, on every rank that has the row.
 
     Returns:
         ``(loss, z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit)``, a NamedTuple. ``loss`` and
@@ -131,7 +135,7 @@ def cross_entropy_with_statistics(
     """
     switches = (z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit)
     call = None
-    if not torch.compiler.is_compiling() and short_road.is_open and size_average is reduce is None:
+    if not torch.compiler.is_compiling() and short_road.is_open and group is size_average is reduce is None:
         given = ("statistics", ignore_index, reduction, label_smoothing, lse_square_scale, softcap)
         served, call = short_road.serve(input, target, weight, (*given, *switches))
         if served is not None:
@@ -140,7 +144,8 @@ def cross_entropy_with_statistics(
         return checks.symbolic(cross_entropy_with_statistics, locals())
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
-    options = checks.checked_options(
+    options = sharded.checked(
+        *(group, input, checks.checked_options),
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
@@ -148,7 +153,10 @@ def cross_entropy_with_statistics(
         softcap=softcap,
     )
     wanted = WantedParts(*switches)
-    checks.check_switches(**wanted._asdict())
+    sharded.checked(group, input, checks.check_switches, **wanted._asdict())
+    if group is not None or placements.is_uncompiled_dtensor(input):
+        of_ranks = sharded.statistics_over_ranks(input, target, weight, options, wanted, group, _of_whole_rows)
+        return LossStatistics(*map(of_ranks.get, LossStatistics._fields))  # type: ignore[arg-type]
     checks.check_logits(input)
     if isinstance(target, Tensor) and checks.is_soft(input, target):
         return _of_probabilities(input, target, weight, options, wanted)
@@ -162,15 +170,36 @@ def cross_entropy_with_statistics(
         target = target.view(()) if input.dim() == 1 else target
         return _composed(input, target, weight, options, wanted)
 
-    class_weight = None if weight is None else in_memory(weight.detach()).contiguous()
-    backend = choice.load(choice.choose(input))
-    arguments = as_labels(target), class_weight, options, backend, wanted, checks.loss_dtype(input, target, weight)
-    if input.requires_grad and torch.is_grad_enabled():
-        run = functools.partial(_Statistics.apply, input, *arguments)
-    else:
-        run = functools.partial(_visited, input, *arguments)
+    run = _fused(input, target, weight, options, wanted, checks.loss_dtype(input, target, weight))
     parts = run() if call is None else call.recorded((input, target, weight), run)
     return _in_rows(parts, input, reduction)
+
+
+def _fused(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    wanted: WantedParts,
+    loss_dtype: torch.dtype,
+) -> Callable[[], Sequence[Any]]:
+    """Return what visits the logits and returns the parts, flat."""
+    class_weight = None if weight is None else in_memory(weight.detach()).contiguous()
+    backend = choice.load(choice.choose(input))
+    arguments = as_labels(target), class_weight, options, backend, wanted, loss_dtype
+    if input.requires_grad and torch.is_grad_enabled():
+        return functools.partial(_Statistics.apply, input, *arguments)
+    return functools.partial(_visited, input, *arguments)
+
+
+def _of_whole_rows(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: WantedParts
+) -> dict[str, Tensor | None]:
+    """Return the parts of rows that this rank has all classes of, with losses in float64."""
+    if input.numel() == 0 or routes.has_too_many_rows(input):
+        return _composed(input, target, weight, options, wanted)._asdict()
+    parts = _fused(input, target, weight, options, wanted, torch.float64)()
+    return dict(zip(LossStatistics._fields, parts, strict=False))
 
 
 def _in_rows(parts: Sequence[Any], input: Tensor, reduction: str) -> LossStatistics:

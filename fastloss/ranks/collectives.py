@@ -185,7 +185,7 @@ def agreed_layout(
         raise RuntimeError(
             f"fastloss: rank {refused[0]} of the group refused its arguments, for the reason that its own error gives"
         )
-    alike = "options, dtype, class weights, kind of target or need of input's gradient"
+    alike = "options, parts, dtype, class weights, kind of target or need of input's gradient"
     for name, column in (("rows", 2), (alike, 3), ("labels", 4)):
         values = [numbers[column] for numbers in by_rank]
         if len(set(values)) > 1:
