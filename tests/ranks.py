@@ -299,31 +299,31 @@ class Parts(Case):
 
 
 STATISTICS = [
-    Parts("S plain", ignored="some", shape=(40, 13), special="tied"),
-    Parts("S everything", options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN),
-    Parts("S none", options={"reduction": "none", **EVERYTHING}, weighted=True, ignored="some", sizes=UNEVEN),
-    Parts("S empty shards", sizes=EMPTY, options={"reduction": "sum", "lse_square_scale": 0.1}),
-    Parts("S spatial", shape=(2, 13, 3, 2), options=EVERYTHING, ignored="some", sizes=UNEVEN),
-    Parts("S one row", shape=(13,), sizes=UNEVEN),
-    Parts("S no rows", shape=(0, 13), options={"reduction": "sum"}),
-    Parts("S infinite", special="infinite", options={"reduction": "none"}, sizes=UNEVEN),
-    Parts("S nan", special="nan", options={"reduction": "none"}),
-    Parts("S soft", target="soft", sizes=UNEVEN, options=EVERYTHING, weighted=True, shape=(30, 13)),
-    Parts("S soft, none", target="soft", sizes=EMPTY, options={"reduction": "none", **EVERYTHING}),
-    Parts("S float32", dtype=torch.float32, options=EVERYTHING, weighted=True, shape=(7, 501)),
-    Parts("S kernels", backend="triton", options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN),
-    *(Parts(f"S {name}", asked=(name,), options={"lse_square_scale": 0.1}, sizes=UNEVEN) for name in PARTS),
-    Parts("SD rows", placements="s", options=EVERYTHING, weighted=True, ignored="some"),
-    Parts("SD rows, half ignored", placements="s", ignored="first half"),
-    Parts("SD rows, none", placements="s", options={"reduction": "none"}, shape=(3, 13, 4)),
-    Parts("SD few rows", placements="s", shape=(1, 13)),
-    Parts("SD rows, soft", placements="s", target="soft", options=EVERYTHING, weighted=True),
-    Parts("SD rows, bfloat16", placements="s", dtype=torch.bfloat16, shape=(7, 501)),
-    Parts("SD classes", placements="c", options=EVERYTHING, weighted=True, ignored="some"),
-    Parts("SD classes, soft", placements="c", target="soft", options=EVERYTHING, weighted=True),
-    Parts("SD both", placements="sc", mesh=TWO_D, options=EVERYTHING, weighted=True, ignored="some"),
-    Parts("SD both, none", placements="sc", mesh=TWO_D, options={"reduction": "none"}),
-    Parts("SD kernels", placements="sc", mesh=TWO_D, backend="triton", options=EVERYTHING, ignored="some"),
+    Parts("P plain", ignored="some", shape=(40, 13), special="tied"),
+    Parts("P everything", options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN),
+    Parts("P none", options={"reduction": "none", **EVERYTHING}, weighted=True, ignored="some", sizes=UNEVEN),
+    Parts("P empty shards", sizes=EMPTY, options={"reduction": "sum", "lse_square_scale": 0.1}),
+    Parts("P spatial", shape=(2, 13, 3, 2), options=EVERYTHING, ignored="some", sizes=UNEVEN),
+    Parts("P one row", shape=(13,), sizes=UNEVEN),
+    Parts("P no rows", shape=(0, 13), options={"reduction": "sum"}),
+    Parts("P infinite", special="infinite", options={"reduction": "none"}, sizes=UNEVEN),
+    Parts("P nan", special="nan", options={"reduction": "none"}),
+    Parts("P soft", target="soft", sizes=UNEVEN, options=EVERYTHING, weighted=True, shape=(30, 13)),
+    Parts("P soft, none", target="soft", sizes=EMPTY, options={"reduction": "none", **EVERYTHING}),
+    Parts("P float32", dtype=torch.float32, options=EVERYTHING, weighted=True, shape=(7, 501)),
+    Parts("P kernels", backend="triton", options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN),
+    *(Parts(f"P {name}", asked=(name,), options={"lse_square_scale": 0.1}, sizes=UNEVEN) for name in PARTS),
+    Parts("PD rows", placements="s", options=EVERYTHING, weighted=True, ignored="some"),
+    Parts("PD rows, half ignored", placements="s", ignored="first half"),
+    Parts("PD rows, none", placements="s", options={"reduction": "none"}, shape=(3, 13, 4)),
+    Parts("PD few rows", placements="s", shape=(1, 13)),
+    Parts("PD rows, soft", placements="s", target="soft", options=EVERYTHING, weighted=True),
+    Parts("PD rows, bfloat16", placements="s", dtype=torch.bfloat16, shape=(7, 501)),
+    Parts("PD classes", placements="c", options=EVERYTHING, weighted=True, ignored="some"),
+    Parts("PD classes, soft", placements="c", target="soft", options=EVERYTHING, weighted=True),
+    Parts("PD both", placements="sc", mesh=TWO_D, options=EVERYTHING, weighted=True, ignored="some"),
+    Parts("PD both, none", placements="sc", mesh=TWO_D, options={"reduction": "none"}),
+    Parts("PD kernels", placements="sc", mesh=TWO_D, backend="triton", options=EVERYTHING, ignored="some"),
 ]
 
 
@@ -346,7 +346,7 @@ COUNTED = [
     Linear("linear with accuracy", how={"chunk_size": 3}, topk=(1,)),
 ]
 BLIND = [case for case in (*GROUPS, *LINEAR) if case.name in ("everything", "soft, top", "top", "L top", "L soft")]
-BLIND_PARTS = [case for case in STATISTICS if case.name in ("S everything", "S soft, none")]
+BLIND_PARTS = [case for case in STATISTICS if case.name in ("P everything", "P soft, none")]
 
 
 def grouped_linear(case: Linear, rank: int, ranks: int, group: Any) -> dict[str, Any]:
@@ -527,7 +527,7 @@ def placed(case: Case, rank: int, ranks: int, *, gathered: bool = True) -> dict[
 
 
 def parts_of(case: Parts, rank: int, ranks: int, group: Any, *, gathered: bool = True) -> dict[str, Any]:
-    """A case of :data:`STATISTICS`: the parts, the gradients, and whether these lie as the logits do; whole if placed."""
+    """A case of :data:`STATISTICS`: parts and gradients, whole if placed, and whether these lie as the logits do."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 

@@ -65,6 +65,7 @@ __all__ = [
     "check_labels_together",
     "checked",
     "loss_over_ranks",
+    "numbers_over_ranks",
     "refuse",
     "right_rows",
     "sharded_loss",
@@ -662,6 +663,32 @@ class _LabelShard(_Shard):
         return loss
 
 
+def numbers_over_ranks(by_rank: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return the numbers of rows over all classes from those over each rank's, ``(ranks, rows)`` each; None is left.
+
+    The names are those of ``RowStatistics``, "best" (the logit of the class that a rank predicts), and others, of
+    which the sums are taken.
+    """
+    given = {name: numbers for name, numbers in by_rank.items() if numbers is not None}
+    lse = torch.logsumexp(given["lse"], 0)
+    nothing, some = given["lse"] == -torch.inf, lse != -torch.inf  # ranks and rows without a class to choose
+    log_share = given["lse"] - lse
+    best = [given.pop(name) for name in ("best", "predicted") if name in given]
+    found = {name: numbers.sum(0) for name, numbers in given.items()} | {"lse": lse}
+    if "entropy" in given:
+        parts = torch.where(nothing, 0.0, log_share.exp() * (given["entropy"] - log_share))
+        found["entropy"] = torch.where(some, parts.sum(0), float("nan"))
+    if "log_sum_sq_probs" in given:
+        parts = torch.where(nothing, -torch.inf, 2 * log_share + given["log_sum_sq_probs"])
+        found["log_sum_sq_probs"] = torch.where(some, torch.logsumexp(parts, 0), float("nan"))
+    if best:
+        found["predicted"] = _of_first_greatest(torch.stack(best, 1))[1].long()
+    return found
+
+
+_ORDER = ("lse", "label_logit", "weighted_sum", "entropy", "log_sum_sq_probs", "logit_sum", "predicted")
+
+
 class StatisticsShard(_LabelShard):
     """The loss of class indices, and other numbers of each row, as far as they are wanted.
 
@@ -683,46 +710,32 @@ class StatisticsShard(_LabelShard):
 
     def numbers(self, input: Tensor, target: Tensor) -> Numbers:
         """Return each row's numbers over all classes, and the predicted class or None. A visit and one collective."""
-        wanted, top = self.wanted, list[Any]([None, None])
+        wanted = self.wanted
         switches: dict[str, Any] = {
             "entropy": wanted.entropy,
             "predicted": wanted.predicted or wanted.correct,
             "log_sum_sq_probs": wanted.log_sum_sq_probs,
             "logit_sum": wanted.mean_logit,
         }
+        own: dict[str, Tensor | None]
         if input.numel():
-            rows = self.backend.row_statistics_forward(
-                self.inputs(input, self.local), every_row=wanted.every_row, **switches
-            )
-            label_logit = torch.where(self.is_own, rows.label_logit, 0.0)
+            inputs = self.inputs(input, self.local)
+            rows = self.backend.row_statistics_forward(inputs, every_row=wanted.every_row, **switches)
+            own = rows._asdict()
+            own["label_logit"] = torch.where(self.is_own, rows.label_logit, 0.0)
             if rows.predicted is not None:
-                x = as_rows(input)
-                logit = x.gather(1, rows.predicted.view(x.shape[0], 1, x.shape[2])).flatten()
-                top = [logit, rows.predicted + self.layout.start]
+                x = inputs.input
+                own["best"] = x.gather(1, rows.predicted.view(x.shape[0], 1, x.shape[2])).flatten()
+                own["predicted"] = rows.predicted + self.layout.start
         else:
             zero = torch.zeros(math.prod(row_shape(input)), dtype=torch.float64, device=input.device)
-            of = {name: zero if switched else None for name, switched in switches.items()}
-            weighted_sum = zero if self.options.label_smoothing else None
-            rows = RowStatistics(lse=zero - torch.inf, label_logit=zero, weighted_sum=weighted_sum, **of)
-            label_logit = zero
-            top = [
-                None if rows.predicted is None else number for number in (zero - torch.inf, zero + self.layout.start)
-            ]
-        lse_by_rank, label, weighted, entropy, squares, logits, *top = self.gathered(
-            [rows.lse, label_logit, rows.weighted_sum, rows.entropy, rows.log_sum_sq_probs, rows.logit_sum, *top]
-        )
-        lse = torch.logsumexp(lse_by_rank, 0)
-        nothing, some = lse_by_rank == -torch.inf, lse != -torch.inf  # ranks and rows without a class to choose
-        log_share = lse_by_rank - lse
-        if entropy is not None:
-            parts = torch.where(nothing, 0.0, log_share.exp() * (entropy - log_share))
-            entropy = torch.where(some, parts.sum(0), float("nan"))
-        if squares is not None:
-            squares = torch.logsumexp(torch.where(nothing, -torch.inf, 2 * log_share + squares), 0)
-            squares = torch.where(some, squares, float("nan"))
-        predicted = None if rows.predicted is None else _of_first_greatest(torch.stack(top, 1))[1].long()
-        label, weighted, logits = _summed((label, weighted, logits))
-        return lse, label, weighted, entropy, squares, logits, predicted
+            switches |= {"label_logit": True, "weighted_sum": self.options.label_smoothing != 0}
+            own = {"lse": zero - torch.inf, **{name: zero if switches[name] else None for name in switches}}
+            if switches["predicted"]:
+                own |= {"best": zero - torch.inf, "predicted": zero + self.layout.start}
+        names = (*_ORDER, "best")
+        of_all = numbers_over_ranks(dict(zip(names, self.gathered(list(map(own.get, names))), strict=True)))
+        return tuple(map(of_all.get, _ORDER))
 
     def values(self, numbers: Any) -> Tensor:
         """See :meth:`_LabelShard.values`."""
