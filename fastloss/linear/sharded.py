@@ -33,6 +33,7 @@ from ..loss.sharded import (
     RowReduction,
     ShardedLoss,
     check_labels_together,
+    numbers_over_ranks,
     refuse,
     right_rows,
     sharded_loss,
@@ -313,19 +314,7 @@ class _SharedRows(RowVisitor):
             of_ids = torch.where(inside, values, 0.0).masked_fill(invalid, float("nan"))
             own |= {f"selected {k}": column for k, column in enumerate(of_ids.unbind(1))}
         by_rank = dict(zip(own, shard.gathered(list(own.values())), strict=True))
-        lse = torch.logsumexp(by_rank["lse"], 0)
-        share = by_rank["lse"] - lse  # the logarithm of each rank's part of the probability
-        numbers = {name: of_ranks.sum(0) for name, of_ranks in by_rank.items()} | {"lse": lse}
-        if "entropy" in by_rank:
-            parts = share.exp() * (by_rank["entropy"] - share)
-            numbers["entropy"] = torch.where(share == -torch.inf, 0.0, parts).sum(0)
-        if "log_sum_sq_probs" in by_rank:
-            squares = 2 * share + by_rank["log_sum_sq_probs"]
-            numbers["log_sum_sq_probs"] = torch.logsumexp(squares.masked_fill(share == -torch.inf, -torch.inf), 0)
-        if "predicted" in by_rank:
-            winner = by_rank["best"].argmax(0, keepdim=True)  # the first of equal ones: of the lower classes
-            numbers["predicted"] = by_rank["predicted"].gather(0, winner).squeeze(0).long()
-            del numbers["best"]
+        numbers = numbers_over_ranks(by_rank)
         if ids is not None:
             numbers["selected"] = torch.stack([numbers.pop(f"selected {k}") for k in range(ids.shape[1])], 1)
         return numbers
