@@ -207,8 +207,10 @@ def _gradient(of: _Upstreams, inputs: LossInputs, saved: Sequence[Tensor | None]
     *of_rows, totals = saved
     outer, classes, inner = logits.shape
     tiles = plan(logits, result)
-    # No row is held whole here: each program takes one tile of some rows and some classes.
-    tiles, blocks = in_blocks(tiles._replace(cols=min(tiles.cols, 4096 // tiles.rows), warps=4), classes)
+    # No row is held whole here: each program takes one tile of some rows and some classes. Where it is wide in rows,
+    # Σ p² with every option would spill at 4096 logits.
+    held = 2048 if tiles.by_inner and of.log_sum_sq_probs.ptr is not None else 4096
+    tiles, blocks = in_blocks(tiles._replace(cols=min(tiles.cols, held // tiles.rows), warps=4), classes)
     numbers = (options.ignore_index, options.label_smoothing, options.lse_square_scale, options.softcap or 1.0)
     losses = {"Z_LOSS": options.lse_square_scale != 0, "REDUCTION": options.reduction} if totals is not None else {}
     with on_device(logits):

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastloss
 from benchmarks.no_gpu import pretend
 from fastloss.backends import short_road
+from fastloss.backends.contract import WantedParts
 from tests.fake_gpu import stop_at_shared_memory
 
 Case = dict[str, Any]
@@ -63,7 +64,7 @@ WEIGHTED = {**BASE, "weight": torch.float32}
 RANKED = {**BASE, "function": "cross_entropy_with_accuracy"}
 ALONE = {**BASE, "function": "accuracy", "leaf": False}
 WRITTEN = {**BASE, "options": {"inplace": True}, "leaf": False, "world": "behind an operation"}
-EVERY = dict.fromkeys(fastloss.LossStatistics._fields[1:], True)
+EVERY = dict.fromkeys(WantedParts._fields, True)
 STATISTICS = {**BASE, "function": "cross_entropy_with_statistics", "options": EVERY}
 SUMMED = {**STATISTICS, "upstreams": ("sum", "lse", "entropy")}
 SUMMED_ROWS = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastloss
 from fastloss.backends import choice, short_road
+from fastloss.backends.contract import WantedParts
 
 pytestmark = pytest.mark.skipif(choice.triton_version() is None, reason="needs Triton")
 
@@ -125,7 +126,7 @@ def test_a_replayed_call_has_the_bits_of_a_recorded_one(
 @pytest.mark.parametrize("shape", [(ROWS, CLASSES), (2, CLASSES, 3), (CLASSES,)], ids=str)
 def test_statistics_are_replayed(kernels: Place, shape: tuple[int, ...], reduction: str) -> None:
     """At upstream gradients of the loss, of all parts, of sums and means of them."""
-    names = fastloss.LossStatistics._fields[1:]
+    names = WantedParts._fields
     weight = torch.rand(CLASSES, device=kernels.device) if len(shape) > 2 else None
     options: dict[str, Any] = {"reduction": reduction, "label_smoothing": 0.1, "lse_square_scale": 0.1}
     options |= dict.fromkeys(names, True)
