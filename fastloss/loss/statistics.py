@@ -113,9 +113,9 @@ def cross_entropy_with_statistics(
 
     Returns:
         ``(loss, z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit, selected)``, a NamedTuple.
-        ``loss`` and ``z_loss`` have the shape and dtype of :func:`cross_entropy`'s result. The others have the labels' shape:
-        ``predicted`` in int64, ``correct`` in bool, the rest in float32 (float64 for float64 logits). ``selected`` is
-        of :func:`linear_cross_entropy_with_statistics`, and None here.
+        ``loss`` and ``z_loss`` have the shape and dtype of :func:`cross_entropy`'s result. The others have the
+        labels' shape: ``predicted`` in int64, ``correct`` in bool, the rest in float32 (float64 for float64 logits).
+        ``selected`` is of :func:`linear_cross_entropy_with_statistics`, and None here.
 
     Raises:
         TypeError, ValueError, RuntimeError: arguments that don't fit, as torch raises them.
