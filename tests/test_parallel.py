@@ -583,6 +583,21 @@ def test_groups_that_are_none(alone: Any) -> None:
         fastloss.linear_cross_entropy(X, torch.ones(4, 4), T, memory_budget=10, group=alone)
 
 
+def test_statistics_of_special_rows_of_a_group(alone: Any) -> None:
+    """Rows of −inf alone, of NaN and of +inf are what they are without a group."""
+    input = X.clone()
+    input[0], input[1, 2], input[2, 1], input[3, :2] = -torch.inf, torch.nan, torch.inf, -torch.inf
+    every: dict[str, Any] = {"reduction": "none", **dict.fromkeys(worker.PARTS, True)}
+    results = []
+    for where in ({}, {"group": alone}):
+        x = input.clone().requires_grad_()
+        with fastloss.use_backend("eager"):
+            parts: Any = fastloss.cross_entropy_with_statistics(x, T, **every, **where)
+        totals = parts.mean_logit.sum(), sum(getattr(parts, name)[3:].sum() for name in ("loss", "lse", "entropy"))
+        results.append([*parts[:8], *(torch.autograd.grad(total, x, retain_graph=True)[0] for total in totals)])
+    torch.testing.assert_close(results[1], results[0], equal_nan=True)
+
+
 @pytest.mark.parametrize("options", [{}, {"is_grads_batched": True}, {"create_graph": True}], ids=str)
 def test_second_derivatives_over_shards_of_the_classes_are_refused(alone: Any, options: dict[str, bool]) -> None:
     """First derivatives are as ever; the error says what to do for others."""
