@@ -232,10 +232,10 @@ def visit_rows(
                 u.mul_(class_weight.view(1, -1, 1))
             mass = u.sum(1, keepdim=True).to(wide)
             dot = u.mul_(below).sum(1, keepdim=True).to(wide)
-        e = Scratch("logits", dtype, device).like(x).copy_(below) if "entropy" in results else below
+        e = torch.mul(below, LOG2_E, out=Scratch("logits", dtype, device).like(x) if "entropy" in results else below)
         # In float64 for Σ p²: where the greatest p is near 1, its gradient is a difference of numbers near 1.
         added_in = wide if "log_sum_sq_probs" in results else None
-        total = e.mul_(LOG2_E).exp2_().sum(1, keepdim=True, dtype=added_in).to(wide)
+        total = e.exp2_().sum(1, keepdim=True, dtype=added_in).to(wide)
         log_total = total.log()
         results["lse"].copy_(log_total + maximum)
         if "log_sum_sq_probs" in results:
@@ -291,7 +291,7 @@ def row_statistics_backward(
     level = lse.new_zeros(rows) if of_lse is None else of_lse
     if of_entropy is not None and entropy is not None:
         level = level - of_entropy * entropy.view(rows)  # p (g_lse − g_H H − g_H log p)
-        of_entropy = of_entropy.to(dtype)
+        of_entropy = of_entropy.neg().to(dtype)
     if of_squares is not None and log_sum_sq_probs is not None:
         level = level - 2 * of_squares  # p (g_lse − 2 g_q + p 2 g_q / Σ p²)
         of_squares = (2 * of_squares * (-log_sum_sq_probs.view(rows)).exp()).to(dtype)
@@ -305,8 +305,8 @@ def row_statistics_backward(
     def work(chunk: Chunk, log_p: Tensor) -> None:
         of_p = chunk.of(level)
         if of_entropy is not None:
-            of_log_p = Scratch("logits", dtype, log_p.device).like(log_p).copy_(log_p).clamp_(min=_LOG_OF_0)
-            of_p = of_log_p.mul_(chunk.of(of_entropy)).neg_().add_(of_p)
+            of_log_p = torch.clamp(log_p, min=_LOG_OF_0, out=Scratch("logits", dtype, log_p.device).like(log_p))
+            of_p = of_log_p.mul_(chunk.of(of_entropy)).add_(of_p)
         p = log_p.mul_(LOG2_E).exp2_()
         if of_squares is not None:
             of_p = torch.mul(p, chunk.of(of_squares), out=Scratch("target", dtype, p.device).like(p)).add_(of_p)
