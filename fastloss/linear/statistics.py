@@ -144,7 +144,7 @@ def linear_cross_entropy_with_statistics(
     numbers = dict(zip(losses.all_names, outputs, strict=True))
     layout = Layout(classes, rows=len(tensors.input))
     parts = _parts(numbers, tensors.target, weight, call, wanted, layout)
-    return LossStatistics._make(None if part is None else of_rows(part, lead, shift) for part in parts)
+    return LossStatistics._make([None if part is None else of_rows(part, lead, shift) for part in parts])
 
 
 def _check(arguments: Arguments, selected: object, over_ranks: bool) -> None:
@@ -253,7 +253,7 @@ def _over_ranks(arguments: Arguments, wanted: WantedParts, selected: Tensor | No
     tensors = part.replicated_map()
     numbers = dict(zip(losses.all_names, by_chunks(tensors, losses), strict=True))
     parts = _parts(numbers, tensors.target, part.weight, part.call, wanted, part.layout)
-    return LossStatistics._make(None if each is None else part.placed(each, arguments.shift) for each in parts)
+    return LossStatistics._make([None if each is None else part.placed(each, arguments.shift) for each in parts])
 
 
 def _of_probabilities(arguments: Arguments, wanted: WantedParts, selected: Tensor | None) -> LossStatistics:
