@@ -1284,6 +1284,75 @@ def test_accumulate_grad_beside_a_second_derivative(place: Place) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(s, (x, w)) for s in sums))
 
 
+# ----------------------------------------------------------------------------- logits in float32
+
+
+def with_wide_logits(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """The plain form: products of 16-bit numbers, which float32 holds exactly, and a float32 loss."""
+    bias = options.pop("linear_bias")
+    return plain(
+        input.float(), linear_weight.float(), target, linear_bias=None if bias is None else bias.float(), **options
+    )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_logits_in_float32(place: Place, dtype: torch.dtype, soft: bool, bias: bool, reduction: str) -> None:
+    """The loss's error is that of float32; the gradients' that of one rounding before the products, and one after."""
+    if place.interpreted and dtype == torch.bfloat16:
+        pytest.skip("the interpreter rounds bfloat16 by its own rules")
+    case = make(place, dtype=dtype, bias=bias, soft=soft)
+    how = {"logits_dtype": torch.float32, "chunk_size": 4}
+    ours = run(linear_cross_entropy, case, 0.7, reduction=reduction, **how)
+    exact = run(plain, case, 0.7, dtype=torch.float64, reduction=reduction)
+    theirs = run(with_wide_logits, case, 0.7, reduction=reduction)
+    assert ours["loss"].dtype == torch.float32
+    assert_no_worse(ours, theirs, exact)
+    rounded = run(linear_cross_entropy, case, 0.7, reduction=reduction, chunk_size=4)
+    error, before = ((each["loss"].double() - exact["loss"]).abs().max() for each in (ours, rounded))
+    assert error < before / 16
+
+
+@pytest.mark.parametrize("function", ["statistics", "tokens"])
+def test_other_functions_of_logits_in_float32(place: Place, function: str) -> None:
+    """Log-probabilities as exact as float32's, where 16 bits would leave two digits."""
+    case = make(place, dtype=torch.float16)
+    case["target"].clamp_(min=0)
+    x, w, t = (case[name] for name in ("input", "linear_weight", "target"))
+    how: dict[str, Any] = {"logits_dtype": torch.float32, "chunk_size": 4}
+    if function == "tokens":
+        ours = fastloss.linear_token_loss(x, w, t, lambda log_p, _: -log_p, **how).log_probs
+    else:
+        ours = -fastloss.linear_cross_entropy_with_statistics(x, w, t, reduction="none", **how).loss
+    exact = F.linear(x.double(), w.double()).log_softmax(-1).gather(1, t.unsqueeze(1)).squeeze(1)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_with_logits_in_float32(place: Place) -> None:
+    low, case = short(place), make(place, bias=True)
+    with torch.autocast(place.device.type, dtype=low):
+        ours = run(linear_cross_entropy, case, logits_dtype=torch.float32, chunk_size=4)
+    narrow = {name: t.to(low).float() if t is not None and t.is_floating_point() else t for name, t in case.items()}
+    torch.testing.assert_close(ours["loss"], plain(**narrow))
+    assert all(tensor.dtype == torch.float32 for tensor in ours.values())
+
+
+def test_compiled_with_logits_in_float32(place: Place, fresh_compiler: None) -> None:
+    case = make(place, 6, bias=True, dtype=torch.float16)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    ours = run(compiled, case, logits_dtype=torch.float32)
+    assert_no_worse(ours, run(with_wide_logits, case), run(plain, case, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("value", [torch.bfloat16, "float32", 32])
+def test_other_dtypes_of_logits_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"logits_dtype is .*; expected torch\.float32, or None"):
+        linear_cross_entropy(**make(Place("eager", CPU)), logits_dtype=value)
+
+
 # ----------------------------------------------------------------------------- autocast and loss scaling
 
 

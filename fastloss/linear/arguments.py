@@ -38,14 +38,25 @@ class Arguments(NamedTuple):
 
 
 def checked_chunking(
-    chunk_size: object, memory_budget: object, shift: object, skip_ignored: object, accumulate_grad: object
+    chunk_size: object,
+    memory_budget: object,
+    shift: object,
+    skip_ignored: object,
+    accumulate_grad: object,
+    logits_dtype: object = None,
 ) -> tuple[int, dict[str, Any]]:
     """Return ``shift``, and the arguments that are about chunks, as fields of a :class:`LinearOptions`."""
     checks.check_switches(accumulate_grad=accumulate_grad)
     shift = _checked_shift(shift)
     if skip_ignored is not None and not isinstance(skip_ignored, bool):
         raise TypeError(f"fastloss: skip_ignored is {skip_ignored!r}; expected True, False or None")
-    chunking: dict[str, Any] = {"skip_ignored": skip_ignored, "accumulate_grad": accumulate_grad}
+    if logits_dtype not in (None, torch.float32):
+        raise ValueError(f"fastloss: logits_dtype is {logits_dtype!r}; expected torch.float32, or None")
+    chunking: dict[str, Any] = {
+        "skip_ignored": skip_ignored,
+        "accumulate_grad": accumulate_grad,
+        "logits_dtype": logits_dtype,
+    }
     for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
         if value is None:
             continue

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -107,8 +106,8 @@ def _differentiable(ctx: Any, upstreams: Sequence[Tensor | None]) -> tuple[Tenso
     x, w, b, t = tensors
     dtype = call.compute_dtype
     with torch.enable_grad(), _without_autocast(x):
-        narrow = (None if each is None else each.to(dtype) for each in (x, w, b))
-        logits = F.linear(*narrow).to(call.loss_dtype)  # type: ignore[arg-type]
+        narrow = Tensors(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype), t)
+        logits = chunks.logits_of(narrow, call).to(call.loss_dtype)
         of_classes = None if weight is None else weight.to(logits.dtype)
         outputs = ctx.losses.composed(logits, t, of_classes)
         pairs = [(output, up) for output, up in zip(outputs, upstreams, strict=True) if up is not None]

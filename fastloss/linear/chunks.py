@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import short_road
@@ -46,7 +47,9 @@ __all__ = [
     "Result",
     "Tensors",
     "backward",
+    "dtype_of_chunk",
     "forward",
+    "logits_of",
     "rows_of_chunk",
     "writes_gradients",
 ]
@@ -81,11 +84,22 @@ class LinearOptions:
     skip_ignored: bool | None = None  # None: where the host knows the labels
     # Add to linear_weight.grad, in the backward pass, which knows the upstream gradient.
     accumulate_grad: bool = False
+    logits_dtype: torch.dtype | None = None  # of a chunk, if it is wider than the products' own
     # Bytes of the numbers per row: its loss, its index, the numbers saved for the backward pass.
     row_bytes: int = 64
     # The divisor of a mean over more rows than these; a float beside class probabilities. The accuracies are numbers
     # of rows then, not shares.
     total: Tensor | float | None = None
+
+    @property
+    def chunk_dtype(self) -> torch.dtype:
+        """Return the dtype of the logits."""
+        return dtype_of_chunk(self.compute_dtype, self.logits_dtype)
+
+
+def dtype_of_chunk(compute_dtype: torch.dtype, logits_dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of the logits from that of the products and the one that is asked for."""
+    return compute_dtype if logits_dtype is None else torch.promote_types(compute_dtype, logits_dtype)
 
 
 class Needs(NamedTuple):
@@ -167,7 +181,7 @@ def rows_of_chunk(call: LinearOptions, rows: int, linear_weight: Tensor, needs: 
         return min(call.chunk_size, max(rows, 1))
     if call.memory_budget is not None:
         return _rows_within(call.memory_budget, call, max(rows, 1), linear_weight, needs)
-    row_bytes = max(_pitch(len(linear_weight), linear_weight.device) * call.compute_dtype.itemsize, 1)
+    row_bytes = max(_pitch(len(linear_weight), linear_weight.device) * call.chunk_dtype.itemsize, 1)
     if on_cpu:
         most = max(_FEWEST_CPU_ROWS, _CPU_BYTES // row_bytes // _CPU_STEP * _CPU_STEP)
         return max(1, min(_CPU_ROWS, most, rows))
@@ -196,7 +210,8 @@ def _rows_within(budget: int, call: LinearOptions, rows: int, linear_weight: Ten
     sums, on_cpu = needs.linear_weight, linear_weight.device.type == "cpu"
     # Per row: the logits and the target's gradient; on a CPU their widened parts for the sums, or a softcap's slope;
     # x and its gradient in another dtype.
-    row = _pitch(classes, linear_weight.device) * narrow + features * (narrow + 2 * wide)
+    row = _pitch(classes, linear_weight.device) * call.chunk_dtype.itemsize + features * (narrow + 2 * wide)
+    row += classes * narrow * (call.chunk_dtype != dtype)  # the gradient, rounded for the products
     row += (
         classes * wide * (needs.target + (on_cpu and (call.options.softcap is not None or (sums and wide > narrow))))
     )
@@ -437,10 +452,10 @@ class ChunkIterator:
     def chunks(self) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:
         """Yield each chunk's index, x, target and logits. The next chunk's logits overwrite these."""
         input, _, b, _ = self.tensors
-        dtype, columns = self.call.compute_dtype, self.w.t()
+        dtype, classes, most = self.call.compute_dtype, self.w.shape[0], min(self.size, self.count)
         b = None if b is None else b.to(dtype)
-        classes, most = columns.shape[1], min(self.size, self.count)
-        buffer = torch.empty((most, _pitch(classes, input.device)), dtype=dtype, device=input.device)[:, :classes]
+        shape = most, _pitch(classes, input.device)
+        buffer = torch.empty(shape, dtype=self.call.chunk_dtype, device=input.device)[:, :classes]
         for index, x, t in self._parts():
             rows = x.shape[0]
             x = x.to(dtype)
@@ -448,10 +463,7 @@ class ChunkIterator:
                 # Padding may hold NaN, and 0 · NaN would reach gᵀ x.
                 x = torch.where(self.counted[index].unsqueeze(1), x, 0.0)
             z = buffer if rows == most else buffer[:rows]
-            if b is None:
-                torch.mm(x, columns, out=z)
-            else:
-                torch.addmm(b, x, columns, out=z)
+            _project(x, self.w, b, z)
             yield index, x, t.contiguous(), z
             del x, z  # one chunk's copies at a time
 
@@ -518,6 +530,11 @@ class GradientAccumulator:
 
     def add(self, index: Index, x: Tensor, g: Tensor) -> None:
         """Add a chunk's part, from its input x and its logits' gradient g."""
+        if self._needs.linear_bias:
+            part = g.sum(0, dtype=_wide(g.dtype))
+            self._of_bias = part if self._of_bias is None else self._of_bias.add_(part)
+        if self._needs.input or self._needs.linear_weight:
+            g = g.to(self._narrow.dtype)
         if self._input is not None:
             if isinstance(index, slice) and self._input.dtype == g.dtype:
                 torch.mm(g, self._narrow, out=self._input[index])
@@ -525,9 +542,6 @@ class GradientAccumulator:
                 self._input[index] = torch.mm(g, self._narrow).to(self._input.dtype)
         if self._needs.linear_weight:
             self._add_to_weight(x, g)
-        if self._needs.linear_bias:
-            part = g.sum(0, dtype=_wide(g.dtype))
-            self._of_bias = part if self._of_bias is None else self._of_bias.add_(part)
 
     def add_target(self, index: Index, gradient: Tensor | None) -> None:
         """Store a chunk's part of the class probabilities' gradient, ``(n, C)``."""
@@ -571,6 +585,34 @@ class GradientAccumulator:
         if not sums:  # no chunk at all
             return torch.zeros_like(like, memory_format=torch.contiguous_format)
         return _rounded(sums[0], sums[1], like) if len(sums) == 2 else sums[0].to(like.dtype)
+
+
+def _project(x: Tensor, w: Tensor, b: Tensor | None, z: Tensor) -> None:
+    """Compute ``z = x wᵀ + b``, ``(n, C)``; z may be wider than x and w, and is then not rounded to their dtype."""
+    if z.dtype == x.dtype:
+        torch.mm(x, w.t(), out=z) if b is None else torch.addmm(b, x, w.t(), out=z)
+        return
+    if z.is_cuda and torch.version.hip is None:
+        torch.mm(x, w.t(), out_dtype=z.dtype, out=z)
+    else:  # widened by parts
+        x = x.to(z.dtype)
+        step = max(1, _WIDENED // max(w.shape[1], 1))
+        for start in range(0, w.shape[0], step):
+            part = w[start : start + step].to(z.dtype)
+            torch.mm(x, part.t(), out=z[:, start : start + step])
+    if b is not None:
+        z += b
+
+
+def logits_of(tensors: Tensors, call: LinearOptions) -> Tensor:
+    """Return all logits, by torch's own differentiable operators, as the caller's context has them."""
+    x, w, b, _ = tensors
+    if call.chunk_dtype == call.compute_dtype:
+        return F.linear(x, w, b)
+    with torch.autocast(x.device.type, enabled=False):
+        # Products of numbers of 16 bits are exact in float32.
+        wide = (None if each is None else each.to(call.compute_dtype).to(call.chunk_dtype) for each in (x, w, b))
+        return F.linear(*wide)  # type: ignore[arg-type]
 
 
 def _add_product(total: Tensor, g: Tensor, x: Tensor, *, before: int) -> None:

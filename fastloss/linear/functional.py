@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from ..ranks import placements
 from . import compiled, sharded
 from .arguments import Arguments, check_shapes, checked_chunking, dtype_of_logits, of_rows, shifted_labels
 from .autograd import by_chunks
-from .chunks import LinearOptions, Losses, Tensors, rows_of_chunk
+from .chunks import LinearOptions, Losses, Tensors, dtype_of_chunk, logits_of, rows_of_chunk
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_accuracy", "prepared"]
 
@@ -42,6 +43,7 @@ def linear_cross_entropy(
     memory_budget: int | None = None,
     skip_ignored: bool | None = None,
     accumulate_grad: bool = False,
+    logits_dtype: torch.dtype | None = None,
     group: Any = None,
 ) -> Tensor:
     r"""Compute ``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without holding the logits.
@@ -75,6 +77,10 @@ def linear_cross_entropy(
             tensor's dtype, in the backward pass, which computes the logits once more for it: no buffer of the
             weight's size beside it. The weight is a leaf then, and its ``.grad`` dense. Hooks on it don't see that
             gradient, ``torch.autograd.grad`` adds it there as ``backward`` does, and compilers do without.
+        logits_dtype: ``torch.float32`` keeps the logits of 16-bit products, which add up in float32, as they are, in
+            place of rounding them to 16 bits; the loss is float32 then. A chunk of as many rows has twice the bytes,
+            and half as many again for the gradient's rounded copy. For training that drifts by rounded logits.
+            Compilers take torch's operators over all logits for it.
         group: a ``torch.distributed`` process group, each of whose ranks has a shard of the classes, in rank order
             and of any size: ``linear_weight`` and ``linear_bias`` are this rank's, and so are class probabilities.
             ``input``, labels and ``weight`` are the same on every rank, and ``input``'s gradient is the whole of it.
@@ -121,7 +127,7 @@ def linear_cross_entropy(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
     )
-    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad
+    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
     shift, chunking = checked(group, input, checked_chunking, *switches)
     arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
     return _loss_and_accuracies(arguments, group)[0]
@@ -145,6 +151,7 @@ def linear_cross_entropy_with_accuracy(
     memory_budget: int | None = None,
     skip_ignored: bool | None = None,
     accumulate_grad: bool = False,
+    logits_dtype: torch.dtype | None = None,
     group: Any = None,
 ) -> LossAndAccuracy:
     """Compute :func:`linear_cross_entropy` and the accuracy of its logits from the same chunks.
@@ -174,7 +181,7 @@ def linear_cross_entropy_with_accuracy(
         softcap=softcap,
         topk=checked(group, input, checks.checked_topk, topk),
     )
-    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad
+    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
     shift, chunking = checked(group, input, checked_chunking, *switches)
     arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
     loss, values = _loss_and_accuracies(arguments, group)
@@ -196,14 +203,14 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
     tensors, weight, call, lead, composed = prepared(arguments)
     x, t = tensors.input, tensors.target
     traced = routes.is_traced(input, target) or routes.is_traced(linear_weight, target)
-    by_operator = traced and type(linear_weight) in routes.FUSED_TYPES
+    by_operator = traced and type(linear_weight) in routes.FUSED_TYPES and call.chunk_dtype == call.compute_dtype
     modes = routes.watching_modes(x, t, weight, options) if by_operator else []
     if modes or (by_operator and routes.is_compiled(x, t, weight, options)):
         call = dataclasses.replace(call, accumulate_grad=False)
         compiled.count_operations_in(modes)
         loss, values = compiled.linear_loss_and_accuracies(tensors, weight, call)
     elif composed:
-        loss, values = routes.composed(F.linear(x, linear_weight, linear_bias), t, weight, options)
+        loss, values = routes.composed(logits_of(tensors, call), t, weight, options)
     else:
         loss, *of_ks = by_chunks(tensors, Losses(weight, call, choice.load(choice.choose(input))))
         values = tuple(of_ks)
@@ -235,7 +242,8 @@ def prepared(arguments: Arguments) -> tuple[Tensors, Tensor | None, LinearOption
     else:
         checks.check_index_target(logits, t, weight)
     weight = None if weight is None else weight.contiguous()  # as the kernels read it
-    call = LinearOptions(options, dtype, checks.loss_dtype(input, t, weight, dtype), **chunking)
+    of_loss = checks.loss_dtype(input, t, weight, dtype_of_chunk(dtype, chunking["logits_dtype"]))
+    call = LinearOptions(options, dtype, of_loss, **chunking)
     tensors = Tensors(x, linear_weight, linear_bias, t)
     traced = routes.is_traced(input, target) or routes.is_traced(linear_weight, target)
     trained_weight = soft and weight is not None and weight.requires_grad

@@ -151,7 +151,8 @@ def part_of_rank(arguments: Arguments, group: Any, same: object = None) -> Part:
     t = t.reshape(-1, t.shape[-1]) if soft else as_labels(wide_labels(t))
     weight = None if weight is None else weight.contiguous()
     dtype = dtype_of_logits(x)
-    call = LinearOptions(options, dtype, checks.loss_dtype(x, t, weight, dtype), **chunking)
+    of_loss = checks.loss_dtype(x, t, weight, chunks.dtype_of_chunk(dtype, chunking["logits_dtype"]))
+    call = LinearOptions(options, dtype, of_loss, **chunking)
     tensors = Tensors(x, w, b, t)
     rows = _common_rows_of_chunk(call, tensors, layout)  # raises if the budget has no room for a row
     if layout.class_group is not None:

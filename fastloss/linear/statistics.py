@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
@@ -26,7 +25,7 @@ from ..ranks import placements
 from ..ranks.collectives import Layout, all_reduce, all_reduce_detached
 from .arguments import Arguments, check_shapes, checked_chunking, of_rows
 from .autograd import by_chunks
-from .chunks import LinearOptions
+from .chunks import LinearOptions, logits_of
 from .functional import linear_cross_entropy, prepared
 from .row_numbers import Numbers, RowLosses, RowVisitor
 from .sharded import part_of_rank
@@ -59,6 +58,7 @@ def linear_cross_entropy_with_statistics(
     memory_budget: int | None = None,
     skip_ignored: bool | None = None,
     accumulate_grad: bool = False,
+    logits_dtype: torch.dtype | None = None,
     group: Any = None,
 ) -> LossStatistics:
     r"""Compute :func:`cross_entropy_with_statistics` of ``linear(input, linear_weight, linear_bias)`` by chunks.
@@ -70,8 +70,8 @@ def linear_cross_entropy_with_statistics(
 
     Args:
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, lse_square_scale:
-            as in :func:`linear_cross_entropy`, and so are softcap, shift, chunk_size, memory_budget and
-            accumulate_grad.
+            as in :func:`linear_cross_entropy`, and so are softcap, shift, chunk_size, memory_budget,
+            accumulate_grad and logits_dtype.
         z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit: which parts to compute, as in
             :func:`cross_entropy_with_statistics`.
         selected: classes whose log-probabilities are wanted, ``(…, K)`` for rows ``(…)``, in int64 or int32. With
@@ -121,7 +121,7 @@ def linear_cross_entropy_with_statistics(
     )
     wanted = WantedParts(z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit)
     checked(group, input, checks.check_switches, **wanted._asdict())
-    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad
+    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
     shift, chunking = checked(group, input, checked_chunking, *switches)
     arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
     over_ranks = group is not None or any(map(placements.is_uncompiled_dtensor, (input, linear_weight)))
@@ -138,7 +138,7 @@ def linear_cross_entropy_with_statistics(
     backend = None if composed else choice.load(choice.choose(input))
     losses = _losses(call, RowVisitor(weight, options, backend, wanted, every_row), ids)
     if composed:
-        outputs = losses.outputs_of_logits(F.linear(tensors.input, linear_weight, linear_bias), tensors.target)
+        outputs = losses.outputs_of_logits(logits_of(tensors, call), tensors.target)
     else:
         outputs = by_chunks(tensors, losses)
     numbers = dict(zip(losses.all_names, outputs, strict=True))

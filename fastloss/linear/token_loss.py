@@ -20,6 +20,7 @@ from ..ranks import placements
 from ..ranks.collectives import all_reduce, all_reduce_detached
 from .arguments import Arguments, check_shapes, checked_chunking, of_rows
 from .autograd import by_chunks
+from .chunks import logits_of
 from .functional import prepared
 from .row_numbers import RowVisitor, TokenLosses
 from .sharded import part_of_rank
@@ -51,6 +52,7 @@ def linear_token_loss(
     memory_budget: int | None = None,
     skip_ignored: bool | None = None,
     accumulate_grad: bool = False,
+    logits_dtype: torch.dtype | None = None,
     group: Any = None,
 ) -> TokenLoss:
     r"""Compute a loss of each token, a function of its log-probability and entropy, without the logits.
@@ -79,7 +81,7 @@ def linear_token_loss(
         reduction: of the losses of tokens: ``"mean"`` over those that count, ``"sum"``, or ``"none"``. For a mean
             over sequences give each token its weight in a token input, and take ``"sum"``.
         ignore_index: a label whose tokens do not count.
-        softcap, shift, chunk_size, memory_budget, skip_ignored, accumulate_grad, group: as in
+        softcap, shift, chunk_size, memory_budget, skip_ignored, accumulate_grad, logits_dtype, group: as in
             :func:`linear_cross_entropy`. Beside ``group`` the token inputs are the same on every rank.
 
     Where the gradient can't be written in the forward pass (float16, whose loss scale comes in backward; reduction
@@ -119,7 +121,7 @@ def linear_token_loss(
         softcap=softcap,
     )
     checked(group, input, checks.check_switches, entropy=entropy)
-    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad
+    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
     shift, chunking = checked(group, input, checked_chunking, *switches)
     arguments = Arguments(input, linear_weight, target, linear_bias, None, options, shift, chunking)
     checked(group, input, _check, arguments, token_loss, token_inputs)
@@ -138,7 +140,7 @@ def linear_token_loss(
         classes=len(linear_weight),
     )
     if composed:
-        outputs = losses.outputs_of_logits(F.linear(tensors.input, linear_weight, linear_bias), tensors.target)
+        outputs = losses.outputs_of_logits(logits_of(tensors, call), tensors.target)
     else:
         outputs = by_chunks(tensors, losses)
     return _result([of_rows(output, lead, shift) for output in outputs])
