@@ -206,6 +206,28 @@ def test_linear_prints_every_contender_and_marks_the_inexact(
     assert "≤" not in capsys.readouterr().out  # another shape has no bars
 
 
+def test_tokens_holds_losses_against_float64_and_beside_linear_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = benchmark("tokens", monkeypatch)
+    monkeypatch.setitem(tokens.SHAPES, "cpu", ((90, 8, 70),))
+    monkeypatch.setattr(tokens, "of_parts", lambda problem, entropy: 1.01 * tokens.plain(problem, entropy))
+    code = tokens.main(["--device", "cpu", "--seconds", "0"])
+    _, shape, *lines, last = capsys.readouterr().out.splitlines()
+    assert shape == "(90, 8) x 70 float32"
+    assert [line[:30].strip() for line in lines] == [
+        "linear_cross_entropy",
+        *("linear_token_loss", "..._with_statistics", "over the logits"),
+        *("linear_token_loss, entropy", "..._with_statistics, entropy", "over the logits, entropy"),
+    ]
+    for line in lines:
+        judged = line.startswith(("linear_token_loss", "..._with"))
+        assert bool(re.search(r"of linear_cross_entropy \d+\.\d{3} ≤ 1\.[14]0 (ok|MISSED)", line)) == judged
+        assert ("INEXACT" in line) == line.startswith("..._with")
+    assert code == 1
+    assert last.startswith(f"{sum(line.count('MISSED') for line in lines)} bars missed")
+
+
 # ------------------------------------------------------------------------------------------------- medians, options
 
 
