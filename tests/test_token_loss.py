@@ -348,6 +348,20 @@ def test_compiled_in_one_graph(place: Place, name: str, fresh_compiler: None) ->
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
 
 
+def test_symbolic_traces_hold_no_functions() -> None:
+    """A graph of torch.fx may hold a call of a function around it."""
+    x, w, t = torch.randn(3, 5), torch.randn(CLASSES, 5), torch.zeros(3).long()
+    with pytest.raises(TypeError, match=r"torch\.fx\.symbolic_trace, whose graphs hold no function"):
+        torch.fx.symbolic_trace(lambda x, w, t: linear_token_loss(x, w, t, dft).loss)
+    wrapped = torch.fx.symbolic_trace(lambda x, w, t: dft_loss(x, w, t))
+    torch.testing.assert_close(wrapped(x, w, t), dft_loss(x, w, t))
+
+
+@torch.fx.wrap
+def dft_loss(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return linear_token_loss(x, w, t, dft).loss
+
+
 TRAINED = torch.ones(3, requires_grad=True)
 ONES = torch.ones(ROWS)
 

@@ -111,7 +111,10 @@ def linear_token_loss(
         >>> result.loss.backward()
     """
     if checks.is_symbolic(input, linear_weight, target):
-        return checks.symbolic(linear_token_loss, locals())
+        raise TypeError(
+            "fastloss: linear_token_loss in torch.fx.symbolic_trace, whose graphs hold no function as token_loss is; "
+            "torch.compile and torch.export trace it, or mark the function that calls it with torch.fx.wrap"
+        )
     options = checked(
         group,
         input,
