@@ -310,6 +310,7 @@ STATISTICS = (  # "every": the parts that are none of "squares" and "mean"
     *("statistics-squares+mean", "statistics-every+squares+mean+weight+smoothing+softcap"),
 )
 SHARDS = ("shard", "shard-weight+smoothing+softcap")
+DIVERGENCES = {"forward": 0.0, "reverse": 1.0, "mixed": 0.5, "mixed+softcap": 0.5}
 _OPTIONS: dict[str, tuple[str, Any]] = {  # of a form's words
     "accuracy": ("topk", (1, 5)),
     "smoothing": ("label_smoothing", 0.1),
@@ -396,6 +397,15 @@ def _forms(logits: Tensor, target: Tensor, meta: Callable[..., Tensor]) -> Itera
         yield f"{form} forward", forward
         backward = partial(kernels.statistics_backward, upstreams)
         yield f"{form} backward", partial(_after, forward, backward, given)
+    for form, beta in DIVERGENCES.items():
+        cap = 30.0 if "softcap" in form else None
+        of_beta = contract.DivergenceOptions(beta, 2.0, cap, cap)
+        yield f"divergence-{form}", partial(kernels.kl_div, logits, logits, row, of_beta)
+    call, lse = partial(kernels.kl_div, logits, logits), contract.DivergenceRows(row, row)
+    yield "divergence-mixed loss", partial(call, None, of_beta)
+    yield "divergence-mixed shard lse", partial(call, None, of_beta, lse_only=True)
+    yield "divergence-mixed shard loss", partial(call, None, of_beta, lse)
+    yield "divergence-mixed shard gradient", partial(call, row, of_beta, lse._replace(loss=row, level=row))
     # A shard of the classes.
     elsewhere, numbers = (
         contract.ExternalLabel(row, target, 5),

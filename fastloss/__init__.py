@@ -29,6 +29,7 @@ from .backends.choice import use_backend  # noqa: E402
 from .faces.modules import CrossEntropyLoss, LinearCrossEntropyLoss  # noqa: E402
 from .faces.patch import Patch, patch_torch  # noqa: E402
 from .linear.functional import linear_cross_entropy, linear_cross_entropy_with_accuracy  # noqa: E402
+from .linear.kl_div import linear_kl_div  # noqa: E402
 from .linear.statistics import linear_cross_entropy_with_statistics  # noqa: E402
 from .linear.token_loss import TokenLoss, linear_token_loss  # noqa: E402
 from .linear.topk import TopKLogProbs, linear_topk_log_probs  # noqa: E402
@@ -58,6 +59,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_with_accuracy",
     "linear_cross_entropy_with_statistics",
+    "linear_kl_div",
     "linear_token_loss",
     "linear_topk_log_probs",
     "patch_torch",

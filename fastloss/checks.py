@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.contract import LossOptions
+from .backends.contract import DivergenceOptions, LossOptions
 from .backends.view import class_dim, pieces_of_labels, row_shape
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "check_tensors",
     "check_weight",
     "check_weight_dtype",
+    "checked_divergence",
     "checked_ignore_index",
     "checked_options",
     "checked_topk",
@@ -142,11 +143,7 @@ def checked_options(
     cap = None if softcap is None else _number(softcap, "softcap")
     if not 0.0 <= smoothing <= 1.0:
         raise RuntimeError(f"fastloss: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if cap is not None and not 1.0 / _MOST_SOFTCAP <= cap <= _MOST_SOFTCAP:
-        raise ValueError(
-            f"fastloss: softcap is {softcap}; expected a positive finite number, {1.0 / _MOST_SOFTCAP:g} to "
-            f"{_MOST_SOFTCAP:g}, or None for no cap"
-        )
+    _check_softcap(cap, softcap, "softcap")
     if not abs(scale) < float("inf"):
         raise ValueError(f"fastloss: lse_square_scale is {lse_square_scale}; expected a finite number")
     if not from_logits and (cap is not None or scale != 0.0):
@@ -154,6 +151,31 @@ def checked_options(
         raise ValueError(f"fastloss: {name} is {value} beside from_logits=False; probabilities have no logits for it")
     ignored = checked_ignore_index(ignore_index)
     return LossOptions(ignored, smoothing, str(reduction), scale, cap, topk, from_logits)
+
+
+def checked_divergence(
+    beta: object, temperature: object, softcap: float | None, teacher_softcap: object
+) -> DivergenceOptions:
+    """Check the options of a divergence from a teacher, and return them as floats. ``softcap`` is checked already."""
+    share, divisor = _number(beta, "beta"), _number(temperature, "temperature")
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"fastloss: beta is {beta}; expected a number from 0 (KL(t ‖ s)) to 1 (KL(s ‖ t))")
+    if not 1.0 / _MOST_SOFTCAP <= divisor <= _MOST_SOFTCAP:
+        raise ValueError(
+            f"fastloss: temperature is {temperature}; expected a positive finite number, {1.0 / _MOST_SOFTCAP:g} to "
+            f"{_MOST_SOFTCAP:g}"
+        )
+    cap = None if teacher_softcap is None else _number(teacher_softcap, "teacher_softcap")
+    _check_softcap(cap, teacher_softcap, "teacher_softcap")
+    return DivergenceOptions(share, divisor, softcap, cap)
+
+
+def _check_softcap(cap: float | None, given: object, name: str) -> None:
+    if cap is not None and not 1.0 / _MOST_SOFTCAP <= cap <= _MOST_SOFTCAP:
+        raise ValueError(
+            f"fastloss: {name} is {given}; expected a positive finite number, {1.0 / _MOST_SOFTCAP:g} to "
+            f"{_MOST_SOFTCAP:g}, or None for no cap"
+        )
 
 
 def checked_ignore_index(ignore_index: object) -> int:

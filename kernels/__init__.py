@@ -6,6 +6,7 @@ the choice of tiles and grids, ``launch`` the start of a kernel.
 
 from .accuracy import accuracy, label_ranks
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
+from .kl_div import kl_div
 from .rescale import rescale
 from .sgd import sgd_squares, sgd_step
 from .soft_cross_entropy import soft_cross_entropy_backward, soft_cross_entropy_forward
@@ -21,6 +22,7 @@ __all__ = [
     "accuracy",
     "cross_entropy_backward",
     "cross_entropy_forward",
+    "kl_div",
     "label_ranks",
     "rescale",
     "row_statistics_backward",

@@ -427,6 +427,45 @@ def best_classes(rank: int, ranks: int, group: Any) -> list[Any]:
     return found
 
 
+# Of divergences from a teacher: the dtype, the options, and whether rows are ignored.
+DIVERGENCES: list[tuple[str, dict[str, Any], bool]] = [
+    ("float64", {"beta": 0.0, "chunk_size": 3}, True),
+    ("float32", {"beta": 0.3, "temperature": 2.0, "softcap": 3.0, "shift": 1, "chunk_size": 4}, True),
+    ("float32", {"beta": 1.0, "reduction": "none", "teacher_softcap": 2.0}, False),
+    ("float16", {"beta": 0.5, "memory_budget": 100_000}, False),
+]
+
+
+def divergences(rank: int, ranks: int, group: Any) -> list[Any]:
+    """The loss, and the gradients of the hidden states and of this rank's part of the head, for each of them."""
+    import fastloss
+
+    found = []
+    for number in range(len(DIVERGENCES)):
+        case, how, upstream = divergence_problem(number)
+        sizes = [13 - (ranks - 1), *[1] * (ranks - 1)]
+        here = {
+            n: t.split(sizes)[rank] if n.split("linear_")[-1] in ("weight", "bias") else t for n, t in case.items()
+        }
+        trained = [here[name].requires_grad_() for name in ("input", "linear_weight", "linear_bias")]
+        loss = fastloss.linear_kl_div(**here, **how, group=group)
+        found.append([loss.detach(), *torch.autograd.grad(loss, trained, upstream)])
+    return found
+
+
+def divergence_problem(number: int) -> tuple[dict[str, Any], dict[str, Any], Tensor]:
+    """The tensors of a call, its options, and an upstream gradient."""
+    dtype, how, ignored = DIVERGENCES[number]
+    torch.manual_seed(number)
+    shapes = {"input": (2, 5, 4), "linear_weight": (13, 4), "linear_bias": (13,)}
+    shapes |= {"teacher_input": (2, 5, 3), "teacher_linear_weight": (13, 3), "teacher_linear_bias": (13,)}
+    case = {name: torch.randn(shape).to(getattr(torch, dtype)) for name, shape in shapes.items()}
+    if ignored:
+        case["target"] = torch.tensor([[0, -100, 2, 3, 4], [5, 6, -100, 8, 9]])
+    upstream = torch.rand((2, 5) if how.get("reduction") == "none" else ()).to(case["input"].dtype)
+    return case, how, upstream
+
+
 def best_problem(number: int) -> tuple[Tensor, Tensor, Tensor, int]:
     """Rows, a head of 13 classes (where all are wanted, two are equal), its bias, and K. Their products are exact."""
     dtype, k, rows = BEST[number]
@@ -603,6 +642,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
             found = placed(case, rank, ranks) if case.placements else grouped(case, rank, ranks, world)
         results[case.name] = found
     results["best"] = best_classes(rank, ranks, world)
+    results["divergences"] = divergences(rank, ranks, world)
     results["counts"] = {case.name: counted(case, rank, ranks, world) for case in COUNTED}
     # As on a GPU, where the host does not look at what the ranks tell each other first.
     told = collectives.agreed_layout
@@ -610,6 +650,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     for case in BLIND:
         alone = grouped_linear if isinstance(case, Linear) else grouped
         results["blind", case.name] = alone(case, rank, ranks, world)  # type: ignore[operator]
+    results["blind", "divergences"] = divergences(rank, ranks, world)
     results["blind", "best"] = best_classes(rank, ranks, world)
     for case in BLIND_PARTS:
         results["blind", case.name] = parts_of(case, rank, ranks, world)

@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from places import Place
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fastloss
-from fastloss import linear_topk_log_probs
+from fastloss import linear_kl_div, linear_topk_log_probs
+from fastloss.backends import choice
+from fastloss.backends.contract import DivergenceOptions, DivergenceRows
 from fastloss.measuring.machine import peak_bytes
 
 pytestmark = pytest.mark.backend_agnostic
@@ -138,3 +142,379 @@ def test_best_classes_bad_input(name: str) -> None:
     changed, kind, words = BAD_TOPK[name]
     with pytest.raises(kind, match=words):
         linear_topk_log_probs(**{"input": ones(4, 3), "linear_weight": ones(7, 3), "k": 2, **changed})
+
+
+# ----------------------------------------------------------------------------------------- divergences from a teacher
+
+STUDENT, TEACHER = ("input", "linear_weight", "linear_bias"), ("teacher_input", "teacher_linear_weight")
+BETAS = [0.0, 0.3, 1.0]
+EVERYTHING = {"temperature": 2.0, "softcap": 3.0, "teacher_softcap": 2.0}
+
+
+def make(
+    place: Place, *lead: int, dtype: torch.dtype = torch.float32, bias: bool = True, classes: int = 37
+) -> dict[str, Any]:
+    """The tensors of a call. The teacher has fewer features, and a third of the rows is ignored."""
+    lead, on = lead or (11,), place.device
+    target = torch.randint(classes, lead, device=on)
+    target[torch.rand(lead, device=on) < 1 / 3] = -100
+    case = {
+        "input": torch.randn(*lead, 5),
+        "linear_weight": torch.randn(classes, 5),
+        "linear_bias": torch.randn(classes) if bias else None,
+        "teacher_input": torch.randn(*lead, 3),
+        "teacher_linear_weight": torch.randn(classes, 3),
+        "teacher_linear_bias": torch.randn(classes) if bias else None,
+    }
+    return {name: None if each is None else each.to(on, dtype) for name, each in case.items()} | {"target": target}
+
+
+def plain(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_linear_weight: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    teacher_linear_bias: Tensor | None = None,
+    target: Tensor | None = None,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    shift: int = 0,
+) -> Tensor:
+    """The same in torch's own operators, as trainers have it: the logits of both sides whole, in ``F.kl_div``."""
+    if shift:
+        input, teacher_input = input[..., :-shift, :], teacher_input[..., :-shift, :]
+        target = None if target is None else target[..., shift:]
+    sides = []
+    for x, w, b, cap in (
+        (input, linear_weight, linear_bias, softcap),
+        (teacher_input, teacher_linear_weight, teacher_linear_bias, teacher_softcap),
+    ):
+        z = F.linear(x, w, b)
+        z = z if cap is None else cap * torch.tanh(z / cap)
+        sides.append((z / temperature).log_softmax(-1))
+    log_s, log_t = sides
+    if beta in (0, 1):
+        rows = F.kl_div(*((log_s, log_t) if beta == 0 else (log_t, log_s)), reduction="none", log_target=True).sum(-1)
+    else:
+        shares = torch.tensor([beta, 1 - beta], dtype=log_s.dtype, device=log_s.device).log()
+        log_m = torch.logaddexp(log_t + shares[0], log_s + shares[1])
+        of_t, of_s = (F.kl_div(log_m, each, reduction="none", log_target=True).sum(-1) for each in (log_t, log_s))
+        rows = beta * of_t + (1 - beta) * of_s
+    counted = torch.ones_like(rows, dtype=torch.bool) if target is None else target != -100
+    rows = torch.where(counted, rows, 0.0)
+    return rows if reduction == "none" else rows.sum() / (counted.sum() if reduction == "mean" else 1)
+
+
+def run(
+    function: Any,
+    case: dict[str, Any],
+    upstream: Tensor | float = 1.0,
+    trained: tuple[str, ...] = STUDENT,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """The loss and the gradients of those that are trained, by name."""
+    tensors, leaves = dict(case), {}
+    for name, tensor in tensors.items():
+        if tensor is None or not tensor.is_floating_point():
+            continue
+        tensors[name] = tensor.detach().to(dtype or tensor.dtype)
+        if name in trained:
+            leaves[name] = tensors[name] = tensors[name].clone().requires_grad_()
+    loss = function(**tensors, **options)
+    upstream = torch.as_tensor(upstream, device=loss.device).to(loss.dtype).expand_as(loss)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), upstream) if leaves else ()
+    return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def check(case: dict[str, Any], upstream: Tensor | float = 1.0, how: Any = None, **options: Any) -> dict[str, Tensor]:
+    ours = run(linear_kl_div, case, upstream, **options, **(how or {}))
+    theirs = run(plain, case, upstream, **options)
+    exact = run(plain, case, upstream, dtype=torch.float64, **options)
+    for name, tensor in ours.items():
+        cancelled = 0.0 if tensor.dtype == torch.float64 else 2e-6  # of gradients that are sums of great terms
+        reference.assert_no_worse(tensor, theirs[name], exact[name].double(), name, 4.0, cancelled)
+    return ours
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("options", [{}, EVERYTHING, {"temperature": 0.7, "shift": 2}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, "16 bits"], ids=str)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_divergence(
+    place: Place, ignored: bool, dtype: Any, options: dict[str, Any], beta: float, reduction: str
+) -> None:
+    """Loss and all gradients, over chunks that do not divide the rows, with an upstream gradient that is not 1."""
+    case = make(place, 2, 7, dtype=short(place) if dtype == "16 bits" else dtype)
+    if not ignored:
+        case["target"] = None
+    rows = (2, 7 - options.get("shift", 0))
+    upstream = torch.rand(rows if reduction == "none" else (), device=place.device) + 0.5
+    check(case, upstream, {"chunk_size": 4}, beta=beta, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("classes", [1, 2, 4097, 12001])
+def test_divergence_of_other_numbers_of_classes(place: Place, classes: int, beta: float) -> None:
+    check(make(place, 3, classes=classes, bias=False), beta=beta)
+
+
+@pytest.mark.parametrize("trained", [("input",), ("linear_weight",), ("linear_bias",), ("input", "linear_bias"), ()])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_frozen_parts_of_a_divergence(place: Place, reduction: str, trained: tuple[str, ...]) -> None:
+    """The others' gradients are those that all have; the teacher has none, whatever it requires."""
+    case, how = make(place), {"beta": 0.5, "chunk_size": 4, "reduction": reduction}
+    whole, part = run(linear_kl_div, case, **how), run(linear_kl_div, case, trained=trained, **how)
+    for name, tensor in part.items():
+        torch.testing.assert_close(tensor, whole[name], msg=name)
+    case = {name: each.requires_grad_() if name in TEACHER else each for name, each in case.items()}
+    assert not linear_kl_div(**case, **how).requires_grad
+
+
+def test_ignored_rows_of_a_divergence_may_hold_anything(place: Place) -> None:
+    """Neither the student's rows nor the teacher's reach the loss or a gradient."""
+    for reduction in ("mean", "none"):
+        for how in ({"skip_ignored": False}, {"skip_ignored": True}):
+            case = make(place)
+            expected = run(linear_kl_div, case, beta=0.3, reduction=reduction, chunk_size=4, **how)
+            case["input"][case["target"] < 0] = torch.nan
+            case["teacher_input"][case["target"] < 0] = torch.inf
+            found = run(linear_kl_div, case, beta=0.3, reduction=reduction, chunk_size=4, **how)
+            for name, tensor in found.items():
+                torch.testing.assert_close(tensor, expected[name], msg=name)
+    case["target"].fill_(-100)
+    assert linear_kl_div(**case).isnan()
+    assert linear_kl_div(**case, reduction="sum") == 0
+
+
+def test_divergence_of_empty_inputs(place: Place) -> None:
+    assert linear_kl_div(**make(place, 3, 0)).isnan()
+    assert linear_kl_div(**make(place, 3, 4), shift=4, reduction="none").shape == (3, 0)
+    assert linear_kl_div(**make(place, 3, 4), shift=5).isnan()
+    case = make(place)
+    row = {name: each[0] if name in ("input", "teacher_input") else each for name, each in case.items()}
+    row["target"] = None
+    assert linear_kl_div(**row).shape == ()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_classes_without_probability(place: Place, beta: float) -> None:
+    """0 · log 0 is 0; a class that one side alone has makes KL infinite in one direction, and not the mixture."""
+    inf, on = torch.inf, place.device
+    s = torch.tensor([[1.0, 2.0, -inf, 0.5], [1.0, 2.0, -inf, 0.5], [1.0, 2.0, 0.0, 0.5]], device=on)
+    t = torch.tensor([[0.3, -1.0, -inf, 2.0], [0.3, -1.0, 1.0, 2.0], [0.3, -1.0, -inf, 2.0]], device=on)
+    found, gradients = [], []
+    for bias, of_teacher in zip(s, t, strict=True):
+        zero, b = torch.zeros(1, 2, device=on), bias.clone().requires_grad_()
+        head = torch.zeros(4, 2, device=on)
+        loss = linear_kl_div(zero, head, zero, head, linear_bias=b, teacher_linear_bias=of_teacher, beta=beta)
+        found.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, b)[0])
+    p, q = (each[0, [0, 1, 3]].double().softmax(0).cpu() for each in (s, t))
+    m = beta * q + (1 - beta) * p
+    both = {0.0: q @ (q / p).log(), 1.0: p @ (p / q).log()}.get(
+        beta, beta * q @ (q / m).log() + (1 - beta) * p @ (p / m).log()
+    )
+    torch.testing.assert_close(found[0], both.item(), rtol=1e-5, atol=1e-6)
+    assert found[1] == inf if beta == 0 else found[1] < inf
+    assert found[2] == inf if beta == 1 else found[2] < inf
+    for gradient in gradients[: 3 if beta < 1 else 2]:
+        assert gradient.isfinite().all()
+        assert abs(gradient.sum()) < 1e-6
+    assert gradients[0][2] == 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_equal_sides_and_great_logits(place: Place, beta: float) -> None:
+    """A teacher that is the student: 0, and no gradient. Logits of 1e5 on either side overflow nothing."""
+    case = make(place, dtype=torch.float64)
+    same = {name: case[name.removeprefix("teacher_")] for name in (*TEACHER, "teacher_linear_bias")}
+    for name, tensor in run(linear_kl_div, case | same, beta=beta).items():
+        assert float(tensor.abs().max()) < 1e-14, name
+    case = make(place)
+    for name in ("input", "teacher_input"):
+        case[name] = case[name] * 1e5
+    ours, exact = (run(f, case, dtype=d, beta=beta) for f, d in ((linear_kl_div, None), (plain, torch.float64)))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.double(), exact[name], rtol=1e-2, atol=1e-2, msg=name)
+
+
+def test_divergence_accumulates_into_the_weights_gradient(place: Place) -> None:
+    case = make(place)
+    expected = run(linear_kl_div, case, 0.5, beta=0.3)
+    case["linear_weight"].requires_grad_()
+    for _ in range(2):
+        linear_kl_div(**case, beta=0.3, chunk_size=4, accumulate_grad=True).backward(torch.tensor(0.5))
+    torch.testing.assert_close(case["linear_weight"].grad, 2 * expected["linear_weight"])
+    case["linear_weight"] = case["linear_weight"] * 1
+    with pytest.raises(RuntimeError, match="not a leaf"):
+        linear_kl_div(**case, accumulate_grad=True)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_derivatives_of_a_divergence(place: Place, beta: float) -> None:
+    """By numbers, of both orders; twice from one graph."""
+    case = make(place, 2, dtype=torch.float64, classes=4)
+    tensors = [case[name].requires_grad_() for name in STUDENT]
+
+    def call(*student: Tensor) -> Tensor:
+        given = case | dict(zip(STUDENT, student, strict=True))
+        return linear_kl_div(**given, beta=beta, temperature=1.5, softcap=4.0, chunk_size=1)
+
+    assert torch.autograd.gradcheck(call, tensors, fast_mode=place.interpreted)
+    assert torch.autograd.gradgradcheck(call, tensors, fast_mode=place.interpreted)
+    loss = call(*tensors)
+    first = torch.autograd.grad(loss, tensors, torch.tensor(2.0, dtype=torch.float64), retain_graph=True)
+    second = torch.autograd.grad(loss, tensors)
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, 2 * other)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_divergence_under_compilers_checkpoints_and_transforms(
+    place: Place, reduction: str, fresh_compiler: None
+) -> None:
+    case = make(place)
+    how = {"beta": 0.3, "reduction": reduction, "chunk_size": 4}
+    right = run(linear_kl_div, case, **how)
+
+    def compiled(**call: Any) -> Tensor:  # a graph break
+        return torch.compile(lambda: linear_kl_div(**call) * 1.0, backend="aot_eager")()
+
+    def checkpointed(**call: Any) -> Tensor:
+        body = lambda x: linear_kl_div(**call | {"input": x.clone()})  # noqa: E731
+        return checkpoint(body, call["input"], use_reentrant=False)
+
+    for function in (compiled, checkpointed):
+        for name, tensor in run(function, case, **how).items():
+            torch.testing.assert_close(tensor, right[name], msg=name)
+    pair = torch.stack([case["input"], case["input"] * 2])
+    found = torch.func.vmap(lambda x: linear_kl_div(**case | {"input": x}, **how))(pair)
+    torch.testing.assert_close(found[0], right["loss"])
+
+
+def test_divergence_under_autocast(place: Place) -> None:
+    """The products are in 16 bits, the loss in float32, and each gradient in its tensor's dtype."""
+    case, dtype = make(place, 40), short(place)
+    narrow = {name: each.to(dtype) if torch.is_floating_point(each) else each for name, each in case.items()}
+    exact = run(plain, narrow, dtype=torch.float64, beta=0.3)
+    with torch.autocast(place.device.type, dtype=dtype):
+        found = run(linear_kl_div, case, beta=0.3, chunk_size=16)
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float32
+        scale = float(exact[name].abs().max())
+        torch.testing.assert_close(tensor.double(), exact[name], rtol=0, atol=scale * 64 * torch.finfo(dtype).eps)
+
+
+def test_a_teacher_of_another_dtype(place: Place) -> None:
+    """The student's products are in its own dtype, the arithmetic in the wider one."""
+    case = make(place)
+    wide = case | {name: case[name].double() for name in (*TEACHER, "teacher_linear_bias")}
+    found = run(linear_kl_div, wide | {}, beta=0.3)
+    assert found["loss"].dtype == torch.float32
+    for name, tensor in run(linear_kl_div, case, beta=0.3).items():
+        torch.testing.assert_close(found[name], tensor, msg=name)
+
+
+def test_a_teacher_that_is_written_to(place: Place) -> None:
+    """The backward pass that needs its logits again says so."""
+    case = make(place)
+    case["input"].requires_grad_()
+    loss = linear_kl_div(**case, reduction="none")
+    case["teacher_input"].add_(1)
+    with pytest.raises(RuntimeError, match="teacher was written to before the backward pass"):
+        loss.sum().backward()
+    with torch.inference_mode():
+        teacher = {name: case[name].clone() for name in TEACHER}
+    linear_kl_div(**case | teacher, reduction="none").sum().backward()
+
+
+def test_memory_of_a_divergence() -> None:
+    """A chunk of logits of either side, and the few megabytes of the backend's pieces."""
+    case = make(Place("eager", CPU), 512, classes=8192, bias=False)
+    case["linear_weight"].requires_grad_()
+    chunk, budget = 64, 3 * 64 * 8192 * 4 + (1 << 20)
+    with fastloss.use_backend("eager"):
+        for how in ({"chunk_size": chunk}, {"memory_budget": budget}):
+            step = lambda how=how: linear_kl_div(**case, beta=0.3, **how).backward()  # noqa: E731
+            step()
+            case["linear_weight"].grad = None
+            peak = peak_bytes(step, CPU)
+            # The pieces of the backend: at most 2²⁰ numbers in each of some ten buffers.
+            assert peak <= (2 * chunk * 8192 * 4 if "chunk_size" in how else budget) + (12 << 22)
+        with pytest.raises(ValueError, match="the least that would do is"):
+            linear_kl_div(**case, memory_budget=8192 * 7)
+
+
+BAD_DIVERGENCES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "beta": ({"beta": 1.5}, ValueError, "beta is 1.5; expected a number from 0"),
+    "beta's type": ({"beta": "1"}, TypeError, "beta is '1'; expected a number"),
+    "no temperature": ({"temperature": 0}, ValueError, "temperature is 0; expected a positive finite number"),
+    "temperature": ({"temperature": -1.0}, ValueError, "temperature is -1.0; expected a positive"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
+    "teacher_softcap": ({"teacher_softcap": 0}, ValueError, "teacher_softcap is 0; expected a positive"),
+    "reduction": ({"reduction": "batchmean"}, ValueError, "'batchmean' is not a valid value for reduction"),
+    "vocabularies": (
+        {"teacher_linear_weight": ones(8, 2)},
+        ValueError,
+        "linear_weight has 7 classes and teacher_linear_weight 8",
+    ),
+    "rows": ({"teacher_input": ones(5, 2)}, ValueError, r"input \(4, 3\).* teacher_input \(5, 2\)"),
+    "features": ({"teacher_input": ones(4, 3)}, RuntimeError, r"expected teacher_input .* teacher_linear_weight"),
+    "teacher's bias": ({"teacher_linear_bias": ones(6)}, RuntimeError, r"a teacher_linear_bias of shape \(7,\)"),
+    "teacher's dtype": (
+        {"teacher_linear_weight": ones(7, 2).double()},
+        RuntimeError,
+        "teacher_linear_weight has dtype torch.float64; expected torch.float32, as teacher_input has",
+    ),
+    "integers": ({"teacher_input": ones(4, 2).long()}, NotImplementedError, "teacher_input has dtype torch.int64"),
+    "a list": ({"teacher_input": [1.0]}, TypeError, "teacher_input must be a Tensor, got list"),
+    "K dimensions": ({"linear_weight": ones(7, 2, 3)}, RuntimeError, r"a linear_weight of shape \(C, D\)"),
+    "target": ({"target": ones(3).long()}, ValueError, r"expected labels of shape \(4,\)"),
+    "a mask": ({"target": ones(4).bool()}, ValueError, "target is torch.bool; expected labels"),
+    "shift of a row": (
+        {"shift": 1, "input": ones(3), "teacher_input": ones(2)},
+        ValueError,
+        r"shift=1; .* expected an input of shape \(..., T, D\)",
+    ),
+    "device": ({"teacher_input": ones(4, 2, device="meta")}, RuntimeError, "teacher_linear_weight is on cpu"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DIVERGENCES)
+def test_divergence_bad_input(name: str) -> None:
+    changed, kind, words = BAD_DIVERGENCES[name]
+    case = {
+        "input": ones(4, 3),
+        "linear_weight": ones(7, 3),
+        "teacher_input": ones(4, 2),
+        "teacher_linear_weight": ones(7, 2),
+    }
+    with pytest.raises(kind, match=words):
+        linear_kl_div(**case | changed)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("shape", [(5, 37, 1), (2, 33, 3)], ids=str)
+def test_parts_of_the_classes(place: Place, shape: tuple[int, ...], beta: float) -> None:
+    """The backend's numbers of two shards add up to those of the whole, and so does the gradient."""
+    backend, options = choice.load(place.name), DivergenceOptions(beta, 1.5, 4.0, None)
+    x, y = (torch.randn(shape, device=place.device) * 3 for _ in range(2))
+    upstream = torch.rand(shape[0] * shape[2], dtype=torch.float64, device=place.device)
+    gradient = x.clone()
+    whole = backend.kl_div(gradient, y, upstream, options)
+    shards = [(x[:, :20].clone(), y[:, :20]), (x[:, 20:].clone(), y[:, 20:])]
+    lses = [backend.kl_div(*shard, None, options, lse_only=True) for shard in shards]
+    known = DivergenceRows(*(torch.stack([lse[i] for lse in lses]).logsumexp(0) for i in range(2)))
+    sums = [backend.kl_div(*shard, None, options, known) for shard in shards]
+    known = DivergenceRows(*known[:2], *(sum(each[i] for each in sums) for i in (2, 3)))
+    for shard in shards:
+        backend.kl_div(*shard, upstream, options, known)
+    torch.testing.assert_close(known.loss, whole.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat([shard[0] for shard in shards], 1), gradient, rtol=1e-4, atol=1e-6)

@@ -20,6 +20,7 @@ MODULES = {
     "fastloss.linear.functional": {"linear_cross_entropy", "linear_cross_entropy_with_accuracy"},
     "fastloss.linear.statistics": {"linear_cross_entropy_with_statistics"},
     "fastloss.linear.token_loss": {"linear_token_loss"},
+    "fastloss.linear.kl_div": {"linear_kl_div"},
     "fastloss.linear.topk": {"linear_topk_log_probs"},
     "fastloss.loss.statistics": {"cross_entropy_with_statistics"},
     "fastloss.metrics.accuracy": {"Accuracy"},

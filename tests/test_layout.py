@@ -247,8 +247,8 @@ FILES = {
     "measuring": ("sgd", "reference", "contenders", "inputs", "clock", "machine", "info", "style"),
     "loss": ("statistics", "functional", "routes", "sharded", "row_numbers", "compiled", "autograd", "composite"),
     "linear": (
-        *("statistics", "token_loss", "functional", "topk", "sharded", "compiled", "autograd", "row_numbers"),
-        *("chunks", "arguments"),
+        *("statistics", "token_loss", "functional", "topk", "kl_div", "sharded", "compiled", "autograd"),
+        *("row_numbers", "chunks", "arguments"),
     ),
     "metrics": ("accuracy", "standalone"),
     "optim": ("sgd", "repeat", "step_plan", "shards", "plain", "checkpoint"),

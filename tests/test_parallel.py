@@ -401,6 +401,41 @@ def test_best_classes(together: list[dict[str, Any]]) -> None:
                 torch.testing.assert_close(log_probs, whole.log_probs, rtol=1e-6, atol=1e-6)
 
 
+def test_divergences(together: list[dict[str, Any]]) -> None:
+    """As of one process: the loss and the hidden states' gradient on every rank, the heads' gradients in parts."""
+    for number in range(len(worker.DIVERGENCES)):
+        case, how, upstream = worker.divergence_problem(number)
+        trained = [case[name].requires_grad_() for name in ("input", "linear_weight", "linear_bias")]
+        loss = fastloss.linear_kl_div(**case, **how)
+        whole = [loss.detach(), *torch.autograd.grad(loss, trained, upstream)]
+        narrow = whole[0].dtype == torch.float16
+        limits: dict[str, Any] = {"rtol": 4e-3, "atol": 4e-3} if narrow else {"rtol": 1e-5, "atol": 1e-6}
+        parts = [results["divergences"][number] for results in together]
+        torch.testing.assert_close(parts, [results["blind", "divergences"][number] for results in together], **limits)
+        for loss, of_input, *_ in parts:
+            torch.testing.assert_close([loss, of_input], whole[:2], **limits)
+        for place in (2, 3):
+            torch.testing.assert_close(torch.cat([part[place] for part in parts]), whole[place], **limits)
+
+
+def test_divergences_of_a_group(alone: Any) -> None:
+    """A call that one rank can refuse alone; second derivatives; DTensors."""
+    from torch.distributed.tensor import Shard
+
+    head, call = torch.randn(4, 4, requires_grad=True), fastloss.linear_kl_div
+    with pytest.raises(ValueError, match="linear_weight has 4 classes and teacher_linear_weight 3"):
+        call(X, head, X, torch.ones(3, 4), group=alone)
+    with pytest.raises(ValueError, match="linear_weight is a DTensor; expected this rank's shard"):
+        call(X, dtensor(head.detach(), Shard(0)), X, torch.ones(4, 4))
+    (gradient,) = torch.autograd.grad(call(X, head, X, torch.eye(4), group=alone), head, retain_graph=True)
+    (expected,) = torch.autograd.grad(call(X, head, X, torch.eye(4)), head)
+    torch.testing.assert_close(gradient, expected)
+    with pytest.raises(RuntimeError, match="no second derivative; with create_graph=True gather both heads"):
+        torch.autograd.grad(call(X, head, X, torch.eye(4), group=alone), head, create_graph=True)
+    with pytest.raises(RuntimeError, match="accumulate_grad=True beside a linear_weight that is not a leaf"):
+        call(X, head * 1, X, torch.eye(4), accumulate_grad=True, group=alone)
+
+
 def test_best_classes_of_a_group(alone: Any) -> None:
     """More classes than there are; a group beside DTensors."""
     from torch.distributed.tensor import Shard

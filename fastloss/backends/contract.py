@@ -28,6 +28,8 @@ __all__ = [
     "FLAG_ELEMENTS",
     "Addresses",
     "Backend",
+    "DivergenceOptions",
+    "DivergenceRows",
     "ExternalLabel",
     "Forward",
     "LossInputs",
@@ -206,6 +208,29 @@ class ExternalLabel(NamedTuple):
     most_k: int  # a rank below it is exact; a higher one is at least that
 
 
+@dataclass(frozen=True)
+class DivergenceOptions:
+    """The options of a divergence of two softmaxes, a student's s and a teacher's t, checked.
+
+    A logit x is z = softcap(x) / temperature on either side.
+    """
+
+    beta: float = 0.0  # 0: KL(t ‖ s); 1: KL(s ‖ t); between: β KL(t ‖ m) + (1−β) KL(s ‖ m), m = β t + (1−β) s
+    temperature: float = 1.0
+    softcap: float | None = None  # of the student
+    teacher_softcap: float | None = None
+
+
+class DivergenceRows(NamedTuple):
+    """The numbers of each row, ``(rows,)`` float64 each; None: not computed."""
+
+    lse: Tensor | None = None  # log Σ_c exp(z_c) of the student
+    teacher_lse: Tensor | None = None
+    loss: Tensor | None = None  # the divergence
+    # What the gradient needs: KL(s ‖ t) for β = 1, KL(s ‖ m) for 0 < β < 1; any number for β = 0.
+    level: Tensor | None = None
+
+
 class Backend(Protocol):
     """The functions of a backend."""
 
@@ -324,6 +349,28 @@ class Backend(Protocol):
         of the target:   w_c (g_nll (lse − z_c) + g_mass).
 
         ``lse`` and ``mass`` may be of more classes than these logits have.
+        """
+        ...
+
+    def kl_div(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        upstream: Tensor | None,
+        options: DivergenceOptions,
+        known: DivergenceRows | None = None,
+        *,
+        lse_only: bool = False,
+    ) -> DivergenceRows:
+        """Return the numbers of each row; with an ``upstream``, write the gradient over the student's logits.
+
+        ``student`` and ``teacher`` are logits ``(outer, classes, inner)`` of any dtypes and strides, and ``upstream``
+        is the gradient of each row's divergence, ``(rows,)`` float64, contiguous. A row whose upstream is 0 has a
+        gradient of 0, even if it holds NaN. 0 · log 0 is 0.
+
+        Numbers that are ``known`` are of more classes than these logits have, and are returned as they are; the
+        others are of these classes, so that ``loss`` and ``level`` beside a known lse are this part of their sums.
+        ``lse_only``: compute the log-sum-exps alone.
         """
         ...
 

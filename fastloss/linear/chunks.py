@@ -50,6 +50,7 @@ __all__ = [
     "dtype_of_chunk",
     "forward",
     "logits_of",
+    "row_of_logits",
     "rows_of_chunk",
     "writes_gradients",
 ]
@@ -87,6 +88,8 @@ class LinearOptions:
     logits_dtype: torch.dtype | None = None  # of a chunk, if it is wider than the products' own
     # Bytes of the numbers per row: its loss, its index, the numbers saved for the backward pass.
     row_bytes: int = 64
+    # Bytes of a chunk's row beside those of these tensors' chunks.
+    chunk_row_bytes: int = 0
     # The divisor of a mean over more rows than these; a float beside class probabilities. The accuracies are numbers
     # of rows then, not shares.
     total: Tensor | float | None = None
@@ -190,6 +193,11 @@ def rows_of_chunk(call: LinearOptions, rows: int, linear_weight: Tensor, needs: 
     return max(1, rows if rows <= alone else several)
 
 
+def row_of_logits(linear_weight: Tensor, dtype: torch.dtype) -> int:
+    """Return the bytes of a row of logits."""
+    return _pitch(len(linear_weight), linear_weight.device) * dtype.itemsize
+
+
 def _pitch(classes: int, device: torch.device) -> int:
     """Return the distance of the logits' rows in memory, in elements."""
     step = _PITCH.get(device.type, 1)
@@ -210,7 +218,7 @@ def _rows_within(budget: int, call: LinearOptions, rows: int, linear_weight: Ten
     sums, on_cpu = needs.linear_weight, linear_weight.device.type == "cpu"
     # Per row: the logits and the target's gradient; on a CPU their widened parts for the sums, or a softcap's slope;
     # x and its gradient in another dtype.
-    row = _pitch(classes, linear_weight.device) * call.chunk_dtype.itemsize + features * (narrow + 2 * wide)
+    row = row_of_logits(linear_weight, call.chunk_dtype) + features * (narrow + 2 * wide) + call.chunk_row_bytes
     row += classes * narrow * (call.chunk_dtype != dtype)  # the gradient, rounded for the products
     row += (
         classes * wide * (needs.target + (on_cpu and (call.options.softcap is not None or (sums and wide > narrow))))

@@ -47,7 +47,7 @@ from .chunks import ChunkLoss, Gradients, Index, LinearOptions, Losses, Needs, T
 from .row_numbers import Numbers as NumbersByName
 from .row_numbers import RowVisitor, scaled
 
-__all__ = ["Part", "linear_loss_over_ranks", "part_of_rank"]
+__all__ = ["Part", "common_rows_of_chunk", "linear_loss_over_ranks", "part_of_rank"]
 
 
 @disable_dynamo
@@ -154,7 +154,7 @@ def part_of_rank(arguments: Arguments, group: Any, same: object = None) -> Part:
     of_loss = checks.loss_dtype(x, t, weight, chunks.dtype_of_chunk(dtype, chunking["logits_dtype"]))
     call = LinearOptions(options, dtype, of_loss, **chunking)
     tensors = Tensors(x, w, b, t)
-    rows = _common_rows_of_chunk(call, tensors, layout)  # raises if the budget has no room for a row
+    rows = common_rows_of_chunk(call, tensors, layout)  # raises if the budget has no room for a row
     if layout.class_group is not None:
         call = dataclasses.replace(call, chunk_size=rows, memory_budget=None)
     return Part(tensors, weight, call, layout, choice.load(choice.choose(x)), lead, plan)
@@ -194,7 +194,7 @@ def _of_part(part: Part) -> list[Tensor]:
     return [loss, *values]
 
 
-def _common_rows_of_chunk(call: LinearOptions, tensors: Tensors, layout: Layout) -> int:
+def common_rows_of_chunk(call: LinearOptions, tensors: Tensors, layout: Layout) -> int:
     """Return a chunk's rows, the same on all ranks that share the classes, since a chunk has collectives.
 
     It is :func:`chunks.rows_of_chunk` of the rank that has the most classes. On a GPU with ``group=`` the host

@@ -2,6 +2,7 @@
 
 from .accuracy import accuracy, label_ranks
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward, rescale
+from .kl_div import kl_div
 from .sgd import sgd_squares, sgd_step
 from .soft_cross_entropy import soft_cross_entropy_backward, soft_cross_entropy_forward
 from .soft_statistics import soft_statistics_backward, soft_statistics_forward
@@ -16,6 +17,7 @@ __all__ = [
     "accuracy",
     "cross_entropy_backward",
     "cross_entropy_forward",
+    "kl_div",
     "label_ranks",
     "rescale",
     "row_statistics_backward",
