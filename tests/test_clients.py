@@ -63,6 +63,7 @@ def test_every_recipe_is_run_here() -> None:
         "Hugging Face Trainer",
         "A causal language model without its logits",
         "Losses of tokens",
+        "Distillation without logits",
         "PyTorch Lightning",
         "Mixup",
         "SGD in Hugging Face's Trainer",
@@ -180,6 +181,49 @@ def test_a_causal_language_model_without_its_logits(tied: bool) -> None:
         their_steps.append((output.loss.item(), float(right.sum() / counted.sum())))
     for mine, other in zip(our_steps, their_steps, strict=True):
         assert mine == pytest.approx(other, rel=1e-5)
+    their_weights = dict(theirs.named_parameters())
+    for name, weight in ours.named_parameters():
+        assert not torch.equal(weight, dict(first.named_parameters())[name])
+        torch.testing.assert_close(weight, their_weights[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_distillation_without_logits(beta: float) -> None:
+    """Each step's loss, and the weights at the end, are those of the plain form over both models' logits (which is
+    TRL's ``generalized_jsd_loss`` with its default reduction); with padding.
+    """
+    steps, rows, length, classes, temperature = 3, 3, 16, 256, 2.0
+    teacher, first = llama(classes, length, hidden_size=24), llama(classes, length)
+    batches = []
+    for _ in range(steps):
+        mask = torch.ones(rows, length, dtype=torch.int64)
+        for row, counted in zip(mask, torch.randint(5, length, (rows,)).tolist(), strict=True):
+            row[counted:] = 0
+        batches.append({"input_ids": torch.randint(classes, (rows, length)), "attention_mask": mask})
+
+    ours, theirs = copy.deepcopy(first), copy.deepcopy(first)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.5)
+    our_losses = list(recipe("Distillation without logits")()["train"](ours, teacher, optimizer, batches, beta))
+    their_losses = []
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.5)
+    for batch in batches:
+        counted = batch["attention_mask"][:, 1:] == 1
+        with torch.no_grad():
+            of_teacher = (teacher(**batch).logits[:, :-1][counted] / temperature).log_softmax(-1)
+        of_student = (theirs(**batch).logits[:, :-1][counted] / temperature).log_softmax(-1)
+        if beta in (0, 1):
+            pair = (of_student, of_teacher) if beta == 0 else (of_teacher, of_student)
+            loss = F.kl_div(*pair, reduction="batchmean", log_target=True)
+        else:
+            mixture = torch.log(beta * of_teacher.exp() + (1 - beta) * of_student.exp())
+            sides = zip((beta, 1 - beta), (of_teacher, of_student), strict=True)
+            parts = [w * F.kl_div(mixture, side, reduction="batchmean", log_target=True) for w, side in sides]
+            loss = parts[0] + parts[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        their_losses.append(loss.item())
+    assert our_losses == pytest.approx(their_losses, rel=1e-4)
     their_weights = dict(theirs.named_parameters())
     for name, weight in ours.named_parameters():
         assert not torch.equal(weight, dict(first.named_parameters())[name])

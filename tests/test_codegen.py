@@ -50,7 +50,7 @@ def reports(runs: list[list[str]], folder: Path) -> list[list[str]]:
 
 
 LOSS_FORMS = ["plain", "accuracy", "weight", "none", "smoothing", "softcap", "chunk", "rescale"]
-FORMS = [*LOSS_FORMS, "soft", "statistics", "shard"]
+FORMS = [*LOSS_FORMS, "soft", "statistics", "divergence", "shard"]
 BUDGETED = ["8192x32000 bfloat16 plain", "8192x32000 bfloat16 accuracy", "4096x128256 bfloat16 accuracy", "sgd "]
 
 
