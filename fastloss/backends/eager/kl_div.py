@@ -19,7 +19,7 @@ Both logarithms of the mixture come from the difference d, so that nothing cance
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from .sweep import LOG2_E
 from .workers import for_each
 
 __all__ = ["kl_div"]
+
+# Buffers of a piece's size, about: a piece is so much smaller than the chunks of other functions.
+_BUFFERS = 4
 
 
 def kl_div(
@@ -42,98 +45,151 @@ def kl_div(
     lse_only: bool = False,
 ) -> DivergenceRows:
     """See :class:`fastloss.backends.contract.Backend`; each chunk of rows is read once."""
-    outer, _, inner = student.shape
-    rows, device, beta = (outer, 1, inner), student.device, options.beta
+    outer, classes, inner = student.shape
+    rows, device = (outer, 1, inner), student.device
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     known = DivergenceRows() if known is None else known
     sums = not lse_only and (known.level is None or known.loss is None)
-    wanted = (True, True, sums, sums)
-    numbers = [
-        number.view(rows)
-        if number is not None
-        else student.new_empty(rows, dtype=row_dtype(device))
-        if want
-        else None
-        for number, want in zip(known, wanted, strict=True)
-    ]
+    numbers = DivergenceRows(
+        *(
+            number.view(rows)
+            if number is not None
+            else student.new_empty(rows, dtype=row_dtype(device))
+            if wanted
+            else None
+            for number, wanted in zip(known, (True, True, sums, sums), strict=True)
+        )
+    )
     slopes = None if upstream is None else upstream.view(rows)
 
     def visit(chunk: Chunk) -> None:
-        x, of_rows = chunk.of(student), [None if number is None else chunk.of(number) for number in numbers]
-        given = [None if number is None else of_row for number, of_row in zip(known, of_rows, strict=True)]
-        s = _softmax(x, options.softcap, options.temperature, given[0], dtype, "student")
-        t = _softmax(chunk.of(teacher), options.teacher_softcap, options.temperature, given[1], dtype, "teacher")
-        for number, lse in zip(of_rows[:2], (s.lse, t.lse), strict=True):
-            if number is not None:
-                number.copy_(lse)
-        if lse_only:
-            return
-        # From here on log p of the student is the memory of d, and log p of the teacher that of the gradient.
-        d = torch.sub(t.log_p, s.log_p, out=s.log_p)
-        s_is_0, t_is_0 = s.p == 0, t.p == 0
-        if beta == 0:
-            loss = torch.mul(t.p, d, out=d).masked_fill_(t_is_0, 0).sum(1, keepdim=True)
-            level, g = loss, s.p.sub_(t.p)
-        elif beta == 1:
-            g = torch.mul(s.p, d, out=d).neg_().masked_fill_(s_is_0, 0)
-            level = loss = g.sum(1, keepdim=True)
-        else:
-            greater = torch.abs(d, out=t.log_p).neg_().expm1_()
-            above = d > 0
-            greater.mul_(torch.where(above, d.new_tensor(1 - beta), d.new_tensor(beta))).log1p_().neg_()
-            of_t = torch.minimum(d, d.new_zeros(())).add_(greater)
-            of_t.mul_(t.p).masked_fill_(t_is_0, 0)
-            g = greater.sub_(d.clamp_(min=0)).mul_(s.p).masked_fill_(s_is_0, 0)
-            level = g.sum(1, keepdim=True)
-            loss = of_t.sum(1, keepdim=True).mul_(beta).add_(level, alpha=1 - beta)
-        for number, value, old in zip(of_rows[2:], (loss, level), given[2:], strict=True):
-            if number is not None and old is None:
-                number.copy_(value)
-        if slopes is None:
-            return
-        if beta != 0:
-            level = level if given[3] is None else given[3].to(dtype)
-            g.sub_(s.p.mul_(level))
-        slope = chunk.of(slopes)
-        g.mul_((slope * ((1 - beta) / options.temperature if 0 < beta < 1 else 1 / options.temperature)).to(dtype))
-        if s.tanh is not None:  # times 1 − tanh², without the cancellation near tanh = 1
-            g.mul_(1 - s.tanh).mul_(s.tanh.add_(1))
-        x.copy_(g.masked_fill_(slope == 0, 0))  # a row without an upstream gradient may hold NaN
+        piece = _Piece(chunk, student, teacher, options, numbers, known, dtype)
+        if not lse_only:
+            level = piece.sums()
+            if slopes is not None:
+                piece.write_gradient(chunk.of(slopes), level)
 
-    for_each(chunks(student.shape, dtype), visit, device)
+    # A piece has several buffers, which stay in a cache together if it is small.
+    for_each(chunks(torch.Size((outer, _BUFFERS * classes, inner)), dtype), visit, device)
     return DivergenceRows(*(None if number is None else number.reshape(-1) for number in numbers))
 
 
-class _Softmax(NamedTuple):
-    """The softmax of a chunk."""
+class _Piece:
+    """The logits of one chunk, of both sides."""
 
-    p: Tensor
-    log_p: Tensor
-    lse: Tensor  # (outer, 1, inner)
+    def __init__(
+        self,
+        chunk: Chunk,
+        student: Tensor,
+        teacher: Tensor,
+        options: DivergenceOptions,
+        numbers: DivergenceRows,
+        known: DivergenceRows,
+        dtype: torch.dtype,
+    ) -> None:
+        self.x, self.options, self.dtype = chunk.of(student), options, dtype
+        self.numbers = [None if number is None else chunk.of(number) for number in numbers]
+        self.known = [number is not None for number in known]
+        self._teacher = chunk.of(teacher)
+        self.s, self.t = self._sides()
+
+    def _sides(self) -> tuple[_Side, _Side]:
+        options, lses = self.options, self.numbers[:2]
+        pairs = ((self.x, options.softcap, "student"), (self._teacher, options.teacher_softcap, "teacher"))
+        return tuple(  # type: ignore[return-value]
+            _side(x, cap, options.temperature, lse, known, self.dtype, use)
+            for (x, cap, use), lse, known in zip(pairs, lses, self.known[:2], strict=True)
+        )
+
+    def sums(self) -> Tensor:
+        """Compute the rows' sums, and return what their gradient needs; ``below`` of the student holds its terms."""
+        loss, level = self._sums(careful=not self.x.is_cpu)
+        if self.x.is_cpu and not loss.isfinite().all():
+            # Elsewhere the host would have to wait for that. Some logarithm was infinite, beside a probability of 0.
+            self.s, self.t = self._sides()
+            loss, level = self._sums(careful=True)
+        for number, value, known in zip(self.numbers[2:], (loss, level), self.known[2:], strict=True):
+            if number is not None and not known:
+                number.copy_(value)
+        return self.numbers[3].to(self.dtype) if self.known[3] and self.numbers[3] is not None else level
+
+    def _sums(self, *, careful: bool) -> tuple[Tensor, Tensor]:
+        s, t, beta = self.s, self.t, self.options.beta
+        s_is_0, t_is_0 = (s.e == 0, t.e == 0) if careful else (None, None)
+        shift = s.log_total - t.log_total
+        d = torch.sub(t.below, s.below, out=s.below)
+        d.add_(shift.to(self.dtype))
+
+        def mean(terms: Tensor, is_0: Tensor | None, total: Tensor) -> Tensor:
+            terms = terms if is_0 is None else terms.masked_fill_(is_0, 0)
+            return terms.sum(1, keepdim=True) / total
+
+        if beta == 0:
+            loss = mean(torch.mul(t.e, d, out=d), t_is_0, t.total)
+            return loss, loss
+        if beta == 1:
+            loss = mean(torch.mul(s.e, d, out=d).neg_(), s_is_0, s.total)
+            return loss, loss
+        above = d > 0
+        greater = torch.abs(d, out=t.below).neg_().expm1_()
+        greater.mul_(torch.where(above, d.new_tensor(1 - beta), d.new_tensor(beta))).log1p_().neg_()
+        # −log1p(…) is r where d is at most 0, and u elsewhere.
+        of_t = torch.clamp(d, max=0, out=Scratch("mixture", self.dtype, d.device).like(d)).add_(greater)
+        of_t = mean(of_t.mul_(t.e), t_is_0, t.total)
+        of_s = mean(torch.sub(greater, d.clamp_(min=0), out=d).mul_(s.e), s_is_0, s.total)
+        return of_t * beta + of_s * (1 - beta), of_s
+
+    def write_gradient(self, slope: Tensor, level: Tensor) -> None:
+        """Write the gradient over the student's logits, at upstream gradients of the rows."""
+        s, t, beta, x = self.s, self.t, self.options.beta, self.x
+        factor = (1 - beta if 0 < beta < 1 else 1.0) / self.options.temperature
+        of_s = (slope * factor / s.total).to(self.dtype)
+        out = x if x.dtype == self.dtype and s.tanh is None else s.below
+        if beta == 0:
+            of_t = (slope * -factor / t.total).to(self.dtype)
+            g = torch.addcmul(s.e.mul_(of_s), t.e, of_t, out=out)
+        else:
+            g = torch.addcmul(s.e.mul_(of_s * -level), s.below, of_s, out=out)
+        if s.tanh is not None:  # times 1 − tanh², without the cancellation near tanh = 1
+            g.mul_(1 - s.tanh).mul_(s.tanh.add_(1))
+        idle = slope == 0  # such a row may hold NaN
+        if not idle.is_cpu or idle.any():
+            g.masked_fill_(idle, 0)
+        if g is not x:
+            x.copy_(g)
+
+
+class _Side(NamedTuple):
+    """The softmax of a chunk, exp(below) / total."""
+
+    e: Tensor  # exp(below)
+    below: Tensor  # z less a number for each row
+    total: Tensor  # (outer, 1, inner), as the next one
+    log_total: Tensor  # in the dtype of numbers of rows
     tanh: Tensor | None
 
 
-def _softmax(
-    x: Tensor, softcap: float | None, temperature: float, lse: Tensor | None, dtype: torch.dtype, use: str
-) -> _Softmax:
-    """Return the softmax of z = softcap(x) / temperature; with an ``lse``, p = exp(z − lse)."""
-    log_p, p = (Scratch(f"{use}{number}", dtype, x.device).like(x) for number in range(2))
-    z, tanh = log_p.copy_(x), None
+def _side(
+    x: Tensor, softcap: float | None, temperature: float, lse: Any, known: bool, dtype: torch.dtype, use: str
+) -> _Side:
+    """Return the softmax of z = softcap(x) / temperature, of a known lse, or one that is written to ``lse``."""
+    below, e = (Scratch(f"{use}{number}", dtype, x.device).like(x) for number in range(2))
+    z, tanh = x if x.dtype == dtype else below.copy_(x), None
     if softcap is not None:
         tanh = torch.div(z, softcap, out=Scratch(f"{use} tanh", dtype, x.device).like(x)).tanh_()
-        z = torch.mul(tanh, softcap, out=log_p)
+        z = torch.mul(tanh, softcap, out=below)
     if temperature != 1:
-        z.div_(temperature)
-    wide = row_dtype(x.device)
-    if lse is None:
-        m = z.amax(1, keepdim=True)
-        m.masked_fill_(m == -torch.inf, 0)
-        z.sub_(m)
-        total = torch.mul(z, LOG2_E, out=p).exp2_().sum(1, keepdim=True)
-        lse = total.to(wide).log()
-        z.sub_(lse.to(dtype))
-        return _Softmax(p.div_(total), z, lse + m, tanh)
-    # In two parts, since the logits are near it and the difference must be exact.
-    high = lse.to(dtype)
-    z.sub_(high).sub_((lse - high).to(dtype))
-    return _Softmax(torch.mul(z, LOG2_E, out=p).exp2_(), z, lse, tanh)
+        z = torch.div(z, temperature, out=below)
+    if known:
+        # In two parts, since the logits are near it and the difference must be exact.
+        high = lse.to(dtype)
+        below = torch.sub(z, high, out=below).sub_((lse - high).to(dtype))
+        one = torch.ones_like(high)
+        return _Side(torch.mul(below, LOG2_E, out=e).exp2_(), below, one, torch.zeros_like(lse), tanh)
+    m = z.amax(1, keepdim=True)
+    m.masked_fill_(m == -torch.inf, 0)
+    below = torch.sub(z, m, out=below)
+    total = torch.mul(below, LOG2_E, out=e).exp2_().sum(1, keepdim=True)
+    log_total = total.to(row_dtype(x.device)).log()
+    lse.copy_(log_total + m)
+    return _Side(e, below, total, log_total, tanh)
