@@ -22,6 +22,8 @@ from fastloss import (
     cross_entropy_with_accuracy,
     linear_cross_entropy,
     linear_cross_entropy_with_accuracy,
+    linear_kl_div,
+    linear_topk_log_probs,
     use_backend,
 )
 from fastloss.backends import choice
@@ -717,6 +719,13 @@ def test_linear_without_waiting(
             loss.sum().backward()
         linear_cross_entropy(hidden.view(3, 100, 64), head, target.view(3, 100), shift=True).backward()
         linear_cross_entropy_with_accuracy(hidden, head, target, topk=(1, 5))
+        for beta in (0.0, 0.3, 1.0):
+            teacher = hidden.detach().flip(0), head.detach()
+            loss = linear_kl_div(
+                hidden, head, *teacher, target=target, beta=beta, reduction=reduction, chunk_size=128
+            )
+            loss.sum().backward()
+        linear_topk_log_probs(hidden, head, 5, chunk_size=128)
         with torch.autocast(kernels.device.type, dtype=torch.bfloat16):
             linear_cross_entropy(hidden, head, target).backward()
         with torch.no_grad():
