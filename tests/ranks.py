@@ -443,7 +443,8 @@ def divergences(rank: int, ranks: int, group: Any) -> list[Any]:
     found = []
     for number in range(len(DIVERGENCES)):
         case, how, upstream = divergence_problem(number)
-        sizes = [13 - (ranks - 1), *[1] * (ranks - 1)]
+        least = min(number, 1)  # of the first, all ranks but one have no class
+        sizes = [13 - least * (ranks - 1), *[least] * (ranks - 1)]
         here = {
             n: t.split(sizes)[rank] if n.split("linear_")[-1] in ("weight", "bias") else t for n, t in case.items()
         }

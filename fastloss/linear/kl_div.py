@@ -317,8 +317,7 @@ class _DivergenceLosses(Losses):
             )
         upstream = self._counted(self.counted(t), upstream)
         known = DivergenceRows(*saved)
-        logits = self._teacher_logits(index).unsqueeze(2)
-        self.backend.kl_div(z.unsqueeze(2), logits, upstream.contiguous(), self.divergence, known)
+        self._kl_div(z, self._teacher_logits(index), upstream.contiguous(), known)
 
     def composed(self, logits: Tensor, t: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
         x, w, b = (None if each is None else each.to(self.teacher_dtype) for each in self.teacher)
@@ -343,17 +342,34 @@ class _DivergenceLosses(Losses):
 
     def _visited(self, teacher: Tensor, z: Tensor, upstream: Tensor | None) -> DivergenceRows:
         """Return the numbers of the rows over all classes; with ``upstream``, write the gradient over z."""
-        visit, logits, known = self.backend.kl_div, (z.unsqueeze(2), teacher.unsqueeze(2)), None
+        known = None
         if self.layout is not None:
             group = self.layout.class_group
-            lse = visit(*logits, None, self.divergence, lse_only=True)
+            lse = self._kl_div(z, teacher, None, lse_only=True)
             known = DivergenceRows(*gather(torch.stack([*lse[:2]]), group).logsumexp(0))  # type: ignore[list-item]
-            sums = visit(*logits, None, self.divergence, known)
+            sums = self._kl_div(z, teacher, None, known)
             both = all_reduce_detached(torch.stack([*sums[2:]]), (group,))  # type: ignore[list-item]
             known = DivergenceRows(*known[:2], *both)
-            if upstream is None:
-                return known
-        return visit(*logits, upstream, self.divergence, known)
+            if upstream is not None:
+                self._kl_div(z, teacher, upstream, known)
+            return known
+        return self._kl_div(z, teacher, upstream, known)
+
+    def _kl_div(
+        self,
+        z: Tensor,
+        teacher: Tensor,
+        upstream: Tensor | None,
+        known: DivergenceRows | None = None,
+        *,
+        lse_only: bool = False,
+    ) -> DivergenceRows:
+        """Return the backend's numbers of these classes, of which a rank may have none."""
+        if not z.shape[1]:
+            zero = torch.zeros(z.shape[0], dtype=torch.float64, device=z.device)
+            return DivergenceRows(zero - torch.inf, zero - torch.inf, zero, zero)
+        logits = z.unsqueeze(2), teacher.unsqueeze(2)
+        return self.backend.kl_div(*logits, upstream, self.divergence, known, lse_only=lse_only)
 
     def _teacher_logits(self, index: Index) -> Tensor:
         """Return the teacher's logits of some rows, ``(n, C)``, in one buffer for all chunks of a pass."""
