@@ -303,13 +303,15 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 HARD = (
     *("plain", "accuracy", "smoothing", "smoothing+accuracy", "weight+smoothing+accuracy", "none+accuracy"),
     *("softcap+z", "smoothing+softcap", "weight+smoothing+softcap+z+accuracy"),
+    *("plain+scale+accuracy", "weight+smoothing+scale+temperature", "smoothing+softcap+scale+temperature+z"),
 )
-SOFT = ("soft", "soft-weight+smoothing", "soft-softcap+z", "soft-probabilities")
+SOFT = ("soft", "soft-weight+smoothing", "soft-softcap+z", "soft-probabilities", "soft-weight+smoothing+scale+z")
 STATISTICS = (  # "every": the parts that are none of "squares" and "mean"
     *("statistics", "statistics-every", "statistics-every+weight+smoothing+softcap"),
     *("statistics-squares+mean", "statistics-every+squares+mean+weight+smoothing+softcap"),
+    "statistics-every+squares+mean+weight+smoothing+scale+temperature",
 )
-SHARDS = ("shard", "shard-weight+smoothing+softcap")
+SHARDS = ("shard", "shard-weight+smoothing+softcap", "shard-weight+smoothing+scale+temperature")
 DIVERGENCES = {"forward": 0.0, "reverse": 1.0, "mixed": 0.5, "mixed+softcap": 0.5}
 _OPTIONS: dict[str, tuple[str, Any]] = {  # of a form's words
     "accuracy": ("topk", (1, 5)),
@@ -318,6 +320,8 @@ _OPTIONS: dict[str, tuple[str, Any]] = {  # of a form's words
     "softcap": ("softcap", 30.0),
     "z": ("lse_square_scale", 1e-4),
     "probabilities": ("from_logits", False),
+    "scale": ("logit_scale", 0.5),
+    "temperature": ("temperature", contract.Scalar(torch.empty((), device="meta"))),
 }
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.contract import DivergenceOptions, LossOptions
+from .backends import choice
+from .backends.contract import DivergenceOptions, LossOptions, Scalar
+from .backends.torch_private import transforms_are_active
 from .backends.view import class_dim, pieces_of_labels, row_shape
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "check_labels",
     "check_logits",
     "check_no_gradient",
+    "check_scalars",
     "check_soft_target",
     "check_strided",
     "check_switches",
@@ -44,6 +47,8 @@ _REDUCTIONS = ("none", "mean", "sum")
 LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 # x / softcap must be a normal number of float32, as small as logits may be.
 _MOST_SOFTCAP = 1e30
+# The quotient of two must be one too, and its square.
+_MOST_SCALE = 1e9
 _MOST_CLASSES = (1 << 63) - 1  # that a tensor can have
 
 
@@ -132,8 +137,14 @@ def checked_options(
     topk: tuple[int, ...] = (),
     from_logits: bool = True,
     inplace: object = False,
+    logit_scale: object = 1.0,
+    temperature: object = 1.0,
+    logits: object = None,
 ) -> LossOptions:
-    """Check the arguments that are not tensors, and return the options among them as plain ints and floats."""
+    """Check the arguments that are numbers, and return the options among them as plain ints and floats.
+
+    ``logits``: a tensor on their device, where a ``logit_scale`` or ``temperature`` in a tensor must be.
+    """
     check_switches(from_logits=from_logits, inplace=inplace)
     if reduction not in _REDUCTIONS:
         raise ValueError(
@@ -149,8 +160,66 @@ def checked_options(
     if not from_logits and (cap is not None or scale != 0.0):
         name, value = ("softcap", softcap) if cap is not None else ("lse_square_scale", lse_square_scale)
         raise ValueError(f"fastloss: {name} is {value} beside from_logits=False; probabilities have no logits for it")
+    factor, divisor = (
+        _positive(value, name, logits) for name, value in (("logit_scale", logit_scale), ("temperature", temperature))
+    )
+    if not from_logits:
+        for name, value in (("logit_scale", factor), ("temperature", divisor)):
+            if isinstance(value, Scalar) or value != 1.0:
+                shown = value.tensor if isinstance(value, Scalar) else value
+                raise ValueError(
+                    f"fastloss: {name} is {shown} beside from_logits=False; probabilities have no logits for it"
+                )
     ignored = checked_ignore_index(ignore_index)
-    return LossOptions(ignored, smoothing, str(reduction), scale, cap, topk, from_logits)
+    return LossOptions(
+        ignored, smoothing, str(reduction), scale, cap, topk, from_logits, logit_scale=factor, temperature=divisor
+    )
+
+
+def _positive(value: object, name: str, logits: object) -> float | Scalar:
+    """Return a positive number, or the scalar tensor that holds one. On a GPU the host does not read it."""
+    if isinstance(value, Tensor):
+        return _scalar(value, name, logits)
+    number = _number(value, name)
+    if not 1.0 / _MOST_SCALE <= number <= _MOST_SCALE:
+        raise ValueError(
+            f"fastloss: {name} is {value}; expected a positive finite number, {1.0 / _MOST_SCALE:g} to "
+            f"{_MOST_SCALE:g}, and 1.0 for none"
+        )
+    return number
+
+
+def _scalar(value: Tensor, name: str, logits: object) -> Scalar:
+    """Check a number that a tensor holds."""
+    if value.dim() != 0 or not value.is_floating_point() or value.dtype.itemsize < 2:
+        raise ValueError(
+            f"fastloss: {name} is a tensor of shape {tuple(value.shape)} and dtype {value.dtype}; expected a float, "
+            "or a 0-d tensor of float16, bfloat16, float32 or float64"
+        )
+    if isinstance(logits, Tensor) and value.device != logits.device:
+        raise RuntimeError(
+            f"fastloss: {name} is on {value.device}; expected a float, or a tensor on {logits.device}, where input is"
+        )
+    if hasattr(value, "to_local"):
+        raise RuntimeError(
+            f"fastloss: {name} is a DTensor; expected a float or a plain tensor: pass {name}.to_local()"
+        )
+    if value.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"fastloss: {name} requires grad, and the loss is not differentiable in it; multiply the logits (or the "
+            f"hidden states) by it instead, or pass {name}.detach()"
+        )
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active()
+    if not traced and type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta and choice.may_look(value):
+        _positive(float(value), name, None)
+    return Scalar(value.detach())
+
+
+def check_scalars(options: LossOptions) -> None:
+    """Check the numbers of a loss's options that tensors hold, on a CPU."""
+    for name, value in (("logit_scale", options.logit_scale), ("temperature", options.temperature)):
+        if isinstance(value, Scalar) and choice.may_look(value.tensor):
+            _positive(float(value.tensor), name, None)
 
 
 def checked_divergence(

@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastloss.backends.contract import LossOptions, Scalar
+
 Members = TypeVar("Members", bound=NamedTuple)
 
 
@@ -33,6 +35,17 @@ class Strided(NamedTuple):
     stride_outer: Any
     stride_class: Any
     stride_inner: Any
+
+
+class Scaling(NamedTuple):
+    """The pointers to the numbers of the options that lie on the device, of any floating dtype; None where none does.
+
+    Numbers of the host are in the arguments ``cap`` and ``factor``: softcap / logit_scale and softcap / temperature
+    or, without a softcap, 1 and logit_scale / temperature.
+    """
+
+    logit_scale: Any = None
+    temperature: Any = None
 
 
 class Tile(NamedTuple):
@@ -60,6 +73,7 @@ class Form(NamedTuple):
     REDUCTION: Any = "none"
     K: Any = 0  # the number of accuracies
     K_PAD: Any = 1  # its next power of 2
+    SCALED: Any = False  # logit_scale or temperature is not 1
 
 
 def compiled_in(members: Members) -> Members:
@@ -71,6 +85,18 @@ def compiled_in(members: Members) -> Members:
     if triton.knobs.runtime.interpret:
         return members
     return type(members)(*map(tl.constexpr, members))  # type: ignore[arg-type]
+
+
+def scaling(options: LossOptions) -> Scaling:
+    """Return the numbers of the options that lie on the device."""
+    numbers = options.logit_scale, options.temperature
+    return Scaling(*(number.tensor if isinstance(number, Scalar) else None for number in numbers))
+
+
+def cap_and_factor(options: LossOptions) -> tuple[float, float]:
+    """Return the numbers of the options that the host knows, as :class:`Scaling` has them."""
+    factors = options.factors(lambda tensor: 1.0)
+    return factors.divisor, factors.outer
 
 
 def strided(tensor: Tensor | None, like: Tensor | None = None) -> Strided:

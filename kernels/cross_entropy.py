@@ -28,13 +28,16 @@ from fastloss.backends.contract import Forward, LossInputs, LossOptions, compute
 
 from .arguments import (
     Form,
+    Scaling,
     Strided,
     block,
+    cap_and_factor,
     class_offsets,
     compiled_in,
     inside,
     pointers,
     row_offsets,
+    scaling,
     strided,
     tile_count,
     tile_rows,
@@ -53,11 +56,13 @@ from .row_loss import (
     weigh_rows,
 )
 from .tile_helpers import (
-    LOG2_E,
+    Scales,
     before_label,
+    exponential,
     finite,
     finite_maximum,
     fp64,
+    in_units,
     ks_of,
     label_logit,
     labels,
@@ -65,6 +70,7 @@ from .tile_helpers import (
     rank_held,
     rank_with_nans,
     rows_to_read,
+    scales_of,
     softcapped,
     softcapped_rows,
     store_ranks,
@@ -113,7 +119,8 @@ def cross_entropy_forward(
             weighed = torch.empty(_WEIGH_PARTS, dtype=torch.float64, device=device)
             weigh(target, weight, weighed)
         out = Results(loss, right, scale, row_max, row_sum, nll)
-        forward(strided(logits), target, weight, strided(result, like=logits), out, partial, weighed)
+        tensors = target, weight, strided(result, like=logits), out, partial, weighed, scaling(options)
+        forward(strided(logits), *tensors)
     return Forward(
         loss,
         right.unbind(0) if k else (),
@@ -144,7 +151,7 @@ def _prepare(
     many = weighed is None and options.reduction == "mean" and result is not None and rows > _WEIGHED_BY_EACH
     numbers = (
         *(options.ignore_index, options.label_smoothing, options.lse_square_scale),
-        *(options.softcap or 1.0, options.topk),
+        *(*cap_and_factor(options), options.topk),
     )
     constants = {
         "N_WEIGHED": _WEIGH_PARTS if many else 0 if weighed is None else weighed.numel(),
@@ -193,7 +200,7 @@ def cross_entropy_backward(upstream: Tensor, inputs: LossInputs, saved: Sequence
     backward = _backwards.get(key, lambda: _prepare_backward(logits, weight, result, upstream, options))
     with on_device(logits):
         saved_rows = (scale[0] if scale else None, row_max, row_sum)
-        backward(strided(logits), target, weight, strided(result), upstream, *saved_rows)
+        backward(strided(logits), target, weight, strided(result), upstream, *saved_rows, scaling(options))
     return result
 
 
@@ -217,7 +224,7 @@ def _prepare_backward(
         options.ignore_index,
         options.label_smoothing,
         options.lse_square_scale,
-        options.softcap or 1.0,
+        *cap_and_factor(options),
     )
     constants = {"T": tiles.tile(logits.dtype), "F": _compiled_form(weight, options), **tiles.options()}
     return Launch(_backward, (tiles.number, blocks), constants, numbers)
@@ -226,7 +233,7 @@ def _prepare_backward(
 def _compiled_form(weight: Tensor | None, options: LossOptions, **more: object) -> Form:
     """Return the options that a kernel is compiled for; values that vary are not among them."""
     has_weight, smoothing = weight is not None, options.label_smoothing != 0
-    return compiled_in(Form(has_weight, smoothing, options.softcap is not None, **more))
+    return compiled_in(Form(has_weight, smoothing, options.softcap is not None, SCALED=options.is_scaled, **more))
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
@@ -257,6 +264,7 @@ def _forward_tile(
     out: Results,
     partial: Partial,
     weighed_ptr,  # parts of the gradient's divisor: of Σ w_y for "mean"; or None
+    scaling: Scaling,
     rows,
     classes,
     inner,
@@ -264,6 +272,7 @@ def _forward_tile(
     eps: fp64,
     z_scale: fp64,
     cap: fp64,
+    factor: fp64,
     ks,  # K ints
     N_WEIGHED: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -271,10 +280,13 @@ def _forward_tile(
     F: tl.constexpr,
 ):
     """Forward with whole rows in registers: reads the logits once, writes the gradient once."""
-    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, T.ACC)
+    eps, z_scale = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64)
+    scales = scales_of(cap, factor, scaling, T, F)
     scale = gradient_scale(
         gradient, target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, T, F
     )
+    if F.SCALED:
+        scale *= scales.slope
     cols = tl.arange(0, T.COLS)
     col_mask = inside(cols, classes, T)
     x_cols, g_cols = class_offsets(logits, cols, T), class_offsets(gradient, cols, T)
@@ -302,10 +314,10 @@ def _forward_tile(
                 counted_sum += counted.to(tl.int32)
 
         e, dz, s, m, z_label, wz, w_total = _softmax_of_tile(
-            x, x_label, cols, col_mask, weight_ptr, cap, classes, T, F
+            x, x_label, cols, col_mask, weight_ptr, scales, classes, T, F
         )
         loss, level, hit, spread = row_results(
-            s, m, z_label, wz, m, w_total, weight, counted, eps, z_scale, classes, F.SMOOTHING
+            s, m, z_label, wz, m, w_total, weight, counted, eps, z_scale, classes, scales, F
         )
         if F.REDUCTION == "none":
             tl.store(out.loss + row, loss.to(T.ACC), mask=in_range)
@@ -316,7 +328,7 @@ def _forward_tile(
             tl.store(out.row_max + row, m, mask=in_range)
             tl.store(out.row_sum + row, s, mask=in_range)
         if out.nll is not None:
-            tl.store(out.nll + row, tl.log(s) + (m - z_label), mask=in_range)
+            tl.store(out.nll + row, tl.log(s) + in_units(m - z_label, scales, F), mask=in_range)
         if gradient.ptr is not None:
             level, hit, spread = (level * scale / s).to(T.ACC), (hit * scale).to(T.ACC), (spread * scale).to(T.ACC)
             g = slope(e, cols, level, spread, weight_ptr, col_mask, F)
@@ -333,10 +345,12 @@ def _forward_tile(
 
 
 @triton.jit
-def _softmax_of_tile(x, x_label, cols, col_mask, weight_ptr, cap, classes, T: tl.constexpr, F: tl.constexpr):
+def _softmax_of_tile(
+    x, x_label, cols, col_mask, weight_ptr, scales: Scales, classes, T: tl.constexpr, F: tl.constexpr
+):
     """Return exp(z − m), dz/dx, and of each row s, m, z_y, Σ_c w_c (z_c − m) and W; the last two for smoothing."""
-    z, dz = softcapped(x, col_mask[None, :], cap, True, T, F)
-    z_label = softcapped_rows(x_label, cap, T, F)
+    z, dz = softcapped(x, col_mask[None, :], scales, True, T, F)
+    z_label = softcapped_rows(x_label, scales, T, F)
     m = finite_maximum(tl.max(z, axis=1))
     wz, w_total = tl.zeros([T.ROWS], T.ACC), tl.zeros([T.ROWS], T.ACC) + classes
     if F.SMOOTHING:
@@ -350,7 +364,7 @@ def _softmax_of_tile(x, x_label, cols, col_mask, weight_ptr, cap, classes, T: tl
             # Nothing below begins before this sum is done, whose terms take registers. It is NaN where the sum of
             # exponentials is; with class weights it also is where a weight of 0 meets a logit of −inf.
             m = tl.where(wz == wz, m, wz)
-    e = tl.exp2((z - m[:, None]) * LOG2_E)
+    e = exponential(z - m[:, None], scales, F)
     return e, dz, tl.sum(e, axis=1), m, z_label, wz, w_total
 
 
@@ -375,7 +389,7 @@ def _visit(
     label,
     x_label,
     r,
-    cap,
+    scales: Scales,
     MASKED: tl.constexpr,
     TWICE: tl.constexpr,  # these logits will be read again
     T: tl.constexpr,
@@ -389,10 +403,10 @@ def _visit(
     x = tl.load(places, mask=mask, other=-float("inf"), eviction_policy=policy).to(T.ACC)
     if F.K > 0:
         rank_group += before_label(x, x_label, cols, start, label, T.GROUP, T.ROWS, T.COLS)
-    z, _ = softcapped(x, mask, cap, MASKED, T, F)
+    z, _ = softcapped(x, mask, scales, MASKED, T, F)
     if F.SMOOTHING:
         wz_group += weighted_sums(z, r, weight_ptr, cols, classes, mask, MASKED, T, F)
-    step = online_step(m_group, s_group, s_group, z, False, T)
+    step = online_step(m_group, s_group, s_group, z, scales, False, T, F)
     return _Online(step.m, step.s, wz_group, rank_group)
 
 
@@ -406,7 +420,7 @@ def _write_gradient(
     start,
     classes,
     of: Rows,
-    cap,
+    scales: Scales,
     MASKED: tl.constexpr,
     T: tl.constexpr,
     F: tl.constexpr,
@@ -420,8 +434,8 @@ def _write_gradient(
         mask, out_mask = mask & aligned, out_mask & aligned
     places = pointers(logits, base, cols, T)
     x = tl.load(places, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(T.ACC)
-    z, dz = softcapped(x, mask, cap, False, T, F)
-    e = tl.exp2((z - of.m[:, None]) * LOG2_E)
+    z, dz = softcapped(x, mask, scales, False, T, F)
+    e = exponential(z - of.m[:, None], scales, F)
     # A row that does not count gets 0: nothing of it is read, so that e is finite, and its factors are 0. Where its
     # neighbours share its accesses it is read, and may hold anything.
     level = tl.where(of.counted, of.level, 0.0)
@@ -457,6 +471,7 @@ def _forward_loop(
     out: Results,
     partial: Partial,
     weighed_ptr,  # parts of the gradient's divisor: of Σ w_y for "mean"; or None
+    scaling: Scaling,
     rows,
     classes,
     inner,
@@ -464,6 +479,7 @@ def _forward_loop(
     eps: fp64,
     z_scale: fp64,
     cap: fp64,
+    factor: fp64,
     ks,  # K ints
     N_WEIGHED: tl.constexpr,
     T: tl.constexpr,
@@ -479,10 +495,13 @@ def _forward_loop(
     aligned groups of ``VEC`` logits in it. The logits before the first group and behind the last, fewer than ``VEC``
     each, are visited apart. Such rows have no class weights and no softcap, and a tile has one of them.
     """
-    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, T.ACC)
+    eps, z_scale = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64)
+    scales = scales_of(cap, factor, scaling, T, F)
     scale = gradient_scale(
         gradient, target_ptr, weight_ptr, weighed_ptr, rows, classes, ignore_index, N_WEIGHED, T, F
     )
+    if F.SCALED:
+        scale *= scales.slope
     w_total = tl.zeros([T.ROWS], T.ACC) + classes
     if F.SMOOTHING and F.HAS_WEIGHT:
         w_total = tl.zeros([T.ROWS], T.ACC) + sum_of_weights(weight_ptr, classes, T.ACC, T.COLS)
@@ -508,7 +527,7 @@ def _forward_loop(
         full = width // T.COLS * T.COLS
         x_label = tl.load(logits.ptr + begin + label * logits.stride_class, mask=counted, other=0.0).to(T.ACC)
         label, place = label.to(tl.int32), place.to(tl.int32)  # as the columns are
-        z_label = softcapped_rows(x_label, cap, T, F)
+        z_label = softcapped_rows(x_label, scales, T, F)
         r = tl.where(finite(z_label), z_label, 0.0)
         m_group = tl.full([T.ROWS, T.COLS // T.GROUP], -float("inf"), T.ACC)
         s_group = tl.zeros([T.ROWS, T.COLS // T.GROUP], T.ACC)
@@ -520,11 +539,11 @@ def _forward_loop(
         if tl.max(counted.to(tl.int32), axis=0) > 0:
             for start in tl.range(0, full, T.COLS, num_stages=T.STAGES):
                 state = _visit(
-                    state, logits, weight_ptr, base, start, width, read, place, x_label, r, cap, False, TWICE, T, F
+                    state, logits, weight_ptr, base, start, width, read, place, x_label, r, scales, False, TWICE, T, F
                 )
             if full < width:
                 state = _visit(
-                    state, logits, weight_ptr, base, full, width, read, place, x_label, r, cap, True, TWICE, T, F
+                    state, logits, weight_ptr, base, full, width, read, place, x_label, r, scales, True, TWICE, T, F
                 )
         if F.K > 0:
             k_vector, _ = ks_of(ks, F.K, F.K_PAD)
@@ -544,14 +563,14 @@ def _forward_loop(
         if T.ENDS:
             m = tl.maximum(m, tl.max(x_ends, axis=1))
         m = finite_maximum(m)
-        s = tl.sum(state.s * tl.exp2((state.m - m[:, None]) * LOG2_E), axis=1)
+        s = tl.sum(state.s * exponential(state.m - m[:, None], scales, F), axis=1)
         if T.ENDS:
-            e_ends = tl.exp2((x_ends - m[:, None]) * LOG2_E)
+            e_ends = exponential(x_ends - m[:, None], scales, F)
             s += tl.sum(e_ends, axis=1)
             if F.SMOOTHING:
                 wz += tl.sum(tl.where(at_ends[None, :], x_ends - r[:, None], 0.0), axis=1)
         loss, level, hit, spread = row_results(
-            s, m, z_label, wz, r, w_total, weight, counted, eps, z_scale, classes, F.SMOOTHING
+            s, m, z_label, wz, r, w_total, weight, counted, eps, z_scale, classes, scales, F
         )
         if F.REDUCTION == "none":
             tl.store(out.loss + row, loss.to(T.ACC), mask=in_range)
@@ -562,7 +581,7 @@ def _forward_loop(
             tl.store(out.row_max + row, m, mask=in_range)
             tl.store(out.row_sum + row, s, mask=in_range)
         if out.nll is not None:
-            tl.store(out.nll + row, tl.log(s) + (m - z_label), mask=in_range)
+            tl.store(out.nll + row, tl.log(s) + in_units(m - z_label, scales, F), mask=in_range)
         if gradient.ptr is not None:
             g_begin = row_offsets(gradient, outer, within, T)
             g_base = g_begin
@@ -576,10 +595,10 @@ def _forward_loop(
                 tl.store(ends, g_ends, mask=in_range[:, None] & at_ends[None, :])
             of = Rows(in_range, read, counted, place, m, level, hit, spread)
             if full < width:
-                _write_gradient(logits, gradient, weight_ptr, base, g_base, full, width, of, cap, True, T, F)
+                _write_gradient(logits, gradient, weight_ptr, base, g_base, full, width, of, scales, True, T, F)
             for done in tl.range(0, full, T.COLS):  # from the end: what was read last is in the cache for sure
                 start = full - T.COLS - done
-                _write_gradient(logits, gradient, weight_ptr, base, g_base, start, width, of, cap, False, T, F)
+                _write_gradient(logits, gradient, weight_ptr, base, g_base, start, width, of, scales, False, T, F)
 
     if F.REDUCTION != "none":
         end_launch(out, partial, loss_sum, weight_sum, counted_sum, right_sum, T, F)
@@ -595,6 +614,7 @@ def _backward(
     scale_ptr,  # (): 1 / Σ w_y, for "mean"; or None
     row_max_ptr,  # (rows,): m
     row_sum_ptr,  # (rows,): Σ exp(z − m)
+    scaling: Scaling,
     rows,
     classes,
     inner,
@@ -603,11 +623,13 @@ def _backward(
     eps: fp64,
     z_scale: fp64,
     cap: fp64,
+    factor: fp64,
     T: tl.constexpr,
     F: tl.constexpr,
 ):
     """Gradient from the logits and what the forward kept of each row. Reads the logits once, writes once."""
-    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, T.ACC)
+    eps, z_scale = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64)
+    scales = scales_of(cap, factor, scaling, T, F)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
     label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, F.HAS_WEIGHT, T.ACC)
     m = tl.load(row_max_ptr + row, mask=in_range, other=0.0)
@@ -615,13 +637,15 @@ def _backward(
     scale = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride, mask=in_range, other=0.0).to(tl.float64)
     if scale_ptr is not None:
         scale *= tl.load(scale_ptr)
+    if F.SCALED:
+        scale *= scales.slope
     w_total = tl.zeros([T.ROWS], T.ACC) + classes
     if F.SMOOTHING and F.HAS_WEIGHT:
         w_total = tl.zeros([T.ROWS], T.ACC) + sum_of_weights(weight_ptr, classes, T.ACC, T.COLS)
-    _, level, hit, spread = row_results(s, m, m, m, m, w_total, weight, counted, eps, z_scale, classes, F.SMOOTHING)
+    _, level, hit, spread = row_results(s, m, m, m, m, w_total, weight, counted, eps, z_scale, classes, scales, F)
     base, g_base = row_offsets(logits, outer, within, T), row_offsets(gradient, outer, within, T)
     start = tl.program_id(1) * T.COLS
     read = rows_to_read(counted, in_range, T.BY_INNER)
     level, hit, spread = (level * scale / s).to(T.ACC), (hit * scale).to(T.ACC), (spread * scale).to(T.ACC)
     of = Rows(in_range, read, counted, label, m, level, hit, spread)
-    _write_gradient(logits, gradient, weight_ptr, base, g_base, start, classes, of, cap, True, T, F)
+    _write_gradient(logits, gradient, weight_ptr, base, g_base, start, classes, of, scales, True, T, F)

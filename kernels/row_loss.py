@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Strided
-from .tile_helpers import add_up_counts, labels, last_to_end
+from .tile_helpers import Scales, add_up_counts, in_units, labels, last_to_end
 
 WEIGH_BLOCK = tl.constexpr(2048)
 
@@ -139,22 +139,30 @@ def row_results(
     eps,
     z_scale,
     classes,
-    SMOOTHING: tl.constexpr,
+    scales: Scales,
+    F: tl.constexpr,
 ):
     """Return each row's loss, and A, w_y (1−ε) and ε/C before any scale. In float64: rows are few beside logits.
 
-    lse − z_y and lse − r are small where m, z_y and r are all large: they are computed from differences.
+    lse − z_y and lse − r are small where m, z_y and r are all large: they are computed from differences. These four
+    numbers come in the units of the visit.
     """
+    m, z_label, wz, r = (
+        in_units(m, scales, F),
+        in_units(z_label, scales, F),
+        in_units(wz, scales, F),
+        in_units(r, scales, F),
+    )
     log_s, m, r, z_label = tl.log(s).to(tl.float64), m.to(tl.float64), r.to(tl.float64), z_label.to(tl.float64)
     weight, wz, w_total = weight.to(tl.float64), wz.to(tl.float64), w_total.to(tl.float64)
     lse = log_s + m
     # 1 − ε and 2 λ would be kept in registers from row to row: ε and λ are not.
-    hit = weight - weight * eps if SMOOTHING else weight
+    hit = weight - weight * eps if F.SMOOTHING else weight
     tail = weight * z_scale * lse
     loss = hit * (log_s + (m - z_label)) + tail * lse
     level = hit + 2.0 * tail
     spread = eps / classes + weight * 0.0
-    if SMOOTHING:
+    if F.SMOOTHING:
         loss += spread * (w_total * (log_s + (m - r)) - wz)
         level += spread * w_total
     return tl.where(counted, loss, 0.0), level, hit, spread

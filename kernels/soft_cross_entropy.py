@@ -43,19 +43,33 @@ from fastloss.backends.contract import LossInputs, SoftForward, WantedGradients
 
 from .arguments import (
     Form,
+    Scaling,
     Strided,
     block,
+    cap_and_factor,
     class_offsets,
     compiled_in,
     inside,
     pointers,
     row_offsets,
+    scaling,
     strided,
     tile_count,
     tile_rows,
 )
 from .launch import launch, on_device, scratch
-from .tile_helpers import LOG2_E, finite_maximum, fp64, last_to_end, online_step, softcapped
+from .tile_helpers import (
+    Scales,
+    exponential,
+    finite_maximum,
+    fp64,
+    in_units,
+    last_to_end,
+    of_logits,
+    online_step,
+    scales_of,
+    softcapped,
+)
 from .tiles import ALL_REGISTERS, Tiles, in_blocks, in_cache, plan, power_of_2, vector_width
 
 __all__ = ["narrowed", "soft_cross_entropy_backward", "soft_cross_entropy_forward"]
@@ -88,7 +102,6 @@ class Scalars(NamedTuple):
     spread: Any  # ε/C
     scale: Any  # the factor of a row's loss in the result, float64
     z_scale: Any  # λ, float64
-    cap: Any
 
 
 class Rows(NamedTuple):
@@ -106,8 +119,9 @@ class RowSlopes(NamedTuple):
 
     m: Any
     log_s: Any
-    level: Any  # A times the scale, over s
+    level: Any  # A times that of the input, over s
     scale: Any
+    of_input: Any  # the scale times ∂z/∂x, without the softcap's part
     tail: Any  # λ lse², times the scale
 
 
@@ -146,9 +160,9 @@ def soft_cross_entropy_forward(
         constants = _constants(inputs, tiles)
         if options.from_logits:
             kernel = _forward_loop if tiles.looped else _forward_tile
-            launch(kernel, (tiles.grid,), (*tensors, saved, totals, *numbers), constants)
+            launch(kernel, (tiles.grid,), (*tensors, saved, totals, scaling(options), *numbers), constants)
         else:
-            launch(_probabilities, (tiles.grid,), (*tensors, None, 0, totals, *numbers[:-2]), constants)
+            launch(_probabilities, (tiles.grid,), (*tensors, None, 0, totals, *numbers[:3]), constants)
     return SoftForward(loss, *results, () if saved.m is None else tuple(saved[:3]), saved.loss)
 
 
@@ -168,10 +182,10 @@ def soft_cross_entropy_backward(
             # Each program takes one tile of some rows and some classes: it needs no whole row.
             cols = min(tiles.cols, max(16, _BACKWARD_TILE // tiles.rows))
             tiles, blocks = in_blocks(tiles._replace(cols=cols, warps=4), classes=input.shape[1])
-            arguments = (*tensors, *upstream_and_stride, SavedRows(*saved), *numbers)
+            arguments = (*tensors, *upstream_and_stride, SavedRows(*saved), scaling(options), *numbers)
             launch(_backward, (tiles.number, blocks), arguments, _constants(inputs, tiles))
         else:
-            arguments = (*tensors, *upstream_and_stride, Totals(), *numbers[:-2])
+            arguments = (*tensors, *upstream_and_stride, Totals(), *numbers[:3])
             launch(_probabilities, (tiles.grid,), arguments, _constants(inputs, tiles))
     return results
 
@@ -220,11 +234,11 @@ def _tensors(inputs: LossInputs, result: Tensor | None, target_result: Tensor | 
 
 
 def _numbers(inputs: LossInputs, divisor: float = 1.0) -> tuple[float, ...]:
-    """Return the kernels' last arguments: 1−ε, ε/C, the scale, λ and the softcap."""
+    """Return the kernels' last arguments: 1−ε, ε/C, the scale, λ, and two of the softcap and the scaling."""
     options, (outer, classes, inner) = inputs.options, inputs.input.shape
     eps = options.label_smoothing
     scale = 1.0 / max(outer * inner, 1) if options.reduction == "mean" else 1.0 / divisor
-    return 1.0 - eps, eps / max(classes, 1), scale, options.lse_square_scale, options.softcap or 1.0
+    return 1.0 - eps, eps / max(classes, 1), scale, options.lse_square_scale, *cap_and_factor(options)
 
 
 def _constants(inputs: LossInputs, tiles: Tiles) -> dict[str, object]:
@@ -236,6 +250,7 @@ def _constants(inputs: LossInputs, tiles: Tiles) -> dict[str, object]:
         SOFTCAP=options.softcap is not None,
         Z_LOSS=options.lse_square_scale != 0,
         REDUCTION=options.reduction,
+        SCALED=options.is_scaled,
     )
     tile = tiles.tile(_compute_dtype(input, target), G_PAD=power_of_2(tiles.grid))
     return {"T": tile, "F": compiled_in(form), **tiles.options()}
@@ -250,10 +265,10 @@ def narrowed(value, pointer):
 
 
 @triton.jit
-def _scalars(keep, spread, scale, z_scale, cap, T: tl.constexpr):
+def _scalars(keep, spread, scale, z_scale, T: tl.constexpr):
     return Scalars(
         tl.full([1], keep, T.ACC), tl.full([1], spread, T.ACC),
-        tl.full([1], scale, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, T.ACC),
+        tl.full([1], scale, tl.float64), tl.full([1], z_scale, tl.float64),
     )  # fmt: skip
 
 
@@ -298,9 +313,11 @@ def _row_results(
     wt_sum,  # T, if Z_LOSS
     in_range,
     z_scale,
+    scales: Scales,
     F: tl.constexpr,
 ):
     """Return the rows' losses, ln s, A and λ lse² before any scale. In float64: rows are few beside logits."""
+    m, wud = in_units(m, scales, F), in_units(wud, scales, F)
     log_s = tl.log(s).to(tl.float64)
     level = wu_sum.to(tl.float64)
     loss = level * log_s - wud.to(tl.float64)
@@ -360,16 +377,19 @@ def _forward_tile(
     weight_ptr,  # (classes,) or None
     saved: SavedRows,
     totals: Totals,
+    scaling: Scaling,
     keep: fp64,  # 1−ε
     spread: fp64,  # ε/C
     scale: fp64,  # 1 / rows for "mean", 1 / divisor else
     z_scale: fp64,
     cap: fp64,
+    factor: fp64,
     T: tl.constexpr,
     F: tl.constexpr,
 ):
     """Forward with whole rows in registers: reads both tensors once, writes each gradient once."""
-    scalars = _scalars(keep, spread, scale, z_scale, cap, T)
+    scalars = _scalars(keep, spread, scale, z_scale, T)
+    scales = scales_of(cap, factor, scaling, T, F)
     cols = tl.arange(0, T.COLS)
     col_mask = inside(cols, classes, T)
     x_cols, t_cols = class_offsets(x, cols, T), class_offsets(t, cols, T)
@@ -382,10 +402,10 @@ def _forward_tile(
         logits = tl.load(base + x_cols[None, :], mask=mask, other=-float("inf")).to(T.ACC)
         base = t.ptr + row_offsets(t, outer, within, T)[:, None]
         target = tl.load(base + t_cols[None, :], mask=mask, other=0.0).to(T.ACC)
-        z, dz = softcapped(logits, col_mask[None, :], scalars.cap, True, T, F)
+        z, dz = softcapped(logits, col_mask[None, :], scales, True, T, F)
         m = finite_maximum(tl.max(z, axis=1))
         d = z - m[:, None]
-        e = tl.exp2(d * LOG2_E)
+        e = exponential(d, scales, F)
         s = tl.sum(e, axis=1)
         wu, wt, w = _weighted(target, cols, classes, weight_ptr, scalars, True, F)
         wud = tl.sum(tl.where(col_mask[None, :], wu * d, 0.0), axis=1)
@@ -393,19 +413,20 @@ def _forward_tile(
         wt_sum = wu_sum
         if F.Z_LOSS and F.SMOOTHING:
             wt_sum = tl.sum(wt, axis=1)
-        loss, log_s, level, tail = _row_results(s, m, wud, wu_sum, wt_sum, in_range, scalars.z_scale, F)
+        loss, log_s, level, tail = _row_results(s, m, wud, wu_sum, wt_sum, in_range, scalars.z_scale, scales, F)
         loss_sum = _add_loss(loss_sum, loss, totals, row, in_range, F)
         _save(saved, row, in_range, m, s, level, loss)
         scale_acc = scalars.scale.to(T.ACC)
         if g.ptr is not None:
-            slope = e * (level * scalars.scale / s).to(T.ACC)[:, None] - wu * scale_acc[:, None]
+            of_input = scalars.scale * scales.slope if F.SCALED else scalars.scale
+            slope = e * (level * of_input / s).to(T.ACC)[:, None] - wu * of_input.to(T.ACC)[:, None]
             if F.SOFTCAP:
                 slope *= dz
             out = pointers(g, row_offsets(g, outer, within, T), cols, T)
             tl.store(out, narrowed(slope, g.ptr), mask=mask)
         if h.ptr is not None:
             tail = (tail * scalars.scale).to(T.ACC)
-            slope = _target_slope(d, w, log_s.to(T.ACC), scalars.keep * scale_acc, tail, F)
+            slope = _target_slope(of_logits(d, scales, F), w, log_s.to(T.ACC), scalars.keep * scale_acc, tail, F)
             out = pointers(h, row_offsets(h, outer, within, T), cols, T)
             tl.store(out, narrowed(slope, h.ptr), mask=mask)
 
@@ -423,6 +444,7 @@ def _visit(
     start,
     classes,
     scalars: Scalars,
+    scales: Scales,
     MASKED: tl.constexpr,
     TWICE: tl.constexpr,  # these elements will be read again
     T: tl.constexpr,
@@ -437,10 +459,10 @@ def _visit(
     z = tl.load(pointers(x, at.x, cols, T), mask=mask, other=-float("inf"), eviction_policy=policy).to(T.ACC)
     target = tl.load(pointers(t, at.t, cols, T), mask=mask, other=0.0, eviction_policy=policy).to(T.ACC)
     SPLIT: tl.constexpr = [T.ROWS, T.COLS // T.GROUP, T.GROUP]
-    z, _ = softcapped(z, mask, scalars.cap, MASKED, T, F)
+    z, _ = softcapped(z, mask, scales, MASKED, T, F)
     wu, wt, _ = _weighted(target, cols, classes, weight_ptr, scalars, MASKED, F)
     wu = tl.reshape(wu, SPLIT)
-    step = online_step(sums.m, sums.s, sums.s, z, False, T)
+    step = online_step(sums.m, sums.s, sums.s, z, scales, False, T, F)
     wud = wu * step.below
     if MASKED:
         exists = tl.reshape(tl.broadcast_to(mask, [T.ROWS, T.COLS]), SPLIT)
@@ -466,6 +488,7 @@ def _write_gradients(
     start,
     classes,
     scalars: Scalars,
+    scales: Scales,
     MASKED: tl.constexpr,
     T: tl.constexpr,
     F: tl.constexpr,
@@ -481,17 +504,17 @@ def _write_gradients(
     target = logits
     if g.ptr is not None:
         target = tl.load(pointers(t, at.t, cols, T), mask=mask, other=0.0, eviction_policy="evict_first").to(T.ACC)
-    z, dz = softcapped(logits, mask, scalars.cap, False, T, F)
+    z, dz = softcapped(logits, mask, scales, False, T, F)
     d = z - of_row.m[:, None]
     wu, _, w = _weighted(target, cols, classes, weight_ptr, scalars, MASKED, F)
     if g.ptr is not None:
-        slope = tl.exp2(d * LOG2_E) * of_row.level[:, None] - wu * of_row.scale[:, None]
+        slope = exponential(d, scales, F) * of_row.level[:, None] - wu * of_row.of_input[:, None]
         if F.SOFTCAP:
             slope *= dz
         out = pointers(g, at.g, cols, T)
         tl.store(out, narrowed(slope, g.ptr), mask=mask, eviction_policy="evict_first")
     if h.ptr is not None:
-        slope = _target_slope(d, w, of_row.log_s, scalars.keep * of_row.scale, of_row.tail, F)
+        slope = _target_slope(of_logits(d, scales, F), w, of_row.log_s, scalars.keep * of_row.scale, of_row.tail, F)
         out = pointers(h, at.h, cols, T)
         tl.store(out, narrowed(slope, h.ptr), mask=mask, eviction_policy="evict_first")
 
@@ -508,11 +531,13 @@ def _forward_loop(
     weight_ptr,
     saved: SavedRows,
     totals: Totals,
+    scaling: Scaling,
     keep: fp64,
     spread: fp64,
     scale: fp64,
     z_scale: fp64,
     cap: fp64,
+    factor: fp64,
     T: tl.constexpr,
     F: tl.constexpr,
 ):
@@ -522,7 +547,8 @@ def _forward_loop(
     ``cross_entropy._forward_loop`` a group of neighbouring classes takes its maximum before anything is rescaled.
     """
     WRITTEN: tl.constexpr = g.ptr is not None or h.ptr is not None
-    scalars = _scalars(keep, spread, scale, z_scale, cap, T)
+    scalars = _scalars(keep, spread, scale, z_scale, T)
+    scales = scales_of(cap, factor, scaling, T, F)
     full = classes // T.COLS * T.COLS
     loss_sum = tl.zeros([T.ROWS], tl.float64)
 
@@ -535,29 +561,30 @@ def _forward_loop(
             tl.full([T.ROWS, T.COLS // T.GROUP], -float("inf"), T.ACC), zeros, zeros, zeros, zeros
         )  # fmt: skip
         for start in tl.range(0, full, T.COLS):
-            sums = _visit(sums, x, t, weight_ptr, at, start, classes, scalars, False, WRITTEN, T, F)
+            sums = _visit(sums, x, t, weight_ptr, at, start, classes, scalars, scales, False, WRITTEN, T, F)
         if full < classes:
-            sums = _visit(sums, x, t, weight_ptr, at, full, classes, scalars, True, WRITTEN, T, F)
+            sums = _visit(sums, x, t, weight_ptr, at, full, classes, scalars, scales, True, WRITTEN, T, F)
 
         m, m_from = finite_maximum(tl.max(sums.m, axis=1)), finite_maximum(sums.m)
-        s = tl.sum(sums.s * tl.exp2((sums.m - m[:, None]) * LOG2_E), axis=1)
+        s = tl.sum(sums.s * exponential(sums.m - m[:, None], scales, F), axis=1)
         wud = tl.sum(sums.wud + sums.wu * (m_from - m[:, None]), axis=1)
         wu_sum = tl.sum(sums.wu, axis=1)
         wt_sum = wu_sum
         if F.Z_LOSS and F.SMOOTHING:
             wt_sum = tl.sum(sums.wt, axis=1)
-        loss, log_s, level, tail = _row_results(s, m, wud, wu_sum, wt_sum, in_range, scalars.z_scale, F)
+        loss, log_s, level, tail = _row_results(s, m, wud, wu_sum, wt_sum, in_range, scalars.z_scale, scales, F)
         loss_sum = _add_loss(loss_sum, loss, totals, row, in_range, F)
         _save(saved, row, in_range, m, s, level, loss)
         if WRITTEN:
             at = Rows(in_range, base, t_base, row_offsets(g, outer, within, T), row_offsets(h, outer, within, T))
-            level, tail = (level * scalars.scale / s).to(T.ACC), (tail * scalars.scale).to(T.ACC)
-            of_row = RowSlopes(m, log_s.to(T.ACC), level, scalars.scale.to(T.ACC), tail)
+            of_input = scalars.scale * scales.slope if F.SCALED else scalars.scale
+            level, tail = (level * of_input / s).to(T.ACC), (tail * scalars.scale).to(T.ACC)
+            of_row = RowSlopes(m, log_s.to(T.ACC), level, scalars.scale.to(T.ACC), of_input.to(T.ACC), tail)
             if full < classes:
-                _write_gradients(x, t, g, h, weight_ptr, at, of_row, full, classes, scalars, True, T, F)
+                _write_gradients(x, t, g, h, weight_ptr, at, of_row, full, classes, scalars, scales, True, T, F)
             for done in tl.range(0, full, T.COLS):  # from the end: the cache holds what was read last
                 start = full - T.COLS - done
-                _write_gradients(x, t, g, h, weight_ptr, at, of_row, start, classes, scalars, False, T, F)
+                _write_gradients(x, t, g, h, weight_ptr, at, of_row, start, classes, scalars, scales, False, T, F)
 
     if F.REDUCTION != "none":
         _end(totals, tl.sum(loss_sum, axis=0), rows, T, F)
@@ -576,16 +603,19 @@ def _backward(
     upstream_ptr,  # (rows,) or ()
     upstream_stride,  # 0 for ()
     saved: SavedRows,
+    scaling: Scaling,
     keep: fp64,
     spread: fp64,
     scale: fp64,
     z_scale: fp64,
     cap: fp64,
+    factor: fp64,
     T: tl.constexpr,
     F: tl.constexpr,
 ):
     """Compute the gradients from both tensors and the saved numbers per row. Reads and writes each element once."""
-    scalars = _scalars(keep, spread, scale, z_scale, cap, T)
+    scalars = _scalars(keep, spread, scale, z_scale, T)
+    scales = scales_of(cap, factor, scaling, T, F)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
     m = tl.load(saved.m + row, mask=in_range, other=0.0)
     s = tl.load(saved.s + row, mask=in_range, other=1.0)
@@ -595,7 +625,7 @@ def _backward(
     log_s = tl.log(s)
     tail = of_loss
     if F.Z_LOSS:
-        lse = log_s.to(tl.float64) + m.to(tl.float64)
+        lse = log_s.to(tl.float64) + in_units(m, scales, F).to(tl.float64)
         tail = scalars.z_scale * lse * lse * of_loss
     at = Rows(
         in_range,
@@ -603,8 +633,10 @@ def _backward(
         row_offsets(g, outer, within, T), row_offsets(h, outer, within, T),
     )  # fmt: skip
     start = tl.program_id(1) * T.COLS
-    of_row = RowSlopes(m, log_s, (level * of_loss / s).to(T.ACC), of_loss.to(T.ACC), tail.to(T.ACC))
-    _write_gradients(x, t, g, h, weight_ptr, at, of_row, start, classes, scalars, True, T, F)
+    of_input = of_loss * scales.slope if F.SCALED else of_loss
+    level = (level * of_input / s).to(T.ACC)
+    of_row = RowSlopes(m, log_s, level, of_loss.to(T.ACC), of_input.to(T.ACC), tail.to(T.ACC))
+    _write_gradients(x, t, g, h, weight_ptr, at, of_row, start, classes, scalars, scales, True, T, F)
 
 
 @triton.jit
@@ -671,7 +703,7 @@ def _probabilities(
 ):
     """Compute the loss of probabilities and its gradients, or these alone. No class depends on another: one visit."""
     LOSS: tl.constexpr = totals.loss is not None
-    scalars = _scalars(keep, spread, scale, 0.0, 1.0, T)
+    scalars = _scalars(keep, spread, scale, 0.0, T)
     loss_sum = tl.zeros([T.ROWS], tl.float64)
 
     for tile in tl.range(tl.program_id(0), tile_count(rows, inner, T), tl.num_programs(0)):

@@ -25,20 +25,36 @@ from torch import Tensor
 
 from fastloss.backends.contract import ExternalLabel, LossInputs, SoftRowStatistics, WantedGradients
 
-from .arguments import Form, Strided, block, compiled_in, pointers, row_offsets, strided, tile_rows
+from .arguments import (
+    Form,
+    Scaling,
+    Strided,
+    block,
+    cap_and_factor,
+    compiled_in,
+    pointers,
+    row_offsets,
+    scaling,
+    strided,
+    tile_rows,
+)
 from .launch import launch, on_device
 from .soft_cross_entropy import narrowed
 from .statistics import Ranked, load_label
 from .tile_helpers import (
     LOG2_E,
     LOG_OF_0,
+    Scales,
     before_label,
     finite,
     finite_maximum,
     fp64,
+    in_units,
     log_softmax,
+    of_logits,
     online_step,
     rank_with_nans,
+    scales_of,
     softcapped,
     softcapped_rows,
 )
@@ -97,7 +113,10 @@ def soft_statistics_forward(inputs: LossInputs, *, ranked: ExternalLabel | None 
         launch(
             _soft_statistics,
             (tiles.number,),
-            (rows, classes, inner, strided(logits), strided(target), weight, out, label, options.softcap or 1.0),
+            (
+                *(rows, classes, inner, strided(logits), strided(target), weight, out, label),
+                *(scaling(options), *cap_and_factor(options)),
+            ),
             _constants(inputs, tiles._replace(looped=True)),
         )
     if weighted_sum is not None and near is not None:
@@ -126,7 +145,7 @@ def soft_statistics_backward(
         launch(
             _soft_statistics_gradient,
             (tiles.number, blocks),
-            (outer * inner, classes, inner, *tensors, lse, of_row, options.softcap or 1.0),
+            (outer * inner, classes, inner, *tensors, lse, of_row, scaling(options), *cap_and_factor(options)),
             _constants(inputs, tiles),
         )
     return of_logits, of_target
@@ -147,8 +166,8 @@ def _constants(inputs: LossInputs, tiles: Tiles) -> dict[str, object]:
     logits, target, weight, options = inputs
     wide = torch.float64 in (logits.dtype, target.dtype)
     tile = tiles.tile(torch.float64 if wide else torch.float32)
-    form = compiled_in(Form(HAS_WEIGHT=weight is not None, SOFTCAP=options.softcap is not None))
-    return {"T": tile, "F": form, **tiles.options()}
+    form = Form(HAS_WEIGHT=weight is not None, SOFTCAP=options.softcap is not None, SCALED=options.is_scaled)
+    return {"T": tile, "F": compiled_in(form), **tiles.options()}
 
 
 @triton.jit
@@ -166,7 +185,7 @@ def _visit(
     near,
     x_label,
     position,
-    cap,
+    scales: Scales,
     T: tl.constexpr,
     F: tl.constexpr,
 ):
@@ -180,7 +199,7 @@ def _visit(
     wt = tl.load(places, mask=mask, other=0.0, eviction_policy="evict_first").to(T.ACC)
     if out.rank is not None:
         rank_group += before_label(z, x_label, cols, start, position, T.GROUP, T.ROWS, T.COLS)
-    z, _ = softcapped(z, mask, cap, True, T, F)
+    z, _ = softcapped(z, mask, scales, True, T, F)
     if F.HAS_WEIGHT:
         w = tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(T.ACC)[None, :]
         wt *= w
@@ -189,7 +208,7 @@ def _visit(
         if F.HAS_WEIGHT:
             wz *= w
         wz_group += tl.sum(tl.reshape(tl.where(mask, wz, 0.0), SPLIT), axis=2)
-    step = online_step(sums.m, sums.s, sums.s, z, False, T)
+    step = online_step(sums.m, sums.s, sums.s, z, scales, False, T, F)
     # A column that is no class has wt = 0 beside z = −inf.
     part = tl.where(tl.reshape(mask, SPLIT), tl.reshape(wt, SPLIT) * step.below, 0.0)
     rise = finite_maximum(step.m) - finite_maximum(sums.m)
@@ -208,12 +227,14 @@ def _soft_statistics(
     weight_ptr,  # (classes,) or None
     out: _Statistics,
     ranked: Ranked,
+    scaling: Scaling,
     cap: fp64,
+    factor: fp64,
     T: tl.constexpr,
     F: tl.constexpr,
 ):
     """Forward: an online softmax over blocks of classes; a short row has one block. Reads each element once."""
-    cap = tl.full([1], cap, T.ACC)
+    scales = scales_of(cap, factor, scaling, T, F)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
     base = row_offsets(logits, outer, within, T)
     t_base = row_offsets(target, outer, within, T)
@@ -223,9 +244,9 @@ def _soft_statistics(
     near, x_label, position = tl.zeros([T.ROWS], T.ACC), tl.zeros([T.ROWS], T.ACC), row
     if out.weighted_sum is not None:
         near = tl.load(logits.ptr + base, mask=in_range, other=0.0).to(T.ACC)
-        near = softcapped_rows(near, cap, T, F)
+        near = softcapped_rows(near, scales, T, F)
         near = tl.where(finite(near), near, 0.0)
-        tl.store(out.near + row, near.to(tl.float64), mask=in_range)
+        tl.store(out.near + row, in_units(near, scales, F).to(tl.float64), mask=in_range)
     if out.rank is not None:
         rank_group = tl.zeros([T.ROWS, T.COLS // T.GROUP], tl.int32)
         x_label, position = load_label(ranked, row, in_range, T)
@@ -233,20 +254,23 @@ def _soft_statistics(
     for start in tl.range(0, classes, T.COLS):
         sums = _visit(
             sums, logits, target, weight_ptr, out, base, t_base, start, classes, in_range, near, x_label, position,
-            cap, T, F,
+            scales, T, F,
         )  # fmt: skip
 
     m = finite_maximum(tl.max(sums.m, axis=1))
     m_from = tl.where(sums.m == -float("inf"), m[:, None], sums.m)
-    s = tl.sum(sums.s * tl.exp2(tl.maximum(sums.m - m[:, None], LOG_OF_0) * LOG2_E), axis=1)
+    fall = tl.maximum(of_logits(sums.m - m[:, None], scales, F), LOG_OF_0)
+    s = tl.sum(sums.s * tl.exp2(fall * LOG2_E), axis=1)
     mass = tl.sum(sums.mass, axis=1).to(tl.float64)
-    below = tl.sum(sums.below + sums.mass * (m[:, None] - m_from), axis=1).to(tl.float64)
+    below = tl.sum(sums.below + sums.mass * (m[:, None] - m_from), axis=1)
+    below = in_units(below, scales, F).to(tl.float64)
     log_s = tl.log(s).to(tl.float64)
-    tl.store(out.lse + row, log_s + m.to(tl.float64), mask=in_range)
+    tl.store(out.lse + row, log_s + in_units(m, scales, F).to(tl.float64), mask=in_range)
     tl.store(out.nll + row, mass * log_s + below, mask=in_range)
     tl.store(out.mass + row, mass, mask=in_range)
     if out.weighted_sum is not None:
-        tl.store(out.weighted_sum + row, tl.sum(sums.wz, axis=1).to(tl.float64), mask=in_range)
+        wz = in_units(tl.sum(sums.wz, axis=1), scales, F)
+        tl.store(out.weighted_sum + row, wz.to(tl.float64), mask=in_range)
     if out.rank is not None:
         rank = rank_with_nans(tl.sum(sums.rank, axis=1), x_label, position, in_range, logits, base, T)
         tl.store(out.rank + row, rank.to(tl.int64), mask=in_range)
@@ -270,18 +294,20 @@ def _soft_statistics_gradient(
     weight_ptr,  # (classes,) or None
     lse_ptr,  # (rows,), float64
     upstream: _Upstreams,
+    scaling: Scaling,
     cap: fp64,
+    factor: fp64,
     T: tl.constexpr,
     F: tl.constexpr,
 ):
     """Compute both gradients from both tensors and lse. Reads each element once, writes once."""
-    cap = tl.full([1], cap, T.ACC)
+    scales = scales_of(cap, factor, scaling, T, F)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
     cols, mask = block(tl.program_id(1) * T.COLS, classes, in_range, True, T)
     places = pointers(logits, row_offsets(logits, outer, within, T), cols, T)
     x = tl.load(places, mask=mask, other=0.0, eviction_policy="evict_first").to(T.ACC)
-    z, dz = softcapped(x, mask, cap, False, T, F)
-    log_p = log_softmax(z, tl.load(lse_ptr + row, mask=in_range, other=0.0), T)
+    z, dz = softcapped(x, mask, scales, False, T, F)
+    log_p = log_softmax(z, tl.load(lse_ptr + row, mask=in_range, other=0.0), scales, T, F)
     w = tl.full([1, T.COLS], 1.0, T.ACC)
     if F.HAS_WEIGHT:
         w = tl.load(weight_ptr + cols, mask=cols < classes, other=0.0).to(T.ACC)[None, :]
@@ -303,5 +329,7 @@ def _soft_statistics_gradient(
             g += _column(upstream.weighted_sum, row, in_range, T) * w
         if F.SOFTCAP:
             g *= dz
+        if F.SCALED:
+            g *= scales.slope.to(T.ACC)[:, None]
         places = pointers(of_logits, row_offsets(of_logits, outer, within, T), cols, T)
         tl.store(places, narrowed(g, of_logits.ptr), mask=mask, eviction_policy="evict_first")

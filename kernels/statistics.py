@@ -15,6 +15,7 @@ lse are in the same units and their difference is as exact as the sum of exponen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,24 +35,42 @@ from fastloss.backends.contract import (
     compute_dtype,
 )
 
-from .arguments import Form, Strided, block, compiled_in, inside, pointers, row_offsets, strided, tile_rows
+from .arguments import (
+    Form,
+    Scaling,
+    Strided,
+    block,
+    cap_and_factor,
+    compiled_in,
+    inside,
+    pointers,
+    row_offsets,
+    scaling,
+    strided,
+    tile_rows,
+)
 from .launch import launch, on_device, scratch
 from .row_loss import Partial, row_results, sum_of_weights
 from .soft_cross_entropy import narrowed
 from .tile_helpers import (
     LOG2_E,
     LOG_OF_0,
+    Scales,
     before_label,
+    exponential,
     finite,
     finite_maximum,
     fp64,
+    in_units,
     labels,
     last_to_end,
     log_softmax,
+    of_logits,
     online_step,
     rank_in_tile,
     rank_with_nans,
     rows_to_read,
+    scales_of,
     softcapped,
     softcapped_rows,
     weighted_sums,
@@ -96,7 +115,7 @@ def statistics_forward(inputs: LossInputs, wanted: WantedParts, *, loss_dtype: t
     constants = {
         "BLOCK": _BLOCK,
         "G_PAD": min(power_of_2(programs), _BLOCK),
-        "F": _form(weight, options, REDUCTION=options.reduction),
+        "F": _form(weight, replace(options, logit_scale=1.0, temperature=1.0), REDUCTION=options.reduction),
     }
     with on_device(logits):
         sums, _, counter = scratch(device, 2 * programs, 1) if options.is_reduced else (None, None, None)
@@ -168,7 +187,7 @@ def _visited(
     rows = outer * inner
     tiles = plan(logits)
     extra = entropy or ranked is not None
-    everything = extra and options.label_smoothing != 0 and options.softcap is not None
+    everything = extra and options.label_smoothing != 0 and (options.softcap is not None or options.is_scaled)
     many = everything or (ranked is not None and tiles.looped and tiles.by_inner)
     tiles = tiles._replace(registers=ALL_REGISTERS if many else tiles.registers)
 
@@ -188,8 +207,8 @@ def _visited(
             _statistics_loop if tiles.looped else _statistics_tile,
             (tiles.number,),
             (
-                *(strided(logits), target, weight, out, label, *most_k, rows, classes, inner),
-                *(options.ignore_index, options.softcap or 1.0),
+                *(strided(logits), target, weight, out, label, scaling(options), *most_k, rows, classes, inner),
+                *(options.ignore_index, *cap_and_factor(options)),
             ),
             {
                 "EVERY_ROW": every_row,
@@ -210,15 +229,19 @@ def _gradient(of: _Upstreams, inputs: LossInputs, saved: Sequence[Tensor | None]
     # No row is held whole here: each program takes one tile of some rows and some classes. Where it is wide in rows,
     # Σ p² with every option would spill at 4096 logits.
     held = 2048 if tiles.by_inner and of.log_sum_sq_probs.ptr is not None else 4096
+    tiles = tiles._replace(registers=ALL_REGISTERS if options.is_scaled else tiles.registers)
     tiles, blocks = in_blocks(tiles._replace(cols=min(tiles.cols, held // tiles.rows), warps=4), classes)
-    numbers = (options.ignore_index, options.label_smoothing, options.lse_square_scale, options.softcap or 1.0)
+    numbers = (
+        *(options.ignore_index, options.label_smoothing, options.lse_square_scale),
+        *cap_and_factor(options),
+    )
     losses = {"Z_LOSS": options.lse_square_scale != 0, "REDUCTION": options.reduction} if totals is not None else {}
     with on_device(logits):
         launch(
             _statistics_gradient,
             (tiles.number, blocks),
             (
-                *(strided(logits), target, weight, strided(result), *of_rows, totals, of),
+                *(strided(logits), target, weight, strided(result), *of_rows, totals, of, scaling(options)),
                 *(outer * inner, classes, inner, *numbers),
             ),
             {"T": tiles.tile(logits.dtype), "F": _form(weight, options, **losses), **tiles.options()},
@@ -229,7 +252,7 @@ def _gradient(of: _Upstreams, inputs: LossInputs, saved: Sequence[Tensor | None]
 def _form(weight: Tensor | None, options: LossOptions, **more: object) -> Form:
     """Return the options that the kernels are compiled for; a part that is not wanted is a pointer that is None."""
     smoothing, softcap = options.label_smoothing != 0, options.softcap is not None
-    return compiled_in(Form(weight is not None, smoothing, softcap, **more))
+    return compiled_in(Form(weight is not None, smoothing, softcap, SCALED=options.is_scaled, **more))
 
 
 def _column(upstream: Tensor | None) -> _Column:
@@ -307,15 +330,26 @@ def _first_nan(logits: Strided, base, of_rows, classes, T: tl.constexpr):
 
 @triton.jit
 def _store_label_logit(
-    out: _Statistics, logits: Strided, base, label, row, counted, in_range, cap, T: tl.constexpr, F: tl.constexpr
+    out: _Statistics,
+    logits: Strided,
+    base,
+    label,
+    row,
+    counted,
+    in_range,
+    scales: Scales,
+    T: tl.constexpr,
+    F: tl.constexpr,
 ):
-    """Store z_y, before the visit, so that no register holds it meanwhile. Return z_y, or 0 where it is not finite.
+    """Store z_y, before the visit, so that no register holds it meanwhile.
+
+    Return it in the units of the visit, or 0 where it is not finite.
 
     Σ_c w_c z_c is a float32 sum of numbers that may be far from 0: it is added up of z_c − z_y.
     """
     x_label = tl.load(logits.ptr + base + label * logits.stride_class, mask=counted, other=0.0).to(T.ACC)
-    z_label = softcapped_rows(x_label, cap, T, F)
-    tl.store(out.label_logit + row, z_label.to(tl.float64), mask=in_range)
+    z_label = softcapped_rows(x_label, scales, T, F)
+    tl.store(out.label_logit + row, in_units(z_label, scales, F).to(tl.float64), mask=in_range)
     return tl.where(finite(z_label), z_label, 0.0)
 
 
@@ -332,20 +366,22 @@ def _store_row(
     wide,  # s in float64, as the next one, where Σ p² is wanted
     q,  # Σ exp(z − m)²
     z_sum,
+    scales: Scales,
+    F: tl.constexpr,
 ):
     """Store the statistics of each row; in float64, as only then lse keeps the precision of s."""
     log_s = tl.log(s if out.log_sum_sq_probs is None else wide).to(tl.float64)
-    tl.store(out.lse + row, log_s + m.to(tl.float64), mask=in_range)
+    tl.store(out.lse + row, log_s + in_units(m, scales, F).to(tl.float64), mask=in_range)
     if out.entropy is not None:
         tl.store(out.entropy + row, log_s - (u / s).to(tl.float64), mask=in_range)
     if out.weighted_sum is not None:
-        tl.store(out.weighted_sum + row, wz.to(tl.float64), mask=in_range)
+        tl.store(out.weighted_sum + row, in_units(wz, scales, F).to(tl.float64), mask=in_range)
     if out.predicted is not None:
         tl.store(out.predicted + row, first.to(tl.int64), mask=in_range)
     if out.log_sum_sq_probs is not None:
         tl.store(out.log_sum_sq_probs + row, tl.log(q / (wide * wide)), mask=in_range)
     if out.logit_sum is not None:
-        tl.store(out.logit_sum + row, z_sum.to(tl.float64), mask=in_range)
+        tl.store(out.logit_sum + row, in_units(z_sum, scales, F).to(tl.float64), mask=in_range)
 
 
 @triton.jit
@@ -362,18 +398,20 @@ def _statistics_tile(
     weight_ptr,  # (classes,) or None
     out: _Statistics,
     ranked: Ranked,
+    scaling: Scaling,
     most_k,
     rows,
     classes,
     inner,
     ignore_index,
     cap: fp64,
+    factor: fp64,
     EVERY_ROW: tl.constexpr,
     T: tl.constexpr,
     F: tl.constexpr,
 ):
     """Forward with whole rows in registers. Reads each logit once."""
-    cap = tl.full([1], cap, T.ACC)
+    scales = scales_of(cap, factor, scaling, T, F)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
     label, counted, _ = labels(target_ptr, row, in_range, target_ptr, classes, ignore_index, False, T.ACC)
     read = in_range if EVERY_ROW else rows_to_read(counted, in_range, T.BY_INNER)
@@ -382,21 +420,21 @@ def _statistics_tile(
     col_mask = inside(cols, classes, T)
     places = pointers(logits, base, cols, T)
     x = tl.load(places, mask=read[:, None] & col_mask[None, :], other=-float("inf")).to(T.ACC)
-    near = _store_label_logit(out, logits, base, label, row, counted, in_range, cap, T, F)
+    near = _store_label_logit(out, logits, base, label, row, counted, in_range, scales, T, F)
     if out.rank is not None:
         x_label, position = load_label(ranked, row, in_range, T)
         rank = rank_in_tile(x, x_label, cols, position, read & in_range, most_k)
         tl.store(out.rank + row, rank.to(tl.int64), mask=in_range)
 
     x_max = tl.max(x, axis=1)
-    m = finite_maximum(softcapped_rows(x_max, cap, T, F))
-    z, _ = softcapped(x, col_mask[None, :], cap, True, T, F)
+    m = finite_maximum(softcapped_rows(x_max, scales, T, F))
+    z, _ = softcapped(x, col_mask[None, :], scales, True, T, F)
     below = z - m[:, None]
-    e = tl.exp2(below * LOG2_E)
+    e = exponential(below, scales, F)
     s = tl.sum(e, axis=1)
     u, wz, first, wide, q, z_sum = s, s, row, s, s, s
     if out.entropy is not None:
-        u = tl.sum(e * tl.maximum(below, LOG_OF_0), axis=1)
+        u = tl.sum(e * tl.maximum(of_logits(below, scales, F), LOG_OF_0), axis=1)
     if out.log_sum_sq_probs is not None:
         # The greatest, 1 each, apart: where their p is near 1, the gradient is a difference of numbers near 1.
         at_top = below == 0.0
@@ -415,7 +453,7 @@ def _statistics_tile(
         if tl.max((s != s).to(tl.int32), axis=0) > 0:  # some row holds a NaN, or +inf
             nan = tl.min(tl.where(x != x, cols[None, :], _NO_CLASS), axis=1)
             first = tl.where(nan != _NO_CLASS, nan, first)
-    _store_row(out, row, in_range, m, s, u, wz, first, wide, q, z_sum)
+    _store_row(out, row, in_range, m, s, u, wz, first, wide, q, z_sum, scales, F)
 
 
 class _Online(NamedTuple):
@@ -445,7 +483,7 @@ def _visit(
     near,
     x_label,
     position,
-    cap,
+    scales: Scales,
     MASKED: tl.constexpr,
     T: tl.constexpr,
     F: tl.constexpr,
@@ -465,16 +503,17 @@ def _visit(
         best_group = tl.maximum(best_group, best)
     if out.rank is not None:
         rank_group += before_label(x, x_label, cols, start, position, T.GROUP, T.ROWS, T.COLS)
-    z, _ = softcapped(x, mask, cap, MASKED, T, F)
+    z, _ = softcapped(x, mask, scales, MASKED, T, F)
     if out.weighted_sum is not None:
         wz_group += weighted_sums(z, near, weight_ptr, cols, classes, mask, MASKED, T, F)
     if out.logit_sum is not None:
         z_here = tl.where(mask, z, 0.0) if MASKED else z
         z_group += tl.sum(tl.reshape(z_here, SPLIT), axis=2).to(tl.float64)
-    step = online_step(m_group, s_group, u_group, z, out.entropy is not None, T)
+    step = online_step(m_group, s_group, u_group, z, scales, out.entropy is not None, T, F)
     if out.log_sum_sq_probs is not None:  # the compiler takes the step's exponentials for these
-        factor = tl.exp2((m_group - finite_maximum(step.m)) * LOG2_E)
-        e = tl.exp2(step.below * LOG2_E)
+        factor = exponential(m_group - finite_maximum(step.m), scales, F)
+        UNIT: tl.constexpr = F.SCALED and not F.SOFTCAP and out.entropy is None
+        e = tl.exp2(step.below * (scales.unit[:, None, None] if UNIT else LOG2_E))
         q_group = q_group * factor * factor + tl.sum(e * e, axis=2)
     return _Online(step.m, step.s, step.u, wz_group, best_group, first_group, rank_group, q_group, z_group)
 
@@ -486,11 +525,13 @@ def _statistics_loop(
     weight_ptr,  # (classes,) or None
     out: _Statistics,
     ranked: Ranked,
+    scaling: Scaling,
     rows,
     classes,
     inner,
     ignore_index,
     cap: fp64,
+    factor: fp64,
     EVERY_ROW: tl.constexpr,
     T: tl.constexpr,
     F: tl.constexpr,
@@ -499,12 +540,12 @@ def _statistics_loop(
 
     A group of neighbouring classes takes its maximum before anything is rescaled, as in ``cross_entropy``.
     """
-    cap = tl.full([1], cap, T.ACC)
+    scales = scales_of(cap, factor, scaling, T, F)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
     label, counted, _ = labels(target_ptr, row, in_range, target_ptr, classes, ignore_index, False, T.ACC)
     read = in_range if EVERY_ROW else rows_to_read(counted, in_range, T.BY_INNER)
     base = row_offsets(logits, outer, within, T)
-    near = _store_label_logit(out, logits, base, label, row, counted, in_range, cap, T, F)
+    near = _store_label_logit(out, logits, base, label, row, counted, in_range, scales, T, F)
     m_group = tl.full([T.ROWS, T.COLS // T.GROUP], -float("inf"), T.ACC)
     s_group = tl.zeros([T.ROWS, T.COLS // T.GROUP], T.ACC)
     first_group = tl.zeros([T.ROWS, 1], tl.int32) + (tl.arange(0, T.COLS // T.GROUP) * T.GROUP)[None, :]
@@ -520,15 +561,29 @@ def _statistics_loop(
     if tl.max(read.to(tl.int32), axis=0) > 0:
         for start in tl.range(0, full, T.COLS):
             state = _visit(
-                state, logits, weight_ptr, out, base, start, classes, read, near, x_label, position, cap, False, T, F
+                state,
+                logits,
+                weight_ptr,
+                out,
+                base,
+                start,
+                classes,
+                read,
+                near,
+                x_label,
+                position,
+                scales,
+                False,
+                T,
+                F,
             )
         if full < classes:
             state = _visit(
-                state, logits, weight_ptr, out, base, full, classes, read, near, x_label, position, cap, True, T, F
+                state, logits, weight_ptr, out, base, full, classes, read, near, x_label, position, scales, True, T, F
             )
 
     m = finite_maximum(tl.max(state.m, axis=1))
-    fall = tl.maximum(state.m - m[:, None], LOG_OF_0)
+    fall = tl.maximum(of_logits(state.m - m[:, None], scales, F), LOG_OF_0)
     factor = tl.exp2(fall * LOG2_E)
     s = tl.sum(state.s * factor, axis=1)
     u, wz, first, wide, q, z_sum = s, s, row, s, s, s
@@ -551,7 +606,7 @@ def _statistics_loop(
         if tl.max(has_nan.to(tl.int32), axis=0) > 0:  # or +inf
             nan = _first_nan(logits, base, has_nan, classes, T)
             first = tl.where(nan != _NO_CLASS, nan, first)
-    _store_row(out, row, in_range, m, s, u, wz, first, wide, q, z_sum)
+    _store_row(out, row, in_range, m, s, u, wz, first, wide, q, z_sum, scales, F)
 
 
 @triton.jit
@@ -598,9 +653,7 @@ def _losses_of_rows(
             w_total = tl.zeros([1], tl.float64) + sum_of_weights(weight_ptr, classes, tl.float64, BLOCK)
     near = tl.where(finite(z_label), z_label, 0.0)
     one = tl.full([BLOCK], 1.0, tl.float64)
-    loss, _, _, _ = row_results(
-        one, lse, z_label, wz, near, w_total, weight, counted, eps, z_scale, classes, F.SMOOTHING
-    )
+    loss, _, _, _ = row_results(one, lse, z_label, wz, near, w_total, weight, counted, eps, z_scale, classes, one, F)
     z_loss = tl.where(counted, weight * z_scale * lse * lse, 0.0)
     if out.lse is not None:
         tl.store(out.lse + row, lse, mask=in_range)
@@ -669,6 +722,7 @@ def _statistics_gradient(
     squares_ptr,  # (rows,) or None: log Σ p²
     totals_ptr,  # (3,), as above; None: no upstream gradient of a loss
     upstream: _Upstreams,
+    scaling: Scaling,
     rows,
     classes,
     inner,
@@ -676,11 +730,13 @@ def _statistics_gradient(
     eps: fp64,
     z_scale: fp64,
     cap: fp64,
+    factor: fp64,
     T: tl.constexpr,
     F: tl.constexpr,
 ):
     """Gradient from the logits and each row's lse and entropy. Reads the logits once, writes once."""
-    eps, z_scale, cap = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64), tl.full([1], cap, T.ACC)
+    eps, z_scale = tl.full([1], eps, tl.float64), tl.full([1], z_scale, tl.float64)
+    scales = scales_of(cap, factor, scaling, T, F)
     row, in_range, outer, within = tile_rows(tl.program_id(0), rows, inner, T)
     label, counted, weight = labels(target_ptr, row, in_range, weight_ptr, classes, ignore_index, F.HAS_WEIGHT, T.ACC)
     lse = tl.load(lse_ptr + row, mask=in_range, other=0.0).to(tl.float64)
@@ -732,8 +788,8 @@ def _statistics_gradient(
     mask = rows_to_read(wanted & in_range, in_range, T.BY_INNER)[:, None] & col_mask[None, :]
     places = pointers(logits, base, cols, T)
     x = tl.load(places, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(T.ACC)
-    z, dz = softcapped(x, mask, cap, False, T, F)
-    log_p = log_softmax(z, lse, T)
+    z, dz = softcapped(x, mask, scales, False, T, F)
+    log_p = log_softmax(z, lse, scales, T, F)
     p = tl.exp2(log_p * LOG2_E)
     of_p = tl.broadcast_to(level.to(T.ACC)[:, None], p.shape)
     if upstream.entropy.ptr is not None:
@@ -753,6 +809,8 @@ def _statistics_gradient(
             g += of_sum.to(T.ACC)[:, None]
     if F.SOFTCAP:
         g *= dz
+    if F.SCALED:
+        g *= scales.slope.to(T.ACC)[:, None]
     g = tl.where(wanted[:, None], g, 0.0)
     g_base = row_offsets(gradient, outer, within, T)
     places = pointers(gradient, g_base, cols, T)

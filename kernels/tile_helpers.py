@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arguments import Strided, pointers
+from .arguments import Scaling, Strided, pointers
 
 fp64 = tl.float64  # annotates scalar arguments that stay doubles; Triton makes floats of the others
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -195,35 +195,100 @@ def rank_with_nans(rank, x_label, label, counted, logits: Strided, base, T: tl.c
     return rank
 
 
+class Scales(NamedTuple):
+    """The numbers that make logits of inputs, (1,) each, as in ``fastloss.backends.contract.Factors``.
+
+    Without a softcap no logit is multiplied: exponents and the numbers of rows are. A product taken from another
+    would be one fused multiply-add, whose error is that of the product: too much where logits are -1e30.
+    """
+
+    divisor: Any  # in the dtype of the arithmetic, as the next two
+    outer: Any
+    unit: Any  # outer · log2(e)
+    wide: Any  # outer, float64
+    slope: Any  # ∂z/∂x without the softcap's part, float64
+
+
 @triton.jit
-def softcapped(x, mask, cap, MASKED: tl.constexpr, T: tl.constexpr, F: tl.constexpr):
-    """Return z and dz/dx of a block x of inputs; z is −inf, as x is, where a ``MASKED`` block has no class."""
+def scales_of(cap, factor, scaling: Scaling, T: tl.constexpr, F: tl.constexpr):
+    """Return the numbers of a launch; those that are not used cost nothing."""
+    divisor = tl.full([1], cap, T.ACC)
+    scales = Scales(divisor, divisor, divisor, divisor, divisor)
+    if F.SCALED:
+        under, over = tl.full([1], cap, tl.float64), tl.full([1], factor, tl.float64)
+        if scaling.logit_scale is not None:
+            scale = tl.load(scaling.logit_scale).to(tl.float64)
+            if F.SOFTCAP:
+                under = under / scale
+            else:
+                over = over * scale
+        if scaling.temperature is not None:
+            over = over / tl.load(scaling.temperature).to(tl.float64)
+        slope = over / under if F.SOFTCAP else over
+        scales = Scales(under.to(T.ACC), over.to(T.ACC), (over * LOG2_E).to(T.ACC), over, slope)
+    return scales
+
+
+@triton.jit
+def exponential(d, scales: Scales, F: tl.constexpr):
+    """Return exp of differences d of logits, (ROWS, …), that are in the units of :func:`softcapped`."""
+    if F.SCALED and not F.SOFTCAP:
+        e = tl.exp2(d * scales.unit[:, None])
+    else:
+        e = tl.exp2(d * LOG2_E)
+    return e
+
+
+@triton.jit
+def of_logits(d, scales: Scales, F: tl.constexpr):
+    """Return differences d, (ROWS, …), that are in the units of :func:`softcapped`, in those of the logits."""
+    if F.SCALED and not F.SOFTCAP:
+        d = d * scales.outer[:, None]
+    return d
+
+
+@triton.jit
+def in_units(x, scales: Scales, F: tl.constexpr):
+    """Return numbers of rows, (ROWS,), that are in the units of :func:`softcapped`, in those of the logits."""
+    if F.SCALED and not F.SOFTCAP:
+        x = x.to(tl.float64) * scales.wide
+    return x
+
+
+@triton.jit
+def softcapped(x, mask, scales: Scales, MASKED: tl.constexpr, T: tl.constexpr, F: tl.constexpr):
+    """Return z and its slope for a block x of inputs; z is −inf, as x is, where a ``MASKED`` block has no class.
+
+    Without a softcap z is in units of ``scales.outer``. The slope lacks ``scales.slope``.
+    """
     z, dz = x, x
     if F.SOFTCAP:
-        t, dz = tanh(x / cap[:, None], T.ACC)
-        z = t * cap[:, None]
+        t, dz = tanh(x / scales.divisor[:, None], T.ACC)
+        z = t * scales.outer[:, None]
         if MASKED:
             z = tl.where(mask, z, -float("inf"))
     return z, dz
 
 
 @triton.jit
-def softcapped_rows(x, cap, T: tl.constexpr, F: tl.constexpr):
-    """Return z of one input x a row."""
+def softcapped_rows(x, scales: Scales, T: tl.constexpr, F: tl.constexpr):
+    """Return z of one input x a row, as :func:`softcapped` does."""
     if F.SOFTCAP:
-        t, _ = tanh(x / cap, T.ACC)
-        x = t * cap
+        t, _ = tanh(x / scales.divisor, T.ACC)
+        x = t * scales.outer
     return x
 
 
 @triton.jit
-def log_softmax(z, lse, T: tl.constexpr):
-    """Return z − lse. The float64 lse is taken in two parts: z is near it, and the difference must be exact."""
+def log_softmax(z, lse, scales: Scales, T: tl.constexpr, F: tl.constexpr):
+    """Return log p = z − lse. The float64 lse is taken in two parts: z is near it, and their difference is exact."""
+    if F.SCALED and not F.SOFTCAP:
+        lse = lse / scales.wide
     high = lse.to(T.ACC)
     log_p = z - high[:, None]
     if T.ACC != tl.float64:
         log_p -= (lse - high.to(tl.float64)).to(T.ACC)[:, None]
-    return log_p
+    return of_logits(log_p, scales, F)
 
 
 @triton.jit
@@ -242,18 +307,26 @@ class OnlineStep(NamedTuple):
 
 
 @triton.jit
-def online_step(m, s, u, z, ENTROPY: tl.constexpr, T: tl.constexpr):
+def online_step(m, s, u, z, scales: Scales, ENTROPY: tl.constexpr, T: tl.constexpr, F: tl.constexpr):
     """Return the sums with one more block of logits.
 
-    Where the maximum rises by r, Σ e (z − m) becomes (Σ e (z − m) − r Σ e) exp(−r).
+    Where the maximum rises by r, Σ e (z − m) becomes (Σ e (z − m) − r Σ e) exp(−r). The maximum is in the units of
+    z, and so is ``below`` without ``ENTROPY``; with it the differences are those of logits.
     """
+    UNIT: tl.constexpr = F.SCALED and not F.SOFTCAP
     z = tl.reshape(z, [T.ROWS, T.COLS // T.GROUP, T.GROUP])
     m_new = tl.maximum(m, tl.max(z, axis=2))
     base = finite_maximum(m_new)
-    fall = tl.maximum(m - base, LOG_OF_0) if ENTROPY else m - base
-    factor = tl.exp2(fall * LOG2_E)
+    fall = m - base
+    if ENTROPY:
+        if UNIT:
+            fall = fall * scales.outer[:, None]
+        fall = tl.maximum(fall, LOG_OF_0)
+    factor = tl.exp2(fall * (scales.unit[:, None] if UNIT and not ENTROPY else LOG2_E))
     below = z - base[:, :, None]
-    e = tl.exp2(below * LOG2_E)
+    if UNIT and ENTROPY:
+        below = below * scales.outer[:, None, None]
+    e = tl.exp2(below * (scales.unit[:, None, None] if UNIT and not ENTROPY else LOG2_E))
     if ENTROPY:
         u = (u + s * fall) * factor + tl.sum(e * tl.maximum(below, LOG_OF_0), axis=2)
     return OnlineStep(m_new, s * factor + tl.sum(e, axis=2), u, below)

@@ -146,7 +146,7 @@ def of_token(log_probs: Tensor, entropy: Tensor, number: Tensor) -> Tensor:
     return -torch.minimum(log_probs.exp() * number, 0.1 * number) - 0.3 * entropy * entropy
 
 
-EVERYTHING = {"label_smoothing": 0.2, "lse_square_scale": 0.1, "softcap": 3.0}
+EVERYTHING = {"label_smoothing": 0.2, "lse_square_scale": 0.1, "softcap": 3.0, "temperature": 0.7, "logit_scale": 2.0}
 UNEVEN = {2: (4, 9), 4: (2, 6, 1, 4)}
 EMPTY = {2: (13, 0), 4: (0, 5, 8, 0)}
 PARTS = ("z_loss", "lse", "entropy", "predicted", "correct", "log_sum_sq_probs", "mean_logit")
@@ -160,6 +160,7 @@ GROUPS = [
     Case("smoothing, weights", options={"label_smoothing": 0.3}, weighted=True, ignored="some", sizes=UNEVEN),
     Case("z-loss", options={"lse_square_scale": 0.2}, weighted=True, sizes=UNEVEN),
     Case("softcap", options={"softcap": 2.0}, sizes=UNEVEN),
+    Case("scaled", options={"logit_scale": torch.tensor(0.6), "temperature": 0.8}, sizes=UNEVEN, topk=(1,)),
     Case("everything", options=EVERYTHING, weighted=True, ignored="some", sizes=UNEVEN),
     Case("ignore_index is a class", options={"ignore_index": 3}, ignored="some", sizes=UNEVEN),
     Case("all ignored", ignored="all"),
@@ -223,6 +224,7 @@ PLACED = [
 LINEAR = [
     Linear("L plain"),
     Linear("L uneven", sizes=UNEVEN, ignored="some", options=EVERYTHING, weighted=True),
+    Linear("L scaled", options={"logit_scale": torch.tensor(0.6), "temperature": 0.8}, ignored="some"),
     Linear("L one chunk", sizes=UNEVEN, how={}, bias=False),
     Linear("L empty shards", sizes=EMPTY, options=EVERYTHING),
     Linear("L none", sizes=UNEVEN, options={"reduction": "none", **EVERYTHING}, weighted=True, ignored="some"),

@@ -52,6 +52,7 @@ BASE: Case = {
     "weight_offset": 0,
     "weight_device": "cpu",
     "options": {},
+    "scalars": {},  # a tensor's dtype and its offset for each of logit_scale and temperature
     "world": "plain",
     "upstream": torch.float32,
     "upstream_offset": 0,
@@ -61,6 +62,7 @@ SOFT = {**BASE, "labels": torch.float32, "target_leaf": True}
 HALF = {**BASE, "dtype": torch.bfloat16, "upstream": torch.bfloat16}
 NONE = {**BASE, "options": {"reduction": "none"}}
 WEIGHTED = {**BASE, "weight": torch.float32}
+SCALED = {**BASE, "scalars": {"logit_scale": (torch.float32, 0)}}
 RANKED = {**BASE, "function": "cross_entropy_with_accuracy"}
 ALONE = {**BASE, "function": "accuracy", "leaf": False}
 WRITTEN = {**BASE, "options": {"inplace": True}, "leaf": False, "world": "behind an operation"}
@@ -99,7 +101,10 @@ CHANGES: list[tuple[Case, dict[str, list[Any]]]] = [
                 *({"ignore_index": number} for number in (3, True, 1.0)),
                 *({"label_smoothing": number} for number in (0.1, 0, 2.0, 0j)),
                 *({"lse_square_scale": 0.5}, {"softcap": 3.0}, {"from_logits": 1}, {"inplace": 0}),
+                *({"logit_scale": number} for number in (2.0, 1, -1.0, None)),
+                *({"temperature": number} for number in (2.0, 3.0)),
             ],
+            "scalars": [{"logit_scale": (torch.float32, 0)}, {"temperature": (torch.float32, 0)}],
             "world": WORLDS,
             "upstream_offset": [1],
         },
@@ -109,6 +114,23 @@ CHANGES: list[tuple[Case, dict[str, list[Any]]]] = [
     (HALF, {"world": ["autocast"], "weight": [torch.float32, torch.bfloat16], "offset": [8, 1]}),
     (NONE, {"upstream_offset": [1], "shape": [(48, 96, 4)], "dtype": [torch.float16]}),
     (WEIGHTED, {"weight": [None], "weight_offset": [1], "weight_device": ["meta"], "shape": [(3000, 96)]}),
+    (
+        SCALED,
+        {
+            "scalars": [
+                *({"logit_scale": kind} for kind in ((torch.bfloat16, 0), (torch.float32, 1), (torch.int64, 0))),
+                *(
+                    {name: (torch.float32, 0), "temperature": (torch.float32, 0)}
+                    for name in ("temperature", "logit_scale")
+                ),
+            ],
+            "options": [{"temperature": 2.0}, {"softcap": 3.0}, {"reduction": "none"}],
+            "shape": [(1, 96)],
+            "leaf": [False],
+            "function": ["cross_entropy_with_accuracy", "cross_entropy_with_statistics"],
+            "labels": [torch.float32],
+        },
+    ),
     (RANKED, {"options": [{"topk": k} for k in ((1,), (1, 5), True, (True,), 1.0)], "labels": [torch.float32]}),
     (ALONE, {"options": [{"topk": k} for k in ((1,), (1, 5), True, (True,))], "labels": [torch.float32]}),
     (ALONE, {"world": ["eager"], "target_offset": [1], "leaf": [True]}),
@@ -250,6 +272,10 @@ def call(case: Case) -> tuple[Any, ...]:
         w = tensor((classes,), case["weight"], case["weight_offset"], "contiguous", case["weight_device"])
         tensors["weight"] = w
         arguments.append(w)
+    scalars = {
+        name: torch.empty(9, dtype=dtype)[offset].fill_(2) for name, (dtype, offset) in case["scalars"].items()
+    }
+    tensors |= scalars
     memory = torch.rand(4, 4096)  # of the upstream gradients: what is free later may have been a launch's
     results: Any = None
     kinds: list[Any] = []
@@ -258,7 +284,7 @@ def call(case: Case) -> tuple[Any, ...]:
             warnings.simplefilter("ignore")
             if case["world"] == "behind an operation":
                 arguments[0] = tensors["behind"] = x.detach().clone().requires_grad_() * 2
-            results = getattr(fastloss, case["function"])(*arguments, **case["options"])
+            results = getattr(fastloss, case["function"])(*arguments, **case["options"], **scalars)
             parts, results = results, results if isinstance(results, tuple) else (results,)
             flat = [r for result in results for r in (result if isinstance(result, tuple) else (result,))]
             kinds += [None if r is None else (r.shape, r.dtype, r.device, r.requires_grad, r._version) for r in flat]

@@ -53,6 +53,7 @@ Case = tuple[dict[str, Any], type[Exception], tuple[str, ...]]
 # How the cases begin in which torch has no error: it lacks the argument, or takes what can't be meant.
 NOT_IN_TORCH = (
     *("softcap is", "lse_square_scale is", "label_smoothing is -0.1", "label_smoothing is nan", "int32 label"),
+    *("logit_scale is", "temperature is", "a temperature of"),
     *("class probabilities elsewhere", "a softcap of", "a z-loss of", "inplace is", "from_logits is"),
 )
 SHAPES_DTYPES_DEVICES: dict[str, Case] = {
@@ -170,6 +171,23 @@ OPTIONS: dict[str, Case] = {
         for number in (0, -30.0, NAN, float("inf"))
     },
     **{
+        f"{name} is {number}": ({name: given}, ValueError, (name, str(number), "positive finite"))
+        for name in ("logit_scale", "temperature")
+        for number in (0.0, -2.0, NAN, float("inf"), 1e10)
+        for given in ((number, torch.tensor(number)) if number == number else (number,))
+    },
+    **{
+        f"{name} is {words}": ({name: value}, kind, (name, *expected))
+        for name in ("logit_scale", "temperature")
+        for words, value, kind, expected in (
+            ("text", "a", TypeError, ("'a'", "a number")),
+            ("of another shape", torch.ones(1), ValueError, ("(1,)", "0-d tensor")),
+            ("an integer tensor", torch.tensor(2), ValueError, ("int64", "float32")),
+            ("elsewhere", torch.ones((), device="meta"), RuntimeError, ("meta", "cpu")),
+            ("trained", torch.ones((), requires_grad=True), RuntimeError, ("requires grad", "multiply the logits")),
+        )
+    },
+    **{
         f"lse_square_scale is {number}": (
             {"lse_square_scale": number},
             ValueError,
@@ -238,6 +256,11 @@ SOFT: dict[str, Case] = {
         {"from_logits": False, "softcap": 5.0},
         ValueError,
         ("softcap", "5.0", "from_logits=False"),
+    ),
+    "a temperature of probabilities": (
+        {"from_logits": False, "temperature": 2.0},
+        ValueError,
+        ("temperature", "2.0", "from_logits=False"),
     ),
     "a z-loss of probabilities": (
         {"from_logits": False, "lse_square_scale": 0.1},
@@ -633,7 +656,7 @@ def test_sparse_class_weights(place: Place) -> None:
             function(torch.randn(4, 7), ints(0, 1, 2, 6), weight)
 
 
-@pytest.mark.parametrize("name", ["label_smoothing", "lse_square_scale", "softcap"])
+@pytest.mark.parametrize("name", ["label_smoothing", "lse_square_scale", "softcap", "logit_scale"])
 def test_ints_that_no_float_holds(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is an int too large for a float"):
         cross_entropy(torch.randn(4, 7), ints(0, 1, 2, 6), **{name: 10**400})

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import processes
@@ -64,6 +65,7 @@ def test_every_recipe_is_run_here() -> None:
         "A causal language model without its logits",
         "Losses of tokens",
         "Distillation without logits",
+        "Logits that are scaled",
         "PyTorch Lightning",
         "Mixup",
         "SGD in Hugging Face's Trainer",
@@ -317,6 +319,43 @@ def test_lightning(tmp_path: Path, fused: list[tuple[int, ...]], monkeypatch: py
     assert our_last["epoch_top1"] == pytest.approx(sum(step["top1"] for step in our_steps[-steps:]) / steps)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+# ----------------------------------------------------------------------------- logits that are scaled
+
+
+@pytest.mark.parametrize(
+    ("config", "plain"),
+    [
+        ({"logit_scale": 0.0625, "logits_scaling": None}, lambda z: z * 0.0625),
+        ({"logits_scaling": 8.0}, lambda z: z / 8.0),
+        ({"final_logit_softcapping": 5.0}, lambda z: 5.0 * torch.tanh(z / 5.0)),
+    ],
+    ids=["Cohere", "Granite", "Gemma"],
+)
+def test_models_that_scale_their_logits(config: dict[str, Any], plain: Callable[[Tensor], Tensor]) -> None:
+    hidden, head = torch.randn(2, 6, 8, requires_grad=True), torch.randn(30, 8)
+    labels = torch.randint(30, (2, 6))
+    loss = recipe("Logits that are scaled")()["loss_of_model"](SimpleNamespace(**config), hidden, head, labels)
+    logits = plain(hidden @ head.T)[:, :-1]
+    expected = F.cross_entropy(logits.reshape(-1, 30), labels[:, 1:].reshape(-1))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, hidden)[0] for value in (loss, expected)))
+
+
+def test_a_temperature_that_changes_and_a_trained_scale() -> None:
+    names, model = recipe("Logits that are scaled")(), nn.Linear(5, 700)
+    batches = [(torch.randn(500, 5), torch.randint(700, (500,))) for _ in range(3)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    losses = list(names["annealed"](model, optimizer, batches, steps=4))
+    for number, (x, y) in enumerate(batches):
+        expected = F.cross_entropy(model(x) / (2.0 * 0.25 ** (number / 4)), y)
+        assert losses[number] == pytest.approx(expected.item(), rel=1e-5)
+    images, texts = (F.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
+    log_scale = torch.tensor(2.0, requires_grad=True)
+    names["clip_loss"](images, texts, log_scale).backward()
+    assert log_scale.grad is not None
+    assert log_scale.grad.abs() > 0
 
 
 # ----------------------------------------------------------------------------- mixup

@@ -111,6 +111,9 @@ def cases(draw: st.DrawFn, *, dtypes: tuple[torch.dtype, ...] = FLOATS, large: b
     negated = draw(st.sampled_from([None, *case]))  # of this tensor, memory holds the negative
     if negated is not None and case[negated] is not None and case[negated].is_floating_point():
         case[negated] = torch._neg_view(-case[negated])
+    for name, value in (("logit_scale", 1.7), ("temperature", 1.3)):
+        if draw(st.integers(0, 3)) == 0:
+            options[name] = value
     return {**case, "options": options}
 
 
@@ -123,8 +126,8 @@ def plain(input: Tensor, target: Tensor, weight: Tensor | None, **options: Any) 
     """The loss in torch's own operators."""
     if not target.is_floating_point():
         return reference.loss(input, target, weight, **options)
-    cap, scale = options.get("softcap"), options.get("lse_square_scale", 0.0)
-    z = input if cap is None else cap * torch.tanh(input / cap)
+    names, scale = ("softcap", "logit_scale", "temperature"), options.get("lse_square_scale", 0.0)
+    z = reference.logits_of(input, **{name: options[name] for name in names if name in options})
     rows = F.cross_entropy(
         z, target.to(z.dtype), weight, reduction="none", label_smoothing=options.get("label_smoothing", 0.0)
     )

@@ -38,9 +38,7 @@ def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def soft_loss(x: Tensor, t: Tensor, weight: Tensor | None, options: dict[str, Any]) -> Tensor:
     """The formula of :func:`fastloss.cross_entropy`, a row each."""
-    dim = min(1, x.dim() - 1)
-    cap, eps = options.get("softcap"), options.get("label_smoothing", 0.0)
-    z = x if cap is None else cap * torch.tanh(x / cap)
+    dim, z, eps = min(1, x.dim() - 1), x, options.get("label_smoothing", 0.0)
     w = (torch.ones(x.shape[dim], dtype=x.dtype) if weight is None else weight).view([-1] + [1] * (x.dim() - dim - 1))
     u = (1 - eps) * t + eps / x.shape[dim]
     if not options.get("from_logits", True):
@@ -52,6 +50,10 @@ def soft_loss(x: Tensor, t: Tensor, weight: Tensor | None, options: dict[str, An
 
 def expected_loss(case: Case, x: Tensor, t: Tensor, weight: Tensor | None) -> Tensor:
     options = dict(case.options)
+    cap, scale, temperature = (options.pop(name, None) for name in ("softcap", "logit_scale", "temperature"))
+    x = x if scale is None else x * scale
+    x = x if cap is None else cap * torch.tanh(x / cap)
+    x = x if temperature is None else x / temperature
     if case.target == "soft":
         rows = soft_loss(x, t, weight, options)
         return {"none": rows, "sum": rows.sum(), "mean": rows.mean()}[options.get("reduction", "mean")]

@@ -73,7 +73,8 @@ def numbers(
 ) -> list[Tensor]:
     """lse, nll, mass and Σ w z by torch's operators."""
     z, t = x.to(dtype), t.to(dtype)
-    z = z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+    z = z * options.logit_scale
+    z = (z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)) / options.temperature
     w = torch.ones(x.shape[1], dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
     w = w.view(1, -1, 1)
     log_p = torch.log_softmax(z, 1)
@@ -86,12 +87,14 @@ SOFT = [
     (False, LossOptions()),
     (True, LossOptions(label_smoothing=0.1)),
     (True, LossOptions(label_smoothing=0.1, softcap=3.0)),
+    (True, LossOptions(label_smoothing=0.1, logit_scale=0.3, temperature=0.7)),
+    (False, LossOptions(softcap=3.0, logit_scale=0.3, temperature=0.7)),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("weighted", "options"), SOFT, ids=["plain", "weighted", "all"])
+@pytest.mark.parametrize(("weighted", "options"), SOFT, ids=["plain", "weighted", "all", "scaled", "scaled cap"])
 def test_numbers_of_soft_targets(
     place: Place, shape: tuple[int, ...], dtype: torch.dtype, weighted: bool, options: LossOptions
 ) -> None:
@@ -131,7 +134,7 @@ def test_numbers_of_soft_targets(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("weighted", "options"), SOFT, ids=["plain", "weighted", "all"])
+@pytest.mark.parametrize(("weighted", "options"), SOFT, ids=["plain", "weighted", "all", "scaled", "scaled cap"])
 def test_numbers_of_labels(
     place: Place, shape: tuple[int, ...], dtype: torch.dtype, weighted: bool, options: LossOptions
 ) -> None:

@@ -14,8 +14,8 @@ Neither knows autograd, argument checks or shapes beyond one canonical view:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "DivergenceOptions",
     "DivergenceRows",
     "ExternalLabel",
+    "Factors",
     "Forward",
     "LossInputs",
     "LossOptions",
@@ -40,6 +41,7 @@ __all__ = [
     "SGDBatch",
     "SGDControls",
     "SGDRule",
+    "Scalar",
     "SoftForward",
     "SoftRowStatistics",
     "Statistics",
@@ -49,6 +51,41 @@ __all__ = [
     "compute_dtype",
     "may_keep_memory",
 ]
+
+
+class Scalar:
+    """A number in a 0-d tensor on the logits' device, which the host does not read.
+
+    Two are equal where a kernel that is ready for the one can take the other; their numbers are not compared.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scalar) and self._kind() == other._kind()
+
+    def __hash__(self) -> int:
+        return hash(self._kind())
+
+    def __repr__(self) -> str:
+        """Return what must be equal on all ranks of a call: on a CPU the number."""
+        return f"Scalar({self.tensor.item() if self.tensor.is_cpu else self.tensor.dtype})"
+
+    def _kind(self) -> tuple[Any, ...]:
+        return self.tensor.dtype, self.tensor.device, self.tensor.data_ptr() % 16
+
+
+class Factors(NamedTuple):
+    """The numbers by which logits z come from the input x: floats, or 0-d tensors.
+
+    With a softcap z = outer · tanh(x / divisor), and ∂z/∂x = slope (1 − tanh²); without z = outer · x, and ∂z/∂x =
+    slope.
+    """
+
+    divisor: Any  # softcap / logit_scale; 1 without a softcap
+    outer: Any  # softcap / temperature; logit_scale / temperature without a softcap
+    slope: Any  # logit_scale / temperature
 
 
 @dataclass(frozen=True)
@@ -62,6 +99,8 @@ class LossOptions:
     softcap: float | None = None
     topk: tuple[int, ...] = ()  # the accuracies to compute in the same pass; empty: none
     from_logits: bool = True  # False: the input is probabilities (soft targets alone)
+    logit_scale: float | Scalar = 1.0
+    temperature: float | Scalar = 1.0
 
     @property
     def is_reduced(self) -> bool:
@@ -72,6 +111,37 @@ class LossOptions:
     def hides_softmax(self) -> bool:
         """Return True if the softmax does not follow from the gradient."""
         return self.softcap is not None or self.lse_square_scale != 0 or not self.from_logits
+
+    @property
+    def is_scaled(self) -> bool:
+        """Return True if the logits are scaled: ``logit_scale`` or ``temperature`` is not the float 1."""
+        numbers = self.logit_scale, self.temperature
+        return any(isinstance(number, Scalar) or number != 1.0 for number in numbers)
+
+    def factors(self, number: Callable[[Tensor], Any]) -> Factors:
+        """Return the factors of the logits; ``number`` is called with the tensor of each :class:`Scalar`."""
+        scale, temperature = (
+            number(value.tensor) if isinstance(value, Scalar) else value
+            for value in (self.logit_scale, self.temperature)
+        )
+        slope = scale / temperature
+        if self.softcap is None:
+            return Factors(1.0, slope, slope)
+        return Factors(self.softcap / scale, self.softcap / temperature, slope)
+
+    def scalars(self) -> tuple[Tensor, ...]:
+        """Return the tensors of the options, for autograd to save."""
+        numbers = self.logit_scale, self.temperature
+        return tuple(number.tensor for number in numbers if isinstance(number, Scalar))
+
+    def with_scalars(self, tensors: Sequence[Tensor]) -> tuple[LossOptions, Sequence[Tensor]]:
+        """Return the options with the first of ``tensors`` in the place of :meth:`scalars`, and the other tensors."""
+        count = len(self.scalars())
+        if not count:
+            return self, tensors
+        names = [name for name in ("logit_scale", "temperature") if isinstance(getattr(self, name), Scalar)]
+        given = {name: Scalar(tensor) for name, tensor in zip(names, tensors, strict=False)}
+        return replace(self, **given), tensors[count:]  # type: ignore[arg-type]
 
 
 class LossInputs(NamedTuple):

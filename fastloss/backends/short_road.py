@@ -16,7 +16,8 @@ entry                                   it decides
 the function, the options, their types  checks and formulas (1, 1.0 and True are equal, but not all are taken); with
                                         ``inplace``, whether the input may be written over
 shape, strides, dtype and device of     checks, tiles, the kernels' form
-each tensor, or None
+each tensor, or None (of a scalar for
+logits: no strides, and its name)
 address modulo 16                       the kernels' form: the width of accesses
 the negative bit                        whether memory holds the values
 ``requires_grad``, ``is_grad_enabled``  the gradients that are written, and whether there is a graph
@@ -25,9 +26,10 @@ autocast                                the loss's dtype
 ======================================= ==============================================================================
 
 Some calls take the long road whatever their key: those with tensors of a subclass, or with options that are tensors
-or other objects that can be written to; those under function modes (``torch.set_default_device`` is one), dispatch
-modes, transforms, tracers, compilers, forward-mode derivatives, hooks of saved tensors, hooks of launches or
-``FASTLOSS_VALIDATE``; and those on a stream that is captured into a graph, or on a GPU that is not the current one.
+(but for ``logit_scale`` and ``temperature``) or other objects that can be written to; those under function modes
+(``torch.set_default_device`` is one), dispatch modes, transforms, tracers, compilers, forward-mode derivatives, hooks
+of saved tensors, hooks of launches or ``FASTLOSS_VALIDATE``; and those on a stream that is captured into a graph, or
+on a GPU that is not the current one.
 A backward pass takes the long road where it is differentiated itself, where the graph is kept for another one, and
 where there is an upstream gradient of the gradient. Else it is replayed, by the kinds of its upstream gradients and
 by which of them share their memory.
@@ -91,7 +93,14 @@ def open_for(stream_of: Callable[[int], int | None]) -> None:
     _stream_of, is_open = stream_of, True
 
 
-def serve(input: Any, target: Any, weight: Any, options: tuple[Any, ...]) -> tuple[Sequence[Any] | None, Call | None]:
+def serve(
+    input: Any,
+    target: Any,
+    weight: Any,
+    options: tuple[Any, ...],
+    logit_scale: Any = 1.0,
+    temperature: Any = 1.0,
+) -> tuple[Sequence[Any] | None, Call | None]:
     """Return the outputs of a call that is like one before, or None; and where to record the call, or None.
 
     For callers that have seen that the short road is open, and that no compiler traces them.
@@ -99,11 +108,16 @@ def serve(input: Any, target: Any, weight: Any, options: tuple[Any, ...]) -> tup
     Args:
         input, target, weight: tensors of a public function.
         options: the function's name, all of its other arguments, and all else that the long road asks of it.
+        logit_scale, temperature: those of the options that may be tensors, whose numbers are no part of the key.
     """
     if input.__class__ not in _TYPES or target.__class__ not in _TYPES or _is_watched():
         return None, None
+    scalars: tuple[Tensor, ...] = ()
+    if not (logit_scale.__class__ is float is temperature.__class__):
+        scalars = tuple([number for number in (logit_scale, temperature) if number.__class__ in _TYPES])
+        options = tuple([None if option.__class__ in _TYPES else option for option in options])
     try:
-        key, stream = _key(input, target, weight, options), _stream_of(input.get_device())
+        key, stream = _key(input, target, weight, options, scalars), _stream_of(input.get_device())
         call = known.get(key)
     except (AttributeError, RuntimeError, TypeError):  # arguments that the long road refuses, or no memory of its own
         return None, None
@@ -114,8 +128,8 @@ def serve(input: Any, target: Any, weight: Any, options: tuple[Any, ...]) -> tup
     if call.forward is None:
         return None, call
     if call.check is not None:
-        call.check(target)
-    return call.forward(input, target, weight, stream), call
+        call.check(target, *scalars)
+    return call.forward(input, target, weight, *scalars, stream), call
 
 
 def replayed(options: tuple[Any, ...], inputs: Sequence[Tensor | None], run: Callable[[], Sequence[Any]]) -> Any:
@@ -160,7 +174,13 @@ def _is_watched() -> bool:
     )
 
 
-def _key(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]) -> Any:
+def _key(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: tuple[Any, ...],
+    scalars: tuple[Tensor, ...] = (),
+) -> Any:
     """Return what must be equal for one call to be served by what another one left behind."""
     device = input.device
     return (
@@ -185,6 +205,7 @@ def _key(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[An
         target.is_neg(),
         target.requires_grad,
         None if weight is None else (weight.shape, weight.device, weight.requires_grad, *_kind(weight)),
+        tuple([(s.shape, s.device, s.requires_grad, *_kind(s)) for s in scalars]) if scalars else (),
     )
 
 
@@ -195,8 +216,9 @@ class Call:
 
     def __init__(self) -> None:
         self.tries = 0
-        self.check: Callable[[Tensor], None] | None = None  # of the target's values, where the host may look at them
-        self.forward: Callable[..., Any] | None = None  # (input, target, weight, stream) → outputs
+        # Of the values of the target and the scalars, where the host may look at them.
+        self.check: Callable[..., None] | None = None
+        self.forward: Callable[..., Any] | None = None  # (input, target, weight, *scalars, stream) → outputs
         self.texts: list[str] = []  # of what is replayed, for people
 
     def recorded(self, inputs: Sequence[Tensor | None], run: Callable[[], Sequence[Any]]) -> Sequence[Any]:
@@ -221,7 +243,7 @@ class Call:
 
 
 def _function(replay: Callable[..., Any], node: Any, device: int, texts: list[str]) -> Callable[..., Any]:
-    """Return ``apply`` of an autograd function: (input, target, weight, stream) → the long road's outputs.
+    """Return ``apply`` of an autograd function: (input, target, weight, *scalars, stream) → the long road's outputs.
 
     Args:
         replay: its forward pass.
@@ -263,7 +285,7 @@ def _function(replay: Callable[..., Any], node: Any, device: int, texts: list[st
         ]
         with Recorder((*distinct, *ctx.saved_tensors)) as recorder:
             gradients = function.backward(ctx, *upstreams)
-        recorded = recorder.replay((*gradients[:2], None, None))
+        recorded = recorder.replay((*gradients[:2], None, None, None, None))
         if recorded is not None:
             replays[key] = recorded
             texts.append(str(recorded.__doc__))

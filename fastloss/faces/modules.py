@@ -34,6 +34,14 @@ class _Grouped:
         self._group = SharedGroup(value)
 
 
+def _scales(logit_scale: Any, temperature: Any) -> str:
+    """Return the two arguments, for ``print``; those that are 1.0 are left out."""
+    numbers = {"logit_scale": logit_scale, "temperature": temperature}
+    return "".join(
+        f", {name}={value}" for name, value in numbers.items() if isinstance(value, Tensor) or value != 1.0
+    )
+
+
 class CrossEntropyLoss(_Grouped, nn.CrossEntropyLoss):
     """Computes :func:`fastloss.cross_entropy`; takes the place of ``torch.nn.CrossEntropyLoss``.
 
@@ -45,6 +53,7 @@ class CrossEntropyLoss(_Grouped, nn.CrossEntropyLoss):
         label_smoothing: in [0, 1].
         lse_square_scale: λ of the z-loss λ · lse².
         softcap: bounds the logits by ``softcap * tanh(logits / softcap)``.
+        logit_scale, temperature: as in :func:`fastloss.cross_entropy`; a tensor is an attribute, not a buffer.
         from_logits: if False, the input is probabilities.
         inplace: write the gradient over the logits.
         group: a process group whose ranks have a shard of the classes each. Copies of the module share it. No file
@@ -72,6 +81,8 @@ class CrossEntropyLoss(_Grouped, nn.CrossEntropyLoss):
         from_logits: bool = True,
         inplace: bool = False,
         group: Any = None,
+        logit_scale: float | Tensor = 1.0,
+        temperature: float | Tensor = 1.0,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.lse_square_scale = lse_square_scale
@@ -79,6 +90,7 @@ class CrossEntropyLoss(_Grouped, nn.CrossEntropyLoss):
         self.from_logits = from_logits
         self.inplace = inplace
         self.group = group
+        self.logit_scale, self.temperature = logit_scale, temperature
 
     @torch.jit.unused
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -95,6 +107,8 @@ class CrossEntropyLoss(_Grouped, nn.CrossEntropyLoss):
             from_logits=self.from_logits,
             inplace=self.inplace,
             group=self._group.value,
+            logit_scale=self.logit_scale,
+            temperature=self.temperature,
         )
 
     def extra_repr(self) -> str:
@@ -103,6 +117,7 @@ class CrossEntropyLoss(_Grouped, nn.CrossEntropyLoss):
             f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
             f"label_smoothing={self.label_smoothing}, lse_square_scale={self.lse_square_scale}, "
             f"softcap={self.softcap}, from_logits={self.from_logits}, inplace={self.inplace}"
+            f"{_scales(self.logit_scale, self.temperature)}"
         )
 
 
@@ -117,9 +132,9 @@ class LinearCrossEntropyLoss(_Grouped, nn.modules.loss._WeightedLoss):
         out_features: ``(d1, …, dK)`` of torch's K-dimensional loss.
         bias: whether the linear map has a bias.
         device, dtype: of the linear map.
-        reduction, weight, ignore_index, label_smoothing, lse_square_scale, softcap, shift, chunk_size, memory_budget,
-            skip_ignored, accumulate_grad, group: as in :func:`fastloss.linear_cross_entropy`. The linear map's
-            parameters may be made DTensors instead.
+        reduction, weight, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, temperature, shift,
+            chunk_size, memory_budget, skip_ignored, accumulate_grad, group: as in
+            :func:`fastloss.linear_cross_entropy`. The linear map's parameters may be made DTensors instead.
 
     Example:
         >>> import torch
@@ -152,7 +167,10 @@ class LinearCrossEntropyLoss(_Grouped, nn.modules.loss._WeightedLoss):
                 f"fastloss: weight has shape {tuple(weight.shape)}; "
                 f"expected one weight for each class: ({num_classes},)"
             )
-        known = ("shift", "chunk_size", "memory_budget", "skip_ignored", "accumulate_grad", "group")
+        known = (
+            *("shift", "chunk_size", "memory_budget", "skip_ignored", "accumulate_grad", "group"),
+            *("logit_scale", "temperature"),
+        )
         for name in options:
             if name not in known:
                 raise TypeError(

@@ -53,7 +53,7 @@ class _LinearCrossEntropy(Function):
         outputs = losses.outputs(result)
         ctx.mark_non_differentiable(*outputs[losses.differentiable :])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, losses.weight, result.saved, *result.gradients)
+        ctx.save_for_backward(*tensors, losses.weight, result.saved, *result.gradients, *call.options.scalars())
         return outputs
 
     @staticmethod
@@ -67,7 +67,7 @@ class _LinearCrossEntropy(Function):
             return (*_differentiable(ctx, upstreams), None)
         input, linear_weight, linear_bias, target, _, saved, *written = ctx.saved_tensors
         if ctx.written:
-            return (*handed_over(losses.backend, written, upstreams[0]), None)
+            return (*handed_over(losses.backend, written[:4], upstreams[0]), None)
         tensors, needs = Tensors(input, linear_weight, linear_bias, target), Needs(*ctx.needs_input_grad[:4])
         into = None if ctx.accumulated is None else _gradient_of(ctx.accumulated)
         with _without_autocast(input), torch.no_grad():

@@ -306,7 +306,7 @@ class Losses:
 
         divisor = (total, None) if isinstance(total, Tensor) else (None, total)
         options = ("chunk", self.backend, part, self.loss_dtype, of_logits, needs.target, divisor[1])
-        outputs = short_road.replayed(options, (z, t, self.weight, divisor[0]), visited)
+        outputs = short_road.replayed(options, (z, t, self.weight, divisor[0], *part.scalars()), visited)
         ks = 0 if t.is_floating_point() else len(part.topk)
         loss, of_target, *numbers = outputs
         return ChunkLoss(loss, torch.stack(numbers[:ks]) if ks else right, numbers[ks:], of_target)

@@ -25,8 +25,9 @@ __all__ = ["count_operations_in", "linear_loss_and_accuracies"]
 _TENSORS = "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight"
 _OPTIONS = (
     f"{OPTIONS}, ScalarType compute_dtype, ScalarType loss_dtype, SymInt? chunk_size, SymInt? memory_budget, "
-    f"bool? skip_ignored, bool[] needs, {NUMBERS}"
+    "bool? skip_ignored, bool[] needs"
 )
+_COUNT = f"{_TENSORS}, {_OPTIONS}".count(",") + 1
 
 
 def linear_loss_and_accuracies(
@@ -35,11 +36,11 @@ def linear_loss_and_accuracies(
     """Return the loss and the accuracies by the operators, ``()`` or ``(rows,)``. The arguments are checked."""
     needs = tensors.needs() if torch.is_grad_enabled() else NO_GRADIENTS
     input, linear_weight, linear_bias, target = tensors
-    options, numbers = packed(call.options)
+    options, numbers = packed(call.options, input.device)
     with torch.autocast(input.device.type, enabled=False):
         loss, accuracy, *_ = forward(
             *(input, linear_weight, target, linear_bias, weight, *options, call.compute_dtype, call.loss_dtype),
-            *(call.chunk_size, call.memory_budget, call.skip_ignored, list(needs), numbers),
+            *(call.chunk_size, call.memory_budget, call.skip_ignored, list(needs), *numbers),
         )
     return loss, tuple(accuracy[i] for i in range(len(call.options.topk)))
 
@@ -49,9 +50,9 @@ def _unpacked(inputs: tuple[Any, ...], *, reads: bool = False) -> tuple[Tensors,
 
     ``reads``: the numbers that vary from call to call are read.
     """
-    input, linear_weight, target, linear_bias, weight, *options = filled(inputs)
-    *loss_options, compute_dtype, loss_dtype, chunk_size, memory_budget, skip_ignored, needs, numbers = options
-    of_loss = unpacked(loss_options, numbers if reads else None)
+    (input, linear_weight, target, linear_bias, weight, *options), numbers = filled(inputs, _COUNT)
+    *loss_options, compute_dtype, loss_dtype, chunk_size, memory_budget, skip_ignored, needs = options
+    of_loss = unpacked(loss_options, numbers) if reads else unpacked(loss_options)
     call = LinearOptions(of_loss, compute_dtype, loss_dtype, chunk_size, memory_budget, skip_ignored)
     return Tensors(input, linear_weight, linear_bias, target), weight, call, Needs(*needs)
 
@@ -59,7 +60,7 @@ def _unpacked(inputs: tuple[Any, ...], *, reads: bool = False) -> tuple[Tensors,
 @torch.library.custom_op(
     "fastloss::linear_cross_entropy",
     mutates_args=(),
-    schema=f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_TENSORS}, {_OPTIONS}, {NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def forward(*inputs: Any) -> tuple[Tensor, ...]:
     """Return the loss, the accuracies, four gradients and the backend's numbers of each row.
@@ -98,7 +99,7 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "fastloss::linear_cross_entropy_backward",
     mutates_args=(),
-    schema=f"(Tensor upstream, {_TENSORS}, Tensor kept, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor upstream, {_TENSORS}, Tensor kept, {_OPTIONS}, {NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(upstream: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Return the gradients of input, linear_weight, linear_bias and target from the logits, computed once more."""

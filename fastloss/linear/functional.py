@@ -45,6 +45,8 @@ def linear_cross_entropy(
     accumulate_grad: bool = False,
     logits_dtype: torch.dtype | None = None,
     group: Any = None,
+    logit_scale: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
 ) -> Tensor:
     r"""Compute ``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without holding the logits.
 
@@ -62,8 +64,9 @@ def linear_cross_entropy(
             probabilities ``(…, C)``, floating point.
         linear_bias: b, ``(C,)``.
         weight: a weight for each class, ``(C,)``.
-        reduction, ignore_index, label_smoothing, lse_square_scale, softcap: as in :func:`fastloss.cross_entropy`;
-            an ``ignore_index`` of None is torch's way to say -100.
+        reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, temperature: as in
+            :func:`fastloss.cross_entropy`: softcap(logit_scale · (x Wᵀ + b)) / temperature takes the place of the
+            logits. An ``ignore_index`` of None is torch's way to say -100.
         shift: the label of position t is ``target[..., t + shift]``; the last ``shift`` positions have none and are
             ignored. True is 1, as in training on next tokens; a head that predicts later tokens has a greater one.
             ``input`` is ``(…, T, D)`` and ``target`` ``(…, T)``. Instead of copies of ``input[..., :-shift, :]`` and
@@ -126,6 +129,9 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         lse_square_scale=lse_square_scale,
         softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        logits=input,
     )
     switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
     shift, chunking = checked(group, input, checked_chunking, *switches)
@@ -153,6 +159,8 @@ def linear_cross_entropy_with_accuracy(
     accumulate_grad: bool = False,
     logits_dtype: torch.dtype | None = None,
     group: Any = None,
+    logit_scale: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
 ) -> LossAndAccuracy:
     """Compute :func:`linear_cross_entropy` and the accuracy of its logits from the same chunks.
 
@@ -180,6 +188,9 @@ def linear_cross_entropy_with_accuracy(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
         topk=checked(group, input, checks.checked_topk, topk),
+        logit_scale=logit_scale,
+        temperature=temperature,
+        logits=input,
     )
     switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
     shift, chunking = checked(group, input, checked_chunking, *switches)

@@ -214,7 +214,8 @@ class _CrossEntropy(Function):
             ctx.save_for_backward(input.detach(), target_gradient)
             return (loss, None, *accuracy)
         logits = input if ctx.from_logits else None
-        ctx.save_for_backward(logits, target, weight, gradient, target_gradient, of_rows, *saved)
+        tensors = logits, target, weight, gradient, target_gradient, of_rows
+        ctx.save_for_backward(*tensors, *options.scalars(), *saved)
         return (loss, gradient, *accuracy)
 
     @staticmethod
@@ -230,8 +231,9 @@ class _CrossEntropy(Function):
                 )
             return (*handed_over(ctx.backend, ctx.saved_tensors, of_loss), *nothing)
         input, target, weight, gradient, target_gradient, of_rows, *saved = ctx.saved_tensors
+        options, saved = ctx.options.with_scalars(saved)
         if differentiable and ctx.from_logits:
-            return (*_differentiable_gradients(ctx, input, target, weight, of_loss), *nothing)
+            return (*_differentiable_gradients(ctx, input, target, weight, options, of_loss), *nothing)
         if not ctx.written:
             if of_loss is None:
                 return (None, None, *nothing)
@@ -240,7 +242,7 @@ class _CrossEntropy(Function):
             gradients = gradients_from_input(
                 ctx.backend,
                 of_loss if ctx.divisor is None else of_loss / ctx.divisor,
-                *(input, target, weight, ctx.options, saved),
+                *(input, target, weight, options, saved),
                 gradient=of_input,
                 target_gradient=of_target,
                 inplace=inplace,
@@ -254,7 +256,8 @@ class _CrossEntropy(Function):
         if of_gradient is not None:
             find = _soft_row_terms if target.is_floating_point() else _hard_row_terms
             logits = None if ctx.logits is None else ctx.logits.recall()
-            second = _second(gradient, of_gradient, find(gradient, target, weight, ctx), of_rows, logits)
+            slope = options.factors(lambda number: number.to(compute_dtype(gradient.dtype))).slope
+            second = _second(gradient, of_gradient, find(gradient, target, weight, ctx), slope, of_rows, logits)
             total = second if total is None else total + second
         return (total, None, *nothing)
 
@@ -349,11 +352,28 @@ def _soft_row_terms(gradient: Tensor, target: Tensor, weight: Tensor | None, ctx
     return _RowTerms(b.sum(1, keepdim=True), b, s, None)
 
 
-def _second(gradient: Tensor, v: Tensor, terms: _RowTerms, of_rows: Tensor, logits: Tensor | None) -> Tensor:
-    """Return H V, from G, in differentiable operators, as at the top of this file. ``logits``: if they are there."""
+def _second(
+    gradient: Tensor,
+    v: Tensor,
+    terms: _RowTerms,
+    slope: Tensor | float,
+    of_rows: Tensor,
+    logits: Tensor | None,
+) -> Tensor:
+    """Return H V, from G, in differentiable operators, as at the top of this file.
+
+    Args:
+        gradient: G.
+        v: V.
+        terms: of each row, without the scale of the logits.
+        slope: the scale f of the logits, z = f x: G is f times, and H V is f² times as great.
+        of_rows: −log p_y or, of class probabilities, the loss of each row.
+        logits: x, if they are there.
+    """
     dtype = compute_dtype(gradient.dtype)
     g, v = as_rows(gradient).to(dtype), as_rows(v).to(dtype)
     level, b, s, label = terms
+    s = s * slope
     # A row of weight 0 has G = 0 and H = 0 for any p.
     known = level != 0
     p = torch.where(known, (g / s + b) / torch.where(known, level, 1.0), 0.0)
@@ -361,7 +381,7 @@ def _second(gradient: Tensor, v: Tensor, terms: _RowTerms, of_rows: Tensor, logi
     with torch.no_grad():
         if logits is not None:
             z = as_rows(logits).to(dtype)
-            exact = (z - z.amax(1, keepdim=True)).exp_()
+            exact = ((z - z.amax(1, keepdim=True)) * slope).exp_()
             exact /= exact.sum(1, keepdim=True)  # more exact than torch's softmax of long rows
         elif label is None:
             error = torch.finfo(gradient.dtype).eps * (g / s / level).abs()
@@ -372,7 +392,7 @@ def _second(gradient: Tensor, v: Tensor, terms: _RowTerms, of_rows: Tensor, logi
         middle = v.gather(1, exact.argmax(1, keepdim=True))  # H 1 = 0: where p is near 1, v − ⟨p, v⟩ cancels no digit
     v = v - middle
     p = exact + (p - p.detach())  # the value of the one, the derivative of the other
-    result = s * p * level * (v - (p * v).sum(1, keepdim=True))
+    result = s * slope * p * level * (v - (p * v).sum(1, keepdim=True))
     return result.view(gradient.shape).to(gradient.dtype)
 
 
@@ -394,7 +414,12 @@ def _most_likely(p: Tensor, b: Tensor, loss: Tensor, error: Tensor) -> tuple[Ten
 
 
 def _differentiable_gradients(
-    ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, upstream: Tensor | None
+    ctx: Any,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    upstream: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients as functions of all three tensors that autograd can differentiate again."""
     if upstream is None:
@@ -414,7 +439,7 @@ def _differentiable_gradients(
             labels = _flat(target)
         elif input.dim() == 1:
             labels = target.view(())
-        loss = composite.cross_entropy(rows, labels, None if weight is None else weight.to(dtype), ctx.options)
+        loss = composite.cross_entropy(rows, labels, None if weight is None else weight.to(dtype), options)
         upstream = upstream if ctx.divisor is None else upstream / ctx.divisor
         results = iter(
             torch.autograd.grad(loss, wanted, upstream.to(loss.dtype).view(loss.shape), create_graph=create_graph)

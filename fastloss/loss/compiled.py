@@ -6,7 +6,7 @@ runs. A backend that the user asks for (``use_backend``) must be the same when t
 shapes of what a forward pass saves depend on it.
 
 A compiler takes an operator's float for a constant, and would compile the program again for each value. So numbers
-that vary from call to call reach the operators in a tensor, their last argument.
+that vary from call to call reach the operators in a tensor on the CPU, and those that lie on the device in another.
 
 Outside of compiled programs :mod:`fastloss.loss.autograd` serves the loss: it costs less per call, and has second
 derivatives.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import choice
-from ..backends.contract import LossOptions, compute_dtype
+from ..backends.contract import LossOptions, Scalar, compute_dtype
 from ..backends.memory import forgetful
 from ..backends.torch_private import are_constants
 from ..backends.view import class_dim, row_shape
@@ -35,7 +35,12 @@ OPTIONS = (
     "SymInt ignore_index, float label_smoothing, str reduction, float lse_square_scale, float? softcap, int[] topk, "
     "bool from_logits"
 )
-NUMBERS = "Tensor? numbers=None"  # (3,) float64, on the CPU: these take the place of the floats among the options
+_COUNT = OPTIONS.count(",") + 1
+Numbers = tuple[Tensor | None, float, float, Tensor | None]
+# The last arguments. ``numbers``, (5,) float64 on the CPU, take the place of all floats, or (3,) of those among the
+# options; ``scalars``, (2,) on the device, that of logit_scale and temperature.
+NUMBERS = "Tensor? numbers=None, float logit_scale=1.0, float temperature=1.0, Tensor? scalars=None"
+_NO_NUMBERS: Numbers = (None, 1.0, 1.0, None)
 
 
 def loss_and_accuracies(
@@ -46,7 +51,7 @@ def loss_and_accuracies(
     ``target`` is labels ``(rows,)``, or class probabilities of ``input``'s shape.
     """
     enabled = torch.is_grad_enabled()
-    arguments, numbers = packed(options)
+    arguments, numbers = packed(options, input.device)
     loss, accuracy, *_ = forward(
         input,
         target,
@@ -55,24 +60,34 @@ def loss_and_accuracies(
         loss_dtype,
         enabled and input.requires_grad,
         enabled and target.requires_grad,
-        numbers,
+        *numbers,
     )
     return loss, () if target.is_floating_point() else tuple(accuracy[i] for i in range(len(options.topk)))
 
 
-def packed(options: LossOptions) -> tuple[tuple[Any, ...], Tensor | None]:
+def packed(options: LossOptions, device: torch.device) -> tuple[tuple[Any, ...], Numbers]:
     """Return the options in the order of the operators' schemas, which is that of the fields, and the numbers.
 
-    The numbers are None where the floats are constants of the program. Else 1 stands for those that are used.
+    There is no tensor of numbers where the floats are constants of the program. Else 1 stands for those that are
+    used.
     """
     smoothing, scale, cap = options.label_smoothing, options.lse_square_scale, options.softcap
-    numbers = None
-    if torch.compiler.is_dynamo_compiling() and not are_constants(smoothing, scale, 0.0 if cap is None else cap):
+    scales = options.logit_scale, options.temperature
+    factor, divisor = (1.0 if isinstance(number, Scalar) else number for number in scales)
+    floats = smoothing, scale, 1.0 if cap is None else cap, factor, divisor
+    numbers = scalars = None
+    if options.scalars():
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        one = torch.ones((), dtype=wide, device=device)
+        scalars = torch.stack([n.tensor.to(wide) if isinstance(n, Scalar) else one * n for n in scales])
+        factor = divisor = 1.0
+    if torch.compiler.is_dynamo_compiling() and not are_constants(*floats):
         # A compiler makes a tensor of a number that is multiplied, and a constant of one that a tensor is made of.
         one = torch.ones((), dtype=torch.float64, device="cpu")
-        numbers = torch.stack([one * smoothing, one * scale, one * (1.0 if cap is None else cap)])
+        numbers = torch.stack([one * number for number in floats])
         smoothing, scale = (0.0 if number == 0 else 1.0 for number in (smoothing, scale))
         cap = None if cap is None else 1.0
+        factor = divisor = 1.0
     return (
         options.ignore_index,
         smoothing,
@@ -81,22 +96,35 @@ def packed(options: LossOptions) -> tuple[tuple[Any, ...], Tensor | None]:
         cap,
         list(options.topk),
         options.from_logits,
-    ), numbers
+    ), (numbers, factor, divisor, scalars)
 
 
-def unpacked(packed: Sequence[Any], numbers: Tensor | None = None) -> LossOptions:
+def unpacked(packed: Sequence[Any], numbers: Numbers = _NO_NUMBERS) -> LossOptions:
     """Return the options from :func:`packed`. Without ``numbers`` the floats tell only whether they are used."""
     ignore_index, smoothing, reduction, scale, cap, topk, from_logits = packed
-    if numbers is not None:
-        smoothing, scale, number = numbers.tolist()
+    of_call, *pair, scalars = numbers
+    factor: float | Scalar
+    divisor: float | Scalar
+    factor, divisor = pair
+    if of_call is not None:
+        smoothing, scale, number, *scales = of_call.tolist()
         cap = None if cap is None else number
-    return LossOptions(ignore_index, smoothing, reduction, scale, cap, tuple(topk), from_logits)
+        factor, divisor = scales or (factor, divisor)
+    if scalars is not None:
+        factor, divisor = map(Scalar, scalars.unbind(0))
+    return LossOptions(
+        *(ignore_index, smoothing, reduction, scale, cap, tuple(topk), from_logits),
+        logit_scale=factor,
+        temperature=divisor,
+    )
 
 
-def filled(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return an operator's arguments with the numbers at their end, which torch leaves out where they are None."""
-    last = arguments[-1]
-    return arguments if last is None or isinstance(last, Tensor) else (*arguments, None)
+def filled(arguments: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], Numbers]:
+    """Return an operator's arguments and the numbers behind them, of which torch leaves out the last defaults.
+
+    ``count``: of the arguments without the numbers.
+    """
+    return arguments[:count], (*arguments[count:], *_NO_NUMBERS[len(arguments) - count :])  # type: ignore[return-value]
 
 
 def _is_written(input: Tensor, target: Tensor, options: LossOptions, input_needs: bool, target_needs: bool) -> bool:
@@ -116,7 +144,7 @@ def forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) ->
 
     A result that the call does not need is empty.
     """
-    *packed, loss_dtype, input_needs, target_needs, numbers = filled(rest)
+    (*packed, loss_dtype, input_needs, target_needs), numbers = filled(rest, _COUNT + 3)
     options = unpacked(packed, numbers)
     name, soft = choice.choose(input), target.is_floating_point()
     written = _is_written(input, target, options, input_needs, target_needs)
@@ -142,7 +170,7 @@ def forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) ->
 
 @forward.register_fake
 def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    *packed, loss_dtype, input_needs, target_needs, _ = filled(rest)
+    (*packed, loss_dtype, input_needs, target_needs), _ = filled(rest, _COUNT + 3)
     options = unpacked(packed)
     written = _is_written(input, target, options, input_needs, target_needs)
     soft = target.is_floating_point()
@@ -172,7 +200,7 @@ def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple
 )
 def backward(upstream: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     """Return the gradients from the input, the target, and the numbers that the forward pass saved."""
-    input, target, weight, scale, kept, *packed, input_needs, target_needs, numbers = filled(inputs)
+    (input, target, weight, scale, kept, *packed, input_needs, target_needs), numbers = filled(inputs, _COUNT + 7)
     options = unpacked(packed, numbers)
     saved = kept.unbind(0) if kept.dim() == 2 else ()
     # Probabilities as input: neither backend saves numbers of them.
@@ -188,7 +216,7 @@ def backward(upstream: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
 
 @backward.register_fake
 def _(upstream: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    input, target, *_, input_needs, target_needs, _ = filled(inputs)
+    (input, target, *_, input_needs, target_needs), _ = filled(inputs, _COUNT + 7)
     return _empty_like(input, input_needs), _empty_like(target, target_needs)
 
 
@@ -208,7 +236,7 @@ def register_gradients(
     Args:
         forward: the operator. Tensors, as many as there are gradients and one more, come first in its inputs, and the
             numbers last.
-        backward: the operator of the gradients; the numbers are its last input.
+        backward: the operator of the gradients; the numbers are its last inputs.
         trained: which of the inputs have the gradients, in the order of the outputs.
         is_written: whether the forward pass writes the gradients, from its inputs but for the numbers.
         needs_of: which gradients are needed, from the inputs that follow the tensors.
@@ -217,12 +245,13 @@ def register_gradients(
     count = len(trained)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        inputs, numbers = inputs[:-1], inputs[-1]
+        (numbers, *ctx.scales, scalars), inputs = inputs[-4:], inputs[:-4]
         tensors, ctx.options = inputs[: count + 1], inputs[count + 1 :]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.written = is_written(*inputs)
-        ctx.save_for_backward(*(output[2 : 2 + count] if ctx.written else (*tensors, *output[2 + count :], numbers)))
+        needed = output[2 : 2 + count] if ctx.written else (*tensors, *output[2 + count :], numbers, scalars)
+        ctx.save_for_backward(*needed)
 
     def differentiate(ctx: Any, of_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
@@ -230,13 +259,14 @@ def register_gradients(
                 "fastloss: the loss as an operator, of compilers and dispatch modes, has no second derivative; "
                 "call it outside of torch.compile with create_graph=True, and outside of the mode"
             )
-        results: list[Tensor | None] = [None] * (count + 2 + len(ctx.options))
+        results: list[Tensor | None] = [None] * (count + 5 + len(ctx.options))
         if of_loss is not None:
             if ctx.written:
                 gradients = [gradient * of_loss for gradient in ctx.saved_tensors]
             else:
-                *saved, numbers = ctx.saved_tensors
-                gradients = backward(of_loss, *saved, *backward_options(ctx.options), numbers)
+                *saved, numbers, scalars = ctx.saved_tensors
+                options = *backward_options(ctx.options), numbers, *ctx.scales, scalars
+                gradients = backward(of_loss, *saved, *options)
             for place, gradient, needed in zip(trained, gradients, needs_of(ctx.options), strict=True):
                 results[place] = gradient if needed else None
         return tuple(results)

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from .. import checks
-from ..backends.contract import LossOptions, compute_dtype
+from ..backends.contract import LossOptions, Scalar, compute_dtype
 from ..backends.view import class_dim, wide_labels
 from ..ranks import placements
 
-__all__ = ["accuracy", "by_class", "cross_entropy", "labels_of", "reduced", "row_weight"]
+__all__ = ["accuracy", "by_class", "cross_entropy", "labels_of", "reduced", "row_weight", "scaled"]
 
 
 def cross_entropy(
@@ -24,7 +24,7 @@ def cross_entropy(
     """Return the loss in ``dtype``, by default torch's; the shapes are as in :func:`fastloss.cross_entropy`."""
     soft = checks.is_soft(input, target)
     target = wide_labels(target)
-    plain = not options.hides_softmax
+    plain = not (options.hides_softmax or options.is_scaled)
     if dtype is None:
         dtype = torch.promote_types(input.dtype, target.dtype) if soft else input.dtype
     # Of sharded rows torch takes the mean of the ranks' own means, however many rows each rank counts.
@@ -33,8 +33,7 @@ def cross_entropy(
     logits = input if plain and not over_ranks else input.to(compute_dtype(input.dtype))
     if not options.from_logits:
         return _of_probabilities(logits, target, weight, options).to(dtype)
-    if options.softcap is not None:
-        logits = options.softcap * torch.tanh(logits / options.softcap)
+    logits = scaled(logits, options)
     if weight is not None and not soft and not torch.is_autocast_enabled(input.device.type):
         weight = weight.to(logits.dtype)
     loss = torch_cross_entropy(
@@ -52,6 +51,21 @@ def cross_entropy(
     if options.lse_square_scale:
         loss = loss + _z_loss(logits, target, weight, options)
     return loss.to(dtype)
+
+
+def scaled(x: Tensor, options: LossOptions) -> Tensor:
+    """Return the logits z of the input x, in its dtype."""
+    scale, temperature = (
+        number.tensor.to(x.dtype) if isinstance(number, Scalar) else number
+        for number in (options.logit_scale, options.temperature)
+    )
+    if isinstance(scale, Tensor) or scale != 1.0:
+        x = x * scale
+    if options.softcap is not None:
+        x = options.softcap * torch.tanh(x / options.softcap)
+    if isinstance(temperature, Tensor) or temperature != 1.0:
+        x = x / temperature
+    return x
 
 
 def _z_loss(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:

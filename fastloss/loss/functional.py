@@ -40,12 +40,15 @@ def cross_entropy(
     from_logits: bool = True,
     inplace: bool = False,
     group: Any = None,
+    logit_scale: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
 ) -> Tensor:
     r"""Compute the cross-entropy of logits and labels or class probabilities, and its gradient in the same pass.
 
     Takes the place of :func:`torch.nn.functional.cross_entropy`: everything before the ``*`` is that function's,
-    argument for argument and meaning for meaning. With z the logits, y a row's label, w the class weights, W = Σ w,
-    ε the label smoothing over C classes and λ = ``lse_square_scale``, a row's loss is
+    argument for argument and meaning for meaning. With z = softcap(logit_scale · input) / temperature the logits, y a
+    row's label, w the class weights, W = Σ w, ε the label smoothing over C classes and λ = ``lse_square_scale``, a
+    row's loss is
 
         w_y (1−ε) (lse(z) − z_y)  +  w_y λ lse(z)²  +  ε/C (W lse(z) − Σ_c w_c z_c)
 
@@ -68,11 +71,11 @@ def cross_entropy(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: ε, in [0, 1] (Szegedy et al. 2016, arXiv:1512.00567).
         lse_square_scale: λ of the z-loss λ · lse², weighted as the row is (PaLM, arXiv:2204.02311, §5).
-        softcap: z = softcap · tanh(input / softcap) (Gemma 2, arXiv:2408.00118, §2).
+        softcap: softcap(x) = softcap · tanh(x / softcap) (Gemma 2, arXiv:2408.00118, §2); x for None.
         from_logits: if False, ``input`` is probabilities y, and log y takes the place of z − lse(z): a row's loss is
             −w_y log y_y, or −Σ_c w_c t_c log y_c, where a class with t_c = 0 adds nothing, even at y_c = 0. Rows of y
             are taken as they are, whatever they add up to. The gradient of t_c is −(1−ε) w_c log y_c, at t_c = 0 too.
-            There is no ``softcap`` or ``lse_square_scale`` then.
+            There is no ``softcap``, ``lse_square_scale``, ``logit_scale`` or ``temperature`` then.
         inplace: write the gradient over ``input``, which then no longer holds the logits: saves the gradient's
             memory. Its rows may not overlap in memory. autograd raises its own error where the overwritten values are
             still needed; reading them again without autograd gives the gradient. Compilers and function transforms do
@@ -82,6 +85,10 @@ def cross_entropy(
             same on every rank; class probabilities are this rank's, as ``input`` is; ``weight`` is that of all C
             classes. The loss is the same on every rank, and each has the gradient of its own logits. Every rank has
             to make the call, and to call ``backward`` where one does. Second derivatives are refused.
+        logit_scale: a factor of the logits before the softcap, from 1e-9 to 1e9 (Cohere, Granite; CLIP,
+            arXiv:2103.00020). A float, or a 0-d tensor of floating point on ``input``'s device, which may hold
+            another number at each call without a wait for the host; no gradient flows to it.
+        temperature: what the logits are divided by after the softcap; as ``logit_scale``.
 
     ``input`` may be a DTensor instead, replicated or sharded on each dimension of the mesh, on one at most by class.
     ``target`` is a DTensor whose rows lie as ``input``'s; or a tensor that is the whole target on each rank, which
@@ -101,8 +108,9 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, RuntimeError: arguments that don't fit, as torch raises them.
         IndexError: a label out of bounds, on a CPU. On a GPU the row's loss is NaN instead, since a look would
-            make the host wait; ``FASTLOSS_VALIDATE=1`` in the environment raises there too. Over several ranks an
-            error on one of them is raised on all.
+            make the host wait; ``FASTLOSS_VALIDATE=1`` in the environment raises there too, and for a
+            ``logit_scale`` or ``temperature`` in a tensor that is not positive, whose loss means nothing. Over
+            several ranks an error on one of them is raised on all.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3]], requires_grad=True)
@@ -124,8 +132,9 @@ def cross_entropy(
     call = None
     if not torch.compiler.is_compiling() and short_road.is_open and group is size_average is reduce is None:
         given = ("loss", ignore_index, reduction, label_smoothing, lse_square_scale, softcap, from_logits, inplace)
+        given += (logit_scale, temperature)
         given += short_road.place_of(input) if inplace else ()
-        served, call = short_road.serve(input, target, weight, given)
+        served, call = short_road.serve(input, target, weight, given, logit_scale, temperature)
         if served is not None:
             return served[0] if reduction != "none" else routes.in_rows(served[0], input)
     if size_average is not None or reduce is not None:
@@ -136,7 +145,8 @@ def cross_entropy(
         and from_logits is True
         and inplace is False
         and group is None
-        and label_smoothing.__class__ is float
+        and label_smoothing.__class__ is logit_scale.__class__ is temperature.__class__ is float
+        and logit_scale == temperature == 1.0
         and routes.is_small(input, target, weight)
         and 0.0 <= label_smoothing <= 1.0
     ):
@@ -164,6 +174,9 @@ def cross_entropy(
         softcap=softcap,
         from_logits=from_logits,
         inplace=inplace,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        logits=input,
     )
     return routes.loss_and_accuracies(input, target, weight, options, inplace, group, call)[0]
 
@@ -184,11 +197,14 @@ def cross_entropy_with_accuracy(
     from_logits: bool = True,
     inplace: bool = False,
     group: Any = None,
+    logit_scale: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
 ) -> LossAndAccuracy:
     """Compute :func:`cross_entropy` and :func:`accuracy` in one pass over the logits.
 
-    Takes the arguments of the two; ``reduction`` is that of both. Class weights, smoothing and softcap do not touch
-    the accuracy. Beside class probabilities, whose argmax is the label, the accuracy takes a pass of its own.
+    Takes the arguments of the two; ``reduction`` is that of both. Class weights, smoothing, softcap and scales
+    do not touch the accuracy. Beside class probabilities, whose argmax is the label, the accuracy takes a pass of its
+    own.
 
     Returns:
         ``(loss, accuracy)``, a NamedTuple, each as its own function returns it.
@@ -202,8 +218,9 @@ def cross_entropy_with_accuracy(
     call = None
     if not torch.compiler.is_compiling() and short_road.is_open and group is size_average is reduce is None:
         given = ("both", ignore_index, reduction, label_smoothing, lse_square_scale, softcap, from_logits, inplace)
+        given += (logit_scale, temperature)
         given += short_road.place_of(input) if inplace else ()
-        served, call = short_road.serve(input, target, weight, (*given, *_flat(topk)))
+        served, call = short_road.serve(input, target, weight, (*given, *_flat(topk)), logit_scale, temperature)
         if served is not None:
             loss, _, *values = served
             if reduction == "none":
@@ -225,6 +242,9 @@ def cross_entropy_with_accuracy(
         topk=checked(group, input, checks.checked_topk, topk),
         from_logits=from_logits,
         inplace=inplace,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        logits=input,
     )
     loss, of_ks = routes.loss_and_accuracies(input, target, weight, options, inplace, group, call)
     return LossAndAccuracy(loss, of_ks if isinstance(topk, Sequence) else of_ks[0])

@@ -33,7 +33,7 @@ __all__ = [
     "SMALL_ON_CPU",
     "WIDENED_TYPES",
     "accuracies",
-    "check_of_labels",
+    "check_of_values",
     "composed",
     "has_too_many_rows",
     "in_rows",
@@ -71,15 +71,15 @@ def loss_and_accuracies(
 
     ``call``: where to record this call, if it may be recorded.
     """
-    given = input, target, weight
+    given = input, target, weight, *options.scalars()
     route = _route(input, target, weight, options, inplace, group)
     if route == "shards":
         return sharded.loss_over_ranks(input, target, weight, options, group)
     traced = route in ("compiled", "traced")
     look = not traced and isinstance(target, Tensor) and choice.may_look(target)
     checks.check_tensors(input, target, weight, options.ignore_index, look=look)
-    if call is not None and look and not target.is_floating_point():
-        call.check = check_of_labels(input, options)
+    if call is not None and look and (options.scalars() or not target.is_floating_point()):
+        call.check = check_of_values(input, target, options)
     dtype = checks.loss_dtype(input, target, weight)
     soft = target.is_floating_point()
     if not traced and not soft and input.dim() == 1:
@@ -115,9 +115,16 @@ def in_rows(values: Tensor, input: Tensor) -> Tensor:
     return values if input.dim() == 2 else values.view(row_shape(input))
 
 
-def check_of_labels(input: Tensor, options: LossOptions) -> Callable[[Tensor], None]:
-    classes, ignored = input.shape[class_dim(input)], options.ignore_index
-    return lambda target: checks.check_labels(target, classes, ignored)
+def check_of_values(input: Tensor, target: Tensor, options: LossOptions) -> Callable[..., None]:
+    """Return the check of what calls like this one may be given: their labels, and the scalars of the options."""
+    classes, ignored, soft = input.shape[class_dim(input)], options.ignore_index, target.is_floating_point()
+
+    def check(target: Tensor, *scalars: Tensor) -> None:
+        if not soft:
+            checks.check_labels(target, classes, ignored)
+        checks.check_scalars(options.with_scalars(scalars)[0])
+
+    return check
 
 
 def _route(
@@ -163,7 +170,7 @@ def accuracies(
     checks.check_index_target(input, target, None)
     target = target.view(()) if input.dim() == 1 else target
     if options.topk and _has_values(target) and choice.may_look(target):
-        check = check_of_labels(input, options)
+        check = check_of_values(input, target, options)
         if call is not None:
             call.check = check
         with without_dispatch(), without_subclasses():
@@ -234,7 +241,7 @@ def _is_thin(input: Tensor, target: Tensor, options: LossOptions) -> bool:
         and input.shape[1] <= FEW_CLASSES_OF_MAPS
         and input.dtype.itemsize == 2
         and target.dtype in checks.LABEL_DTYPES
-        and not (options.topk or options.hides_softmax or choice.is_forced())
+        and not (options.topk or options.hides_softmax or options.is_scaled or choice.is_forced())
         and any(bool((labels == options.ignore_index).any()) for labels in pieces_of_labels(target))
     )
 

@@ -26,6 +26,7 @@ from ..backends.contract import (
     LossInputs,
     LossOptions,
     PartUpstreams,
+    Scalar,
     Statistics,
     WantedParts,
     compute_dtype,
@@ -74,12 +75,15 @@ def cross_entropy_with_statistics(
     log_sum_sq_probs: bool = False,
     mean_logit: bool = False,
     group: Any = None,
+    logit_scale: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
 ) -> LossStatistics:
     r"""Compute :func:`cross_entropy` and the z-loss, log-sum-exp, entropy, prediction and rightness of each row.
 
     One visit to the logits gives all parts that are asked for, and backward is one more, for any loss that is
     computed from them: all but ``predicted`` and ``correct`` are differentiable, and each takes any upstream
-    gradient. With z the logits (after the softcap), p their softmax, y a row's label and w_y its class weight:
+    gradient. With z = softcap(logit_scale · input) / temperature the logits, p their softmax, y a row's label and
+    w_y its class weight:
 
         loss     as :func:`cross_entropy` has it; with reduction "none" alone, −loss is log p_y
         z_loss   λ w_y lse², λ being ``lse_square_scale``: the part of ``loss`` that it makes, reduced alike
@@ -107,7 +111,8 @@ def cross_entropy_with_statistics(
         z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit: which parts to compute. The others
             are None and cost nothing.
         lse_square_scale: λ of the z-loss, which ``loss`` contains.
-        softcap: z = softcap · tanh(input / softcap). The prediction is that of ``input``.
+        softcap: softcap(x) = softcap · tanh(x / softcap); x for None. The prediction is that of ``input``.
+        logit_scale, temperature: as in :func:`cross_entropy`.
         group: each of its ranks has a shard of the classes, as in :func:`cross_entropy`; or ``input`` is a DTensor,
             as there. Each part is then that of all classes, on every rank that has the row.
 
@@ -138,7 +143,8 @@ def cross_entropy_with_statistics(
     call = None
     if not torch.compiler.is_compiling() and short_road.is_open and group is size_average is reduce is None:
         given = ("statistics", ignore_index, reduction, label_smoothing, lse_square_scale, softcap)
-        served, call = short_road.serve(input, target, weight, (*given, *switches))
+        given += (logit_scale, temperature, *switches)
+        served, call = short_road.serve(input, target, weight, given, logit_scale, temperature)
         if served is not None:
             return _in_rows(served, input, reduction)
     if checks.is_symbolic(input, target):
@@ -152,6 +158,9 @@ def cross_entropy_with_statistics(
         label_smoothing=label_smoothing,
         lse_square_scale=lse_square_scale,
         softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        logits=input,
     )
     wanted = WantedParts(*switches)
     sharded.checked(group, input, checks.check_switches, **wanted._asdict())
@@ -165,14 +174,14 @@ def cross_entropy_with_statistics(
     look = not traced and isinstance(target, Tensor) and choice.may_look(target)
     checks.check_tensors(input, target, weight, options.ignore_index, look=look)
     if call is not None and look:
-        call.check = routes.check_of_labels(input, options)
+        call.check = routes.check_of_values(input, target, options)
     small = routes.is_small(input, target, weight, routes.WIDENED_TYPES)
     if traced or small or input.numel() == 0 or routes.has_too_many_rows(input):
         target = target.view(()) if input.dim() == 1 else target
         return _composed(input, target, weight, options, wanted)
 
     run = _fused(input, target, weight, options, wanted, checks.loss_dtype(input, target, weight))
-    parts = run() if call is None else call.recorded((input, target, weight), run)
+    parts = run() if call is None else call.recorded((input, target, weight, *options.scalars()), run)
     return _in_rows(parts, input, reduction)
 
 
@@ -215,10 +224,15 @@ def _of_probabilities(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: WantedParts
 ) -> LossStatistics:
     """Return the parts for class probabilities. Only the loss and the z-loss need more than the logits."""
+    numbers = {"logit_scale": options.logit_scale, "temperature": options.temperature}
+    scales: dict[str, Any] = {
+        name: number.tensor if isinstance(number, Scalar) else number for name, number in numbers.items()
+    }
     loss = cross_entropy(
         *(input, target, weight, None, options.ignore_index, None, options.reduction, options.label_smoothing),
         lse_square_scale=options.lse_square_scale,
         softcap=options.softcap,
+        **scales,
     )
     if not any(wanted):
         return LossStatistics(loss, *[None] * len(wanted))
@@ -231,7 +245,9 @@ def _of_probabilities(
         rows = _composed_rows(input, labels, of_rows, wanted_rows)
     else:
         switches = wanted_rows._asdict()
-        of_labels = cross_entropy_with_statistics(input, labels, ignore_index=-1, softcap=options.softcap, **switches)
+        of_labels = cross_entropy_with_statistics(
+            input, labels, ignore_index=-1, softcap=options.softcap, **switches, **scales
+        )
         rows = _Rows(*(getattr(of_labels, name) for name in _Rows._fields))
     z_loss = None
     if wanted.z_loss and rows.lse is not None:
@@ -274,9 +290,8 @@ class _Rows(NamedTuple):
 
 def _composed_rows(input: Tensor, target: Tensor, options: LossOptions, wanted: WantedParts) -> _Rows:
     """Return the rows' parts from torch's own operations; lse where the z-loss needs it, too."""
-    dim, cap, lse, entropy, predicted, correct = class_dim(input), options.softcap, None, None, None, None
-    z = input.to(compute_dtype(input.dtype))
-    z = z if cap is None else cap * torch.tanh(z / cap)
+    dim, lse, entropy, predicted, correct = class_dim(input), None, None, None, None
+    z = composite.scaled(input.to(compute_dtype(input.dtype)), options)
     if wanted.lse or wanted.z_loss:
         lse = torch.logsumexp(z, dim)
         lse = torch.where(lse == torch.inf, float("nan"), lse)  # as in the loss and in the kernels
@@ -323,7 +338,7 @@ class _Statistics(Function):
         inputs = LossInputs(as_rows(input), target, weight, options)
         *parts, saved = backend.statistics_forward(inputs, wanted, loss_dtype=loss_dtype)
         ctx.mark_non_differentiable(*(part for part in parts[4:6] if part is not None))
-        ctx.save_for_backward(input, target, weight, *saved)
+        ctx.save_for_backward(input, target, weight, *options.scalars(), *saved)
         return tuple(parts)
 
     @staticmethod
@@ -333,10 +348,11 @@ class _Statistics(Function):
         if all(upstream is None for upstream in upstreams):
             return (None, *nothing)
         input, target, weight, *saved = ctx.saved_tensors
+        options, saved = ctx.options.with_scalars(saved)
         if is_differentiable(upstreams):
-            return (_differentiable_gradient(input, target, weight, ctx.options, upstreams), *nothing)
+            return (_differentiable_gradient(input, target, weight, options, upstreams), *nothing)
         upstreams = PartUpstreams(*(None if upstream is None else in_memory(upstream) for upstream in upstreams))
-        inputs = LossInputs(as_rows(input), target, weight, ctx.options)
+        inputs = LossInputs(as_rows(input), target, weight, options)
         return (ctx.backend.statistics_backward(upstreams, inputs, saved).view(input.shape), *nothing)
 
 

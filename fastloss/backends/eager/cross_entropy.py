@@ -1,7 +1,7 @@
 r"""Cross-entropy in plain torch ops, chunk by chunk.
 
-With z the logits (after the softcap), p their softmax, y the label, w the class weights, W = Σ w, ε the label
-smoothing over C classes and λ the scale of the squared log-sum-exp, one row's loss is
+With z the logits (scaled, and after the softcap), p their softmax, y the label, w the class weights, W = Σ w, ε the
+label smoothing over C classes and λ the scale of the squared log-sum-exp, one row's loss is
 
     L   =  w_y (1−ε) (lse − z_y)  +  w_y λ lse²  +  ε/C (W lse − Σ_c w_c z_c)
     ∂L/∂z_c  =  p_c A  −  [c = y] w_y (1−ε)  −  ε/C w_c,      A = w_y (1−ε) + 2 λ w_y lse + ε/C W
@@ -30,7 +30,7 @@ from torch import Tensor
 from ..contract import Forward, LossInputs, compute_dtype
 from .accuracy import TargetRanks, inside_label, reduce_accuracy
 from .chunks import Chunk, Value, chunks, row_dtype
-from .sweep import LN_2, Piece, capped, sweep
+from .sweep import LN_2, Piece, scaled, scaling_of, sweep
 from .workers import for_each
 
 __all__ = ["cross_entropy_backward", "cross_entropy_forward", "rescale"]
@@ -49,7 +49,7 @@ def cross_entropy_forward(
     result = None
     if gradient:
         result = logits if inplace else torch.empty_like(logits)
-    losses, nll = _sweep(logits, rows, result, slope, ranks=ranks)
+    losses, nll = _sweep(logits, rows, result, slope * rows.scaling.slope, ranks=ranks)
 
     loss = losses.flatten() if options.reduction == "none" else losses.sum()
     if isinstance(scale, Tensor):
@@ -71,7 +71,7 @@ def cross_entropy_backward(upstream: Tensor, inputs: LossInputs, saved: Sequence
     if reduction == "mean":
         scale = scale * rows.mean_scale()
     result = logits if inplace else torch.empty_like(logits)
-    _sweep(logits, rows, result, scale, ranks=None)
+    _sweep(logits, rows, result, scale * rows.scaling.slope, ranks=None)
     return result
 
 
@@ -95,7 +95,7 @@ class _Rows:
         logits, target, weight, options = inputs
         outer, classes, inner = logits.shape
         eps = options.label_smoothing
-        self.options = options
+        self.options, self.scaling = options, scaling_of(options, logits.device)
         self.dtype = row_dtype(logits.device)
         self.shape = (outer, 1, inner)
         self.label = target.view(self.shape).long()
@@ -139,7 +139,8 @@ def _sweep(
 ) -> tuple[Tensor, Tensor]:
     """Return every row's loss and −log p_y, and write the gradient times ``scale``.
 
-    ``scale`` is a number, a scalar tensor, or a value per row. ``gradient`` may be ``logits`` itself.
+    ``scale``, which contains the slope of z, is a number, a scalar tensor, or a value per row. ``gradient`` may be
+    ``logits`` itself.
     """
     dtype, options = compute_dtype(logits.dtype), rows.options
     sums = _RowSums(logits, rows, overwritten=gradient is logits)
@@ -156,7 +157,7 @@ def _sweep(
         if coefficients is not None:
             coefficients.gradient_(chunk, piece.p, total, sums)
 
-    sweep(logits, dtype, options.softcap, work, gradient, zero_rows=rows.ignored, ranks=ranks)
+    sweep(logits, dtype, rows.scaling, work, gradient, zero_rows=rows.ignored, ranks=ranks)
     if not mends_at_once and sums.any_underflowed(sums.p_y):
         for_each(chunks(logits.shape, dtype), sums.mend_underflow, logits.device)
     nll, lse = sums.nll_and_lse(Chunk((0, logits.shape[0]), (0, logits.shape[2])))
@@ -183,7 +184,7 @@ class _RowSums:
 
     def _label_logits(self) -> Tensor:
         z_y = self.logits.gather(1, self.rows.label).to(self.rows.dtype)
-        return capped(z_y, self.rows.options.softcap)
+        return scaled(z_y, self.rows.scaling)
 
     def visit_exponents(self, chunk: Chunk, p: Tensor) -> tuple[Tensor]:
         """Turn the exponents in ``p`` into exponentials, 0 at the label; return their sums over each row.
@@ -229,7 +230,7 @@ class _RowSums:
             if self.exact is None:
                 nll, lse = (torch.full_like(self.z_y, float("nan")) for _ in range(2))
                 self.exact = nll, lse
-        z = capped(chunk.of(self.logits).to(self.p_y.dtype), self.rows.options.softcap)
+        z = scaled(chunk.of(self.logits).to(self.p_y.dtype), self.rows.scaling)
         nll = -z.log_softmax(1).gather(1, chunk.of(self.rows.label))  # of differences, not of lse
         for numbers, value in zip(self.exact, (nll, z.logsumexp(1, keepdim=True)), strict=True):
             chunk.of(numbers).copy_(torch.where(underflowed, value, float("nan")))

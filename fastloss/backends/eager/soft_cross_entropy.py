@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..contract import LossInputs, SoftForward, WantedGradients, compute_dtype
 from .chunks import Chunk, Scratch, Value, row_dtype
-from .sweep import LN_2, Piece, chunk_buffer, sweep
+from .sweep import LN_2, Piece, chunk_buffer, scaling_of, sweep
 
 __all__ = ["soft_cross_entropy_backward", "soft_cross_entropy_forward"]
 
@@ -72,6 +72,7 @@ class _SoftLoss:
     ) -> None:
         input, target, weight, options = inputs
         self.input, self.target, self.options, self.scale = input, target, options, scale
+        self.scaling = scaling_of(options, input.device)
         self.gradient, self.target_gradient = gradient, target_gradient
         self.dtype = torch.promote_types(compute_dtype(input.dtype), compute_dtype(target.dtype))
         self.row_dtype = row_dtype(input.device)
@@ -99,7 +100,7 @@ class _SoftLoss:
             if d.dtype != result.dtype:
                 chunk.of(result).copy_(d)
 
-        sweep(self.input, self.dtype, self.options.softcap, work, self.gradient)
+        sweep(self.input, self.dtype, self.scaling, work, self.gradient)
         return losses
 
     def _mixed(self, t: Tensor) -> Tensor:
@@ -140,6 +141,7 @@ class _SoftLoss:
             if z_scale:
                 d.add_((z_scale * lse.square()).to(dtype))
         if self.gradient is not None:
+            scale = scale * self.scaling.slope
             p.mul_((a * scale / total).to(dtype))
             if isinstance(scale, Tensor):
                 p.addcmul_(scale.to(dtype), u, value=-1)

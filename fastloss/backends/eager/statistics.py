@@ -1,6 +1,7 @@
 r"""The numbers of each row from which losses are put together, in plain torch ops, chunk by chunk.
 
-With z the logits (after the softcap), m a row's maximum, p the row's softmax, y its label and w the class weights:
+With z the logits (scaled, and after the softcap), m a row's maximum, p the row's softmax, y its label and w the class
+weights:
 
     s = Σ_c exp(z_c − m),   lse = m + log s,   H = log s − (Σ_c exp(z_c − m) (z_c − m)) / s
 
@@ -47,7 +48,7 @@ from ..contract import (
 )
 from .accuracy import inside_label, rank_of, run_maxima
 from .chunks import Chunk, Scratch, chunks, row_dtype
-from .sweep import LOG2_E, Piece, capped, sweep
+from .sweep import LOG2_E, Piece, Scaling, scaled, scaling_of, sweep, times
 from .workers import for_each
 
 __all__ = [
@@ -176,7 +177,7 @@ def row_statistics_forward(
     """See :class:`fastloss.backends.contract.Backend`; every row is visited."""
     logits = inputs.input
     dtype = compute_dtype(logits.dtype)
-    z_y = capped(logits.gather(1, _label(inputs)).to(dtype), inputs.options.softcap)
+    z_y = scaled(logits.gather(1, _label(inputs)).to(dtype), scaling_of(inputs.options, logits.device))
     asked = {"entropy": entropy, "predicted": predicted, "log_sum_sq_probs": log_sum_sq_probs, "logit_sum": logit_sum}
     names = ["lse", *(name for name, wanted in asked.items() if wanted)]
     numbers = visit_rows(names, inputs, ranked, dtype, soft=False)
@@ -194,7 +195,8 @@ def visit_rows(
     """
     logits, target, weight, options = inputs
     outer, classes, inner = logits.shape
-    rows, cap, device, wide = (outer, 1, inner), options.softcap, logits.device, row_dtype(logits.device)
+    rows, device, wide = (outer, 1, inner), logits.device, row_dtype(logits.device)
+    scaling = scaling_of(options, device)
     numbers = {name: logits.new_empty(rows, dtype=torch.int64 if name == "predicted" else wide) for name in names}
     if options.label_smoothing:
         numbers["weighted_sum"] = logits.new_empty(rows, dtype=wide)
@@ -214,10 +216,12 @@ def visit_rows(
         if ranked is not None:
             label_logit, position = (chunk.of(number.view(rows)) for number in ranked[:2])
             results["rank"].copy_(rank_of(x, label_logit.to(x.dtype), position, ranked.most_k))
-        maximum = capped(maximum.to(dtype), cap)
+        maximum = scaled(maximum.to(dtype), scaling)
         z = x if x.dtype == dtype else buffer.copy_(x)
-        if cap is not None:
-            z = torch.div(z, cap, out=buffer).tanh_().mul_(cap)
+        if scaling.capped:
+            z = torch.div(z, scaling.divisor, out=buffer).tanh_().mul_(scaling.outer)
+        elif options.is_scaled:
+            z = torch.mul(z, scaling.outer, out=buffer)
         if "logit_sum" in results:
             results["logit_sum"].copy_(z.sum(1, keepdim=True))
         # Subtracted before anything else, where it is exact: lse − z_y is to be as exact as torch's own log-softmax.
@@ -278,7 +282,8 @@ def row_statistics_backward(
     """See :class:`fastloss.backends.contract.Backend`; the softmax is computed again."""
     logits, _, weight, options = inputs
     rows, dtype = (logits.shape[0], 1, logits.shape[2]), compute_dtype(logits.dtype)
-    of_rows = RowUpstreams(*(None if u is None else u.reshape(rows) for u in upstreams))
+    scaling = scaling_of(options, logits.device)
+    of_rows = RowUpstreams(*(None if u is None else times(u.reshape(rows), scaling.slope) for u in upstreams))
     of_lse, of_label, of_entropy, of_sum, of_squares, of_logits = of_rows
     idle = torch.ones(rows, dtype=torch.bool, device=logits.device)  # rows without a gradient, whatever they hold
     for upstream in of_rows[:-1]:
@@ -318,14 +323,14 @@ def row_statistics_backward(
         if label is not None and of_label is not None:
             p.scatter_add_(1, chunk.of(label), chunk.of(of_label))
 
-    sweep_softmax(logits, dtype, options.softcap, lse, work, gradient, zero_rows=idle if some_idle else None)
+    sweep_softmax(logits, dtype, scaling, lse, work, gradient, zero_rows=idle if some_idle else None)
     return gradient
 
 
 def sweep_softmax(
     logits: Tensor,
     dtype: torch.dtype,
-    softcap: float | None,
+    scaling: Scaling,
     lse: Tensor,
     work: Callable[[Chunk, Tensor], object],
     gradient: Tensor | None,
@@ -339,12 +344,14 @@ def sweep_softmax(
     # lse in two parts, since the logits are near it and the difference must be exact.
     high = lse.to(dtype)
     low = None if dtype == lse.dtype else (lse - high).to(dtype)
+    unscaled = scaling.capped or (not isinstance(scaling.outer, Tensor) and scaling.outer == 1.0)
 
     def with_log_p(chunk: Chunk, piece: Piece) -> None:
-        log_p = torch.sub(piece.z, chunk.of(high), out=piece.p)
+        z = piece.z if unscaled else torch.mul(piece.z, piece.unit, out=piece.p)
+        log_p = torch.sub(z, chunk.of(high), out=piece.p)
         work(chunk, log_p if low is None else log_p.sub_(chunk.of(low)))
 
-    sweep(logits, dtype, softcap, with_log_p, gradient, zero_rows=zero_rows, reads_once=True)
+    sweep(logits, dtype, scaling, with_log_p, gradient, zero_rows=zero_rows, reads_once=True)
 
 
 def _label(inputs: LossInputs) -> Tensor:
