@@ -29,7 +29,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"reduction": "none", "lse_square_scale": 0.01},
 ]
 SCALES = {"both": (0.3, 2.5), "scale": (12.0, 1.0), "temperature": (1.0, 0.2)}
-NUMBERS = ("loss", "z_loss", "lse", "entropy")
+NUMBERS = ("loss", "z_loss", "lse", "entropy", "log_sum_sq_probs", "mean_logit")
 
 
 def scales(place: Place, name: str, in_tensors: bool) -> tuple[dict[str, Any], dict[str, float]]:
@@ -75,7 +75,8 @@ def plain(
         }[reduction]
         of_rows, without = reduced(rows + lse_square_scale * mass * lse.square()), reduced(rows)
     entropy = -(log_p.exp() * log_p).sum(1)
-    return {"loss": of_rows, "z_loss": of_rows - without, "lse": lse, "entropy": entropy}
+    of_squares = {"log_sum_sq_probs": torch.logsumexp(2 * log_p, 1), "mean_logit": z.mean(1)}
+    return {"loss": of_rows, "z_loss": of_rows - without, "lse": lse, "entropy": entropy, **of_squares}
 
 
 def compare(
@@ -181,7 +182,7 @@ def test_statistics(
 
     def statistics(x: Tensor, t: Tensor, weight: None, **given: Any) -> dict[str, Tensor]:
         on = place.device
-        parts = cross_entropy_with_statistics(x.to(on), t.to(on), z_loss=True, lse=True, entropy=True, **given)
+        parts = cross_entropy_with_statistics(x.to(on), t.to(on), **dict.fromkeys(NUMBERS[1:], True), **given)
         return {name: getattr(parts, name).cpu() for name in NUMBERS}
 
     compare(place, statistics, x, labels(shape, soft, dtype), None, arguments, numbers, ulps=6.0, **options)

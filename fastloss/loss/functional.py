@@ -131,8 +131,8 @@ def cross_entropy(
     """
     call = None
     if not torch.compiler.is_compiling() and short_road.is_open and group is size_average is reduce is None:
-        given = ("loss", ignore_index, reduction, label_smoothing, lse_square_scale, softcap, from_logits, inplace)
-        given += (logit_scale, temperature)
+        given: tuple[Any, ...] = ("loss", ignore_index, reduction, label_smoothing, lse_square_scale, softcap)
+        given += (from_logits, inplace, logit_scale, temperature)
         given += short_road.place_of(input) if inplace else ()
         served, call = short_road.serve(input, target, weight, given, logit_scale, temperature)
         if served is not None:
@@ -217,8 +217,8 @@ def cross_entropy_with_accuracy(
     """
     call = None
     if not torch.compiler.is_compiling() and short_road.is_open and group is size_average is reduce is None:
-        given = ("both", ignore_index, reduction, label_smoothing, lse_square_scale, softcap, from_logits, inplace)
-        given += (logit_scale, temperature)
+        given: tuple[Any, ...] = ("both", ignore_index, reduction, label_smoothing, lse_square_scale, softcap)
+        given += (from_logits, inplace, logit_scale, temperature)
         given += short_road.place_of(input) if inplace else ()
         served, call = short_road.serve(input, target, weight, (*given, *_flat(topk)), logit_scale, temperature)
         if served is not None:

@@ -142,7 +142,7 @@ def cross_entropy_with_statistics(
     switches = (z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit)
     call = None
     if not torch.compiler.is_compiling() and short_road.is_open and group is size_average is reduce is None:
-        given = ("statistics", ignore_index, reduction, label_smoothing, lse_square_scale, softcap)
+        given: tuple[Any, ...] = ("statistics", ignore_index, reduction, label_smoothing, lse_square_scale, softcap)
         given += (logit_scale, temperature, *switches)
         served, call = short_road.serve(input, target, weight, given, logit_scale, temperature)
         if served is not None:
