@@ -354,3 +354,60 @@ def test_transforms(place: Place) -> None:
     leaf = x[0].clone().requires_grad_()
     plain(leaf, t[0], None, logit_scale=0.5, temperature=1.0, softcap=2.0)["loss"].backward()
     torch.testing.assert_close(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize("in_tensors", [False, True], ids=["floats", "tensors"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("route", ["chunks", "composed", "compiled"])
+def test_numbers_of_hidden_states(place: Place, route: str, softcap: float | None, in_tensors: bool) -> None:
+    """Statistics, losses of tokens and the K best classes are those of the scaled logits."""
+    arguments, numbers = scales(place, "both", in_tensors)
+    hidden, head = torch.randn(7, 5, device=place.device), torch.randn(23, 5, device=place.device)
+    t = torch.randint(23, (7,), device=place.device)
+    options: dict[str, Any] = {"softcap": softcap, **arguments}
+    ids = torch.randint(23, (7, 3), device=place.device)
+
+    def statistics(x: Tensor) -> Tensor:
+        parts = fastloss.linear_cross_entropy_with_statistics(
+            x, head, t, **dict.fromkeys(NUMBERS[1:], True), selected=ids, lse_square_scale=0.1, **options
+        )
+        return parts.loss + parts.selected.sum() + sum(getattr(parts, n).sum() for n in NUMBERS[1:])  # type: ignore
+
+    def of_tokens(x: Tensor) -> Tensor:
+        def loss(log_probs: Tensor, entropy: Tensor) -> Tensor:
+            return -log_probs.exp() - 0.1 * entropy.square()
+
+        return fastloss.linear_token_loss(x, head, t, loss, entropy=True, **options).loss
+
+    def best(x: Tensor) -> Tensor:
+        return fastloss.linear_topk_log_probs(x, head, 4, **options).log_probs
+
+    def expected(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = reference.logits_of(x @ head.t(), softcap, **numbers)
+        log_p, parts = (
+            z.log_softmax(1),
+            plain(x @ head.t(), t, None, softcap=softcap, lse_square_scale=0.1, **numbers),
+        )
+        label = log_p.gather(1, t.unsqueeze(1)).squeeze(1)
+        all_parts = sum(part.sum() for part in parts.values()) + log_p.gather(1, ids).sum()
+        return all_parts, (-label.exp() - 0.1 * parts["entropy"].square()).mean(), log_p.topk(4).values  # type: ignore
+
+    def by_transform(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.func.vmap(function)(x.unsqueeze(0)).squeeze(0)
+
+    functions: list[Callable[[Tensor], Tensor]] = [statistics, of_tokens, best]
+    if route == "composed":
+        functions = [by_transform(function) for function in functions]
+    elif route == "compiled":
+        torch.compiler.reset()
+        functions = [torch.compile(best, fullgraph=True, backend="aot_eager")]
+    x = hidden.clone().requires_grad_()
+    for function, value in zip(functions, expected(x)[-len(functions) :], strict=True):
+        ours = function(x)
+        torch.testing.assert_close(ours, value.to(ours.dtype), rtol=1e-4, atol=1e-5)
+        if ours.requires_grad:
+            torch.testing.assert_close(
+                *(torch.autograd.grad(number, x, retain_graph=True)[0] for number in (ours, value)),
+                rtol=1e-4,
+                atol=1e-5,
+            )

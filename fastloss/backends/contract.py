@@ -129,6 +129,11 @@ class LossOptions:
             return Factors(1.0, slope, slope)
         return Factors(self.softcap / scale, self.softcap / temperature, slope)
 
+    def scales(self) -> dict[str, Any]:
+        """Return ``logit_scale`` and ``temperature`` as arguments of a public function."""
+        numbers = {"logit_scale": self.logit_scale, "temperature": self.temperature}
+        return {name: value.tensor if isinstance(value, Scalar) else value for name, value in numbers.items()}
+
     def scalars(self) -> tuple[Tensor, ...]:
         """Return the tensors of the options, for autograd to save."""
         numbers = self.logit_scale, self.temperature

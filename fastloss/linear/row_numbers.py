@@ -21,6 +21,7 @@ from torch import Tensor
 from ..backends import choice
 from ..backends.contract import Backend, LossInputs, LossOptions, RowUpstreams, WantedParts, compute_dtype
 from ..backends.view import as_rows, in_memory, wide_labels
+from ..loss import composite
 from .chunks import ChunkLoss, Gradients, Index, LinearOptions, Losses, Needs, Result
 
 __all__ = ["Numbers", "RowLosses", "RowVisitor", "TokenFunction", "TokenLosses", "numbers_of_logits", "scaled"]
@@ -106,8 +107,7 @@ class RowVisitor:
 
 def scaled(x: Tensor, options: LossOptions) -> Tensor:
     """Return z, which the softmax is of, from the logits x, in the dtype of the arithmetic."""
-    x = x.to(compute_dtype(x.dtype))
-    return x if options.softcap is None else options.softcap * torch.tanh(x / options.softcap)
+    return composite.scaled(x.to(compute_dtype(x.dtype)), options)
 
 
 def _times_slope(upstream: Tensor, x: Tensor, options: LossOptions) -> Tensor:

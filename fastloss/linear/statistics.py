@@ -60,6 +60,8 @@ def linear_cross_entropy_with_statistics(
     accumulate_grad: bool = False,
     logits_dtype: torch.dtype | None = None,
     group: Any = None,
+    logit_scale: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
 ) -> LossStatistics:
     r"""Compute :func:`cross_entropy_with_statistics` of ``linear(input, linear_weight, linear_bias)`` by chunks.
 
@@ -70,8 +72,8 @@ def linear_cross_entropy_with_statistics(
 
     Args:
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, lse_square_scale:
-            as in :func:`linear_cross_entropy`, and so are softcap, shift, chunk_size, memory_budget,
-            accumulate_grad and logits_dtype.
+            as in :func:`linear_cross_entropy`, and so are softcap, logit_scale, temperature, shift, chunk_size,
+            memory_budget, accumulate_grad and logits_dtype.
         z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit: which parts to compute, as in
             :func:`cross_entropy_with_statistics`.
         selected: classes whose log-probabilities are wanted, ``(…, K)`` for rows ``(…)``, in int64 or int32. With
@@ -118,6 +120,9 @@ def linear_cross_entropy_with_statistics(
         label_smoothing=label_smoothing,
         lse_square_scale=lse_square_scale,
         softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        logits=input,
     )
     wanted = WantedParts(z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit)
     checked(group, input, checks.check_switches, **wanted._asdict())
@@ -259,7 +264,7 @@ def _over_ranks(arguments: Arguments, wanted: WantedParts, selected: Tensor | No
 def _of_probabilities(arguments: Arguments, wanted: WantedParts, selected: Tensor | None) -> LossStatistics:
     """Return the parts for class probabilities. Only the loss and the z-loss need more than the logits."""
     input, linear_weight, target, linear_bias, weight, options, _, chunking = arguments
-    common: dict[str, Any] = {"linear_bias": linear_bias, "softcap": options.softcap, **chunking}
+    common: dict[str, Any] = {"linear_bias": linear_bias, "softcap": options.softcap, **options.scales(), **chunking}
     loss = linear_cross_entropy(
         *(input, linear_weight, target),
         weight=weight,

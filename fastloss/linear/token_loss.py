@@ -54,10 +54,13 @@ def linear_token_loss(
     accumulate_grad: bool = False,
     logits_dtype: torch.dtype | None = None,
     group: Any = None,
+    logit_scale: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
 ) -> TokenLoss:
     r"""Compute a loss of each token, a function of its log-probability and entropy, without the logits.
 
-    With z = ``linear(input, linear_weight, linear_bias)``, p its softmax and y the labels, the loss is
+    With z = softcap(logit_scale · ``linear(input, linear_weight, linear_bias)``) / temperature, p its softmax and y
+    the labels, the loss is
 
         reduce over the tokens that count:  token_loss(log p_y, H, *token_inputs),   H = −Σ_c p_c log p_c
 
@@ -81,8 +84,8 @@ def linear_token_loss(
         reduction: of the losses of tokens: ``"mean"`` over those that count, ``"sum"``, or ``"none"``. For a mean
             over sequences give each token its weight in a token input, and take ``"sum"``.
         ignore_index: a label whose tokens do not count.
-        softcap, shift, chunk_size, memory_budget, skip_ignored, accumulate_grad, logits_dtype, group: as in
-            :func:`linear_cross_entropy`. Beside ``group`` the token inputs are the same on every rank.
+        softcap, shift, chunk_size, memory_budget, skip_ignored, accumulate_grad, logits_dtype, group, logit_scale,
+        temperature: as in :func:`linear_cross_entropy`. Beside ``group`` the token inputs are the same on every rank.
 
     Where the gradient can't be written in the forward pass (float16, whose loss scale comes in backward; reduction
     "none"; ``accumulate_grad``), the backward pass computes the logits once more: four products. ``token_loss`` is
@@ -122,6 +125,9 @@ def linear_token_loss(
         ignore_index=-100 if ignore_index is None else ignore_index,
         reduction=reduction,
         softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        logits=input,
     )
     checked(group, input, checks.check_switches, entropy=entropy)
     switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype

@@ -13,7 +13,8 @@ from ..backends import choice
 from ..backends.contract import LossInputs, LossOptions, compute_dtype
 from ..backends.memory import forgetful
 from ..backends.torch_private import disable_dynamo, is_exporting
-from ..loss import routes
+from ..loss import composite, routes
+from ..loss.compiled import NUMBERS, filled, packed, unpacked
 from ..loss.sharded import checked, refuse
 from ..ranks import collectives, placements
 from ..ranks.collectives import gather
@@ -45,10 +46,13 @@ def linear_topk_log_probs(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     group: Any = None,
+    logit_scale: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
 ) -> TopKLogProbs:
     r"""Return the K most probable classes of each row and their log-probabilities, without holding the logits.
 
-    With z = x Wᵀ + b (after the softcap), ``log_probs`` are z_c − log Σ_c exp(z_c), the sum being over all C classes.
+    With z = softcap(logit_scale · (x Wᵀ + b)) / temperature, ``log_probs`` are z_c − log Σ_c exp(z_c), the sum being
+    over all C classes.
     Some rows at a time are projected, as in :func:`fastloss.linear_cross_entropy`; beside the results there is one
     chunk of logits. A teacher's K best classes are what a student is distilled from where the teacher's logits would
     be too many to store.
@@ -58,7 +62,7 @@ def linear_topk_log_probs(
         linear_weight: W, ``(C, D)``.
         k: K, from 1 to C.
         linear_bias: b, ``(C,)``.
-        softcap: z = softcap · tanh(z / softcap). The classes are ordered by their logits before it.
+        softcap, logit_scale, temperature: as in :func:`fastloss.cross_entropy`. The classes are ordered by x Wᵀ + b.
         chunk_size, memory_budget: as in :func:`fastloss.linear_cross_entropy`
         group: a ``torch.distributed`` process group, each of whose ranks has a shard of the classes, in rank order
             and of any size: ``linear_weight`` and ``linear_bias`` are this rank's. ``input`` and ``k`` are the same
@@ -89,7 +93,10 @@ def linear_topk_log_probs(
     """
     if checks.is_symbolic(input, linear_weight):
         return checks.symbolic(linear_topk_log_probs, locals())
-    options = checked(group, input, checks.checked_options, ignore_index=-100, reduction="none", softcap=softcap)
+    scales = {"logit_scale": logit_scale, "temperature": temperature, "logits": input}
+    options = checked(
+        group, input, checks.checked_options, ignore_index=-100, reduction="none", softcap=softcap, **scales
+    )
     _, chunking = checked(group, input, checked_chunking, chunk_size, memory_budget, False, None, False)
     count = checked(group, input, _checked_k, k)
     with torch.no_grad():
@@ -101,9 +108,10 @@ def linear_topk_log_probs(
         lead = input.shape[:-1]
         x = input.reshape(lead.numel(), input.shape[-1])
         if torch.compiler.is_dynamo_compiling() and not is_exporting():
+            (*_, cap, _, _), numbers = packed(options, input.device)
             results = topk_log_probs(
                 *(x.detach(), linear_weight.detach(), None if linear_bias is None else linear_bias.detach(), count),
-                *(softcap, call.chunk_size, call.memory_budget, call.compute_dtype),
+                *(cap, call.chunk_size, call.memory_budget, call.compute_dtype, *numbers),
             )
         elif routes.is_traced(input, linear_weight.detach()):
             results = _composed(x, linear_weight, linear_bias, count, call)
@@ -161,8 +169,7 @@ class _Best(NamedTuple):
 
     def log_probs(self, lse: Tensor, options: LossOptions) -> Tensor:
         """Return the log-probabilities, of an lse ``(rows,)`` over more classes."""
-        z, cap = self.logits.to(lse.dtype), options.softcap
-        z = z if cap is None else torch.tanh(z / cap) * cap
+        z = composite.scaled(self.logits.to(lse.dtype), options)
         return (z - lse.unsqueeze(1)).to(self.logits.dtype)
 
 
@@ -198,8 +205,7 @@ def _composed(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probabilities and classes by torch's own operators over all logits, for transforms."""
     logits = torch.nn.functional.linear(x, linear_weight, linear_bias)
-    z, cap = logits.to(call.loss_dtype), call.options.softcap
-    lse = (z if cap is None else torch.tanh(z / cap) * cap).logsumexp(-1)
+    lse = composite.scaled(logits.to(call.loss_dtype), call.options).logsumexp(-1)
     best, ids = _ordered(*logits.topk(k), k)
     return _Best(best.to(call.loss_dtype), ids, lse).log_probs(lse, call.options), ids
 
@@ -280,7 +286,7 @@ def _best_of_ranks(best: _Best, k: int, layout: collectives.Layout) -> _Best:
     mutates_args=(),
     schema=(
         "(Tensor input, Tensor linear_weight, Tensor? linear_bias, SymInt k, float? softcap, SymInt? chunk_size, "
-        "SymInt? memory_budget, ScalarType compute_dtype) -> (Tensor, Tensor)"
+        f"SymInt? memory_budget, ScalarType compute_dtype, {NUMBERS}) -> (Tensor, Tensor)"
     ),
 )
 def topk_log_probs(
@@ -292,9 +298,10 @@ def topk_log_probs(
     chunk_size: int | None,
     memory_budget: int | None,
     compute_dtype_: torch.dtype,
+    *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probabilities and classes of rows ``(rows, D)``. The arguments are checked."""
-    options = LossOptions(softcap=softcap)
+    options = unpacked((-100, 0.0, "none", 0.0, softcap, (), True), filled(numbers, 0)[1])
     call = LinearOptions(options, compute_dtype_, compute_dtype(compute_dtype_), chunk_size, memory_budget)
     with forgetful():
         best = _best_of_part(input, linear_weight, linear_bias, k, call)
@@ -306,4 +313,4 @@ def _(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, k: int, *options: Any
 ) -> tuple[Tensor, Tensor]:
     shape = (input.shape[0], k)
-    return input.new_empty(shape, dtype=compute_dtype(options[-1])), input.new_empty(shape, dtype=torch.int64)
+    return input.new_empty(shape, dtype=compute_dtype(options[3])), input.new_empty(shape, dtype=torch.int64)

@@ -26,7 +26,6 @@ from ..backends.contract import (
     LossInputs,
     LossOptions,
     PartUpstreams,
-    Scalar,
     Statistics,
     WantedParts,
     compute_dtype,
@@ -224,15 +223,11 @@ def _of_probabilities(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: WantedParts
 ) -> LossStatistics:
     """Return the parts for class probabilities. Only the loss and the z-loss need more than the logits."""
-    numbers = {"logit_scale": options.logit_scale, "temperature": options.temperature}
-    scales: dict[str, Any] = {
-        name: number.tensor if isinstance(number, Scalar) else number for name, number in numbers.items()
-    }
     loss = cross_entropy(
         *(input, target, weight, None, options.ignore_index, None, options.reduction, options.label_smoothing),
         lse_square_scale=options.lse_square_scale,
         softcap=options.softcap,
-        **scales,
+        **options.scales(),
     )
     if not any(wanted):
         return LossStatistics(loss, *[None] * len(wanted))
@@ -246,7 +241,7 @@ def _of_probabilities(
     else:
         switches = wanted_rows._asdict()
         of_labels = cross_entropy_with_statistics(
-            input, labels, ignore_index=-1, softcap=options.softcap, **switches, **scales
+            input, labels, ignore_index=-1, softcap=options.softcap, **switches, **options.scales()
         )
         rows = _Rows(*(getattr(of_labels, name) for name in _Rows._fields))
     z_loss = None
