@@ -63,9 +63,9 @@ def test_every_recipe_is_run_here() -> None:
     assert titles == [
         "Hugging Face Trainer",
         "A causal language model without its logits",
+        "Logits that are scaled",
         "Losses of tokens",
         "Distillation without logits",
-        "Logits that are scaled",
         "PyTorch Lightning",
         "Mixup",
         "SGD in Hugging Face's Trainer",
