@@ -146,7 +146,7 @@ def _prepare(
     tiles = without_spills(tiles, capped=capped, written=written, divided=divided, double=double, **loaded)
     if capped and smoothed:
         # The most that is kept beside the logits: 16 of those a thread.
-        tiles = _of_fewer_logits(tiles, logits)
+        tiles = _of_fewer_logits(tiles, logits, scaled=options.is_scaled and written)
     k_pad = power_of_2(max(k, 1))
     many = weighed is None and options.reduction == "mean" and result is not None and rows > _WEIGHED_BY_EACH
     numbers = (
@@ -166,14 +166,17 @@ def _prepare(
     return forward, _prepare_weighing(weight, rows, classes, options.ignore_index) if many else None
 
 
-def _of_fewer_logits(tiles: Tiles, logits: Tensor) -> Tiles:
-    """Return tiles of 16 logits a thread: smoothing and a softcap keep the most beside them."""
+def _of_fewer_logits(tiles: Tiles, logits: Tensor, *, scaled: bool) -> Tiles:
+    """Return tiles of 16 logits a thread: smoothing and a softcap keep the most beside them.
+
+    With a scale and a gradient, those that are wide in rows have 8: 16 spilled 8 bytes in float16.
+    """
     tiles = tiles._replace(registers=ALL_REGISTERS)
     if tiles.looped and tiles.by_inner:  # it has 8
         return tiles
     outer, _, inner = logits.shape
     cols = min(tiles.cols, 4096) if tiles.looped else tiles.cols
-    rows = max(1, min(tiles.rows, 2048 // cols))
+    rows = max(1, min(tiles.rows, (1024 if scaled and tiles.by_inner else 2048) // cols))
     number = outer * triton.cdiv(inner, rows) if tiles.by_inner else triton.cdiv(outer * inner, rows)
     grid = max(1, min(number, tiles.grid * tiles.rows // rows))
     warps = max(4, rows * cols // 512)
