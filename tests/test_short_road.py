@@ -139,11 +139,11 @@ def test_statistics_are_replayed(kernels: Place, shape: tuple[int, ...], reducti
 
     def values_and_gradients(x: Tensor, y: Tensor) -> list[Any]:
         with torch.no_grad():
-            values = [*fastloss.cross_entropy_with_statistics(x, y, weight, **options)]
+            values = [*fastloss.cross_entropy_with_statistics(x, y, weight, **options)[: 1 + len(names)]]
         for total in totals:
             x = x.detach().requires_grad_()
             parts = fastloss.cross_entropy_with_statistics(x, y, weight, **options)
-            values += [*parts, *torch.autograd.grad(total(parts), x)]
+            values += [*parts[: 1 + len(names)], *torch.autograd.grad(total(parts), x)]
         return values
 
     for _ in range(3):
