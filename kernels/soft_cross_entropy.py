@@ -198,7 +198,7 @@ def _plan(inputs: LossInputs, *results: Tensor | None) -> Tiles:
     classes = input.shape[1]
     vec = vector_width(input, target, *written, classes=classes)
     many = len(written) == 2 or (written and options.softcap is not None)
-    of_all = many or tiles.by_inner or (tiles.looped and (written or vec == 1))
+    of_all = many or tiles.by_inner or (tiles.looped and (written or vec == 1 or options.is_scaled))
     tiles = tiles._replace(vec=vec, registers=ALL_REGISTERS if of_all else 0)
     if written and not tiles.looped and _compute_dtype(input, target) == torch.float32:
         if tiles.warps > 8:
