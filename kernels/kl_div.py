@@ -24,7 +24,17 @@ from fastloss.backends.contract import DivergenceOptions, DivergenceRows
 from .arguments import Form, Strided, block, compiled_in, pointers, row_offsets, strided, tile_count, tile_rows
 from .launch import launch, on_device
 from .soft_cross_entropy import narrowed
-from .tile_helpers import LOG2_E, LOG_OF_0, finite_maximum, fp64, log_softmax, online_step, softcapped
+from .tile_helpers import (
+    LOG2_E,
+    LOG_OF_0,
+    Scales,
+    finite_maximum,
+    fp64,
+    log_softmax,
+    online_step,
+    scales_of,
+    softcapped,
+)
 from .tiles import ALL_REGISTERS, Tiles, in_cache, plan, vector_width
 
 __all__ = ["kl_div"]
@@ -112,22 +122,22 @@ class Block(NamedTuple):
 
 
 @triton.jit
-def _logits(x: Strided, base, start, classes, in_range, cap, scale, T: tl.constexpr, F: tl.constexpr):
+def _logits(x: Strided, base, start, classes, in_range, scales: Scales, scale, T: tl.constexpr, F: tl.constexpr):
     """Return z of one block, −inf where there is no class, and ∂z/∂x."""
     cols, mask = block(start, classes, in_range, True, T)
     z = tl.load(pointers(x, base, cols, T), mask=mask, other=-float("inf")).to(T.ACC)
-    z, dz = softcapped(z, mask, cap, True, T, F)
+    z, dz = softcapped(z, mask, scales, True, T, F)
     return z * scale[:, None], dz * scale[:, None], mask
 
 
 @triton.jit
-def _lse(x: Strided, base, classes, in_range, cap, scale, T: tl.constexpr, F: tl.constexpr):
+def _lse(x: Strided, base, classes, in_range, scales: Scales, scale, T: tl.constexpr, F: tl.constexpr):
     """Return log Σ_c exp(z_c) of some rows, in float64."""
     m = tl.full([T.ROWS, T.COLS // T.GROUP], -float("inf"), T.ACC)
     s = tl.zeros([T.ROWS, T.COLS // T.GROUP], T.ACC)
     for start in tl.range(0, classes, T.COLS):
-        z, _, _ = _logits(x, base, start, classes, in_range, cap, scale, T, F)
-        step = online_step(m, s, s, z, False, T)
+        z, _, _ = _logits(x, base, start, classes, in_range, scales, scale, T, F)
+        step = online_step(m, s, s, z, scales, False, T, F)
         m, s = step.m, step.s
     m_row = finite_maximum(tl.max(m, axis=1))
     fall = tl.maximum(m - m_row[:, None], LOG_OF_0)
@@ -146,17 +156,17 @@ def _block(
     in_range,
     lse,
     y_lse,
-    cap,
-    y_cap,
+    scales: Scales,
+    y_scales: Scales,
     scale,
     T: tl.constexpr,
     F: tl.constexpr,
     G: tl.constexpr,
 ):
-    z, dz, mask = _logits(x, base, start, classes, in_range, cap, scale, T, F)
-    log_s = log_softmax(z, lse, T)
-    z, _, _ = _logits(y, y_base, start, classes, in_range, y_cap, scale, T, G)
-    log_t = log_softmax(z, y_lse, T)
+    z, dz, mask = _logits(x, base, start, classes, in_range, scales, scale, T, F)
+    log_s = log_softmax(z, lse, scales, T, F)
+    z, _, _ = _logits(y, y_base, start, classes, in_range, y_scales, scale, T, G)
+    log_t = log_softmax(z, y_lse, y_scales, T, G)
     return Block(tl.exp2(log_s * LOG2_E), tl.exp2(log_t * LOG2_E), log_t - log_s, dz, mask)
 
 
@@ -201,7 +211,7 @@ def _kl_div(
 ):
     """Compute each row's log-sum-exps, divergence and gradient: those that are wanted and not known."""
     beta, scale = tl.full([1], beta, T.ACC), tl.full([1], scale, T.ACC)
-    cap, y_cap = tl.full([1], cap, T.ACC), tl.full([1], y_cap, T.ACC)
+    scales, y_scales = scales_of(cap, 1.0, None, T, F), scales_of(y_cap, 1.0, None, T, G)  # of the softcaps alone
     WRITTEN: tl.constexpr = upstream_ptr is not None
     # KL(t ‖ s) has a gradient that needs no sum: its loss comes from the same visit.
     AT_ONCE: tl.constexpr = WRITTEN and KIND == "forward" and found.loss is not None
@@ -210,12 +220,12 @@ def _kl_div(
         row, in_range, outer, within = tile_rows(tile, rows, inner, T)
         base, y_base = row_offsets(x, outer, within, T), row_offsets(y, outer, within, T)
         if known.lse is None:
-            lse = _lse(x, base, classes, in_range, cap, scale, T, F)
+            lse = _lse(x, base, classes, in_range, scales, scale, T, F)
             tl.store(found.lse + row, lse, mask=in_range)
         else:
             lse = tl.load(known.lse + row, mask=in_range, other=0.0)
         if known.teacher_lse is None:
-            y_lse = _lse(y, y_base, classes, in_range, y_cap, scale, T, G)
+            y_lse = _lse(y, y_base, classes, in_range, y_scales, scale, T, G)
             tl.store(found.teacher_lse + row, y_lse, mask=in_range)
         else:
             y_lse = tl.load(known.teacher_lse + row, mask=in_range, other=0.0)
@@ -231,7 +241,7 @@ def _kl_div(
             for done in tl.range(0, classes, T.COLS):  # from the end: the cache holds what was read last
                 start = (classes - 1) // T.COLS * T.COLS - done
                 b = _block(
-                    x, y, base, y_base, start, classes, in_range, lse, y_lse, cap, y_cap, scale, T, F, G
+                    x, y, base, y_base, start, classes, in_range, lse, y_lse, scales, y_scales, scale, T, F, G
                 )  # fmt: skip
                 if KIND == "forward":
                     loss_group += _summed(_times(b.t, b.d), T)
@@ -254,7 +264,7 @@ def _kl_div(
         if WRITTEN:
             for start in tl.range(0, classes, T.COLS):
                 b = _block(
-                    x, y, base, y_base, start, classes, in_range, lse, y_lse, cap, y_cap, scale, T, F, G
+                    x, y, base, y_base, start, classes, in_range, lse, y_lse, scales, y_scales, scale, T, F, G
                 )  # fmt: skip
                 if KIND == "forward":
                     if AT_ONCE:

@@ -48,12 +48,16 @@ def soft_loss(x: Tensor, t: Tensor, weight: Tensor | None, options: dict[str, An
     return rows + options.get("lse_square_scale", 0.0) * (lse.squeeze(dim) ** 2) * (w * t).sum(dim)
 
 
+OF_LOGITS = ("softcap", "logit_scale", "temperature")
+
+
+def logits_of(case: Case | Linear, x: Tensor) -> Tensor:
+    """z, which the softmax is of."""
+    return reference.logits_of(x, **{name: case.options[name] for name in OF_LOGITS if name in case.options})
+
+
 def expected_loss(case: Case, x: Tensor, t: Tensor, weight: Tensor | None) -> Tensor:
-    options = dict(case.options)
-    cap, scale, temperature = (options.pop(name, None) for name in ("softcap", "logit_scale", "temperature"))
-    x = x if scale is None else x * scale
-    x = x if cap is None else cap * torch.tanh(x / cap)
-    x = x if temperature is None else x / temperature
+    options, x = {name: value for name, value in case.options.items() if name not in OF_LOGITS}, logits_of(case, x)
     if case.target == "soft":
         rows = soft_loss(x, t, weight, options)
         return {"none": rows, "sum": rows.sum(), "mean": rows.mean()}[options.get("reduction", "mean")]
@@ -174,10 +178,10 @@ def test_dtensors(together: list[dict[str, Any]], case: Case) -> None:
 def expected_parts(case: Parts, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The parts and the gradients, in one process."""
     x, t, weight, *_ = inputs(case, dtype)
-    dim, soft, cap = case.class_dim(), case.target == "soft", case.options.get("softcap")
+    dim, soft = case.class_dim(), case.target == "soft"
     wanted = [x.requires_grad_()] + ([t.requires_grad_()] if soft else [])
     wide = x if dtype == torch.float64 else x.float()
-    z = wide if cap is None else cap * torch.tanh(wide / cap)
+    z = logits_of(case, wide)
     log_p, predicted = torch.log_softmax(z, dim), x.argmax(dim)
     loss = expected_loss(case, x, t, weight)
     bare = replace(case, options={**case.options, "lse_square_scale": 0.0})
@@ -258,9 +262,8 @@ def expected_statistics(case: Linear, x: Tensor, t: Tensor, weight: Tensor | Non
         reference.loss(x, t, weight, **{**case.options, "lse_square_scale": scale})
         for scale in (case.options.get("lse_square_scale", 0.0), 0.0)
     )
-    cap = case.options.get("softcap")
-    log_p = (x if cap is None else cap * torch.tanh(x / cap)).log_softmax(-1)
-    lse = (x if cap is None else cap * torch.tanh(x / cap)).logsumexp(-1)
+    z = logits_of(case, x)
+    log_p, lse = z.log_softmax(-1), z.logsumexp(-1)
     predicted, ids = x.argmax(-1), rows_of(case)[0]
     parts = fastloss.LossStatistics(
         *(loss, loss - without, lse, -(log_p.exp() * log_p).sum(-1), predicted, predicted == t),
@@ -271,8 +274,7 @@ def expected_statistics(case: Linear, x: Tensor, t: Tensor, weight: Tensor | Non
 
 
 def expected_tokens(case: Linear, x: Tensor, t: Tensor, weight: Tensor | None) -> Tensor:
-    cap = case.options.get("softcap")
-    log_p = (x if cap is None else cap * torch.tanh(x / cap)).log_softmax(-1)
+    log_p = logits_of(case, x).log_softmax(-1)
     counted = t != -100
     of_labels = log_p.gather(-1, torch.where(counted, t, 0).unsqueeze(1)).squeeze(1)
     rows = worker.of_token(of_labels, -(log_p.exp() * log_p).sum(-1), rows_of(case)[1].to(x.dtype))

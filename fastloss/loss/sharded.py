@@ -439,7 +439,8 @@ def _statistics_of_probabilities(
     backend, shared = choice.load(choice.choose(input)), layout.class_group is not None
     # Labels of rows of which none is ignored; the loss of these labels is not used.
     labels = torch.zeros(row_shape(input), dtype=torch.int64, device=input.device)
-    of_rows = LossOptions(ignore_index=-1, reduction="none", softcap=options.softcap)
+    plain: dict[str, Any] = {"label_smoothing": 0.0, "lse_square_scale": 0.0, "topk": ()}
+    of_rows = dataclasses.replace(options, ignore_index=-1, reduction="none", **plain)
     argmax = wanted.predicted or wanted.correct
     more = wanted._replace(z_loss=False, predicted=argmax, correct=False)
     if shared:
