@@ -145,7 +145,9 @@ def cross_entropy(
         and from_logits is True
         and inplace is False
         and group is None
-        and label_smoothing.__class__ is logit_scale.__class__ is temperature.__class__ is float
+        and label_smoothing.__class__ is float
+        and logit_scale.__class__ is float
+        and temperature.__class__ is float
         and logit_scale == temperature == 1.0
         and routes.is_small(input, target, weight)
         and 0.0 <= label_smoothing <= 1.0
