@@ -36,6 +36,7 @@ from ..loss.row_numbers import total_weight
 
 __all__ = [
     "NO_GRADIENTS",
+    "Chunk",
     "ChunkIterator",
     "ChunkLoss",
     "GradientAccumulator",
@@ -45,6 +46,7 @@ __all__ = [
     "Losses",
     "Needs",
     "Result",
+    "Saved",
     "Tensors",
     "backward",
     "dtype_of_chunk",
@@ -243,6 +245,18 @@ def _rows_within(budget: int, call: LinearOptions, rows: int, linear_weight: Ten
     return int(min(room, rows))
 
 
+class Chunk(NamedTuple):
+    """Some rows."""
+
+    rows: Index
+    x: Tensor  # (n, D)
+    target: Tensor  # (n,), or (n, C)
+    logits: Tensor  # (n, C)
+
+
+Saved = tuple[Tensor, ...]  # numbers of a chunk's rows, (n,) each
+
+
 class ChunkLoss(NamedTuple):
     """The loss of one chunk of n rows."""
 
@@ -287,8 +301,9 @@ class Losses:
         """Return which rows have a loss, ``(rows,)`` bool; None: all of them. The others may hold NaN."""
         return None if target.is_floating_point() else target != self.call.options.ignore_index
 
-    def forward(self, index: Index, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
+    def forward(self, chunk: Chunk, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
         """Return the loss of logits z, ``(n, C)``, against t, and the gradients that are needed now."""
+        _, _, t, z = chunk
         part, of_logits, right = self.part, any(needs[:3]), None
         if part.topk and t.is_floating_point():  # before the gradient is written over the logits
             values = self.backend.accuracy(z.unsqueeze(2), t.argmax(1), part.topk, -1, part.reduction)
@@ -326,19 +341,12 @@ class Losses:
         """Return which rows have a gradient, as :meth:`counted` does."""
         return self.counted(target)
 
-    def backward(
-        self,
-        index: Index,
-        upstreams: Sequence[Tensor | None],
-        t: Tensor,
-        z: Tensor,
-        saved: tuple[Tensor, ...],
-        needs: Needs,
-    ) -> Any:
+    def backward(self, chunk: Chunk, upstreams: Sequence[Tensor | None], saved: Saved, needs: Needs) -> Any:
         """Write the gradient over the logits z, and return that of the probabilities, ``(n, C)``, or None.
 
         ``upstreams`` are ``(n,)`` each.
         """
+        _, _, t, z = chunk
         (upstream,) = upstreams
         assert upstream is not None
         part = dataclasses.replace(self.call.options, reduction="none", topk=())
@@ -383,8 +391,8 @@ def forward(tensors: Tensors, needs: Needs, losses: Losses) -> Result:
     sums = GradientAccumulator(tensors, visit, needs_now)
     saved = tensors.input.new_empty((0, rows))
     keeps = losses.keeps_numbers or (any(needs) and not written)
-    for index, x, t, z in visit.chunks():
-        part = losses.forward(index, t, z, total, needs_now)
+    for chunk in visit.chunks():
+        part, index = losses.forward(chunk, total, needs_now), chunk.rows
         if part.loss is not None:
             if loss.dim():
                 loss[index] = part.loss
@@ -401,9 +409,9 @@ def forward(tensors: Tensors, needs: Needs, losses: Losses) -> Result:
                 saved = numbers.new_zeros((len(numbers), rows))
             saved[:, index] = numbers
         sums.add_target(index, part.target_gradient)
-        sums.add(index, x, z)
+        sums.add(index, chunk.x, chunk.logits)
         # Free the target's gradient and the chunk, before the sums are rounded and the next x is made.
-        del part, x, z
+        del part, chunk
     if right is not None and call.total is None:
         right = _shares(right, target, call.options).to(torch.float32)
     loss = losses.finished(loss, total).to(call.loss_dtype)
@@ -428,12 +436,13 @@ def backward(
     upstreams = losses.upstreams(given, tensors.target)
     visit = ChunkIterator(tensors, losses.call, needs, losses.counted_backward(upstreams, tensors.target))
     sums = GradientAccumulator(tensors, visit, needs, into)
-    for index, x, t, z in visit.chunks():
+    for chunk in visit.chunks():
+        index = chunk.rows
         numbers = tuple(saved[:, index].contiguous().unbind(0)) if len(saved) else ()
         of_rows = [None if upstream is None else upstream[index].contiguous() for upstream in upstreams]
-        sums.add_target(index, losses.backward(index, of_rows, t, z, numbers, needs))
-        sums.add(index, x, z)
-        del x, z  # before the sums are rounded and the next x is made
+        sums.add_target(index, losses.backward(chunk, of_rows, numbers, needs))
+        sums.add(index, chunk.x, chunk.logits)
+        del chunk  # before the sums are rounded and the next x is made
     return losses.whole(sums.finished())
 
 
@@ -457,8 +466,8 @@ class ChunkIterator:
         self.sizes = [end - start for start, end in itertools.pairwise(starts)]
         self.w = tensors.linear_weight.to(call.compute_dtype)
 
-    def chunks(self) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:
-        """Yield each chunk's index, x, target and logits. The next chunk's logits overwrite these."""
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield each chunk. The next chunk's logits overwrite these."""
         input, _, b, _ = self.tensors
         dtype, classes, most = self.call.compute_dtype, self.w.shape[0], min(self.size, self.count)
         b = None if b is None else b.to(dtype)
@@ -472,7 +481,7 @@ class ChunkIterator:
                 x = torch.where(self.counted[index].unsqueeze(1), x, 0.0)
             z = buffer if rows == most else buffer[:rows]
             _project(x, self.w, b, z)
-            yield index, x, t.contiguous(), z
+            yield Chunk(index, x, t.contiguous(), z)
             del x, z  # one chunk's copies at a time
 
     def _parts(self) -> Iterator[tuple[Index, Tensor, Tensor]]:

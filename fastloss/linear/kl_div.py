@@ -21,7 +21,19 @@ from ..ranks import collectives, placements
 from ..ranks.collectives import Layout, all_reduce_detached, gather
 from .arguments import check_linear_map, checked_chunking, dtype_of_logits, shifted_labels
 from .autograd import by_chunks
-from .chunks import ChunkLoss, Gradients, Index, LinearOptions, Losses, Needs, Tensors, row_of_logits, rows_of_chunk
+from .chunks import (
+    Chunk,
+    ChunkLoss,
+    Gradients,
+    Index,
+    LinearOptions,
+    Losses,
+    Needs,
+    Saved,
+    Tensors,
+    row_of_logits,
+    rows_of_chunk,
+)
 from .sharded import common_rows_of_chunk
 
 __all__ = ["linear_kl_div"]
@@ -287,7 +299,8 @@ class _DivergenceLosses(Losses):
         self._narrow: Any = None  # W and b of the teacher in the dtype of the products, during a pass
         self._buffer: Tensor | None = None
 
-    def forward(self, index: Index, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
+    def forward(self, chunk: Chunk, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
+        index, _, t, z = chunk
         counted = self.counted(t)
         upstream = None
         if any(needs):
@@ -299,15 +312,8 @@ class _DivergenceLosses(Losses):
         saved = [] if upstream is not None else [number for number in rows if number is not None]
         return ChunkLoss(loss.sum() if self.call.options.is_reduced else loss.to(self.loss_dtype), None, saved)
 
-    def backward(
-        self,
-        index: Index,
-        upstreams: Sequence[Tensor | None],
-        t: Tensor,
-        z: Tensor,
-        saved: tuple[Tensor, ...],
-        needs: Needs,
-    ) -> None:
+    def backward(self, chunk: Chunk, upstreams: Sequence[Tensor | None], saved: Saved, needs: Needs) -> None:
+        index, _, t, z = chunk
         (upstream,) = upstreams
         assert upstream is not None
         if self._versions != self._teacher_versions():

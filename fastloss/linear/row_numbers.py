@@ -22,7 +22,7 @@ from ..backends import choice
 from ..backends.contract import Backend, LossInputs, LossOptions, RowUpstreams, WantedParts, compute_dtype
 from ..backends.view import as_rows, in_memory, wide_labels
 from ..loss import composite
-from .chunks import ChunkLoss, Gradients, Index, LinearOptions, Losses, Needs, Result
+from .chunks import Chunk, ChunkLoss, Gradients, Index, LinearOptions, Losses, Needs, Result, Saved
 
 __all__ = ["Numbers", "RowLosses", "RowVisitor", "TokenFunction", "TokenLosses", "numbers_of_logits", "scaled"]
 
@@ -198,7 +198,8 @@ class RowLosses(_RowwiseLosses):
     def counted(self, target: Tensor) -> Tensor | None:
         return None if self.visitor.every_row and self.call.skip_ignored is not True else super().counted(target)
 
-    def forward(self, index: Index, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
+    def forward(self, chunk: Chunk, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
+        index, _, t, z = chunk
         numbers = self.visitor.numbers(t, z, self._ids(index))
         selected = numbers.pop("selected", None)
         kept = [number.double() for number in numbers.values()]
@@ -221,15 +222,8 @@ class RowLosses(_RowwiseLosses):
                 counted |= upstream != 0 if upstream.dim() == 1 else (upstream != 0).any(1)
         return counted
 
-    def backward(
-        self,
-        index: Index,
-        upstreams: Sequence[Tensor | None],
-        t: Tensor,
-        z: Tensor,
-        saved: tuple[Tensor, ...],
-        needs: Needs,
-    ) -> None:
+    def backward(self, chunk: Chunk, upstreams: Sequence[Tensor | None], saved: Saved, needs: Needs) -> None:
+        index, _, t, z = chunk
         given = {name: up for name, up in zip(self.names, upstreams, strict=True) if up is not None}
         numbers = dict(zip(self.visitor.names, saved, strict=False))
         self.visitor.write_gradient(given, t, z, numbers, self._ids(index))
@@ -284,7 +278,8 @@ class TokenLosses(_RowwiseLosses):
         self.dtype, self.upstream_dtype = compute_dtype(call.compute_dtype), torch.float64
         self._is_checked = False
 
-    def forward(self, index: Index, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
+    def forward(self, chunk: Chunk, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
+        index, _, t, z = chunk
         numbers = self.visitor.numbers(t, z, None)
         counted = self._counted(t)
         given = self._of_tokens(t, counted, numbers)
@@ -304,15 +299,8 @@ class TokenLosses(_RowwiseLosses):
         numbers = result.saved[:count] if len(result.saved) else result.saved.new_zeros((count, rows))
         return (result.loss, *numbers.to(self.dtype, copy=True).unbind(0))
 
-    def backward(
-        self,
-        index: Index,
-        upstreams: Sequence[Tensor | None],
-        t: Tensor,
-        z: Tensor,
-        saved: tuple[Tensor, ...],
-        needs: Needs,
-    ) -> None:
+    def backward(self, chunk: Chunk, upstreams: Sequence[Tensor | None], saved: Saved, needs: Needs) -> None:
+        _, _, t, z = chunk
         (upstream,), count = upstreams, len(self.of_tokens)
         assert upstream is not None
         derivatives, numbers = (

@@ -43,7 +43,7 @@ from ..ranks.collectives import Layout, all_reduce_detached, gather, replicated
 from . import chunks
 from .arguments import Arguments, check_shapes, dtype_of_logits, labelled, of_rows, shifted_labels
 from .autograd import by_chunks
-from .chunks import ChunkLoss, Gradients, Index, LinearOptions, Losses, Needs, Tensors
+from .chunks import Chunk, ChunkLoss, Gradients, LinearOptions, Losses, Needs, Saved, Tensors
 from .row_numbers import Numbers as NumbersByName
 from .row_numbers import RowVisitor, scaled
 
@@ -224,7 +224,8 @@ class _SharedLosses(Losses):
         super().__init__(weight, call, backend)
         self.layout, self.upstream_dtype = layout, torch.float64
 
-    def forward(self, index: Index, t: Tensor, z: Tensor, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
+    def forward(self, chunk: Chunk, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
+        _, _, t, z = chunk
         options, labels = self.call.options, None if t.is_floating_point() else t
         shard = sharded_loss(z, t, self.weight, options, self.layout, self.backend, ranked=bool(options.topk))
         *numbers, rank = shard.numbers(z, t)
@@ -239,15 +240,8 @@ class _SharedLosses(Losses):
     def finished(self, loss: Tensor, total: Tensor | float | None) -> Tensor:
         return loss.sum() * self._scale(total, loss) if self.call.options.is_reduced else loss
 
-    def backward(
-        self,
-        index: Index,
-        upstreams: Sequence[Tensor | None],
-        t: Tensor,
-        z: Tensor,
-        saved: tuple[Tensor, ...],
-        needs: Needs,
-    ) -> Any:
+    def backward(self, chunk: Chunk, upstreams: Sequence[Tensor | None], saved: Saved, needs: Needs) -> Any:
+        _, _, t, z = chunk
         (upstream,) = upstreams
         assert upstream is not None
         sums = 2 + t.is_floating_point()
