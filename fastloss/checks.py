@@ -31,6 +31,7 @@ __all__ = [
     "check_tensors",
     "check_weight",
     "check_weight_dtype",
+    "checked_count",
     "checked_divergence",
     "checked_ignore_index",
     "checked_options",
@@ -257,6 +258,17 @@ def checked_ignore_index(ignore_index: object) -> int:
     if not -(2**63) <= ignored < 2**63:
         raise ValueError(f"fastloss: ignore_index is {ignored}; expected a number of 64 bits")
     return ignored
+
+
+def checked_count(value: object, name: str, expected: str) -> int:
+    """Return ``value`` as an int. True and False are none: they are meant for another argument."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        # A compiler's int, which may vary from call to call, must stay one.
+        return value if type(value) is int else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"fastloss: {name} is {value!r}; expected {expected}") from None
 
 
 def _number(value: object, name: str) -> float:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +10,13 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.contract import LossOptions
+from ..loss.sharded import checked
 
 __all__ = [
     "Arguments",
     "check_linear_map",
     "check_shapes",
+    "checked_arguments",
     "checked_chunking",
     "dtype_of_logits",
     "labelled",
@@ -35,6 +36,36 @@ class Arguments(NamedTuple):
     options: LossOptions
     shift: int
     chunking: dict[str, Any]
+
+
+_TERMS = ("ignore_index", "reduction", "label_smoothing", "lse_square_scale")
+_SCALES = ("softcap", "logit_scale", "temperature")
+
+
+def checked_arguments(
+    group: Any,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    terms: Sequence[object],
+    scales: Sequence[object],
+    chunking: Sequence[object],
+    **options: Any,
+) -> Arguments:
+    """Check all arguments of a call but its tensors, in agreement with the other ranks, and return them.
+
+    Args:
+        tensors: the first five of :class:`Arguments`.
+        terms: ``ignore_index``, ``reduction``, ``label_smoothing`` and ``lse_square_scale``, or the first of these.
+        scales: ``softcap``, ``logit_scale`` and ``temperature``.
+        chunking: the arguments of :func:`checked_chunking`.
+        options: other arguments of :func:`fastloss.checks.checked_options`.
+    """
+    named = dict(zip(_TERMS, terms, strict=False)) | dict(zip(_SCALES, scales, strict=True))
+    if named["ignore_index"] is None:
+        named["ignore_index"] = -100
+    input = tensors[0]
+    checked_options = checked(group, input, checks.checked_options, **named, **options, logits=input)
+    shift, of_chunks = checked(group, input, checked_chunking, *chunking)
+    return Arguments(*tensors, checked_options, shift, of_chunks)
 
 
 def checked_chunking(
@@ -60,13 +91,7 @@ def checked_chunking(
     for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
         if value is None:
             continue
-        try:
-            if isinstance(value, bool):  # meant for another argument
-                raise TypeError
-            # A compiler's int, which may vary from call to call, must stay one.
-            chunking[name] = value if type(value) is int else operator.index(value)  # type: ignore[arg-type]
-        except TypeError:
-            raise TypeError(f"fastloss: {name} is {value!r}; expected an int, or None") from None
+        chunking[name] = checks.checked_count(value, name, "an int, or None")
     if chunking.get("chunk_size", 1) < 1:
         raise ValueError(f"fastloss: chunk_size is {chunk_size}; expected at least 1 row, or None")
     if chunk_size is not None and memory_budget is not None:
@@ -77,13 +102,9 @@ def checked_chunking(
 
 
 def _checked_shift(shift: object) -> int:
-    try:
-        if isinstance(shift, bool):
-            return int(shift)
-        # A compiler's int, which may vary from call to call, must stay one.
-        places = shift if type(shift) is int else operator.index(shift)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"fastloss: shift is {shift!r}; expected True, False or a number of positions") from None
+    if isinstance(shift, bool):
+        return int(shift)
+    places = checks.checked_count(shift, "shift", "True, False or a number of positions")
     if places < 0:
         raise ValueError(f"fastloss: shift is {shift}; expected 0 positions or more (1 for the next token)")
     return places

@@ -19,7 +19,7 @@ from ..loss.functional import LossAndAccuracy
 from ..loss.sharded import checked
 from ..ranks import placements
 from . import compiled, sharded
-from .arguments import Arguments, check_shapes, checked_chunking, dtype_of_logits, of_rows, shifted_labels
+from .arguments import Arguments, check_shapes, checked_arguments, dtype_of_logits, of_rows, shifted_labels
 from .autograd import by_chunks
 from .chunks import LinearOptions, Losses, Tensors, dtype_of_chunk, logits_of, rows_of_chunk
 
@@ -120,22 +120,9 @@ def linear_cross_entropy(
     """
     if checks.is_symbolic(input, linear_weight, target):
         return checks.symbolic(linear_cross_entropy, locals())
-    options = checked(
-        group,
-        input,
-        checks.checked_options,
-        ignore_index=-100 if ignore_index is None else ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        lse_square_scale=lse_square_scale,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        logits=input,
-    )
-    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
-    shift, chunking = checked(group, input, checked_chunking, *switches)
-    arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
+    terms, scales = (ignore_index, reduction, label_smoothing, lse_square_scale), (softcap, logit_scale, temperature)
+    chunking = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
+    arguments = checked_arguments(group, (input, linear_weight, target, linear_bias, weight), terms, scales, chunking)
     return _loss_and_accuracies(arguments, group)[0]
 
 
@@ -178,23 +165,11 @@ def linear_cross_entropy_with_accuracy(
     """
     if checks.is_symbolic(input, linear_weight, target):
         return checks.symbolic(linear_cross_entropy_with_accuracy, locals())
-    options = checked(
-        group,
-        input,
-        checks.checked_options,
-        ignore_index=-100 if ignore_index is None else ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        lse_square_scale=lse_square_scale,
-        softcap=softcap,
-        topk=checked(group, input, checks.checked_topk, topk),
-        logit_scale=logit_scale,
-        temperature=temperature,
-        logits=input,
-    )
-    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
-    shift, chunking = checked(group, input, checked_chunking, *switches)
-    arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
+    terms, scales = (ignore_index, reduction, label_smoothing, lse_square_scale), (softcap, logit_scale, temperature)
+    chunking = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
+    of_topk = checked(group, input, checks.checked_topk, topk)
+    tensors = input, linear_weight, target, linear_bias, weight
+    arguments = checked_arguments(group, tensors, terms, scales, chunking, topk=of_topk)
     loss, values = _loss_and_accuracies(arguments, group)
     return LossAndAccuracy(loss, values if isinstance(topk, Sequence) else values[0])
 

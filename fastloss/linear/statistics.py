@@ -23,7 +23,7 @@ from ..loss.sharded import checked
 from ..loss.statistics import LossStatistics
 from ..ranks import placements
 from ..ranks.collectives import Layout, all_reduce, all_reduce_detached
-from .arguments import Arguments, check_shapes, checked_chunking, of_rows
+from .arguments import Arguments, check_shapes, checked_arguments, of_rows
 from .autograd import by_chunks
 from .chunks import LinearOptions, logits_of
 from .functional import linear_cross_entropy, prepared
@@ -111,24 +111,11 @@ def linear_cross_entropy_with_statistics(
     """
     if checks.is_symbolic(input, linear_weight, target):
         return checks.symbolic(linear_cross_entropy_with_statistics, locals())
-    options = checked(
-        group,
-        input,
-        checks.checked_options,
-        ignore_index=-100 if ignore_index is None else ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        lse_square_scale=lse_square_scale,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        logits=input,
-    )
+    terms, scales = (ignore_index, reduction, label_smoothing, lse_square_scale), (softcap, logit_scale, temperature)
+    chunking = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
+    arguments = checked_arguments(group, (input, linear_weight, target, linear_bias, weight), terms, scales, chunking)
     wanted = WantedParts(z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit)
     checked(group, input, checks.check_switches, **wanted._asdict())
-    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
-    shift, chunking = checked(group, input, checked_chunking, *switches)
-    arguments = Arguments(input, linear_weight, target, linear_bias, weight, options, shift, chunking)
     over_ranks = group is not None or any(map(placements.is_uncompiled_dtensor, (input, linear_weight)))
     checked(group, input, _check, arguments, selected, over_ranks)
     if over_ranks:
@@ -141,7 +128,7 @@ def linear_cross_entropy_with_statistics(
     ids = None if selected is None else _flat_ids(selected, lead, classes)
     every_row = wanted.every_row or ids is not None
     backend = None if composed else choice.load(choice.choose(input))
-    losses = _losses(call, RowVisitor(weight, options, backend, wanted, every_row), ids)
+    losses = _losses(call, RowVisitor(weight, call.options, backend, wanted, every_row), ids)
     if composed:
         outputs = losses.outputs_of_logits(logits_of(tensors, call), tensors.target)
     else:
@@ -149,7 +136,7 @@ def linear_cross_entropy_with_statistics(
     numbers = dict(zip(losses.all_names, outputs, strict=True))
     layout = Layout(classes, rows=len(tensors.input))
     parts = _parts(numbers, tensors.target, weight, call, wanted, layout)
-    return LossStatistics._make([None if part is None else of_rows(part, lead, shift) for part in parts])
+    return LossStatistics._make([None if part is None else of_rows(part, lead, arguments.shift) for part in parts])
 
 
 def _check(arguments: Arguments, selected: object, over_ranks: bool) -> None:

@@ -18,7 +18,7 @@ from ..loss.row_numbers import total_weight
 from ..loss.sharded import checked
 from ..ranks import placements
 from ..ranks.collectives import all_reduce, all_reduce_detached
-from .arguments import Arguments, check_shapes, checked_chunking, of_rows
+from .arguments import Arguments, check_shapes, checked_arguments, of_rows
 from .autograd import by_chunks
 from .chunks import logits_of
 from .functional import prepared
@@ -118,21 +118,10 @@ def linear_token_loss(
             "fastloss: linear_token_loss in torch.fx.symbolic_trace, whose graphs hold no function as token_loss is; "
             "torch.compile and torch.export trace it, or mark the function that calls it with torch.fx.wrap"
         )
-    options = checked(
-        group,
-        input,
-        checks.checked_options,
-        ignore_index=-100 if ignore_index is None else ignore_index,
-        reduction=reduction,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        logits=input,
-    )
+    terms, scales = (ignore_index, reduction), (softcap, logit_scale, temperature)
+    chunking = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
+    arguments = checked_arguments(group, (input, linear_weight, target, linear_bias, None), terms, scales, chunking)
     checked(group, input, checks.check_switches, entropy=entropy)
-    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
-    shift, chunking = checked(group, input, checked_chunking, *switches)
-    arguments = Arguments(input, linear_weight, target, linear_bias, None, options, shift, chunking)
     checked(group, input, _check, arguments, token_loss, token_inputs)
     wanted = WantedParts(False, False, entropy, False, False)
     if group is not None or any(map(placements.is_uncompiled_dtensor, (input, linear_weight))):
@@ -142,9 +131,9 @@ def linear_token_loss(
     backend = None if composed else choice.load(choice.choose(input))
     losses = TokenLosses(
         dataclasses.replace(call, loss_dtype=compute_dtype(call.compute_dtype)),
-        RowVisitor(None, options, backend, wanted, every_row=False),
+        RowVisitor(None, call.options, backend, wanted, every_row=False),
         token_loss,
-        [_flat(each, tuple(target.shape), shift) for each in token_inputs],
+        [_flat(each, tuple(target.shape), arguments.shift) for each in token_inputs],
         trained=torch.is_grad_enabled() and any(tensors.needs()),
         classes=len(linear_weight),
     )
@@ -152,7 +141,7 @@ def linear_token_loss(
         outputs = losses.outputs_of_logits(logits_of(tensors, call), tensors.target)
     else:
         outputs = by_chunks(tensors, losses)
-    return _result([of_rows(output, lead, shift) for output in outputs])
+    return _result([of_rows(output, lead, arguments.shift) for output in outputs])
 
 
 def _result(outputs: list[Tensor]) -> TokenLoss:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -122,12 +121,7 @@ def linear_topk_log_probs(
 
 
 def _checked_k(k: object) -> int:
-    try:
-        if isinstance(k, bool):
-            raise TypeError
-        count = k if type(k) is int else operator.index(k)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"fastloss: k is {k!r}; expected a number of classes") from None
+    count = checks.checked_count(k, "k", "a number of classes")
     if count < 1:
         raise ValueError(f"fastloss: k is {k}; expected at least 1 class")
     return count
