@@ -545,7 +545,7 @@ def drawn_options(draw: st.DrawFn) -> dict[str, Any]:
         "weight_decay": draw(st.sampled_from([0.0, 0.1])),
         "maximize": draw(st.booleans()),
         "decoupled_weight_decay": draw(st.booleans()),
-        "max_norm": draw(st.sampled_from([None, 0.1, 1.0])),
+        "max_norm": draw(st.sampled_from([None, 1e-9, 1e-3, 0.1, 1.0])),
         "momentum_dtype": draw(st.sampled_from([None, *DTYPES])),
         **draw(st.sampled_from([{}, KEEPING["master"], KEEPING["kahan"]])),
     }

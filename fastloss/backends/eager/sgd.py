@@ -11,7 +11,8 @@ spends more on that than on the arithmetic where a tensor is small. So
   program shares among processes); large ones, and small ones of which some have no gradient, go to the operator where
   it is right for them. Elsewhere those that have gradients are gathered, or, where each is worth a call, copied one
   by one to memory that stays in a cache;
-- gradients that are clipped are multiplied first, piece by piece too, and are not written to.
+- the factor of clipped gradients goes into the rule, where a rule can take it; elsewhere they are multiplied first,
+  piece by piece too. They are not written to.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ _WORTH_A_CALL = 2048
 # Elements whose squares are added up in float32.
 _NORM_PIECE = 1 << 14
 _NORM_EPSILON = 1e-6
+# Of factors from here on, 1 − (1 − factor) keeps ten digits.
+_LEAST_FACTOR = 1e-6
 _ALL = slice(None)
 _NUMBER_TYPES = {float, int, bool}
 
@@ -98,8 +101,9 @@ def sgd_step(batch: SGDBatch, grads: list[Tensor], rules: Sequence[SGDRule], con
         return
     if controls.grad_scale is not None:
         _unscale([grad for grad in grads if grad is not None], controls.grad_scale)
-    clip = _clip_factor(controls)
+    given, factor = rules, _clip_factor(controls)
     for part in _parts(batch, grads):
+        rules, clip = _with_factor(given, factor, first=part.first)
         if part.flat is not None:
             _step_flat(batch, part.flat, grads, rules, clip, first=part.first)
             continue
@@ -864,6 +868,31 @@ def _clip_factor(controls: SGDControls) -> float:
         norm = norm / controls.grad_scale
     factor: float = (controls.max_norm / (norm + _NORM_EPSILON)).clamp(max=1.0).item()
     return factor
+
+
+def _with_factor(rules: Sequence[SGDRule], factor: float, *, first: bool) -> tuple[Sequence[SGDRule], float]:
+    """Return rules whose steps with g are those of ``rules`` with factor · g, and 1; or ``rules`` and the factor.
+
+    The gradients need no pass of their own then. With momentum, factor · g + λθ enters the buffer times
+    1 − dampening, as g + λ/factor · θ does times factor · (1 − dampening). A buffer that begins, and Nesterov's step,
+    take the gradient without dampening. Without momentum the learning rate takes the factor.
+    """
+    if factor == 1.0:
+        return rules, factor
+    numbers = list(map(_Numbers.of, rules))
+    with_momentum = [rule.momentum != 0 for rule in numbers]
+    can_be = all(not (has and (first or rule.nesterov)) for has, rule in zip(with_momentum, numbers, strict=True))
+    if not can_be or not factor >= _LEAST_FACTOR:
+        return numbers, factor
+    with_factor = []
+    for rule, has in zip(numbers, with_momentum, strict=True):
+        decay = rule.weight_decay if rule.decoupled and has else rule.weight_decay / factor
+        if has:
+            scaled = rule._replace(weight_decay=decay, dampening=1.0 - factor * (1.0 - rule.dampening))
+        else:
+            scaled = rule._replace(weight_decay=decay, lr=rule.lr * factor)
+        with_factor.append(scaled)
+    return with_factor, 1.0
 
 
 def _is_dense(tensor: Tensor) -> bool:
