@@ -77,6 +77,7 @@ def run(
     upstreams: dict[str, Tensor],
     dtype: torch.dtype | None = None,
     trained: tuple[str, ...] = NAMES,
+    create_graph: bool = False,
     **options: Any,
 ) -> dict[str, Tensor]:
     """The parts, and the gradients of those that are trained, for an upstream gradient of each of some parts."""
@@ -90,9 +91,10 @@ def run(
     parts = function(**tensors, **options)
     outputs = [getattr(parts, name) for name in upstreams]
     given = [up.to(output) for up, output in zip(upstreams.values(), outputs, strict=True)]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), given)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), given, create_graph=create_graph)
     named = {name: part.detach() for name, part in parts._asdict().items() if part is not None}
-    return named | dict(zip([f"gradient of {name}" for name in leaves], gradients, strict=True))
+    named_gradients = zip([f"gradient of {name}" for name in leaves], gradients, strict=True)
+    return named | {name: gradient.detach() for name, gradient in named_gradients}
 
 
 def upstreams_of(case: dict[str, Any], names: tuple[str, ...], **options: Any) -> dict[str, Tensor]:
@@ -192,6 +194,44 @@ def test_ignored_rows_and_rows_without_a_gradient_may_hold_nan(
     for name in ("lse", "entropy", "selected"):
         torch.testing.assert_close(ours[name][~ignored].double(), exact[name][~ignored], rtol=1e-5, atol=1e-5)
         assert (ours[name][ignored] == 0).all() if skip_ignored else ours[name][ignored].isnan().all()
+
+
+@pytest.mark.parametrize("form", ["by chunks", "create_graph", "compiled"])
+@pytest.mark.parametrize("few", [False, True])  # some are visited all the same where they are few
+def test_rows_that_are_skipped_have_no_numbers_and_no_gradient(place: Place, few: bool, form: str) -> None:
+    """Whatever upstream gradients they have, and whatever they hold."""
+    case = with_ids(place, 40, bias=True)
+    ignored = torch.zeros(40, dtype=torch.bool, device=place.device)
+    ignored[[3] if few else [0, 3, 4, 5, 17, 39]] = True
+    case["target"].clamp_(min=0).masked_fill_(ignored, -100)
+    clean = {**case, "input": case["input"].clone()}
+    case["input"][ignored] = torch.nan
+    upstreams = upstreams_of(clean, NUMBERS, reduction="sum")
+    counted = {
+        name: up if not up.dim() else up.masked_fill(ignored if up.dim() == 1 else ignored.unsqueeze(1), 0.0)
+        for name, up in upstreams.items()
+    }
+    function: Any = linear_cross_entropy_with_statistics
+    if form == "compiled":
+        torch._dynamo.reset()
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
+    how = {
+        "chunk_size": 16,
+        "skip_ignored": True,
+        "reduction": "sum",
+        "create_graph": form == "create_graph",
+        **EVERY,
+    }
+    ours = run(function, case, upstreams, **how)
+    exact = run(plain, clean, counted, torch.float64, reduction="sum")
+    for name, part in ours.items():
+        expected = exact[name]
+        if part.shape[:1] == (40,):
+            hidden = ignored if part.dim() == 1 else ignored.unsqueeze(1)
+            expected = expected.masked_fill(hidden, 0)
+        torch.testing.assert_close(
+            part.to(expected), expected, rtol=2e-5, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("skip_ignored", [None, True])

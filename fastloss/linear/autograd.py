@@ -34,7 +34,7 @@ def by_chunks(tensors: Tensors, losses: Losses) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and any(tensors.needs()):
         return cast("tuple[Tensor, ...]", _LinearCrossEntropy.apply(*tensors, losses))
     with torch.no_grad(), _without_autocast(tensors.input):
-        return losses.outputs(chunks.forward(tensors, NO_GRADIENTS, losses))
+        return losses.outputs(chunks.forward(tensors, NO_GRADIENTS, losses), tensors.target)
 
 
 class _LinearCrossEntropy(Function):
@@ -50,7 +50,7 @@ class _LinearCrossEntropy(Function):
         ctx.accumulated = weight if call.accumulate_grad and weight.requires_grad else None
         with _without_autocast(weight):
             result = chunks.forward(tensors, needs, losses)
-        outputs = losses.outputs(result)
+        outputs = losses.outputs(result, tensors.target)
         ctx.mark_non_differentiable(*outputs[losses.differentiable :])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, losses.weight, result.saved, *result.gradients, *call.options.scalars())
@@ -106,6 +106,7 @@ def _differentiable(ctx: Any, upstreams: Sequence[Tensor | None]) -> tuple[Tenso
     x, w, b, t = tensors
     dtype = call.compute_dtype
     with torch.enable_grad(), _without_autocast(x):
+        x = chunks.of_counted(x, ctx.losses.counted(t))
         narrow = Tensors(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype), t)
         logits = chunks.logits_of(narrow, call).to(call.loss_dtype)
         of_classes = None if weight is None else weight.to(logits.dtype)

@@ -326,7 +326,7 @@ class Losses:
         loss, of_target, *numbers = outputs
         return ChunkLoss(loss, torch.stack(numbers[:ks]) if ks else right, numbers[ks:], of_target)
 
-    def outputs(self, result: Result) -> tuple[Tensor, ...]:
+    def outputs(self, result: Result, target: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of the autograd node."""
         return (result.loss, *result.accuracy)
 
@@ -476,9 +476,7 @@ class ChunkIterator:
         for index, x, t in self._parts():
             rows = x.shape[0]
             x = x.to(dtype)
-            if self.counted is not None:
-                # Padding may hold NaN, and 0 · NaN would reach gᵀ x.
-                x = torch.where(self.counted[index].unsqueeze(1), x, 0.0)
+            x = x if self.counted is None else of_counted(x, self.counted[index])
             z = buffer if rows == most else buffer[:rows]
             _project(x, self.w, b, z)
             yield Chunk(index, x, t.contiguous(), z)
@@ -619,6 +617,13 @@ def _project(x: Tensor, w: Tensor, b: Tensor | None, z: Tensor) -> None:
             torch.mm(x, part.t(), out=z[:, start : start + step])
     if b is not None:
         z += b
+
+
+def of_counted(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Return the rows with 0 in the place of those that do not count: padding may hold NaN, and 0 · NaN is NaN."""
+    if counted is None:
+        return values
+    return torch.where(counted if values.dim() == 1 else counted.unsqueeze(1), values, 0)
 
 
 def logits_of(tensors: Tensors, call: LinearOptions) -> Tensor:

@@ -22,7 +22,7 @@ from ..backends import choice
 from ..backends.contract import Backend, LossInputs, LossOptions, RowUpstreams, WantedParts, compute_dtype
 from ..backends.view import as_rows, in_memory, wide_labels
 from ..loss import composite
-from .chunks import Chunk, ChunkLoss, Gradients, Index, LinearOptions, Losses, Needs, Result, Saved
+from .chunks import Chunk, ChunkLoss, Gradients, Index, LinearOptions, Losses, Needs, Result, Saved, of_counted
 
 __all__ = ["Numbers", "RowLosses", "RowVisitor", "TokenFunction", "TokenLosses", "numbers_of_logits", "scaled"]
 
@@ -194,9 +194,10 @@ class RowLosses(_RowwiseLosses):
         self.names = (*visitor.names, *(() if ids is None else ("selected",)))
         self.all_names = (*self.names, *(("predicted",) if visitor.predicts else ()))
         self.differentiable = len(self.names)
+        self.skips = call.skip_ignored is True  # ignored rows have no numbers, but 0
 
     def counted(self, target: Tensor) -> Tensor | None:
-        return None if self.visitor.every_row and self.call.skip_ignored is not True else super().counted(target)
+        return None if self.visitor.every_row and not self.skips else super().counted(target)
 
     def forward(self, chunk: Chunk, total: Tensor | float | None, needs: Needs) -> ChunkLoss:
         index, _, t, z = chunk
@@ -205,14 +206,20 @@ class RowLosses(_RowwiseLosses):
         kept = [number.double() for number in numbers.values()]
         return ChunkLoss(None, None, kept if selected is None else [*kept, *selected.unbind(1)])
 
-    def outputs(self, result: Result) -> tuple[Tensor, ...]:
+    def outputs(self, result: Result, target: Tensor) -> tuple[Tensor, ...]:
         numbers = self._numbers(result.saved)
         if numbers.get("predicted") is not None:
             numbers["predicted"] = numbers["predicted"].long()
-        return tuple(numbers[name].clone() for name in self.all_names)
+        counted = self.counted(target) if self.skips else None
+        return tuple(
+            numbers[name].clone() if counted is None else of_counted(numbers[name], counted)
+            for name in self.all_names
+        )
 
     def upstreams(self, given: Sequence[Tensor | None], target: Tensor) -> list[Tensor | None]:
-        return [None if upstream is None else in_memory(upstream).double() for upstream in given]
+        counted = self.counted(target) if self.skips else None
+        wide = [None if upstream is None else in_memory(upstream).double() for upstream in given]
+        return [None if upstream is None else of_counted(upstream, counted) for upstream in wide]
 
     def counted_backward(self, upstreams: Sequence[Tensor | None], target: Tensor) -> Tensor | None:
         # Rows without an upstream gradient may hold NaN.
@@ -234,7 +241,8 @@ class RowLosses(_RowwiseLosses):
     def outputs_of_logits(self, logits: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs from all logits, by torch's own operators."""
         numbers = numbers_of_logits(logits, t, self.weight, self.call.options, self.all_names, self.ids)
-        return tuple(numbers[name] for name in self.all_names)
+        counted = self.counted(t) if self.skips else None
+        return tuple(of_counted(numbers[name], counted) for name in self.all_names)
 
     def _ids(self, index: Index) -> Tensor | None:
         return None if self.ids is None else self.ids[index]
@@ -293,7 +301,7 @@ class TokenLosses(_RowwiseLosses):
         loss = values.sum(dtype=torch.float64) if self.call.options.is_reduced else values
         return ChunkLoss(loss, None, kept)
 
-    def outputs(self, result: Result) -> tuple[Tensor, ...]:
+    def outputs(self, result: Result, target: Tensor) -> tuple[Tensor, ...]:
         count, rows = len(self.of_tokens), result.saved.shape[1]
         # Without a chunk every row was left out.
         numbers = result.saved[:count] if len(result.saved) else result.saved.new_zeros((count, rows))

@@ -25,7 +25,7 @@ from ..ranks import placements
 from ..ranks.collectives import Layout, all_reduce, all_reduce_detached
 from .arguments import Arguments, check_shapes, checked_arguments, of_rows
 from .autograd import by_chunks
-from .chunks import LinearOptions, logits_of
+from .chunks import LinearOptions, logits_of, of_counted
 from .functional import linear_cross_entropy, prepared
 from .row_numbers import Numbers, RowLosses, RowVisitor
 from .sharded import part_of_rank
@@ -90,8 +90,8 @@ def linear_cross_entropy_with_statistics(
 
     Returns:
         ``LossStatistics``: a part that was not asked for is None. ``loss`` and ``z_loss`` are as
-        :func:`linear_cross_entropy` has the loss. The others have the labels' shape (with ``shift`` without the last
-        position), and ``selected``, the log-probabilities, has K more: in float32, float64 for float64 logits;
+        :func:`linear_cross_entropy` has the loss. The others have the labels' shape (without the last ``shift``
+        positions), and ``selected``, the log-probabilities, has K more: in float32, float64 for float64 logits;
         ``predicted`` in int64 and ``correct`` in bool.
 
     Raises:
@@ -130,6 +130,7 @@ def linear_cross_entropy_with_statistics(
     backend = None if composed else choice.load(choice.choose(input))
     losses = _losses(call, RowVisitor(weight, call.options, backend, wanted, every_row), ids)
     if composed:
+        tensors = tensors._replace(input=of_counted(tensors.input, losses.counted(tensors.target)))
         outputs = losses.outputs_of_logits(logits_of(tensors, call), tensors.target)
     else:
         outputs = by_chunks(tensors, losses)

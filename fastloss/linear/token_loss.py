@@ -20,7 +20,7 @@ from ..ranks import placements
 from ..ranks.collectives import all_reduce, all_reduce_detached
 from .arguments import Arguments, check_shapes, checked_arguments, of_rows
 from .autograd import by_chunks
-from .chunks import logits_of
+from .chunks import logits_of, of_counted
 from .functional import prepared
 from .row_numbers import RowVisitor, TokenLosses
 from .sharded import part_of_rank
@@ -93,8 +93,8 @@ def linear_token_loss(
 
     Returns:
         ``(loss, log_probs, entropy)``, a NamedTuple, in float32 (float64 for float64 logits). ``loss`` alone has a
-        graph. The others have the labels' shape (with ``shift`` without the last position), and are 0 where a token
-        is ignored; ``entropy`` is None unless it is asked for.
+        graph. The others have the labels' shape (without the last ``shift`` positions), and are 0 where a token is
+        ignored; ``entropy`` is None unless it is asked for.
 
     Raises:
         TypeError, ValueError, RuntimeError: arguments that don't fit, as in :func:`linear_cross_entropy`; a
@@ -138,6 +138,7 @@ def linear_token_loss(
         classes=len(linear_weight),
     )
     if composed:
+        tensors = tensors._replace(input=of_counted(tensors.input, losses.counted(tensors.target)))
         outputs = losses.outputs_of_logits(logits_of(tensors, call), tensors.target)
     else:
         outputs = by_chunks(tensors, losses)
