@@ -883,8 +883,8 @@ def _with_factor(rules: Sequence[SGDRule], factor: float, *, first: bool) -> tup
     with_momentum = [rule.momentum != 0 for rule in numbers]
     can_be = all(not (has and (first or rule.nesterov)) for has, rule in zip(with_momentum, numbers, strict=True))
     if not can_be or not factor >= _LEAST_FACTOR:
-        return numbers, factor
-    with_factor = []
+        return rules, factor
+    with_factor: list[Any] = []
     for rule, has in zip(numbers, with_momentum, strict=True):
         decay = rule.weight_decay if rule.decoupled and has else rule.weight_decay / factor
         if has:
