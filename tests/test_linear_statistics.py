@@ -393,7 +393,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "floats": (
         {"selected": torch.zeros(ROWS, 2)},
         ValueError,
-        r"selected is torch.float32 of shape \(11, 2\); expected classes in int64 or int32",
+        r"selected is torch.float32 of shape \(11, 2\); expected classes in int64, int32 or uint8",
     ),
     "other rows": (
         {"selected": torch.zeros(3, 2).long()},
@@ -403,7 +403,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "out of bounds": (
         {"selected": torch.full((ROWS, 1), CLASSES)},
         IndexError,
-        r"selected holds 37, which is out of bounds: expected classes in \[0, 37\)",
+        r"selected\[\d+, \d\] is 37, which is out of bounds: expected a class in \[0, 37\)",
     ),
     "a number": ({"entropy": 1}, TypeError, "entropy is 1; expected True or False"),
 }

@@ -381,6 +381,13 @@ REFUSED: dict[str, tuple[Any, tuple[Any, ...], type[Exception], str]] = {
     "no function": (3, (), TypeError, r"token_loss is 3; expected a function of \(log_probs, entropy"),
     "a number": (dft, (2.0,), TypeError, r"token input 0 is a float; expected a Tensor of target's shape \(11,\)"),
     "a short one": (dft, (ONES, ONES[:3]), ValueError, r"token input 1 has shape \(3,\); expected \(11,\)"),
+    "a write": (lambda p, h, a: -p * a.mul_(2), (ONES.clone(),), RuntimeError, "token_loss writes to token input 0"),
+    "of one argument": (
+        lambda p: p,
+        (ONES,),
+        TypeError,
+        r"takes \(p\); it is called with log_probs, .* 1 token inputs",
+    ),
     "a leaf": (dft, (ONES.clone().requires_grad_(),), RuntimeError, "token input 0 requires grad, and gets none"),
 }
 
@@ -393,6 +400,31 @@ def test_what_is_refused(place: Place, name: str) -> None:
     inputs = tuple(each.to(place.device) if isinstance(each, Tensor) else each for each in inputs)
     with pytest.raises(error, match=words):
         linear_token_loss(x, case["linear_weight"], case["target"], token_loss, *inputs, skip_ignored=False)
+
+
+MIXTURES: dict[str, Any] = {
+    "a mask's sum": lambda p, h, mask: -p * mask / mask.sum(),
+    "a detached mean": lambda p, h, mask: -p * (p - p.mean()).detach(),
+    "the number of tokens": lambda p, h, mask: -p / len(p),
+}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_other_mixtures_are_found_where_validation_is_on(
+    place: Place, name: str, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make(place)
+    case["input"].requires_grad_(trained)
+    mask = 0.5 + torch.rand(ROWS, device=place.device)
+    arguments = (case["input"], case["linear_weight"], case["target"])
+    linear_token_loss(*arguments, MIXTURES[name], mask)
+    monkeypatch.setenv("FASTLOSS_VALIDATE", "1")
+    with pytest.raises(RuntimeError, match=r"token_loss mixes tokens: it gives .* to a token alone"):
+        linear_token_loss(*arguments, MIXTURES[name], mask)
+    linear_token_loss(*arguments, lambda p, h, mask: -p * mask / 3, mask)
+    if trained:
+        linear_token_loss(*arguments, lambda p, h, mask: F.dropout(-p * mask), mask)  # another in each call
 
 
 def test_other_targets_are_refused() -> None:

@@ -26,6 +26,11 @@ from .chunks import Chunk, ChunkLoss, Gradients, Index, LinearOptions, Losses, N
 
 __all__ = ["Numbers", "RowLosses", "RowVisitor", "TokenFunction", "TokenLosses", "numbers_of_logits", "scaled"]
 
+_MIXTURE_HINT = (
+    "expected a function of each token alone, or use linear_cross_entropy_with_statistics, whose parts take any "
+    "upstream gradient"
+)
+
 Numbers = dict[str, Tensor]  # by the names of RowStatistics, (n,) each; "selected" is (n, K)
 # (log p, entropy or None, *token inputs) → the loss of each token, (n,)
 TokenFunction = Callable[..., Tensor]
@@ -356,14 +361,47 @@ class TokenLosses(_RowwiseLosses):
             )
         return torch.where(counted, values, 0.0)
 
+    def _of_chunk(self, counted: Tensor, given: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """Return the losses of a chunk's tokens. Check that nothing is written to, and no token input mixed."""
+        versions = [0 if each.is_inference() else each._version for each in inputs]
+        values = self._called(counted, given, inputs)
+        for number, (each, version) in enumerate(zip(inputs, versions, strict=True)):
+            if version != (0 if each.is_inference() else each._version):
+                raise RuntimeError(
+                    f"fastloss: token_loss writes to token input {number}, which is the caller's tensor or a part of "
+                    "it; expected a function that writes to none of its arguments"
+                )
+        if choice.validates() and not self._is_checked:
+            with torch.no_grad():
+                self._check_alone(values, counted, given, inputs)
+        return values
+
+    def _check_alone(
+        self, values: Tensor, counted: Tensor, given: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> None:
+        """Check that the loss of a token is the same where it is called alone, if it is the same in each call."""
+        rows = counted.nonzero().flatten().tolist()
+        if len(rows) < 2 or not torch.equal(values.nan_to_num(), self._called(counted, given, inputs).nan_to_num()):
+            return
+        for row in {rows[0], rows[-1]}:
+            one = slice(row, row + 1)
+            alone = self._called(counted[one], [each[one] for each in given], [each[one] for each in inputs])
+            if not torch.allclose(alone, values[one], rtol=1e-3, atol=1e-5, equal_nan=True):
+                raise RuntimeError(
+                    f"fastloss: token_loss mixes tokens: it gives {float(alone)} to a token alone, and "
+                    f"{float(values[row])} to it in a chunk, of which there may be any; {_MIXTURE_HINT}"
+                )
+
     def _values(self, index: Index, counted: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the losses of a chunk's tokens and, where there is training, their derivatives, in float64."""
         inputs = [each[index] for each in self.token_inputs]
         if not self.trained:
-            return self._called(counted, given, inputs), []
+            values = self._of_chunk(counted, given, inputs)
+            self._is_checked = True
+            return values, []
         with torch.enable_grad():
             given = [number.detach().requires_grad_() for number in given]
-            values = self._called(counted, given, inputs)
+            values = self._of_chunk(counted, given, inputs)
             if not values.requires_grad:
                 raise RuntimeError(
                     "fastloss: token_loss returned losses without a graph; expected a function of log_probs and "
@@ -422,6 +460,5 @@ def _check_apart(values: Tensor, given: Sequence[Tensor], slopes: Sequence[Tenso
         if not bool(((other == expected) | (other.isnan() & expected.isnan())).all()):
             raise RuntimeError(
                 "fastloss: token_loss mixes tokens: the loss of one depends on the log-probability or the entropy of "
-                "another, and it sees one chunk of them at a time; expected a function of each token alone, or use "
-                "linear_cross_entropy_with_statistics, whose parts take any upstream gradient"
+                f"another, and it sees one chunk of them at a time; {_MIXTURE_HINT}"
             )

@@ -76,8 +76,8 @@ def linear_cross_entropy_with_statistics(
             memory_budget, accumulate_grad and logits_dtype.
         z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit: which parts to compute, as in
             :func:`cross_entropy_with_statistics`.
-        selected: classes whose log-probabilities are wanted, ``(…, K)`` for rows ``(…)``, in int64 or int32. With
-            ``shift`` they stand at the positions of ``input``, and are not moved.
+        selected: classes whose log-probabilities are wanted, ``(…, K)`` for rows ``(…)``, in int64, int32 or
+            uint8. With ``shift`` they stand at the positions of ``input``, and are not moved.
         skip_ignored: True leaves out the ignored rows, before they are projected. The parts that have one element
             per row are 0 there then. By default they have theirs, and are left out where no such
             part is asked for, as in :func:`linear_cross_entropy`. In backward the rows without an upstream gradient
@@ -160,14 +160,10 @@ def _check(arguments: Arguments, selected: object, over_ranks: bool) -> None:
         return
     if not isinstance(selected, Tensor):
         raise TypeError(f"fastloss: selected must be a Tensor of classes or None, got {type(selected).__name__}")
-    if (
-        selected.dtype not in (torch.int64, torch.int32)
-        or selected.shape[:-1] != input.shape[:-1]
-        or not selected.dim()
-    ):
+    if selected.dtype not in checks.LABEL_DTYPES or selected.shape[:-1] != input.shape[:-1] or not selected.dim():
         raise ValueError(
-            f"fastloss: selected is {selected.dtype} of shape {tuple(selected.shape)}; expected classes in int64 or "
-            f"int32, some for each of input's rows {tuple(input.shape[:-1])}: a last dimension more"
+            f"fastloss: selected is {selected.dtype} of shape {tuple(selected.shape)}; expected classes in int64, "
+            f"int32 or uint8, some for each of input's rows {tuple(input.shape[:-1])}: a last dimension more"
         )
     if selected.device != input.device:
         raise RuntimeError(f"fastloss: selected is on {selected.device}; expected {input.device}, where input is")
@@ -179,8 +175,9 @@ def _flat_ids(selected: Tensor, lead: tuple[int, ...], classes: int | Tensor) ->
     if not routes.is_traced(selected, selected) and choice.may_look(ids):
         bad = (ids < 0) | (ids >= classes)
         if bad.any():
+            place = [int(i) for i in bad.view(selected.shape).nonzero()[0]]
             raise IndexError(
-                f"fastloss: selected holds {int(ids[bad][0])}, which is out of bounds: expected classes in "
+                f"fastloss: selected{place} is {int(ids[bad][0])}, which is out of bounds: expected a class in "
                 f"[0, {int(classes)})"
             )
     return ids

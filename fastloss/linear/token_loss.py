@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,14 +73,15 @@ def linear_token_loss(
         input, linear_weight, target, linear_bias: as in :func:`linear_cross_entropy`; ``target`` is class indices.
         token_loss: called as ``token_loss(log_probs, entropy, *token_inputs)`` with the n tokens of a chunk, ``(n,)``
             each; ``entropy`` is None unless it is asked for. It returns a loss for each of them, ``(n,)``, by torch's
-            operators. A token's loss may depend on its own numbers alone: a mean over tokens, or over a sequence, is
-            none of a chunk. (On a CPU a function that mixes the log-probabilities of tokens is refused; elsewhere
-            with ``FASTLOSS_VALIDATE=1``.) Tensors that require grad are refused: nothing but ``log_probs`` and
-            ``entropy`` gets a gradient. Tokens that are ignored may be among them, with a log-probability of 0; their
-            losses are not used.
-        token_inputs: constants of each token, in ``target``'s shape: advantages, old log-probabilities, a mask. With
-            ``shift`` they stand where the labels stand, and are moved with them; those of the result's shape are
-            taken as they are.
+            operators, and writes to none of its arguments. A token's loss may depend on its own numbers alone: a mean
+            over tokens, or over a sequence, is none of a chunk, and changes with the chunks. (On a CPU a function
+            that mixes the log-probabilities of tokens is refused; elsewhere with ``FASTLOSS_VALIDATE=1``, which also
+            finds mixtures of token inputs and of what is detached: it calls the function for single tokens too.)
+            Tensors that require grad are refused: nothing but ``log_probs`` and ``entropy`` gets a gradient. Tokens
+            that are ignored may be among them, with a log-probability of 0; their losses are not used.
+        token_inputs: constants of each token, in ``target``'s shape: advantages, old log-probabilities, a mask.
+            Divide a mask by its sum before the call: within, the sum is that of a chunk. With ``shift`` they stand
+            where the labels stand, and are moved with them; those of the result's shape are taken as they are.
         entropy: compute H too.
         reduction: of the losses of tokens: ``"mean"`` over those that count, ``"sum"``, or ``"none"``. For a mean
             over sequences give each token its weight in a token input, and take ``"sum"``.
@@ -156,6 +158,8 @@ def _check(arguments: Arguments, token_loss: object, token_inputs: tuple[object,
         raise TypeError(
             f"fastloss: token_loss is {token_loss!r}; expected a function of (log_probs, entropy, *token_inputs)"
         )
+    if not torch.compiler.is_compiling():
+        _check_signature(token_loss, len(token_inputs))
     if not isinstance(target, Tensor) or not isinstance(linear_weight, Tensor) or not isinstance(input, Tensor):
         return  # later checks name it
     if linear_weight.dim() > 2:
@@ -191,6 +195,21 @@ def _check(arguments: Arguments, token_loss: object, token_inputs: tuple[object,
                 f"fastloss: token input {number} requires grad, and gets none: detach() it, or use "
                 "linear_cross_entropy_with_statistics, whose parts take any upstream gradient"
             )
+
+
+def _check_signature(token_loss: Callable[..., Tensor], token_inputs: int) -> None:
+    """Check that the function takes its arguments, where Python knows which it takes."""
+    try:
+        signature = inspect.signature(token_loss)
+    except (TypeError, ValueError):  # of a builtin
+        return
+    try:
+        signature.bind(*[None] * (2 + token_inputs))
+    except TypeError as error:
+        raise TypeError(
+            f"fastloss: token_loss takes {signature}; it is called with log_probs, entropy (or None) and "
+            f"{token_inputs} token inputs: {error}"
+        ) from None
 
 
 def _flat(each: Tensor, shape: tuple[int, ...], shift: int) -> Tensor:
