@@ -62,6 +62,20 @@ def logits_of(
     return z if temperature == 1.0 else z / temperature
 
 
+def projected(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, shift: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The logits of all tokens that have a label ``shift`` positions on, and the labels."""
+    if shift:
+        input, target = input[..., :-shift, :], target[..., shift:]
+    return F.linear(input, linear_weight, linear_bias), target
+
+
+def of_map(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of :func:`projected` out of all options."""
+    return {name: options.pop(name) for name in ("linear_bias", "shift") if name in options}
+
+
 def rank(row: Tensor, label: int) -> int:
     """How many classes stand before the label, by sorting: greater first, NaN greatest, then the lower index."""
     values = row.double().tolist()

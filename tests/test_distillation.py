@@ -170,33 +170,18 @@ def make(
 
 
 def plain(
-    input: Tensor,
-    linear_weight: Tensor,
-    teacher_input: Tensor,
-    teacher_linear_weight: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    teacher_linear_bias: Tensor | None = None,
-    target: Tensor | None = None,
-    beta: float = 0.0,
-    temperature: float = 1.0,
-    reduction: str = "mean",
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    shift: int = 0,
+    input: Tensor, linear_weight: Tensor, teacher_input: Tensor, teacher_linear_weight: Tensor, **options: Any
 ) -> Tensor:
     """The same in torch's own operators, as trainers have it: the logits of both sides whole, in ``F.kl_div``."""
+    beta, target, reduction = options.get("beta", 0.0), options.get("target"), options.get("reduction", "mean")
+    shift, sides = int(options.get("shift", 0)), []
     if shift:
         input, teacher_input = input[..., :-shift, :], teacher_input[..., :-shift, :]
         target = None if target is None else target[..., shift:]
-    sides = []
-    for x, w, b, cap in (
-        (input, linear_weight, linear_bias, softcap),
-        (teacher_input, teacher_linear_weight, teacher_linear_bias, teacher_softcap),
-    ):
-        z = F.linear(x, w, b)
-        z = z if cap is None else cap * torch.tanh(z / cap)
-        sides.append((z / temperature).log_softmax(-1))
+    for of, x, w in (("", input, linear_weight), ("teacher_", teacher_input, teacher_linear_weight)):
+        z = F.linear(x, w, options.get(f"{of}linear_bias"))
+        z = reference.logits_of(z, options.get(f"{of}softcap"), temperature=options.get("temperature", 1.0))
+        sides.append(z.log_softmax(-1))
     log_s, log_t = sides
     if beta in (0, 1):
         rows = F.kl_div(*((log_s, log_t) if beta == 0 else (log_t, log_s)), reduction="none", log_target=True).sum(-1)

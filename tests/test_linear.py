@@ -79,33 +79,22 @@ def make(
     }
 
 
-def plain(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    shift: int = False,
-    **options: Any,
-) -> Tensor:
+def plain(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
     """The same loss in torch's own operators, the logits whole."""
-    if shift:
-        input, target = input[..., :-shift, :], target[..., shift:]
-    logits = F.linear(input, linear_weight, linear_bias)
+    logits, target = reference.projected(input, linear_weight, target, **reference.of_map(options))
     shape, classes = logits.shape[:-1], logits.shape[-1]
     logits = logits.reshape(-1, classes)
     if target.is_floating_point():
-        loss = plain_soft(logits, target.reshape(-1, classes), weight, **options)
+        loss = plain_soft(logits, target.reshape(-1, classes), **options)
     else:
-        loss = reference.loss(logits, target.reshape(-1), weight, **options)
+        loss = reference.loss(logits, target.reshape(-1), **options)
     return loss.view(shape) if loss.dim() else loss
 
 
 def plain_soft(
     z: Tensor,
     t: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | None = None,
     *,
     reduction: str = "mean",
     label_smoothing: float = 0.0,

@@ -31,22 +31,14 @@ NUMBERS = ("loss", "z_loss", "lse", "entropy", "log_sum_sq_probs", "mean_logit",
 
 
 def plain(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    selected: Tensor | None = None,
-    shift: bool = False,
-    **options: Any,
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, selected: Tensor | None = None, **options: Any
 ) -> LossStatistics:
     """The same in torch's own operators, the logits whole and in the tensors' dtype."""
     options = {name: value for name, value in options.items() if name not in SWITCHES}
-    if shift:
-        input, target = input[..., :-1, :], target[..., 1:]
-        selected = None if selected is None else selected[..., :-1, :]
-    logits = F.linear(input, linear_weight, linear_bias)
+    if options.get("shift") and selected is not None:
+        selected = selected[..., :-1, :]
+    weight = options.pop("weight", None)
+    logits, target = reference.projected(input, linear_weight, target, **reference.of_map(options))
     flat, labels = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     loss, without = (
         reference.loss(flat, labels, weight, **{**options, "lse_square_scale": scale})
