@@ -15,9 +15,9 @@ import torch
 
 from fastloss.bench.measure import Row, measure
 from fastloss.bench.workloads import Shape, Workload
-from fastloss.measuring.contenders import CONTENDERS, DTYPES, OURS, REFERENCE
+from fastloss.measuring.contenders import CONTENDERS, OURS, REFERENCE
 
-from .shared import Report, parsed_by, parser_of, verdict
+from .shared import Report, products, verdict
 
 NAMES = {
     OURS: "fastloss.linear_cross_entropy",
@@ -67,14 +67,7 @@ def _megabytes(row: Row) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; exit code 1 if fastloss misses a bar."""
-    parser = parser_of("linear", __doc__, seconds=60.0, each="shape", output=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"), help="rows, features, classes")
-    options = parsed_by(parser, arguments)
-    if min(options.shape or [1]) < 1:
-        parser.error(f"--shape is {options.shape}; expected three numbers of at least 1")
-    device = torch.device(options.device)
-    dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    options, device, dtype = products("linear", __doc__, arguments)
     report = Report("linear", arguments, f"{torch.get_num_threads()} threads", options.device)
     if options.shape:
         rows, features, classes = options.shape

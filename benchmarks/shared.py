@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import fastloss
+from fastloss.measuring.contenders import DTYPES
 from fastloss.measuring.info import processor
 from fastloss.measuring.machine import OtherPrograms, description
 
@@ -49,6 +50,20 @@ def parsed_by(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) 
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         parser.error(f"--output is {str(output)!r}; expected a file in a folder that exists")
     return options
+
+
+def products(
+    name: str, doc: str | None, arguments: Sequence[str] | None
+) -> tuple[argparse.Namespace, torch.device, torch.dtype]:
+    """Parse the options of a benchmark of a head's products: (N, D) → V, in bfloat16 on a GPU."""
+    parser = parser_of(name, doc, seconds=60.0, each="shape", output=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"), help="rows, features, classes")
+    options = parsed_by(parser, arguments)
+    if min(options.shape or [1]) < 1:
+        parser.error(f"--shape is {options.shape}; expected three numbers of at least 1")
+    device = torch.device(options.device)
+    return options, device, DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:

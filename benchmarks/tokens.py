@@ -19,10 +19,9 @@ from torch import Tensor
 
 import fastloss
 from fastloss.measuring.clock import medians
-from fastloss.measuring.contenders import DTYPES
 from fastloss.measuring.machine import peak_bytes
 
-from .shared import Report, parsed_by, parser_of, verdict
+from .shared import Report, products, verdict
 
 SHAPES = {"cpu": ((1024, 256, 32000), (512, 512, 128256)), "cuda": ((8192, 4096, 151936),)}
 # Of linear_cross_entropy's time: a loss of tokens, and one of the parts, whose fourth product comes on top.
@@ -147,14 +146,7 @@ def _error(loss: Loss, problem: Problem, entropy: bool) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; exit code 1 if fastloss misses a bar."""
-    parser = parser_of("tokens", __doc__, seconds=60.0, each="shape", output=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"), help="rows, features, classes")
-    options = parsed_by(parser, arguments)
-    if min(options.shape or [1]) < 1:
-        parser.error(f"--shape is {options.shape}; expected three numbers of at least 1")
-    device = torch.device(options.device)
-    dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    options, device, dtype = products("tokens", __doc__, arguments)
     report = Report("tokens", arguments, f"{torch.get_num_threads()} threads", options.device)
     for shape in [tuple(options.shape)] if options.shape else SHAPES[device.type]:
         report.say(*compare(shape, dtype, device, options.seconds, bars=not options.shape))

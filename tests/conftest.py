@@ -31,6 +31,7 @@ from places import Place  # noqa: E402
 
 import fastloss  # noqa: E402
 from fastloss.backends import choice  # noqa: E402
+from fastloss.loss import routes  # noqa: E402
 
 
 def _hasten_interpreter() -> None:
@@ -86,6 +87,27 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Place]:
 def seed(request: pytest.FixtureRequest) -> None:
     """Other random inputs in every test, and the same ones in every run of it."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the logits that a fused pass served, so that torch's own operator is not held against itself."""
+    shapes: list[tuple[int, ...]] = []
+    original = routes.fused_cross_entropy
+
+    def counted(input: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        shapes.append(tuple(input.shape))
+        return original(input, *arguments, **options)
+
+    monkeypatch.setattr(routes, "fused_cross_entropy", counted)
+    return shapes
 
 
 @pytest.fixture(autouse=True)

@@ -58,21 +58,18 @@ NOT_IN_TORCH = (
 )
 SHAPES_DTYPES_DEVICES: dict[str, Case] = {
     "input is a list": ({"input": [[0.5, 1.5]]}, TypeError, ("input", "list", "Tensor")),
-    "input is integer": (
-        {"input": torch.ones(4, 10, dtype=torch.int32)},
-        NotImplementedError,
-        ("input", "torch.int32", "float16, bfloat16, float32 or float64"),
-    ),
-    "input is complex": (
-        {"input": torch.ones(4, 10, dtype=torch.complex64)},
-        NotImplementedError,
-        ("input", "torch.complex64", "float16, bfloat16, float32 or float64"),
-    ),
-    "input is float8": (
-        {"input": torch.ones(4, 10).to(torch.float8_e4m3fn)},
-        NotImplementedError,
-        ("input", "torch.float8_e4m3fn", "float16, bfloat16, float32 or float64"),
-    ),
+    **{
+        f"input is {name}": (
+            {"input": torch.ones(4, 10).to(dtype)},
+            NotImplementedError,
+            ("input", str(dtype), "float16, bfloat16, float32 or float64"),
+        )
+        for name, dtype in (
+            ("integer", torch.int32),
+            ("complex", torch.complex64),
+            ("float8", torch.float8_e4m3fn),
+        )
+    },
     "input has no dimensions": (
         {"input": torch.tensor(1.0), "target": torch.tensor(0), "weight": None},
         RuntimeError,
@@ -80,21 +77,14 @@ SHAPES_DTYPES_DEVICES: dict[str, Case] = {
     ),
     "target is a list": ({"target": [0, 1, 2, 3]}, TypeError, ("target", "list", "Tensor")),
     "target is None": ({"target": None}, TypeError, ("target", "NoneType", "Tensor")),
-    "target is int16": (
-        {"target": ints(0, 1, 2, 3, dtype=torch.int16)},
-        RuntimeError,
-        ("target", "torch.int16", "int64, int32 or uint8"),
-    ),
-    "target is bool": (
-        {"target": torch.ones(4, dtype=torch.bool)},
-        RuntimeError,
-        ("target", "torch.bool", "int64, int32 or uint8"),
-    ),
-    "target is float": (
-        {"target": torch.ones(4)},
-        RuntimeError,
-        ("target", "torch.float32", "int64, int32 or uint8"),
-    ),
+    **{
+        f"target is {name}": (
+            {"target": ints(0, 1, 1, 1).to(dtype)},
+            RuntimeError,
+            ("target", str(dtype), "int64, int32 or uint8"),
+        )
+        for name, dtype in (("int16", torch.int16), ("bool", torch.bool), ("float", torch.float32))
+    },
     "target is short": ({"target": ints(0, 1, 2)}, ValueError, ("target", "(3,)", "(4,)", "(4, 10)")),
     "target is long": ({"target": ints(0, 1, 2, 3, 4)}, ValueError, ("target", "(5,)", "(4,)")),
     "target is empty": ({"target": ints()}, ValueError, ("target", "(0,)", "(4,)")),

@@ -468,27 +468,14 @@ class _LigerLike(torch.autograd.Function):
         return ctx.saved_tensors[0] * upstream, None
 
 
-def liger_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: None = None,
-    size_average: None = None,
-    ignore_index: int = -100,
-    reduce: None = None,
-    reduction: str = "mean",
-) -> Tensor:
+def liger_cross_entropy(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    assert options.keys() <= {"weight", "size_average", "ignore_index", "reduce", "reduction"}
     return _LigerLike.apply(input, target)
 
 
-def quack_cross_entropy(
-    x: Tensor,
-    target: Tensor,
-    lse_partial: None = None,
-    weight: None = None,
-    ignore_index: int = -100,
-    reduction: str = "none",
-    inplace_backward: bool = False,
-) -> Tensor:
+def quack_cross_entropy(x: Tensor, target: Tensor, **options: Any) -> Tensor:
+    ignore_index, reduction = options.pop("ignore_index", -100), options.pop("reduction", "none")
+    assert options.keys() <= {"lse_partial", "weight", "inplace_backward"}
     return F.cross_entropy(x, target, ignore_index=ignore_index, reduction=reduction)
 
 

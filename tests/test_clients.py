@@ -44,20 +44,6 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-@pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the logits that a fused pass served, so that torch's own operator is not held against itself."""
-    shapes: list[tuple[int, ...]] = []
-    original = routes.fused_cross_entropy
-
-    def counted(input: Tensor, *arguments: Any, **options: Any) -> Any:
-        shapes.append(tuple(input.shape))
-        return original(input, *arguments, **options)
-
-    monkeypatch.setattr(routes, "fused_cross_entropy", counted)
-    return shapes
-
-
 def test_every_recipe_is_run_here() -> None:
     titles = re.findall(r"^## (.*)$", RECIPES.read_text(encoding="utf-8"), re.MULTILINE)
     assert titles == [

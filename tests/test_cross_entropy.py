@@ -26,15 +26,10 @@ REDUCTIONS = ["mean", "sum", "none"]
 
 
 def compare(
-    place: Place,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    upstream: Tensor | None = None,
-    ulps: float = 1.0,
-    **options: Any,
+    place: Place, input: Tensor, target: Tensor, weight: Tensor | None = None, ulps: float = 1.0, **options: Any
 ) -> None:
     """Loss and gradient against float64 and against torch in the same dtype."""
+    upstream = options.pop("upstream", None)
     if place.interpreted and input.dtype == torch.bfloat16:
         ulps = max(ulps, 2.0)  # the interpreter rounds bfloat16 by truncation
     none = options.get("reduction") == "none"

@@ -6,7 +6,6 @@ backend alone there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,13 +25,6 @@ from fastloss.measuring.machine import peak_bytes
 pytestmark = pytest.mark.backend_agnostic
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def short(place: Place) -> torch.dtype:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from places import Place
 from torch import Tensor, nn
 
+from benchmarks import shared
 from fastloss import (
     accuracy,
     cross_entropy,
@@ -206,16 +207,12 @@ def peak(device: torch.device, step: Callable[[], Any]) -> int:
 
 def captured(step: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
     """A CUDA graph of ``step``: its replay, and the tensors that the replay fills."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph.replay, results
+    results: list[Tensor] = []
+
+    def kept() -> None:
+        results[:] = step()
+
+    return shared.captured(kept).replay, results
 
 
 @of_each_form

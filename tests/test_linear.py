@@ -13,7 +13,7 @@ import itertools
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
@@ -1406,13 +1406,6 @@ def test_float16_probabilities_with_a_loss_scale(place: Place) -> None:
 
 
 # ----------------------------------------------------------------------------- torch.compile
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 COMPILED: list[dict[str, Any]] = [

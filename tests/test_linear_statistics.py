@@ -6,7 +6,7 @@ against torch's operators, and those operators themselves where errors are judge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -325,13 +325,6 @@ def test_float16_with_a_loss_scale(place: Place) -> None:
     assert ours["loss"].dtype == torch.float32
     for name in ("gradient of input", "gradient of linear_weight"):
         assert (ours[name].double() - exact[name]).norm() <= 2e-3 * exact[name].norm(), name
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none", "label_smoothing": 0.1, "shift": True}], ids=str)

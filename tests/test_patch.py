@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastloss
-from fastloss.loss import routes
 
 TORCH = {name: getattr(F, name) for name in ("cross_entropy", "linear_cross_entropy") if hasattr(F, name)}
 X, T = torch.randn(600, 500), torch.randint(500, (600,))  # so many logits that a fused pass serves them
@@ -26,20 +25,6 @@ def torch_as_it_was() -> Iterator[None]:
     yield
     assert all(getattr(F, name) is function for name, function in TORCH.items())
     assert torch.optim.SGD is sgd
-
-
-@pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the logits that a fused pass served."""
-    shapes: list[tuple[int, ...]] = []
-    original = routes.fused_cross_entropy
-
-    def counted(input: Tensor, *arguments: Any, **options: Any) -> Any:
-        shapes.append(tuple(input.shape))
-        return original(input, *arguments, **options)
-
-    monkeypatch.setattr(routes, "fused_cross_entropy", counted)
-    return shapes
 
 
 def gradient(loss: Any, x: Tensor = X) -> Tensor:

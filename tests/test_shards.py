@@ -92,9 +92,17 @@ SOFT = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("weighted", "options"), SOFT, ids=["plain", "weighted", "all", "scaled", "scaled cap"])
+def of_each_kind(test: Any) -> Any:
+    for names, values, ids in (
+        ("dtype", [torch.float32, torch.float64, torch.float16], str),
+        ("shape", SHAPES, str),
+        (("weighted", "options"), SOFT, ["plain", "weighted", "all", "scaled", "scaled cap"]),
+    ):
+        test = pytest.mark.parametrize(names, values, ids=ids)(test)
+    return test
+
+
+@of_each_kind
 def test_numbers_of_soft_targets(
     place: Place, shape: tuple[int, ...], dtype: torch.dtype, weighted: bool, options: LossOptions
 ) -> None:
@@ -132,9 +140,7 @@ def test_numbers_of_soft_targets(
             reference.assert_no_worse(mine, other.to(dtype), truth, f"gradient of the {name}", ulps=4.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("weighted", "options"), SOFT, ids=["plain", "weighted", "all", "scaled", "scaled cap"])
+@of_each_kind
 def test_numbers_of_labels(
     place: Place, shape: tuple[int, ...], dtype: torch.dtype, weighted: bool, options: LossOptions
 ) -> None:

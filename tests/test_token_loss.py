@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -321,13 +321,6 @@ def test_float16_with_a_loss_scale(place: Place) -> None:
     assert ours["loss"].dtype == torch.float32
     for name in ("input", "linear_weight"):
         assert (ours[name].double() - exact[name]).norm() <= 2e-3 * exact[name].norm(), name
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["GRPO", "PPO"])
