@@ -404,24 +404,23 @@ def _forms(logits: Tensor, target: Tensor, meta: Callable[..., Tensor]) -> Itera
     for form, beta in DIVERGENCES.items():
         cap = 30.0 if "softcap" in form else None
         of_beta = contract.DivergenceOptions(beta, 2.0, cap, cap)
-        yield f"divergence-{form}", partial(kernels.kl_div, logits, logits, row, of_beta)
-    call, lse = partial(kernels.kl_div, logits, logits), contract.DivergenceRows(row, row)
-    yield "divergence-mixed loss", partial(call, None, of_beta)
-    yield "divergence-mixed shard lse", partial(call, None, of_beta, lse_only=True)
-    yield "divergence-mixed shard loss", partial(call, None, of_beta, lse)
-    yield "divergence-mixed shard gradient", partial(call, row, of_beta, lse._replace(loss=row, level=row))
+        yield f"divergence-{form}", partial(kernels.kl_div, contract.DivergenceInputs(logits, logits, row, of_beta))
+    mixed, lse = contract.DivergenceInputs(logits, logits, None, of_beta), contract.DivergenceRows(row, row)
+    yield "divergence-mixed loss", partial(kernels.kl_div, mixed)
+    yield "divergence-mixed shard lse", partial(kernels.kl_div, mixed, lse_only=True)
+    yield "divergence-mixed shard loss", partial(kernels.kl_div, mixed, lse)
+    known = lse._replace(loss=row, level=row)
+    yield "divergence-mixed shard gradient", partial(kernels.kl_div, mixed._replace(upstream=row), known)
     # A shard of the classes.
-    elsewhere, numbers = (
-        contract.ExternalLabel(row, target, 5),
-        dict.fromkeys(("entropy", "predicted", "every_row"), False),
-    )
+    elsewhere = contract.ExternalLabel(row, target, 5)
     yield "shard ranks", partial(kernels.label_ranks, logits, elsewhere)
+    saved = row, None, None
     for form in SHARDS:
         hard, soft = inputs(form), inputs(form, logits)
-        yield f"{form} forward", partial(kernels.row_statistics_forward, hard, **numbers, ranked=elsewhere)
+        yield f"{form} forward", partial(kernels.row_statistics_forward, hard, contract.WantedNumbers(), elsewhere)
         yield f"{form} soft forward", partial(kernels.soft_statistics_forward, soft, ranked=elsewhere)
         of_rows = (row, row, None, row if "smoothing" in form else None)
-        yield f"{form} backward", partial(kernels.row_statistics_backward, of_rows, hard, row, None, inplace=False)
+        yield f"{form} backward", partial(kernels.row_statistics_backward, of_rows, hard, saved, inplace=False)
         yield f"{form} soft backward", partial(kernels.soft_statistics_backward, of_rows, soft, row, row, first)
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloss.backends.contract import DivergenceOptions, DivergenceRows
+from fastloss.backends.contract import DivergenceInputs, DivergenceOptions, DivergenceRows
 
 from .arguments import Form, Strided, block, compiled_in, pointers, row_offsets, strided, tile_count, tile_rows
 from .launch import launch, on_device
@@ -53,15 +53,10 @@ class Numbers(NamedTuple):
 
 
 def kl_div(
-    student: Tensor,
-    teacher: Tensor,
-    upstream: Tensor | None,
-    options: DivergenceOptions,
-    known: DivergenceRows | None = None,
-    *,
-    lse_only: bool = False,
+    inputs: DivergenceInputs, known: DivergenceRows | None = None, *, lse_only: bool = False
 ) -> DivergenceRows:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
+    student, teacher, upstream, options = inputs
     outer, classes, inner = student.shape
     rows, beta = outer * inner, options.beta
     known = DivergenceRows() if known is None else known

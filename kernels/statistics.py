@@ -31,6 +31,7 @@ from fastloss.backends.contract import (
     RowStatistics,
     RowUpstreams,
     Statistics,
+    WantedNumbers,
     WantedParts,
     compute_dtype,
 )
@@ -94,8 +95,7 @@ def statistics_forward(inputs: LossInputs, wanted: WantedParts, *, loss_dtype: t
     """See :class:`fastloss.backends.contract.Backend`. Two launches: the visit, and one for the rows' losses."""
     logits, target, weight, options = inputs
     rows, device, dtype = target.numel(), logits.device, compute_dtype(logits.dtype)
-    argmax, squares = wanted.predicted or wanted.correct, wanted.log_sum_sq_probs
-    of = _visited(inputs, wanted.entropy, argmax, wanted.every_row, None, squares, wanted.mean_logit)
+    of = _visited(inputs, wanted.numbers(), None)
 
     def empty(wanted: bool, dtype: torch.dtype, shape: int | tuple[int, ...] = rows) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=device) if wanted else None
@@ -140,17 +140,10 @@ def statistics_backward(upstreams: PartUpstreams, inputs: LossInputs, saved: Seq
 
 
 def row_statistics_forward(
-    inputs: LossInputs,
-    *,
-    entropy: bool,
-    predicted: bool,
-    every_row: bool,
-    ranked: ExternalLabel | None = None,
-    log_sum_sq_probs: bool = False,
-    logit_sum: bool = False,
+    inputs: LossInputs, wanted: WantedNumbers, ranked: ExternalLabel | None = None
 ) -> RowStatistics:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
-    of = RowStatistics(*_visited(inputs, entropy, predicted, every_row, ranked, log_sum_sq_probs, logit_sum))
+    of = RowStatistics(*_visited(inputs, wanted, ranked))
     if of.weighted_sum is not None:
         total = inputs.input.shape[1] if inputs.weight is None else inputs.weight.sum(dtype=torch.float64)
         of.weighted_sum.add_(total * torch.where(of.label_logit.isfinite(), of.label_logit, 0.0))
@@ -158,31 +151,18 @@ def row_statistics_forward(
 
 
 def row_statistics_backward(
-    upstreams: Sequence[Tensor | None],
-    inputs: LossInputs,
-    lse: Tensor,
-    entropy: Tensor | None,
-    log_sum_sq_probs: Tensor | None = None,
-    *,
-    inplace: bool,
+    upstreams: Sequence[Tensor | None], inputs: LossInputs, saved: Sequence[Tensor | None], *, inplace: bool
 ) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`. One launch."""
     of_rows = _Upstreams(_column(None), _column(None), *map(_column, RowUpstreams(*upstreams)))
     result = inputs.input if inplace else torch.empty_like(inputs.input)
-    return _gradient(of_rows, inputs, (lse, entropy, log_sum_sq_probs, None), result)
+    return _gradient(of_rows, inputs, (*saved, None), result)
 
 
-def _visited(
-    inputs: LossInputs,
-    entropy: bool,
-    predicted: bool,
-    every_row: bool,
-    ranked: ExternalLabel | None,
-    log_sum_sq_probs: bool,
-    logit_sum: bool,
-) -> _Statistics:
+def _visited(inputs: LossInputs, wanted: WantedNumbers, ranked: ExternalLabel | None) -> _Statistics:
     """Return the numbers of each row; Σ_c w_c z_c is that of z_c − z_y, where z_y is finite. One launch."""
     logits, target, weight, options = inputs
+    every_row, entropy, predicted, log_sum_sq_probs, logit_sum = wanted
     outer, classes, inner = logits.shape
     rows = outer * inner
     tiles = plan(logits)

@@ -23,7 +23,15 @@ import fastloss.backends.choice as backends
 from benchmarks import codegen
 from benchmarks import tune as tuner
 from benchmarks.no_gpu import pretend
-from fastloss.backends.contract import LossInputs, LossOptions, SGDBatch, SGDControls, SGDRule, WantedGradients
+from fastloss.backends.contract import (
+    LossInputs,
+    LossOptions,
+    SGDBatch,
+    SGDControls,
+    SGDRule,
+    WantedGradients,
+    WantedNumbers,
+)
 from fastloss.measuring.clock import Copy
 
 Started = tuple[object, ...]
@@ -104,10 +112,9 @@ def calls() -> dict[str, Callable[[], object]]:
         for form in (plain, LossOptions(reduction="sum")):
             inputs, wanted = LossInputs(logits, soft, None, form), WantedGradients(True, False)
             add(f"soft loss and gradient, {form.reduction}", of_soft, inputs, wanted, name=name)
-        of_rows = functools.partial(kernels.row_statistics_forward, predicted=False, every_row=False)
         for entropy in (False, True):
-            more = functools.partial(of_rows, entropy=entropy)
-            add(f"entropy {entropy}", more, LossInputs(logits, target, None, plain), name=name)
+            inputs, numbers = LossInputs(logits, target, None, plain), WantedNumbers(entropy=entropy)
+            add(f"entropy {entropy}", kernels.row_statistics_forward, inputs, numbers, name=name)
     return found | steps()
 
 

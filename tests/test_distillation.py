@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import fastloss
 from fastloss import linear_kl_div, linear_topk_log_probs
 from fastloss.backends import choice
-from fastloss.backends.contract import DivergenceOptions, DivergenceRows
+from fastloss.backends.contract import DivergenceInputs, DivergenceOptions, DivergenceRows
 from fastloss.measuring.machine import peak_bytes
 
 pytestmark = pytest.mark.backend_agnostic
@@ -489,13 +489,13 @@ def test_parts_of_the_classes(place: Place, shape: tuple[int, ...], beta: float)
     x, y = (torch.randn(shape, device=place.device) * 3 for _ in range(2))
     upstream = torch.rand(shape[0] * shape[2], dtype=torch.float64, device=place.device)
     gradient = x.clone()
-    whole = backend.kl_div(gradient, y, upstream, options)
+    whole = backend.kl_div(DivergenceInputs(gradient, y, upstream, options))
     shards = [(x[:, :20].clone(), y[:, :20]), (x[:, 20:].clone(), y[:, 20:])]
-    lses = [backend.kl_div(*shard, None, options, lse_only=True) for shard in shards]
+    lses = [backend.kl_div(DivergenceInputs(*shard, None, options), lse_only=True) for shard in shards]
     known = DivergenceRows(*(torch.stack([lse[i] for lse in lses]).logsumexp(0) for i in range(2)))
-    sums = [backend.kl_div(*shard, None, options, known) for shard in shards]
+    sums = [backend.kl_div(DivergenceInputs(*shard, None, options), known) for shard in shards]
     known = DivergenceRows(*known[:2], *(sum(each[i] for each in sums) for i in (2, 3)))
     for shard in shards:
-        backend.kl_div(*shard, upstream, options, known)
+        backend.kl_div(DivergenceInputs(*shard, upstream, options), known)
     torch.testing.assert_close(known.loss, whole.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.cat([shard[0] for shard in shards], 1), gradient, rtol=1e-4, atol=1e-6)

@@ -14,7 +14,7 @@ from places import Place
 from torch import Tensor
 
 from fastloss.backends import choice
-from fastloss.backends.contract import ExternalLabel, LossInputs, LossOptions, WantedGradients
+from fastloss.backends.contract import ExternalLabel, LossInputs, LossOptions, WantedGradients, WantedNumbers
 
 # (outer, classes, inner): several rows a program, one in registers, one block by block, rows that are neighbours.
 SHAPES = [(7, 37, 1), (2, 1000, 1), (2, 8200, 1), (3, 20, 5), (2, 130, 70)]
@@ -58,9 +58,7 @@ def test_ranks_of_labels_elsewhere(place: Place, shape: tuple[int, ...], dtype: 
         label = labels(x, place, most_k)
         expected = ranks(x, label)
         target = torch.zeros(len(expected), dtype=torch.int64, device=place.device)
-        parts = backend.row_statistics_forward(
-            LossInputs(x, target, None, LossOptions()), entropy=False, predicted=False, every_row=False, ranked=label
-        )
+        parts = backend.row_statistics_forward(LossInputs(x, target, None, LossOptions()), WantedNumbers(), label)
         soft = backend.soft_statistics_forward(LossInputs(x, torch.ones_like(x), None, LossOptions()), ranked=label)
         for found in (backend.label_ranks(x, label), parts.rank, soft.rank):
             assert found.dtype == torch.int64
@@ -148,9 +146,7 @@ def test_numbers_of_labels(
     x = (3 * torch.randn(shape) + 5).to(place.device, dtype)
     weight = (torch.rand(shape[1]) + 0.5).to(place.device, dtype) if weighted else None
     target = torch.randint(shape[1], (shape[0] * shape[2],), device=place.device)
-    found = served(place).row_statistics_forward(
-        LossInputs(x, target, weight, options), entropy=False, predicted=False, every_row=False
-    )
+    found = served(place).row_statistics_forward(LossInputs(x, target, weight, options), WantedNumbers())
     arithmetic = torch.promote_types(dtype, torch.float32)
     hot = torch.zeros_like(x).scatter_(1, target.view(shape[0], 1, shape[2]), 1.0)
     total = shape[1] if weight is None else weight.double().sum()
@@ -187,9 +183,9 @@ def test_the_gradient_of_labels_over_the_logits(place: Place, softcap: float | N
     x, target = torch.randn(3, 8200, 1, device=place.device), torch.tensor([1, 8199, 7], device=place.device)
     backend, options = served(place), LossOptions(label_smoothing=0.1, softcap=softcap)
     inputs = LossInputs(x, target, None, options)
-    found = backend.row_statistics_forward(inputs, entropy=False, predicted=False, every_row=False)
+    found = backend.row_statistics_forward(inputs, WantedNumbers())
     upstreams = tuple(torch.randn(3, dtype=torch.float64, device=place.device) for _ in range(3))
-    arguments = ((*upstreams[:2], None, upstreams[2]), inputs, found.lse, None)
+    arguments = ((*upstreams[:2], None, upstreams[2]), inputs, (found.lse, None, None))
     apart = backend.row_statistics_backward(*arguments, inplace=False)
     over = backend.row_statistics_backward(*arguments, inplace=True)
     assert over.data_ptr() == x.data_ptr()

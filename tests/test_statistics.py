@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastloss
 from fastloss import LossStatistics, cross_entropy, cross_entropy_with_statistics
 from fastloss.backends import choice
-from fastloss.backends.contract import LossInputs, LossOptions, WantedParts
+from fastloss.backends.contract import LossInputs, LossOptions, WantedNumbers, WantedParts
 from fastloss.loss import routes
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -545,7 +545,7 @@ def test_parts_that_are_off_cost_no_operation() -> None:
         if asked and not options.label_smoothing:
             parts[asked] = True
         with _Count() as count:
-            eager.row_statistics_forward(inputs, **parts, every_row=True)
+            eager.row_statistics_forward(inputs, WantedNumbers(every_row=True, **parts))
         counts[asked] = count.names
     plain = counts.pop("")
     assert all(len(names) > len(plain) for names in counts.values())

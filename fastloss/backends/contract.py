@@ -209,6 +209,24 @@ class WantedParts(NamedTuple):
         """Return True if ignored rows have parts too."""
         return self.lse or self.entropy or self.predicted or self.log_sum_sq_probs or self.mean_logit
 
+    def numbers(self) -> WantedNumbers:
+        """Return the numbers of rows that the parts are made of."""
+        best = self.predicted or self.correct
+        return WantedNumbers(self.every_row, self.entropy, best, self.log_sum_sq_probs, self.mean_logit)
+
+
+class WantedNumbers(NamedTuple):
+    """The numbers of :class:`RowStatistics` that are asked for, beside lse and z_y.
+
+    Without ``every_row`` those of ignored rows are arbitrary, and their logits need not be read.
+    """
+
+    every_row: bool = False
+    entropy: bool = False
+    predicted: bool = False
+    log_sum_sq_probs: bool = False
+    logit_sum: bool = False
+
 
 class Statistics(NamedTuple):
     """The loss, and numbers of each row, ``(rows,)`` each; a part that was not asked for is None."""
@@ -296,6 +314,15 @@ class DivergenceOptions:
     teacher_softcap: float | None = None
 
 
+class DivergenceInputs(NamedTuple):
+    """The logits of a divergence, ``(outer, classes, inner)`` of any dtypes and strides, and what is made of them."""
+
+    student: Tensor
+    teacher: Tensor
+    upstream: Tensor | None  # the gradient of each row's divergence, (rows,) float64, contiguous
+    options: DivergenceOptions
+
+
 class DivergenceRows(NamedTuple):
     """The numbers of each row, ``(rows,)`` float64 each; None: not computed."""
 
@@ -365,42 +392,26 @@ class Backend(Protocol):
         ...
 
     def row_statistics_forward(
-        self,
-        inputs: LossInputs,
-        *,
-        entropy: bool,
-        predicted: bool,
-        every_row: bool,
-        ranked: ExternalLabel | None = None,
-        log_sum_sq_probs: bool = False,
-        logit_sum: bool = False,
+        self, inputs: LossInputs, wanted: WantedNumbers, ranked: ExternalLabel | None = None
     ) -> RowStatistics:
         """Return the numbers of each row, from which the layers above compute losses.
 
-        It uses the options ``ignore_index``, ``softcap``, and whether ``label_smoothing`` is 0. Without ``every_row``
-        the numbers of ignored rows are arbitrary, and their logits need not be read. A label out of bounds (off the
-        CPU) is taken for 0: the layers above make such a row NaN. ``ranked`` asks for the ranks too, of labels that
-        may differ from ``target``.
+        It uses the options ``ignore_index``, ``softcap``, and whether ``label_smoothing`` is 0. A label out of bounds
+        (off the CPU) is taken for 0: the layers above make such a row NaN. ``ranked`` asks for the ranks too, of
+        labels that may differ from ``target``.
         """
         ...
 
     def row_statistics_backward(
-        self,
-        upstreams: Sequence[Tensor | None],
-        inputs: LossInputs,
-        lse: Tensor,
-        entropy: Tensor | None,
-        log_sum_sq_probs: Tensor | None = None,
-        *,
-        inplace: bool,
+        self, upstreams: Sequence[Tensor | None], inputs: LossInputs, saved: Sequence[Tensor | None], *, inplace: bool
     ) -> Tensor:
         """Return the gradient from the logits x. ``upstreams`` are those of :class:`RowUpstreams`, in its order.
 
         (p_c g_lse − g_H p_c (log p_c + H) + [c = y] g_zy + g_wz w_c + 2 g_q p_c (p_c / Σ p² − 1) + g_z) ∂z_c/∂x_c,
 
         where 0 · log 0 is 0, g_q is of log Σ p² and g_z of Σ_c z_c; and 0 in a row whose upstreams are all 0, even if
-        it holds NaN. ``lse`` and, where there is a g_H or a g_q, ``entropy`` and ``log_sum_sq_probs`` are from the
-        forward pass, or of more classes than these logits have: p is that of all of them then.
+        it holds NaN. ``saved`` are lse and, where there is a g_H or a g_q, the entropy and log Σ p², else None: from
+        the forward pass, or of more classes than these logits have: p is that of all of them then.
         """
         ...
 
@@ -428,20 +439,11 @@ class Backend(Protocol):
         ...
 
     def kl_div(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        upstream: Tensor | None,
-        options: DivergenceOptions,
-        known: DivergenceRows | None = None,
-        *,
-        lse_only: bool = False,
+        self, inputs: DivergenceInputs, known: DivergenceRows | None = None, *, lse_only: bool = False
     ) -> DivergenceRows:
         """Return the numbers of each row; with an ``upstream``, write the gradient over the student's logits.
 
-        ``student`` and ``teacher`` are logits ``(outer, classes, inner)`` of any dtypes and strides, and ``upstream``
-        is the gradient of each row's divergence, ``(rows,)`` float64, contiguous. A row whose upstream is 0 has a
-        gradient of 0, even if it holds NaN. 0 · log 0 is 0.
+        A row whose upstream is 0 has a gradient of 0, even if it holds NaN. 0 · log 0 is 0.
 
         Numbers that are ``known`` are of more classes than these logits have, and are returned as they are; the
         others are of these classes, so that ``loss`` and ``level`` beside a known lse are this part of their sums.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import choice
-from ..backends.contract import Backend, DivergenceOptions, DivergenceRows, compute_dtype
+from ..backends.contract import Backend, DivergenceInputs, DivergenceOptions, DivergenceRows, compute_dtype
 from ..backends.torch_private import disable_dynamo
 from ..backends.view import as_labels, wide_labels
 from ..loss import routes
@@ -374,8 +374,8 @@ class _DivergenceLosses(Losses):
         if not z.shape[1]:
             zero = torch.zeros(z.shape[0], dtype=torch.float64, device=z.device)
             return DivergenceRows(zero - torch.inf, zero - torch.inf, zero, zero)
-        logits = z.unsqueeze(2), teacher.unsqueeze(2)
-        return self.backend.kl_div(*logits, upstream, self.divergence, known, lse_only=lse_only)
+        inputs = DivergenceInputs(z.unsqueeze(2), teacher.unsqueeze(2), upstream, self.divergence)
+        return self.backend.kl_div(inputs, known, lse_only=lse_only)
 
     def _teacher_logits(self, index: Index) -> Tensor:
         """Return the teacher's logits of some rows, ``(n, C)``, in one buffer for all chunks of a pass."""

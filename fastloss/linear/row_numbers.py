@@ -57,16 +57,11 @@ class RowVisitor:
     ) -> None:
         self.weight = None if weight is None else in_memory(weight.detach())
         self.options, self.backend, self.every_row = options, cast(Backend, backend), every_row
-        self.switches: dict[str, Any] = {
-            "entropy": wanted.entropy,
-            "predicted": wanted.predicted or wanted.correct,
-            "every_row": every_row,
-            "log_sum_sq_probs": wanted.log_sum_sq_probs,
-            "logit_sum": wanted.mean_logit,
-        }
-        given = {**self.switches, "lse": True, "label_logit": True, "weighted_sum": options.label_smoothing != 0}
+        self.wanted = wanted.numbers()._replace(every_row=every_row)
+        given = {"lse": True, "label_logit": True, "weighted_sum": options.label_smoothing != 0}
+        given |= self.wanted._asdict()
         self.names = tuple(name for name in RowUpstreams._fields if given[name])
-        self.predicts = self.switches["predicted"]
+        self.predicts = self.wanted.predicted
 
     def numbers(self, t: Tensor, z: Tensor, ids: Tensor | None) -> Numbers:
         """Return the numbers that are wanted; "selected" are the z of ``ids``, ``(n, K)``."""
@@ -84,7 +79,7 @@ class RowVisitor:
             of_selected = _times_slope(torch.where(inside, of_selected, 0.0), z.gather(1, local), self.options)
         given = RowUpstreams(**{name: upstream for name, upstream in upstreams.items() if name != "selected"})
         saved = numbers["lse"], numbers.get("entropy"), numbers.get("log_sum_sq_probs")
-        self.backend.row_statistics_backward(given, self.inputs(t, z), *saved, inplace=True)
+        self.backend.row_statistics_backward(given, self.inputs(t, z), saved, inplace=True)
         if of_selected is not None and local is not None:
             z.scatter_add_(1, local, of_selected)
 
@@ -97,7 +92,7 @@ class RowVisitor:
 
     def visited(self, inputs: LossInputs) -> Numbers:
         """Return the numbers that a visit to these logits gives."""
-        rows = self.backend.row_statistics_forward(inputs, **self.switches)
+        rows = self.backend.row_statistics_forward(inputs, self.wanted)
         return {name: getattr(rows, name) for name in (*self.names, *(("predicted",) if self.predicts else ()))}
 
     def inputs(self, t: Tensor, z: Tensor) -> LossInputs:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import choice
-from ..backends.contract import Backend, LossInputs, LossOptions, WantedParts
+from ..backends.contract import Backend, LossInputs, WantedParts
 from ..backends.torch_private import disable_dynamo
 from ..backends.view import as_labels, wide_labels
 from ..loss.sharded import (
@@ -78,7 +78,7 @@ class Part(NamedTuple):
     def visitor(self, wanted: WantedParts, every_row: bool) -> RowVisitor:
         """Return a visitor of the rows' logits, whose numbers are those over all classes."""
         given = self.weight, self.call.options, self.backend, wanted, every_row
-        return RowVisitor(*given) if self.layout.class_group is None else _SharedRows(*given, self.layout)
+        return RowVisitor(*given) if self.layout.class_group is None else _SharedRows(self.layout, *given)
 
     def replicated_map(self) -> Tensors:
         """Return the tensors; gradients of the map are added up over the ranks that share the rows."""
@@ -251,15 +251,10 @@ class _SharedLosses(Losses):
         return self._gradients(shard, of_numbers, z, t, numbers, needs)
 
     def whole(self, gradients: Gradients) -> Gradients:
-        if gradients.input is None:
-            return gradients
-        return gradients._replace(input=all_reduce_detached(gradients.input, (self.layout.class_group,)))
+        return _whole(gradients, self.layout)
 
     def refuse_second_derivative(self) -> None:
-        raise RuntimeError(
-            "fastloss: linear_cross_entropy over shards of the classes has no second derivative; with "
-            "create_graph=True gather linear_weight first (of a DTensor: redistribute) and pass the whole of it"
-        )
+        _refuse_second_derivative("linear_cross_entropy over shards of the classes has")
 
     def _scale(self, total: Tensor | float | None, like: Tensor) -> Tensor:
         one = torch.ones((), dtype=torch.float64, device=like.device)
@@ -284,19 +279,25 @@ def _differentiated(shard: ShardedLoss, numbers: Numbers, upstream: Tensor) -> t
     return values.detach(), tuple(None if number is None else next(gradients) for number in numbers)
 
 
+def _whole(gradients: Gradients, layout: Layout) -> Gradients:
+    """Return the gradients with the input's over the classes of all ranks."""
+    if gradients.input is None:
+        return gradients
+    return gradients._replace(input=all_reduce_detached(gradients.input, (layout.class_group,)))
+
+
+def _refuse_second_derivative(of: str) -> None:
+    raise RuntimeError(
+        f"fastloss: {of} no second derivative; with create_graph=True gather linear_weight first (of a DTensor: "
+        "redistribute) and pass the whole of it"
+    )
+
+
 class _SharedRows(RowVisitor):
     """Visits the logits of this rank's classes: one collective per chunk in forward, none in backward."""
 
-    def __init__(
-        self,
-        weight: Tensor | None,
-        options: LossOptions,
-        backend: Backend | None,
-        wanted: WantedParts,
-        every_row: bool,
-        layout: Layout,
-    ) -> None:
-        super().__init__(weight, options, backend, wanted, every_row)
+    def __init__(self, layout: Layout, *of_visitor: Any) -> None:
+        super().__init__(*of_visitor)
         self.layout = layout
 
     def numbers(self, t: Tensor, z: Tensor, ids: Tensor | None) -> NumbersByName:
@@ -338,15 +339,10 @@ class _SharedRows(RowVisitor):
         super().write_gradient(upstreams, t, z, numbers, ids)
 
     def whole(self, gradients: Gradients) -> Gradients:
-        if gradients.input is None:
-            return gradients
-        return gradients._replace(input=all_reduce_detached(gradients.input, (self.layout.class_group,)))
+        return _whole(gradients, self.layout)
 
     def refuse_second_derivative(self) -> None:
-        raise RuntimeError(
-            "fastloss: numbers of rows over shards of the classes have no second derivative; with create_graph=True "
-            "gather linear_weight first (of a DTensor: redistribute) and pass the whole of it"
-        )
+        _refuse_second_derivative("numbers of rows over shards of the classes have")
 
     def _shard(self, t: Tensor, z: Tensor) -> Any:
         return sharded_loss(z, t, self.weight, self.options, self.layout, self.backend, ranked=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import choice
-from ..backends.contract import LossInputs, LossOptions, compute_dtype
+from ..backends.contract import LossInputs, LossOptions, WantedNumbers, compute_dtype
 from ..backends.memory import forgetful
 from ..backends.torch_private import disable_dynamo, is_exporting
 from ..loss import composite, routes
@@ -181,7 +181,7 @@ def _best_of_part(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, 
         for index, _, _, z in ChunkIterator(tensors, call, NO_GRADIENTS, None).chunks():
             labels = torch.zeros(len(z), dtype=torch.int64, device=device)
             inputs = LossInputs(z.unsqueeze(2), labels, None, call.options)
-            numbers = backend.row_statistics_forward(inputs, entropy=False, predicted=False, every_row=True)
+            numbers = backend.row_statistics_forward(inputs, WantedNumbers(every_row=True))
             lse[index] = numbers.lse.to(lse.dtype)
             logits[index], ids[index] = _ordered(*z.topk(k), k)
     return _Best(logits, ids, lse)

@@ -45,6 +45,7 @@ from ..backends.contract import (
     RowUpstreams,
     SoftRowStatistics,
     WantedGradients,
+    WantedNumbers,
     WantedParts,
     compute_dtype,
 )
@@ -612,8 +613,7 @@ class _LabelShard(_Shard):
         """Return each row's numbers over all classes, and its label's rank or None. A visit and one collective."""
         own: Numbers
         if input.numel():
-            switches = {"entropy": False, "predicted": False, "every_row": False}
-            rows = self.backend.row_statistics_forward(self.inputs(input, self.local), **switches, ranked=self.label)
+            rows = self.backend.row_statistics_forward(self.inputs(input, self.local), WantedNumbers(), self.label)
             own = rows.lse, torch.where(self.is_own, rows.label_logit, 0.0), rows.weighted_sum, rows.rank
         else:
             own = self.without_classes(input, 1)
@@ -636,7 +636,10 @@ class _LabelShard(_Shard):
         of_lse, of_label, of_sum = upstreams
         of_label = None if of_label is None else torch.where(self.is_own, of_label, 0.0)
         gradient = self.backend.row_statistics_backward(
-            (of_lse, of_label, None, of_sum), self.inputs(input, self.local), numbers[0], None, inplace=inplace
+            (of_lse, of_label, None, of_sum),
+            self.inputs(input, self.local),
+            (numbers[0], None, None),
+            inplace=inplace,
         )
         return gradient.view(input.shape), None
 
@@ -711,17 +714,11 @@ class StatisticsShard(_LabelShard):
 
     def numbers(self, input: Tensor, target: Tensor) -> Numbers:
         """Return each row's numbers over all classes, and the predicted class or None. A visit and one collective."""
-        wanted = self.wanted
-        switches: dict[str, Any] = {
-            "entropy": wanted.entropy,
-            "predicted": wanted.predicted or wanted.correct,
-            "log_sum_sq_probs": wanted.log_sum_sq_probs,
-            "logit_sum": wanted.mean_logit,
-        }
+        wanted = self.wanted.numbers()
         own: dict[str, Tensor | None]
         if input.numel():
             inputs = self.inputs(input, self.local)
-            rows = self.backend.row_statistics_forward(inputs, every_row=wanted.every_row, **switches)
+            rows = self.backend.row_statistics_forward(inputs, wanted)
             own = rows._asdict()
             own["label_logit"] = torch.where(self.is_own, rows.label_logit, 0.0)
             if rows.predicted is not None:
@@ -730,9 +727,9 @@ class StatisticsShard(_LabelShard):
                 own["predicted"] = rows.predicted + self.layout.start
         else:
             zero = torch.zeros(math.prod(row_shape(input)), dtype=torch.float64, device=input.device)
-            switches |= {"label_logit": True, "weighted_sum": self.options.label_smoothing != 0}
-            own = {"lse": zero - torch.inf, **{name: zero if switches[name] else None for name in switches}}
-            if switches["predicted"]:
+            given = {**wanted._asdict(), "label_logit": True, "weighted_sum": self.options.label_smoothing != 0}
+            own = {name: zero if is_given else None for name, is_given in given.items()} | {"lse": zero - torch.inf}
+            if wanted.predicted:
                 own |= {"best": zero - torch.inf, "predicted": zero + self.layout.start}
         names = (*_ORDER, "best")
         of_all = numbers_over_ranks(dict(zip(names, self.gathered(list(map(own.get, names))), strict=True)))
@@ -763,7 +760,7 @@ class StatisticsShard(_LabelShard):
         lse, _, _, entropy, squares, _ = numbers
         gradient = self.backend.row_statistics_backward(
             RowUpstreams(of_lse, of_label, of_entropy, of_weighted, of_squares, of_logits),
-            *(self.inputs(input, self.local), lse, entropy, squares),
+            *(self.inputs(input, self.local), (lse, entropy, squares)),
             inplace=inplace,
         )
         return gradient.view(input.shape), None

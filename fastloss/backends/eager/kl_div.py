@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import DivergenceOptions, DivergenceRows
+from ..contract import DivergenceInputs, DivergenceRows
 from .chunks import Chunk, Scratch, chunks, row_dtype
 from .sweep import LOG2_E
 from .workers import for_each
@@ -36,15 +36,10 @@ _BUFFERS = 4
 
 
 def kl_div(
-    student: Tensor,
-    teacher: Tensor,
-    upstream: Tensor | None,
-    options: DivergenceOptions,
-    known: DivergenceRows | None = None,
-    *,
-    lse_only: bool = False,
+    inputs: DivergenceInputs, known: DivergenceRows | None = None, *, lse_only: bool = False
 ) -> DivergenceRows:
     """See :class:`fastloss.backends.contract.Backend`; each chunk of rows is read once."""
+    student, teacher, upstream, _ = inputs
     outer, classes, inner = student.shape
     rows, device = (outer, 1, inner), student.device
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
@@ -63,7 +58,7 @@ def kl_div(
     slopes = None if upstream is None else upstream.view(rows)
 
     def visit(chunk: Chunk) -> None:
-        piece = _Piece(chunk, student, teacher, options, numbers, known, dtype)
+        piece = _Piece(chunk, inputs, numbers, known, dtype)
         if not lse_only:
             level = piece.sums()
             if slopes is not None:
@@ -80,13 +75,12 @@ class _Piece:
     def __init__(
         self,
         chunk: Chunk,
-        student: Tensor,
-        teacher: Tensor,
-        options: DivergenceOptions,
+        inputs: DivergenceInputs,
         numbers: DivergenceRows,
         known: DivergenceRows,
         dtype: torch.dtype,
     ) -> None:
+        student, teacher, _, options = inputs
         self.x, self.options, self.dtype = chunk.of(student), options, dtype
         self.numbers = [None if number is None else chunk.of(number) for number in numbers]
         self.known = [number is not None for number in known]

@@ -43,6 +43,7 @@ from ..contract import (
     RowStatistics,
     RowUpstreams,
     Statistics,
+    WantedNumbers,
     WantedParts,
     compute_dtype,
 )
@@ -66,15 +67,7 @@ _LOG_OF_0 = -1e3
 
 def statistics_forward(inputs: LossInputs, wanted: WantedParts, *, loss_dtype: torch.dtype) -> Statistics:
     """See :class:`fastloss.backends.contract.Backend`; every row is visited."""
-    argmax, dtype = wanted.predicted or wanted.correct, compute_dtype(inputs.input.dtype)
-    rows = row_statistics_forward(
-        inputs,
-        entropy=wanted.entropy,
-        predicted=argmax,
-        every_row=wanted.every_row,
-        log_sum_sq_probs=wanted.log_sum_sq_probs,
-        logit_sum=wanted.mean_logit,
-    )
+    rows, dtype = row_statistics_forward(inputs, wanted.numbers()), compute_dtype(inputs.input.dtype)
     counted, divisor, total, hit, tail, spread = _terms(inputs, rows.lse)
     value = hit * (rows.lse - rows.label_logit)
     value = value if tail is None else value + tail * rows.lse
@@ -104,7 +97,7 @@ def statistics_forward(inputs: LossInputs, wanted: WantedParts, *, loss_dtype: t
 def statistics_backward(upstreams: PartUpstreams, inputs: LossInputs, saved: Sequence[Tensor | None]) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`; the softmax is computed again."""
     of_loss, of_z_loss, of_lse, of_entropy, of_squares, of_mean = upstreams
-    lse, entropy, squares = saved
+    lse = saved[0]
     assert lse is not None
     of_label = of_sum = None
     if of_loss is not None or of_z_loss is not None:
@@ -127,7 +120,7 @@ def statistics_backward(upstreams: PartUpstreams, inputs: LossInputs, saved: Seq
         of_lse = sum(parts[1:], parts[0])
     of_logits = None if of_mean is None else of_mean.to(lse.dtype) / inputs.input.shape[1]
     of_rows = RowUpstreams(of_lse, of_label, of_entropy, of_sum, of_squares, of_logits)
-    return row_statistics_backward(of_rows, inputs, lse, entropy, squares, inplace=False)
+    return row_statistics_backward(of_rows, inputs, saved, inplace=False)
 
 
 class _Terms(NamedTuple):
@@ -165,21 +158,13 @@ def _terms(inputs: LossInputs, lse: Tensor) -> _Terms:
 
 
 def row_statistics_forward(
-    inputs: LossInputs,
-    *,
-    entropy: bool,
-    predicted: bool,
-    every_row: bool,
-    ranked: ExternalLabel | None = None,
-    log_sum_sq_probs: bool = False,
-    logit_sum: bool = False,
+    inputs: LossInputs, wanted: WantedNumbers, ranked: ExternalLabel | None = None
 ) -> RowStatistics:
     """See :class:`fastloss.backends.contract.Backend`; every row is visited."""
     logits = inputs.input
     dtype = compute_dtype(logits.dtype)
     z_y = scaled(logits.gather(1, _label(inputs)).to(dtype), scaling_of(inputs.options, logits.device))
-    asked = {"entropy": entropy, "predicted": predicted, "log_sum_sq_probs": log_sum_sq_probs, "logit_sum": logit_sum}
-    names = ["lse", *(name for name, wanted in asked.items() if wanted)]
+    names = ["lse", *(name for name in wanted._fields[1:] if getattr(wanted, name))]
     numbers = visit_rows(names, inputs, ranked, dtype, soft=False)
     numbers["label_logit"] = z_y.to(row_dtype(z_y.device)).flatten()
     return RowStatistics(**{**dict.fromkeys(RowStatistics._fields), **numbers})
@@ -271,16 +256,12 @@ def _weighted_sum(z: Tensor, class_weight: Tensor | None, *, exact: bool) -> Ten
 
 
 def row_statistics_backward(
-    upstreams: Sequence[Tensor | None],
-    inputs: LossInputs,
-    lse: Tensor,
-    entropy: Tensor | None,
-    log_sum_sq_probs: Tensor | None = None,
-    *,
-    inplace: bool,
+    upstreams: Sequence[Tensor | None], inputs: LossInputs, saved: Sequence[Tensor | None], *, inplace: bool
 ) -> Tensor:
     """See :class:`fastloss.backends.contract.Backend`; the softmax is computed again."""
     logits, _, weight, options = inputs
+    lse, entropy, log_sum_sq_probs = saved
+    assert lse is not None
     rows, dtype = (logits.shape[0], 1, logits.shape[2]), compute_dtype(logits.dtype)
     scaling = scaling_of(options, logits.device)
     of_rows = RowUpstreams(*(None if u is None else times(u.reshape(rows), scaling.slope) for u in upstreams))
