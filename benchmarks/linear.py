@@ -17,21 +17,24 @@ from fastloss.bench.measure import Row, measure
 from fastloss.bench.workloads import Shape, Workload
 from fastloss.measuring.contenders import CONTENDERS, OURS, REFERENCE
 
-from .shared import Report, products, verdict
+from .shared import compare_products, verdict
 
 NAMES = {
     OURS: "fastloss.linear_cross_entropy",
     REFERENCE: "F.cross_entropy(F.linear)",
     "torch-linear": "F.linear_cross_entropy",  # since torch 2.13
 }
-SHAPES = {"cpu": (Shape(1024, 32000, 256), Shape(512, 128256, 512)), "cuda": (Shape(8192, 128256, 4096),)}
+SHAPES = {"cpu": ((1024, 256, 32000), (512, 512, 128256)), "cuda": ((8192, 4096, 128256),)}  # (N, D, V)
 # Of the faster other's time, on a CPU in float32; of the plain form's memory; of the products' time, on a GPU.
 TIME_BAR, MEMORY_BAR, GPU_TIME_BAR = 1.0, 0.25, 1.15
 
 
-def compare(workload: Workload, device: torch.device, seconds: float, bars: bool = True) -> list[str]:
+def compare(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seconds: float, bars: bool = True
+) -> list[str]:
     """Return the lines of one shape."""
-    rows, classes, features = workload.shape
+    rows, features, classes = shape
+    workload = Workload("linear", Shape(rows, classes, features), dtype)
     results = measure(workload, [CONTENDERS[name] for name in NAMES], device, budget=seconds, timing_wrong=True)
     results = [row for row in results if row.status != "absent"]
     lines = [f"({rows}, {features}) x {classes} {workload.dtype_name}", *map(_line, results)]
@@ -67,16 +70,7 @@ def _megabytes(row: Row) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; exit code 1 if fastloss misses a bar."""
-    options, device, dtype = products("linear", __doc__, arguments)
-    report = Report("linear", arguments, f"{torch.get_num_threads()} threads", options.device)
-    if options.shape:
-        rows, features, classes = options.shape
-    for shape in [Shape(rows, classes, features)] if options.shape else SHAPES[device.type]:
-        report.say(*compare(Workload("linear", shape, dtype), device, options.seconds, bars=not options.shape))
-    code = report.close()
-    words = "Medians of interleaved turns in one process; memory is what is held beyond inputs and gradients."
-    report.write(options.output, "linear_cross_entropy beside torch's", device, words)
-    return code
+    return compare_products("linear", __doc__, arguments, "linear_cross_entropy beside torch's", SHAPES, compare)
 
 
 if __name__ == "__main__":

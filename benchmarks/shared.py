@@ -9,8 +9,9 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,10 +53,21 @@ def parsed_by(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) 
     return options
 
 
-def products(
-    name: str, doc: str | None, arguments: Sequence[str] | None
-) -> tuple[argparse.Namespace, torch.device, torch.dtype]:
-    """Parse the options of a benchmark of a head's products: (N, D) → V, in bfloat16 on a GPU."""
+def compare_products(
+    name: str,
+    doc: str | None,
+    arguments: list[str] | None,
+    title: str,
+    shapes: Mapping[str, Sequence[Any]],
+    compare: Callable[..., Iterable[str]],
+) -> int:
+    """Run a benchmark of a head's products, (N, D) → V, in bfloat16 on a GPU; exit code 1 if a bar is missed.
+
+    Args:
+        title: of the record.
+        shapes: (N, D, V), of each kind of device.
+        compare: (shape, dtype, device, seconds, bars=True or False) → lines.
+    """
     parser = parser_of(name, doc, seconds=60.0, each="shape", output=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"), help="rows, features, classes")
@@ -63,7 +75,14 @@ def products(
     if min(options.shape or [1]) < 1:
         parser.error(f"--shape is {options.shape}; expected three numbers of at least 1")
     device = torch.device(options.device)
-    return options, device, DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    report = Report(name, arguments, f"{torch.get_num_threads()} threads", options.device)
+    for shape in [tuple(options.shape)] if options.shape else shapes[device.type]:
+        report.say(*compare(shape, dtype, device, options.seconds, bars=not options.shape))
+    code = report.close()
+    words = "Medians of interleaved turns in one process; memory is what is held beyond inputs and gradients."
+    report.write(options.output, title, device, words)
+    return code
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:

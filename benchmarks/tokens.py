@@ -21,7 +21,7 @@ import fastloss
 from fastloss.measuring.clock import medians
 from fastloss.measuring.machine import peak_bytes
 
-from .shared import Report, products, verdict
+from .shared import compare_products, verdict
 
 SHAPES = {"cpu": ((1024, 256, 32000), (512, 512, 128256)), "cuda": ((8192, 4096, 151936),)}
 # Of linear_cross_entropy's time: a loss of tokens, and one of the parts, whose fourth product comes on top.
@@ -146,14 +146,9 @@ def _error(loss: Loss, problem: Problem, entropy: bool) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; exit code 1 if fastloss misses a bar."""
-    options, device, dtype = products("tokens", __doc__, arguments)
-    report = Report("tokens", arguments, f"{torch.get_num_threads()} threads", options.device)
-    for shape in [tuple(options.shape)] if options.shape else SHAPES[device.type]:
-        report.say(*compare(shape, dtype, device, options.seconds, bars=not options.shape))
-    code = report.close()
-    words = "Medians of interleaved turns in one process; memory is what is held beyond inputs and gradients."
-    report.write(options.output, "Losses of tokens beside linear_cross_entropy", device, words)
-    return code
+    return compare_products(
+        "tokens", __doc__, arguments, "Losses of tokens beside linear_cross_entropy", SHAPES, compare
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,18 @@ NOT_IN_TORCH: list[dict[str, float]] = [
     {"softcap": 5.0},
     {"lse_square_scale": 0.1, "softcap": 2.0, "label_smoothing": 0.2},
 ]
+
+
+def weighted_and_smoothed(test: Any) -> Any:
+    """Run a test with and without class weights and smoothing, for each reduction, in each dtype but bfloat16."""
+    for name, values, ids in (
+        ("reduction", ["mean", "sum", "none"], None),
+        ("weighted", [False, True], None),
+        ("label_smoothing", [0.0, 0.1, 1.0], None),
+        ("dtype", [torch.float32, torch.float64, torch.float16], str),
+    ):
+        test = pytest.mark.parametrize(name, values, ids=ids)(test)
+    return test
 
 
 def loss(

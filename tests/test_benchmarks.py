@@ -181,7 +181,7 @@ def test_linear_prints_every_contender_and_marks_the_inexact(
     monkeypatch.setitem(linear.NAMES, "off", "off")
     names = [words for name, words in linear.NAMES.items() if linear.CONTENDERS[name].absence() is None]
     record = tmp_path / "linear.md"
-    monkeypatch.setitem(linear.SHAPES, "cpu", (linear.Shape(300, 700, 8),))
+    monkeypatch.setitem(linear.SHAPES, "cpu", ((300, 8, 700),))
     arguments = ["--device", "cpu", "--seconds", "0", "--output", str(record)]
     code = linear.main(arguments)
     head, shape, *lines, products, last = capsys.readouterr().out.splitlines()

@@ -138,6 +138,14 @@ def test_hugging_face_trainer(tmp_path: Path, fused: list[tuple[int, ...]]) -> N
     assert ours_later == pytest.approx(theirs_later, rel=1e-4)
 
 
+def padded(rows: int, length: int, classes: int) -> dict[str, Tensor]:
+    """A batch of random tokens, each row of another number of them."""
+    mask = torch.ones(rows, length, dtype=torch.int64)
+    for row, counted in zip(mask, torch.randint(5, length, (rows,)).tolist(), strict=True):
+        row[counted:] = 0
+    return {"input_ids": torch.randint(classes, (rows, length)), "attention_mask": mask}
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_causal_language_model_without_its_logits(tied: bool) -> None:
     """Each step's loss and accuracy, and the weights at the end, are those of the model's own loss; with padding, and
@@ -146,12 +154,7 @@ def test_a_causal_language_model_without_its_logits(tied: bool) -> None:
     steps, rows, length, classes = 5, 4, 24, 512
     first = llama(classes, length, num_hidden_layers=2, tie_word_embeddings=tied)
     assert (first.lm_head.weight is first.model.embed_tokens.weight) is tied
-    batches = []
-    for _ in range(steps):
-        mask = torch.ones(rows, length, dtype=torch.int64)
-        for row, counted in zip(mask, torch.randint(5, length, (rows,)).tolist(), strict=True):
-            row[counted:] = 0
-        batches.append({"input_ids": torch.randint(classes, (rows, length)), "attention_mask": mask})
+    batches = [padded(rows, length, classes) for _ in range(steps)]
 
     ours, theirs = copy.deepcopy(first), copy.deepcopy(first)
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.5)
@@ -182,12 +185,7 @@ def test_distillation_without_logits(beta: float) -> None:
     """
     steps, rows, length, classes, temperature = 3, 3, 16, 256, 2.0
     teacher, first = llama(classes, length, hidden_size=24), llama(classes, length)
-    batches = []
-    for _ in range(steps):
-        mask = torch.ones(rows, length, dtype=torch.int64)
-        for row, counted in zip(mask, torch.randint(5, length, (rows,)).tolist(), strict=True):
-            row[counted:] = 0
-        batches.append({"input_ids": torch.randint(classes, (rows, length)), "attention_mask": mask})
+    batches = [padded(rows, length, classes) for _ in range(steps)]
 
     ours, theirs = copy.deepcopy(first), copy.deepcopy(first)
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.5)

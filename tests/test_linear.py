@@ -79,6 +79,33 @@ def make(
     }
 
 
+def with_leaves(
+    case: dict[str, Any], dtype: torch.dtype | None, trained: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The tensors of a call in ``dtype`` (None: their own), and those of them that are trained."""
+    tensors, leaves = dict(case), {}
+    for name, tensor in case.items():
+        if tensor is not None and tensor.is_floating_point():
+            tensors[name] = tensor = tensor.detach().to(dtype or tensor.dtype)
+            if name in trained:
+                leaves[name] = tensors[name] = tensor.clone().requires_grad_()
+    return tensors, leaves
+
+
+def held_by(loss: Callable[[], Tensor], leaves: list[Tensor]) -> int:
+    """The most bytes that the loss and its backward pass take beside the gradients, by the eager backend."""
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        loss().backward()
+
+    with fastloss.use_backend("eager"):
+        step()
+        step()
+        return peak_bytes(step, CPU) - sum(leaf.nbytes for leaf in leaves)
+
+
 def plain(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
     """The same loss in torch's own operators, the logits whole."""
     logits, target = reference.projected(input, linear_weight, target, **reference.of_map(options))
@@ -119,14 +146,7 @@ def run(
     **options: Any,
 ) -> dict[str, Tensor]:
     """The loss and the gradients of those that are trained, by name."""
-    tensors = dict(case)
-    leaves: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if tensor is None or not tensor.is_floating_point():
-            continue
-        tensors[name] = tensor = tensor.detach().to(dtype or tensor.dtype)
-        if name in trained:
-            leaves[name] = tensors[name] = tensor.clone().requires_grad_()
+    tensors, leaves = with_leaves(case, dtype, trained)
     loss = function(**tensors, **options)
     upstream = torch.as_tensor(upstream, device=loss.device).to(loss.dtype).expand_as(loss)
     gradients = torch.autograd.grad(loss, list(leaves.values()), upstream) if leaves else ()

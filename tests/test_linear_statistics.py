@@ -14,14 +14,25 @@ import reference
 import torch
 import torch.nn.functional as F
 from places import Place
-from test_linear import CLASSES, CPU, NAMES, OPTIONS, REDUCTIONS, ROWS, assert_no_worse, make, products
+from test_linear import (
+    CLASSES,
+    CPU,
+    NAMES,
+    OPTIONS,
+    REDUCTIONS,
+    ROWS,
+    assert_no_worse,
+    held_by,
+    make,
+    products,
+    with_leaves,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastloss
 from fastloss import LossStatistics, linear_cross_entropy, linear_cross_entropy_with_statistics
 from fastloss.backends import choice
-from fastloss.measuring.machine import peak_bytes
 
 pytestmark = pytest.mark.backend_agnostic
 
@@ -73,13 +84,7 @@ def run(
     **options: Any,
 ) -> dict[str, Tensor]:
     """The parts, and the gradients of those that are trained, for an upstream gradient of each of some parts."""
-    tensors = dict(case)
-    leaves: dict[str, Tensor] = {}
-    for name, tensor in case.items():
-        if tensor is not None and tensor.is_floating_point():
-            tensors[name] = tensor = tensor.detach().to(dtype or tensor.dtype)
-            if name in trained:
-                leaves[name] = tensors[name] = tensor.clone().requires_grad_()
+    tensors, leaves = with_leaves(case, dtype, trained)
     parts = function(**tensors, **options)
     outputs = [getattr(parts, name) for name in upstreams]
     given = [up.to(output) for up, output in zip(upstreams.values(), outputs, strict=True)]
@@ -360,17 +365,11 @@ def test_one_chunk_is_held() -> None:
     case = make(Place("eager", CPU), 600, features=64, classes=4000)
     leaves = [case[name].requires_grad_() for name in ("input", "linear_weight")]
 
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
+    def loss() -> Tensor:
         parts = linear_cross_entropy_with_statistics(**case, chunk_size=50, entropy=True)
-        (parts.loss - parts.entropy.mean()).backward()
+        return parts.loss - parts.entropy.mean()
 
-    with fastloss.use_backend("eager"):
-        step()
-        step()
-        peak = peak_bytes(step, CPU) - sum(leaf.nbytes for leaf in leaves)
-    assert peak <= 2 * 50 * 4000 * 4 + 256 * 600
+    assert held_by(loss, leaves) <= 2 * 50 * 4000 * 4 + 256 * 600
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

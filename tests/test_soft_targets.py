@@ -74,10 +74,7 @@ def test_shapes_and_dtypes(place: Place, shape: tuple[int, ...], dtype: torch.dt
     compare(place, input.to(dtype), target.to(dtype), reduction=reduction)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@reference.weighted_and_smoothed
 def test_weight_and_smoothing(
     place: Place, dtype: torch.dtype, label_smoothing: float, weighted: bool, reduction: str
 ) -> None:

@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from places import Place
 from test_clients import recipe
-from test_linear import CLASSES, CPU, NAMES, REDUCTIONS, ROWS, assert_no_worse, make, products
+from test_linear import CLASSES, CPU, NAMES, REDUCTIONS, ROWS, assert_no_worse, held_by, make, products, with_leaves
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import fastloss
 from fastloss import TokenLoss, linear_cross_entropy, linear_token_loss
-from fastloss.measuring.machine import peak_bytes
 
 pytestmark = pytest.mark.backend_agnostic
 
@@ -90,13 +88,7 @@ def run(
     **options: Any,
 ) -> dict[str, Tensor]:
     """Loss, log-probabilities and the gradients of those that are trained, by name."""
-    tensors = dict(case)
-    leaves: dict[str, Tensor] = {}
-    for name, tensor in case.items():
-        if tensor is not None and tensor.is_floating_point():
-            tensors[name] = tensor = tensor.detach().to(dtype or tensor.dtype)
-            if name in trained:
-                leaves[name] = tensors[name] = tensor.clone().requires_grad_()
+    tensors, leaves = with_leaves(case, dtype, trained)
     if of == "ours":
         tensors.pop("weight", None)
         x, w, t = (tensors.pop(name) for name in ("input", "linear_weight", "target"))
@@ -228,16 +220,10 @@ def test_one_chunk_is_held() -> None:
     case = make(Place("eager", CPU), 600, features=64, classes=4000)
     leaves = [case[name].requires_grad_() for name in ("input", "linear_weight")]
 
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        linear_token_loss(*leaves, case["target"], dft, chunk_size=50).loss.backward()
+    def loss() -> Tensor:
+        return linear_token_loss(*leaves, case["target"], dft, chunk_size=50).loss
 
-    with fastloss.use_backend("eager"):
-        step()
-        step()
-        peak = peak_bytes(step, CPU) - sum(leaf.nbytes for leaf in leaves)
-    assert peak <= 2 * 50 * 4000 * 4 + 256 * 600
+    assert held_by(loss, leaves) <= 2 * 50 * 4000 * 4 + 256 * 600
 
 
 def test_the_function_is_called_once_a_chunk_and_its_results_have_no_graph(place: Place) -> None:

@@ -167,10 +167,8 @@ def as_torch_checks(place: Place) -> dict[str, Any]:
 @pytest.mark.parametrize("index", OP_CASES)
 def test_operator_gradcheck(place: Place, index: int) -> None:
     """Backward and forward mode, with batched and with undefined gradients, as torch's own test asks it."""
-    function, leaves = of_leaves(op_samples(place.device, torch.float64)[index])
     assert torch.autograd.gradcheck(
-        function,
-        leaves,
+        *of_leaves(op_samples(place.device, torch.float64)[index]),
         **as_torch_checks(place),
         check_undefined_grad=True,
         check_batched_grad=OP.check_batched_grad,
@@ -183,10 +181,8 @@ def test_operator_gradcheck(place: Place, index: int) -> None:
 @pytest.mark.parametrize("strided_upstream", [False, True])
 @pytest.mark.parametrize("index", OP_CASES)
 def test_operator_gradgradcheck(place: Place, index: int, strided_upstream: bool) -> None:
-    function, leaves = of_leaves(op_samples(place.device, torch.float64)[index])
     assert torch.autograd.gradgradcheck(
-        function,
-        leaves,
+        *of_leaves(op_samples(place.device, torch.float64)[index]),
         **as_torch_checks(place),
         gen_non_contig_grad_outputs=strided_upstream,
         check_batched_grad=OP.check_batched_gradgrad,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..linear.functional import linear_cross_entropy
 from ..loss.functional import cross_entropy
-from ..ranks.collectives import SharedGroup
+from ..ranks.collectives import group_property
 
 __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
 
@@ -24,14 +24,20 @@ class _Grouped:
 
     __jit_unused_properties__ = ("group",)
 
-    @property
-    def group(self) -> Any:
-        """The process group, or None."""
-        return self._group.value
+    group = group_property("_group", "The process group, or None.")
 
-    @group.setter
-    def group(self, value: Any) -> None:
-        self._group = SharedGroup(value)
+    @torch.jit.unused
+    def _of_every_loss(self: Any) -> dict[str, Any]:
+        """Return the arguments of every loss."""
+        return {
+            "weight": self.weight,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "lse_square_scale": self.lse_square_scale,
+            "softcap": self.softcap,
+            "group": self._group.value,
+        }
 
 
 def _scales(logit_scale: Any, temperature: Any) -> str:
@@ -98,17 +104,11 @@ class CrossEntropyLoss(_Grouped, nn.CrossEntropyLoss):
         return cross_entropy(
             input,
             target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            lse_square_scale=self.lse_square_scale,
-            softcap=self.softcap,
             from_logits=self.from_logits,
             inplace=self.inplace,
-            group=self._group.value,
             logit_scale=self.logit_scale,
             temperature=self.temperature,
+            **self._of_every_loss(),
         )
 
     def extra_repr(self) -> str:
@@ -194,13 +194,7 @@ class LinearCrossEntropyLoss(_Grouped, nn.modules.loss._WeightedLoss):
             self.linear.weight.view(*shape, self.linear.in_features) if self.out_features else self.linear.weight,
             target,
             linear_bias=bias if bias is None or not self.out_features else bias.view(shape),
-            weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            lse_square_scale=self.lse_square_scale,
-            softcap=self.softcap,
-            group=self._group.value,
+            **self._of_every_loss(),
             **self.options,
         )
 

@@ -15,7 +15,7 @@ from .. import checks
 from ..backends.view import class_dim, wide_labels
 from ..loss.functional import accuracy
 from ..ranks import placements
-from ..ranks.collectives import SharedGroup, checked_group
+from ..ranks.collectives import checked_group, group_property
 
 if TYPE_CHECKING:
     from .standalone import Metric
@@ -130,23 +130,8 @@ class Accuracy(Metric):
         values = tuple(torch.where(invalid > 0, torch.nan, r / rows).float() for r in right)
         return values if self._is_tuple else values[0]
 
-    @property
-    def group(self) -> Any:
-        """The group whose ranks have a shard of the classes each, or None."""
-        return self._group.value
-
-    @group.setter
-    def group(self, value: Any) -> None:
-        self._group = SharedGroup(value)
-
-    @property
-    def process_group(self) -> Any:
-        """The processes whose counts :meth:`compute` adds up; None is all."""
-        return self._process_group.value
-
-    @process_group.setter
-    def process_group(self, value: Any) -> None:
-        self._process_group = SharedGroup(value)
+    group = group_property("_group", "The group whose ranks have a shard of the classes each, or None.")
+    process_group = group_property("_process_group", "The processes whose counts compute() adds up; None is all.")
 
     @torch.jit.unused
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +152,7 @@ class Accuracy(Metric):
             self._ks,
             ignore_index=self._ignore_index,
             reduction="none" if is_dtensor or many else "sum",
-            group=self._group.value,
+            group=self.group,
         )
         dense = checks.is_dense(input, target)
         if is_dtensor:

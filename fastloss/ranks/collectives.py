@@ -29,6 +29,7 @@ __all__ = [
     "all_reduce_detached",
     "checked_group",
     "gather",
+    "group_property",
     "raise_together",
     "refuse_together",
     "replicated",
@@ -59,6 +60,18 @@ class SharedGroup:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SharedGroup, (None if self.value is None else _NOT_SAVED,)
+
+
+def group_property(attribute: str, doc: str) -> property:
+    """Return the property of a module whose ``attribute`` holds a group in a :class:`SharedGroup`."""
+
+    def get(module: Any) -> Any:
+        return getattr(module, attribute).value
+
+    def set_(module: Any, value: Any) -> None:
+        setattr(module, attribute, SharedGroup(value))
+
+    return property(get, set_, doc=doc)
 
 
 _NOT_SAVED = "not saved"

@@ -12,22 +12,3 @@ from .statistics import (
     statistics_backward,
     statistics_forward,
 )
-
-__all__ = [
-    "accuracy",
-    "cross_entropy_backward",
-    "cross_entropy_forward",
-    "kl_div",
-    "label_ranks",
-    "rescale",
-    "row_statistics_backward",
-    "row_statistics_forward",
-    "sgd_squares",
-    "sgd_step",
-    "soft_cross_entropy_backward",
-    "soft_cross_entropy_forward",
-    "soft_statistics_backward",
-    "soft_statistics_forward",
-    "statistics_backward",
-    "statistics_forward",
-]
