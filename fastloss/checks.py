@@ -181,7 +181,7 @@ def _positive(value: object, name: str, logits: object) -> float | Scalar:
     """Return a positive number, or the scalar tensor that holds one. On a GPU the host does not read it."""
     if isinstance(value, Tensor):
         return _scalar(value, name, logits)
-    number = _number(value, name)
+    number = _number_not_bool(value, name)
     if not 1.0 / _MOST_SCALE <= number <= _MOST_SCALE:
         raise ValueError(
             f"fastloss: {name} is {value}; expected a positive finite number, {1.0 / _MOST_SCALE:g} to "
@@ -227,14 +227,14 @@ def checked_divergence(
     beta: object, temperature: object, softcap: float | None, teacher_softcap: object
 ) -> DivergenceOptions:
     """Check the options of a divergence from a teacher, and return them as floats. ``softcap`` is checked already."""
-    share, divisor = _number(beta, "beta"), _number(temperature, "temperature")
+    for name, value in (("beta", beta), ("temperature", temperature)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"fastloss: {name} is a tensor, and there is no gradient to it; expected a float")
+    share = _number_not_bool(beta, "beta")
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"fastloss: beta is {beta}; expected a number from 0 (KL(t ‖ s)) to 1 (KL(s ‖ t))")
-    if not 1.0 / _MOST_SOFTCAP <= divisor <= _MOST_SOFTCAP:
-        raise ValueError(
-            f"fastloss: temperature is {temperature}; expected a positive finite number, {1.0 / _MOST_SOFTCAP:g} to "
-            f"{_MOST_SOFTCAP:g}"
-        )
+    divisor = _positive(temperature, "temperature", None)
+    assert isinstance(divisor, float)
     cap = None if teacher_softcap is None else _number(teacher_softcap, "teacher_softcap")
     _check_softcap(cap, teacher_softcap, "teacher_softcap")
     return DivergenceOptions(share, divisor, softcap, cap)
@@ -271,11 +271,19 @@ def checked_count(value: object, name: str, expected: str) -> int:
         raise TypeError(f"fastloss: {name} is {value!r}; expected {expected}") from None
 
 
+def _number_not_bool(value: object, name: str) -> float:
+    """Return a number where True and False are none: they are meant for another argument."""
+    if isinstance(value, bool):
+        raise TypeError(f"fastloss: {name} is {value}; expected a number")
+    return _number(value, name)
+
+
 def _number(value: object, name: str) -> float:
     if type(value) is float:  # a compiler's float, which may vary from call to call, must stay one
         return value
     try:
-        if isinstance(value, str):
+        # A tensor that is no scalar, or whose gradient would be lost: as torch's own operators refuse it.
+        if isinstance(value, str) or (isinstance(value, Tensor) and (value.dim() != 0 or value.requires_grad)):
             raise TypeError
         return float(value)  # type: ignore[arg-type]
     except OverflowError:

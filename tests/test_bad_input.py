@@ -191,6 +191,12 @@ OPTIONS: dict[str, Case] = {
             *(("label_smoothing", "a"), ("label_smoothing", None)),
             *(("ignore_index", "a"), ("ignore_index", None), ("ignore_index", 1.5)),
             *(("lse_square_scale", "a"), ("lse_square_scale", None), ("softcap", "a")),
+            *((name, torch.ones(1)) for name in ("label_smoothing", "lse_square_scale", "softcap")),
+            *(
+                (name, torch.ones((), requires_grad=True))
+                for name in ("label_smoothing", "lse_square_scale", "softcap")
+            ),
+            *(("logit_scale", True), ("temperature", True)),
         ]
     },
     **{

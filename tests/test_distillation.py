@@ -433,11 +433,30 @@ def test_memory_of_a_divergence() -> None:
             linear_kl_div(**case, memory_budget=8192 * 7)
 
 
+@pytest.mark.parametrize("beta", [0.0, 1e-30, 1e-6, 0.5, 1 - 1e-6, 1.0])
+def test_divergences_are_not_negative(place: Place, beta: float) -> None:
+    """Near an end the mixture is one side, and each term is rounding alone."""
+    case = make(place, 40)
+    del case["target"]
+    ours = linear_kl_div(**case, beta=beta, reduction="none")
+    exact = plain(**{name: tensor.double() for name, tensor in case.items()}, beta=beta, reduction="none")
+    assert (ours >= 0).all()
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
+
+
 BAD_DIVERGENCES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "beta": ({"beta": 1.5}, ValueError, "beta is 1.5; expected a number from 0"),
     "beta's type": ({"beta": "1"}, TypeError, "beta is '1'; expected a number"),
     "no temperature": ({"temperature": 0}, ValueError, "temperature is 0; expected a positive finite number"),
     "temperature": ({"temperature": -1.0}, ValueError, "temperature is -1.0; expected a positive"),
+    "a temperature past float32": ({"temperature": 1e10}, ValueError, "temperature is 10000000000.0; expected a pos"),
+    "a switch": ({"temperature": True}, TypeError, "temperature is True; expected a number"),
+    "a trained temperature": (
+        {"temperature": torch.ones((), requires_grad=True)},
+        TypeError,
+        "temperature is a tensor, and th",
+    ),
+    "a trained beta": ({"beta": torch.ones(())}, TypeError, "beta is a tensor, and there is no gradient to it"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
     "teacher_softcap": ({"teacher_softcap": 0}, ValueError, "teacher_softcap is 0; expected a positive"),
     "reduction": ({"reduction": "batchmean"}, ValueError, "'batchmean' is not a valid value for reduction"),

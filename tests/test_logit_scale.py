@@ -6,6 +6,8 @@ logit_scale`` and so on in torch's operators.
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -311,6 +313,34 @@ def test_accuracies_and_modules(place: Place) -> None:
     loss, accuracy = fastloss.linear_cross_entropy_with_accuracy(x, linear.linear.weight, t % 5, **options)
     torch.testing.assert_close(loss, cross_entropy(logits, t % 5))
     assert "temperature=3.0" in repr(linear)
+
+
+def test_tensors_of_modules_go_where_the_module_goes(place: Place) -> None:
+    """They are in no ``state_dict``, copies have their own, and another number is taken in the next call."""
+    modules = (
+        CrossEntropyLoss(temperature=torch.tensor(2.0)),
+        LinearCrossEntropyLoss(11, 5, logit_scale=torch.tensor(0.5)),
+    )
+    x, t = torch.randn(6, 11, device=place.device), torch.randint(5, (6,), device=place.device)
+    for module, name in zip(modules, ("temperature", "logit_scale"), strict=True):
+        module = module.to(place.device)
+        assert getattr(module, name).device == x.device
+        assert not any("temperature" in key or "logit_scale" in key for key in module.state_dict())
+        assert getattr(module.to("meta"), name).is_meta
+    for again in (
+        copy.deepcopy(modules[0].to_empty(device=place.device)),
+        CrossEntropyLoss(temperature=torch.ones(())),
+    ):
+        again = again.to(place.device)
+        again.temperature.fill_(4.0)
+        torch.testing.assert_close(again(x, t), cross_entropy(x / 4, t))
+
+
+def test_the_linear_module_has_every_option_of_the_function() -> None:
+    names = inspect.signature(fastloss.linear_cross_entropy).parameters.keys()
+    names -= {"input", "linear_weight", "target", "linear_bias"}
+    for name in names:
+        LinearCrossEntropyLoss(4, 7, **{name: None})
 
 
 @pytest.mark.backend_agnostic

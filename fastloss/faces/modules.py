@@ -37,7 +37,17 @@ class _Grouped:
             "lse_square_scale": self.lse_square_scale,
             "softcap": self.softcap,
             "group": self._group.value,
+            "logit_scale": self.logit_scale,
+            "temperature": self.temperature,
         }
+
+    def _hold(self: Any, **numbers: Any) -> None:
+        """Keep numbers as attributes. Those in tensors go where the module goes, and into no ``state_dict``."""
+        for name, number in numbers.items():
+            if isinstance(number, Tensor):
+                self.register_buffer(name, number, persistent=False)
+            else:
+                setattr(self, name, number)
 
 
 def _scales(logit_scale: Any, temperature: Any) -> str:
@@ -59,7 +69,7 @@ class CrossEntropyLoss(_Grouped, nn.CrossEntropyLoss):
         label_smoothing: in [0, 1].
         lse_square_scale: λ of the z-loss λ · lse².
         softcap: bounds the logits by ``softcap * tanh(logits / softcap)``.
-        logit_scale, temperature: as in :func:`fastloss.cross_entropy`; a tensor is an attribute, not a buffer.
+        logit_scale, temperature: as in :func:`fastloss.cross_entropy`; a tensor is a buffer that no file holds.
         from_logits: if False, the input is probabilities.
         inplace: write the gradient over the logits.
         group: a process group whose ranks have a shard of the classes each. Copies of the module share it. No file
@@ -96,7 +106,7 @@ class CrossEntropyLoss(_Grouped, nn.CrossEntropyLoss):
         self.from_logits = from_logits
         self.inplace = inplace
         self.group = group
-        self.logit_scale, self.temperature = logit_scale, temperature
+        self._hold(logit_scale=logit_scale, temperature=temperature)
 
     @torch.jit.unused
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -106,8 +116,6 @@ class CrossEntropyLoss(_Grouped, nn.CrossEntropyLoss):
             target,
             from_logits=self.from_logits,
             inplace=self.inplace,
-            logit_scale=self.logit_scale,
-            temperature=self.temperature,
             **self._of_every_loss(),
         )
 
@@ -133,8 +141,9 @@ class LinearCrossEntropyLoss(_Grouped, nn.modules.loss._WeightedLoss):
         bias: whether the linear map has a bias.
         device, dtype: of the linear map.
         reduction, weight, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, temperature, shift,
-            chunk_size, memory_budget, skip_ignored, accumulate_grad, group: as in
-            :func:`fastloss.linear_cross_entropy`. The linear map's parameters may be made DTensors instead.
+            chunk_size, memory_budget, skip_ignored, accumulate_grad, logits_dtype, group: as in
+            :func:`fastloss.linear_cross_entropy`. A ``logit_scale`` or ``temperature`` in a tensor is a buffer that
+            no file holds. The linear map's parameters may be made DTensors instead.
 
     Example:
         >>> import torch
@@ -169,7 +178,7 @@ class LinearCrossEntropyLoss(_Grouped, nn.modules.loss._WeightedLoss):
             )
         known = (
             *("shift", "chunk_size", "memory_budget", "skip_ignored", "accumulate_grad", "group"),
-            *("logit_scale", "temperature"),
+            *("logits_dtype", "logit_scale", "temperature"),
         )
         for name in options:
             if name not in known:
@@ -181,6 +190,7 @@ class LinearCrossEntropyLoss(_Grouped, nn.modules.loss._WeightedLoss):
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         self.lse_square_scale, self.softcap = lse_square_scale, softcap
         self.group = options.pop("group", None)
+        self._hold(**{name: options.pop(name, 1.0) for name in ("logit_scale", "temperature")})
         self.options = options
         features = math.prod(out_features, start=num_classes)
         self.linear = nn.Linear(in_features, features, bias=bias, device=device, dtype=dtype)
@@ -204,5 +214,6 @@ class LinearCrossEntropyLoss(_Grouped, nn.modules.loss._WeightedLoss):
         return (
             f"num_classes={self.num_classes}, out_features={self.out_features}, reduction={self.reduction!r}, "
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
-            f"lse_square_scale={self.lse_square_scale}, softcap={self.softcap}{options}"
+            f"lse_square_scale={self.lse_square_scale}, softcap={self.softcap}"
+            f"{_scales(self.logit_scale, self.temperature)}{options}"
         )

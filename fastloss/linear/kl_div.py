@@ -308,7 +308,8 @@ class _DivergenceLosses(Losses):
             upstream = self._counted(counted, upstream if total is None else upstream / total)
         rows = self._visited(self._teacher_logits(index), z, upstream)
         assert rows.loss is not None
-        loss = self._counted(counted, rows.loss)
+        # A divergence is not negative; its sum may be, by rounding.
+        loss = self._counted(counted, rows.loss.clamp(min=0.0))
         saved = [] if upstream is not None else [number for number in rows if number is not None]
         return ChunkLoss(loss.sum() if self.call.options.is_reduced else loss.to(self.loss_dtype), None, saved)
 
