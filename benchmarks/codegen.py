@@ -403,7 +403,8 @@ def _forms(logits: Tensor, target: Tensor, meta: Callable[..., Tensor]) -> Itera
         yield f"{form} backward", partial(_after, forward, backward, given)
     for form, beta in DIVERGENCES.items():
         cap = 30.0 if "softcap" in form else None
-        of_beta = contract.DivergenceOptions(beta, 2.0, cap, cap)
+        of_side = LossOptions(softcap=cap, temperature=2.0)
+        of_beta = contract.DivergenceOptions(beta, of_side, of_side)
         yield f"divergence-{form}", partial(kernels.kl_div, contract.DivergenceInputs(logits, logits, row, of_beta))
     mixed, lse = contract.DivergenceInputs(logits, logits, None, of_beta), contract.DivergenceRows(row, row)
     yield "divergence-mixed loss", partial(kernels.kl_div, mixed)

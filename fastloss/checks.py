@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -224,20 +225,19 @@ def check_scalars(options: LossOptions) -> None:
 
 
 def checked_divergence(
-    beta: object, temperature: object, softcap: float | None, teacher_softcap: object
+    beta: object, student: LossOptions, teacher_softcap: object, teacher_logit_scale: object, logits: object
 ) -> DivergenceOptions:
-    """Check the options of a divergence from a teacher, and return them as floats. ``softcap`` is checked already."""
-    for name, value in (("beta", beta), ("temperature", temperature)):
-        if isinstance(value, Tensor):
-            raise TypeError(f"fastloss: {name} is a tensor, and there is no gradient to it; expected a float")
+    """Check the options of a divergence from a teacher, beside the student's, which are checked already."""
+    if isinstance(beta, Tensor):
+        raise TypeError("fastloss: beta is a tensor, and there is no gradient to it; expected a float")
     share = _number_not_bool(beta, "beta")
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"fastloss: beta is {beta}; expected a number from 0 (KL(t ‖ s)) to 1 (KL(s ‖ t))")
-    divisor = _positive(temperature, "temperature", None)
-    assert isinstance(divisor, float)
     cap = None if teacher_softcap is None else _number(teacher_softcap, "teacher_softcap")
     _check_softcap(cap, teacher_softcap, "teacher_softcap")
-    return DivergenceOptions(share, divisor, softcap, cap)
+    scale = _positive(teacher_logit_scale, "teacher_logit_scale", logits)
+    student = LossOptions(softcap=student.softcap, logit_scale=student.logit_scale, temperature=student.temperature)
+    return DivergenceOptions(share, student, replace(student, softcap=cap, logit_scale=scale))
 
 
 def _check_softcap(cap: float | None, given: object, name: str) -> None:

@@ -21,7 +21,20 @@ from torch import Tensor
 
 from fastloss.backends.contract import DivergenceInputs, DivergenceOptions, DivergenceRows
 
-from .arguments import Form, Strided, block, compiled_in, pointers, row_offsets, strided, tile_count, tile_rows
+from .arguments import (
+    Form,
+    Scaling,
+    Strided,
+    block,
+    cap_and_factor,
+    compiled_in,
+    pointers,
+    row_offsets,
+    scaling,
+    strided,
+    tile_count,
+    tile_rows,
+)
 from .launch import launch, on_device
 from .soft_cross_entropy import narrowed
 from .tile_helpers import (
@@ -30,7 +43,9 @@ from .tile_helpers import (
     Scales,
     finite_maximum,
     fp64,
+    in_units,
     log_softmax,
+    of_logits,
     online_step,
     scales_of,
     softcapped,
@@ -61,9 +76,8 @@ def kl_div(
     rows, beta = outer * inner, options.beta
     known = DivergenceRows() if known is None else known
     kind = "forward" if beta == 0 else "reverse" if beta == 1 else "mixed"
-    student_form, teacher_form = (
-        compiled_in(Form(SOFTCAP=cap is not None)) for cap in (options.softcap, options.teacher_softcap)
-    )
+    sides = options.student, options.teacher
+    forms = [compiled_in(Form(SOFTCAP=side.softcap is not None, SCALED=side.is_scaled)) for side in sides]
     tiles = _plan(student, teacher, options)
 
     def rowwise(number: Tensor | None, wanted: bool) -> Tensor | None:
@@ -86,9 +100,9 @@ def kl_div(
             (
                 *(rows, classes, inner, strided(student), strided(teacher), upstream),
                 *(Numbers(*known), Numbers(*found)),
-                *(beta, 1.0 / options.temperature, options.softcap or 1.0, options.teacher_softcap or 1.0),
+                *(*map(scaling, sides), beta, *cap_and_factor(sides[0]), *cap_and_factor(sides[1])),
             ),
-            {"KIND": kind, "F": student_form, "G": teacher_form, "T": tiles.tile(dtype), **tiles.options()},
+            {"KIND": kind, "F": forms[0], "G": forms[1], "T": tiles.tile(dtype), **tiles.options()},
         )
     return DivergenceRows(*(k if f is None else f for k, f in zip(known, found, strict=True)))
 
@@ -117,27 +131,27 @@ class Block(NamedTuple):
 
 
 @triton.jit
-def _logits(x: Strided, base, start, classes, in_range, scales: Scales, scale, T: tl.constexpr, F: tl.constexpr):
-    """Return z of one block, −inf where there is no class, and ∂z/∂x."""
+def _logits(x: Strided, base, start, classes, in_range, scales: Scales, T: tl.constexpr, F: tl.constexpr):
+    """Return z of one block and its slope as :func:`softcapped` does, −inf where there is no class."""
     cols, mask = block(start, classes, in_range, True, T)
     z = tl.load(pointers(x, base, cols, T), mask=mask, other=-float("inf")).to(T.ACC)
     z, dz = softcapped(z, mask, scales, True, T, F)
-    return z * scale[:, None], dz * scale[:, None], mask
+    return z, dz, mask
 
 
 @triton.jit
-def _lse(x: Strided, base, classes, in_range, scales: Scales, scale, T: tl.constexpr, F: tl.constexpr):
+def _lse(x: Strided, base, classes, in_range, scales: Scales, T: tl.constexpr, F: tl.constexpr):
     """Return log Σ_c exp(z_c) of some rows, in float64."""
     m = tl.full([T.ROWS, T.COLS // T.GROUP], -float("inf"), T.ACC)
     s = tl.zeros([T.ROWS, T.COLS // T.GROUP], T.ACC)
     for start in tl.range(0, classes, T.COLS):
-        z, _, _ = _logits(x, base, start, classes, in_range, scales, scale, T, F)
+        z, _, _ = _logits(x, base, start, classes, in_range, scales, T, F)
         step = online_step(m, s, s, z, scales, False, T, F)
         m, s = step.m, step.s
     m_row = finite_maximum(tl.max(m, axis=1))
-    fall = tl.maximum(m - m_row[:, None], LOG_OF_0)
+    fall = tl.maximum(of_logits(m - m_row[:, None], scales, F), LOG_OF_0)
     total = tl.sum(s * tl.exp2(fall * LOG2_E), axis=1)
-    return tl.log(total).to(tl.float64) + m_row.to(tl.float64)
+    return tl.log(total).to(tl.float64) + in_units(m_row, scales, F).to(tl.float64)
 
 
 @triton.jit
@@ -153,14 +167,13 @@ def _block(
     y_lse,
     scales: Scales,
     y_scales: Scales,
-    scale,
     T: tl.constexpr,
     F: tl.constexpr,
     G: tl.constexpr,
 ):
-    z, dz, mask = _logits(x, base, start, classes, in_range, scales, scale, T, F)
+    z, dz, mask = _logits(x, base, start, classes, in_range, scales, T, F)
     log_s = log_softmax(z, lse, scales, T, F)
-    z, _, _ = _logits(y, y_base, start, classes, in_range, y_scales, scale, T, G)
+    z, _, _ = _logits(y, y_base, start, classes, in_range, y_scales, T, G)
     log_t = log_softmax(z, y_lse, y_scales, T, G)
     return Block(tl.exp2(log_s * LOG2_E), tl.exp2(log_t * LOG2_E), log_t - log_s, dz, mask)
 
@@ -195,18 +208,21 @@ def _kl_div(
     upstream_ptr,  # (rows,), float64: of each row's loss; None: no gradient
     known: Numbers,  # the numbers of more classes than these
     found: Numbers,  # the numbers to store
+    scaling: Scaling,
+    y_scaling: Scaling,
     beta: fp64,
-    scale: fp64,  # 1 / temperature
     cap: fp64,
+    factor: fp64,
     y_cap: fp64,
+    y_factor: fp64,
     KIND: tl.constexpr,  # "forward": KL(t ‖ s); "reverse": KL(s ‖ t); "mixed": the divergence from m
     T: tl.constexpr,
     F: tl.constexpr,  # of the student
     G: tl.constexpr,  # of the teacher
 ):
     """Compute each row's log-sum-exps, divergence and gradient: those that are wanted and not known."""
-    beta, scale = tl.full([1], beta, T.ACC), tl.full([1], scale, T.ACC)
-    scales, y_scales = scales_of(cap, 1.0, None, T, F), scales_of(y_cap, 1.0, None, T, G)  # of the softcaps alone
+    beta = tl.full([1], beta, T.ACC)
+    scales, y_scales = scales_of(cap, factor, scaling, T, F), scales_of(y_cap, y_factor, y_scaling, T, G)
     WRITTEN: tl.constexpr = upstream_ptr is not None
     # KL(t ‖ s) has a gradient that needs no sum: its loss comes from the same visit.
     AT_ONCE: tl.constexpr = WRITTEN and KIND == "forward" and found.loss is not None
@@ -215,12 +231,12 @@ def _kl_div(
         row, in_range, outer, within = tile_rows(tile, rows, inner, T)
         base, y_base = row_offsets(x, outer, within, T), row_offsets(y, outer, within, T)
         if known.lse is None:
-            lse = _lse(x, base, classes, in_range, scales, scale, T, F)
+            lse = _lse(x, base, classes, in_range, scales, T, F)
             tl.store(found.lse + row, lse, mask=in_range)
         else:
             lse = tl.load(known.lse + row, mask=in_range, other=0.0)
         if known.teacher_lse is None:
-            y_lse = _lse(y, y_base, classes, in_range, y_scales, scale, T, G)
+            y_lse = _lse(y, y_base, classes, in_range, y_scales, T, G)
             tl.store(found.teacher_lse + row, y_lse, mask=in_range)
         else:
             y_lse = tl.load(known.teacher_lse + row, mask=in_range, other=0.0)
@@ -236,7 +252,7 @@ def _kl_div(
             for done in tl.range(0, classes, T.COLS):  # from the end: the cache holds what was read last
                 start = (classes - 1) // T.COLS * T.COLS - done
                 b = _block(
-                    x, y, base, y_base, start, classes, in_range, lse, y_lse, scales, y_scales, scale, T, F, G
+                    x, y, base, y_base, start, classes, in_range, lse, y_lse, scales, y_scales, T, F, G
                 )  # fmt: skip
                 if KIND == "forward":
                     loss_group += _summed(_times(b.t, b.d), T)
@@ -259,7 +275,7 @@ def _kl_div(
         if WRITTEN:
             for start in tl.range(0, classes, T.COLS):
                 b = _block(
-                    x, y, base, y_base, start, classes, in_range, lse, y_lse, scales, y_scales, scale, T, F, G
+                    x, y, base, y_base, start, classes, in_range, lse, y_lse, scales, y_scales, T, F, G
                 )  # fmt: skip
                 if KIND == "forward":
                     if AT_ONCE:
@@ -271,7 +287,10 @@ def _kl_div(
                     _, of_s = _mixture(b.d, beta)
                     g = (1.0 - beta)[:, None] * (_times(b.s, of_s) - b.s * level[:, None])
                 g *= of_row[:, None]
-                g *= b.dz if F.SOFTCAP else scale[:, None]
+                if F.SCALED:
+                    g *= scales.slope.to(T.ACC)[:, None]
+                if F.SOFTCAP:
+                    g *= b.dz
                 # A row without an upstream gradient may hold NaN.
                 g = tl.where(of_row[:, None] == 0.0, 0.0, g)
                 cols = start + tl.arange(0, T.COLS)

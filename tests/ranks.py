@@ -433,8 +433,12 @@ def best_classes(rank: int, ranks: int, group: Any) -> list[Any]:
 DIVERGENCES: list[tuple[str, dict[str, Any], bool]] = [
     ("float64", {"beta": 0.0, "chunk_size": 3}, True),
     ("float32", {"beta": 0.3, "temperature": 2.0, "softcap": 3.0, "shift": 1, "chunk_size": 4}, True),
-    ("float32", {"beta": 1.0, "reduction": "none", "teacher_softcap": 2.0}, False),
-    ("float16", {"beta": 0.5, "memory_budget": 100_000}, False),
+    (
+        "float32",
+        {"beta": 1.0, "reduction": "none", "teacher_softcap": 2.0, "logit_scale": 0.3, "temperature": 0.7},
+        False,
+    ),
+    ("float16", {"beta": 0.5, "memory_budget": 100_000, "teacher_logit_scale": 2.0}, False),
 ]
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import fastloss
 from fastloss import linear_kl_div, linear_topk_log_probs
 from fastloss.backends import choice
-from fastloss.backends.contract import DivergenceInputs, DivergenceOptions, DivergenceRows
+from fastloss.backends.contract import DivergenceInputs, DivergenceOptions, DivergenceRows, LossOptions
 from fastloss.measuring.machine import peak_bytes
 
 pytestmark = pytest.mark.backend_agnostic
@@ -141,6 +141,8 @@ def test_best_classes_bad_input(name: str) -> None:
 STUDENT, TEACHER = ("input", "linear_weight", "linear_bias"), ("teacher_input", "teacher_linear_weight")
 BETAS = [0.0, 0.3, 1.0]
 EVERYTHING = {"temperature": 2.0, "softcap": 3.0, "teacher_softcap": 2.0}
+SCALED = {"temperature": 0.7, "logit_scale": 0.3, "teacher_logit_scale": 2.5}
+OPTIONS = [{}, EVERYTHING, {**SCALED, "shift": 2}, {**EVERYTHING, **SCALED}, {"teacher_softcap": 2.0, **SCALED}]
 
 
 def make(
@@ -172,7 +174,8 @@ def plain(
         target = None if target is None else target[..., shift:]
     for of, x, w in (("", input, linear_weight), ("teacher_", teacher_input, teacher_linear_weight)):
         z = F.linear(x, w, options.get(f"{of}linear_bias"))
-        z = reference.logits_of(z, options.get(f"{of}softcap"), temperature=options.get("temperature", 1.0))
+        scales = options.get(f"{of}logit_scale", 1.0), options.get("temperature", 1.0)
+        z = reference.logits_of(z, options.get(f"{of}softcap"), *map(float, scales))
         sides.append(z.log_softmax(-1))
     log_s, log_t = sides
     if beta in (0, 1):
@@ -225,7 +228,11 @@ def check(case: dict[str, Any], upstream: Tensor | float = 1.0, how: Any = None,
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("options", [{}, EVERYTHING, {"temperature": 0.7, "shift": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, EVERYTHING, {**SCALED, "shift": 2}, {**EVERYTHING, **SCALED}, {"teacher_softcap": 2.0, **SCALED}],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, "16 bits"], ids=str)
 @pytest.mark.parametrize("ignored", [False, True])
 def test_divergence(
@@ -238,6 +245,41 @@ def test_divergence(
     rows = (2, 7 - options.get("shift", 0))
     upstream = torch.rand(rows if reduction == "none" else (), device=place.device) + 0.5
     check(case, upstream, {"chunk_size": 4}, beta=beta, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_scales_of_a_divergence_in_tensors(place: Place, beta: float, softcap: float | None) -> None:
+    """Of any dtype; each is read when the call is made, and the backward pass refuses others."""
+    case, on = make(place), place.device
+    numbers = {"temperature": 0.5, "logit_scale": 0.25, "teacher_logit_scale": 3.0}
+    dtypes = torch.float32, torch.bfloat16, torch.float64
+    tensors = {n: torch.tensor(v, dtype=d, device=on) for (n, v), d in zip(numbers.items(), dtypes, strict=True)}
+    how = {"beta": beta, "softcap": softcap, "chunk_size": 4}
+    for reduction in ("mean", "none"):
+        ours, expected = (
+            run(linear_kl_div, case, **how, **given, reduction=reduction) for given in (tensors, numbers)
+        )
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    case["input"].requires_grad_()
+    for name in tensors:
+        loss = linear_kl_div(**case, **how, **tensors, reduction="none").sum()
+        tensors[name].mul_(2)
+        with pytest.raises(RuntimeError, match=r"by an inplace operation|was written to before the backward"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_divergence_of_logits_in_float32(place: Place, beta: float) -> None:
+    """Products of 16 bits are not rounded to 16 bits; the loss is float32."""
+    case = make(place, dtype=short(place))
+    ours = run(linear_kl_div, case, beta=beta, logits_dtype=torch.float32, chunk_size=4)
+    exact = run(plain, case, beta=beta, dtype=torch.float64)
+    assert ours["loss"].dtype == torch.float32
+    torch.testing.assert_close(ours["loss"].double(), exact["loss"], rtol=1e-5, atol=1e-5)
+    for name in ("input", "linear_weight"):
+        assert (ours[name].double() - exact[name]).norm() <= 0.01 * exact[name].norm()
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -453,9 +495,10 @@ BAD_DIVERGENCES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a switch": ({"temperature": True}, TypeError, "temperature is True; expected a number"),
     "a trained temperature": (
         {"temperature": torch.ones((), requires_grad=True)},
-        TypeError,
-        "temperature is a tensor, and th",
+        RuntimeError,
+        "temperature requires grad, and the loss",
     ),
+    "teacher_logit_scale": ({"teacher_logit_scale": 0.0}, ValueError, "teacher_logit_scale is 0.0; expected a pos"),
     "a trained beta": ({"beta": torch.ones(())}, TypeError, "beta is a tensor, and there is no gradient to it"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
     "teacher_softcap": ({"teacher_softcap": 0}, ValueError, "teacher_softcap is 0; expected a positive"),
@@ -504,7 +547,10 @@ def test_divergence_bad_input(name: str) -> None:
 @pytest.mark.parametrize("shape", [(5, 37, 1), (2, 33, 3)], ids=str)
 def test_parts_of_the_classes(place: Place, shape: tuple[int, ...], beta: float) -> None:
     """The backend's numbers of two shards add up to those of the whole, and so does the gradient."""
-    backend, options = choice.load(place.name), DivergenceOptions(beta, 1.5, 4.0, None)
+    backend, options = (
+        choice.load(place.name),
+        DivergenceOptions(beta, LossOptions(softcap=4.0, temperature=1.5), LossOptions(temperature=1.5)),
+    )
     x, y = (torch.randn(shape, device=place.device) * 3 for _ in range(2))
     upstream = torch.rand(shape[0] * shape[2], dtype=torch.float64, device=place.device)
     gradient = x.clone()

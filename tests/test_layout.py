@@ -359,7 +359,8 @@ def test_backend_offers_the_contract_signature(backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["fastloss.backends.eager", pytest.param("fastloss.kernels", marks=needs_triton)])
 def test_backend_offers_the_contract_functions_and_no_other(backend: str) -> None:
-    assert sorted(importlib.import_module(backend).__all__) == BACKEND_FUNCTIONS
+    offered = vars(importlib.import_module(backend)).items()
+    assert sorted(name for name, value in offered if callable(value)) == BACKEND_FUNCTIONS
 
 
 def parameters(function: Callable[..., object]) -> list[tuple[str, str, object]]:

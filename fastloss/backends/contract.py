@@ -303,15 +303,12 @@ class ExternalLabel(NamedTuple):
 
 @dataclass(frozen=True)
 class DivergenceOptions:
-    """The options of a divergence of two softmaxes, a student's s and a teacher's t, checked.
-
-    A logit x is z = softcap(x) / temperature on either side.
-    """
+    """The options of a divergence of two softmaxes, a student's s and a teacher's t, checked."""
 
     beta: float = 0.0  # 0: KL(t ‖ s); 1: KL(s ‖ t); between: β KL(t ‖ m) + (1−β) KL(s ‖ m), m = β t + (1−β) s
-    temperature: float = 1.0
-    softcap: float | None = None  # of the student
-    teacher_softcap: float | None = None
+    # The softcap, logit_scale and temperature of either side; their other options are not used.
+    student: LossOptions = LossOptions()
+    teacher: LossOptions = LossOptions()
 
 
 class DivergenceInputs(NamedTuple):

@@ -478,7 +478,7 @@ class ChunkIterator:
             x = x.to(dtype)
             x = x if self.counted is None else of_counted(x, self.counted[index])
             z = buffer if rows == most else buffer[:rows]
-            _project(x, self.w, b, z)
+            project(x, self.w, b, z)
             yield Chunk(index, x, t.contiguous(), z)
             del x, z  # one chunk's copies at a time
 
@@ -602,7 +602,7 @@ class GradientAccumulator:
         return _rounded(sums[0], sums[1], like) if len(sums) == 2 else sums[0].to(like.dtype)
 
 
-def _project(x: Tensor, w: Tensor, b: Tensor | None, z: Tensor) -> None:
+def project(x: Tensor, w: Tensor, b: Tensor | None, z: Tensor) -> None:
     """Compute ``z = x wᵀ + b``, ``(n, C)``; z may be wider than x and w, and is then not rounded to their dtype."""
     if z.dtype == x.dtype:
         torch.mm(x, w.t(), out=z) if b is None else torch.addmm(b, x, w.t(), out=z)

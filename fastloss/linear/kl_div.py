@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
@@ -15,11 +14,11 @@ from ..backends import choice
 from ..backends.contract import Backend, DivergenceInputs, DivergenceOptions, DivergenceRows, compute_dtype
 from ..backends.torch_private import disable_dynamo
 from ..backends.view import as_labels, wide_labels
-from ..loss import routes
+from ..loss import composite, routes
 from ..loss.sharded import checked, refuse
 from ..ranks import collectives, placements
 from ..ranks.collectives import Layout, all_reduce_detached, gather
-from .arguments import check_linear_map, checked_chunking, dtype_of_logits, shifted_labels
+from .arguments import check_linear_map, checked_arguments, dtype_of_logits, shifted_labels
 from .autograd import by_chunks
 from .chunks import (
     Chunk,
@@ -31,6 +30,9 @@ from .chunks import (
     Needs,
     Saved,
     Tensors,
+    dtype_of_chunk,
+    logits_of,
+    project,
     row_of_logits,
     rows_of_chunk,
 )
@@ -50,7 +52,7 @@ def linear_kl_div(
     target: Tensor | None = None,
     ignore_index: int = -100,
     beta: float = 0.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     softcap: float | None = None,
     teacher_softcap: float | None = None,
@@ -59,12 +61,15 @@ def linear_kl_div(
     memory_budget: int | None = None,
     skip_ignored: bool | None = None,
     accumulate_grad: bool = False,
+    logits_dtype: torch.dtype | None = None,
     group: Any = None,
+    logit_scale: float | Tensor = 1.0,
+    teacher_logit_scale: float | Tensor = 1.0,
 ) -> Tensor:
     r"""Compute the divergence of a student's classes from a teacher's without holding the logits of either.
 
-    With s = softmax(softcap(x Wᵀ + b) / T) of the student, t the same of the teacher, T the ``temperature`` and β
-    ``beta``, a row has
+    With s = softmax(softcap(a (x Wᵀ + b)) / T) of the student, t the same of the teacher, T the ``temperature``, a
+    the ``logit_scale`` and β ``beta``, a row has
 
         β = 0        KL(t ‖ s) = Σ_c t_c log (t_c / s_c)
         β = 1        KL(s ‖ t) = Σ_c s_c log (s_c / t_c)
@@ -91,16 +96,19 @@ def linear_kl_div(
             matter: their rows do not count, and may hold anything. By default every row counts.
         ignore_index: a label whose rows count neither in the loss nor in its mean.
         beta: β, in [0, 1].
-        temperature: T, above 0, of both sides. The loss is not multiplied by T².
+        temperature: T of both sides, as in :func:`fastloss.cross_entropy`. The loss is not multiplied by T².
         reduction: ``"mean"`` over the rows that count (TRL's ``"batchmean"``), ``"sum"`` or ``"none"``.
         softcap, teacher_softcap: of the student's and the teacher's logits, softcap · tanh(z / softcap).
         shift: as in :func:`fastloss.linear_cross_entropy`: position t counts if ``target[..., t + shift]`` does; the
             last ``shift`` positions don't.
-        chunk_size, memory_budget, skip_ignored, accumulate_grad: as in :func:`fastloss.linear_cross_entropy`.
+        chunk_size, memory_budget, skip_ignored, accumulate_grad, logits_dtype: as in
+            :func:`fastloss.linear_cross_entropy`, of both sides' logits.
         group: a ``torch.distributed`` process group, each of whose ranks has a shard of the classes, in rank order
             and of any size: ``linear_weight``, ``teacher_linear_weight`` and the biases are this rank's, of the same
             classes. The hidden states and the target are the same on every rank, and ``input``'s gradient is the
             whole of it. DTensors are refused.
+        logit_scale, teacher_logit_scale: of the student's and the teacher's logits, as in
+            :func:`fastloss.cross_entropy`.
 
     Returns:
         The divergence, ``()``; for "none" ``(…)``, of ``input``'s rows (all but the last ``shift`` of each sequence),
@@ -128,17 +136,17 @@ def linear_kl_div(
     """
     if checks.is_symbolic(input, linear_weight):
         return checks.symbolic(linear_kl_div, locals())
-    options = checked(
-        group, input, checks.checked_options, ignore_index=ignore_index, reduction=reduction, softcap=softcap
-    )
-    divergence = checked(group, input, checks.checked_divergence, beta, temperature, options.softcap, teacher_softcap)
-    switches = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad
-    places, chunking = checked(group, input, checked_chunking, *switches)
+    terms, scales = (ignore_index, reduction), (softcap, logit_scale, temperature)
+    chunking = chunk_size, memory_budget, shift, skip_ignored, accumulate_grad, logits_dtype
+    tensors: Any = input, linear_weight, target, linear_bias, None
+    arguments = checked_arguments(group, tensors, terms, scales, chunking)
+    of_teacher = beta, arguments.options, teacher_softcap, teacher_logit_scale, input
+    divergence = checked(group, input, checks.checked_divergence, *of_teacher)
     student = input, linear_weight, linear_bias
     teacher = teacher_input, teacher_linear_weight, teacher_linear_bias
-    checked(group, input, _check_tensors, student, teacher, target, places)
-    call = LinearOptions(options, dtype_of_logits(input), input.dtype, **chunking)
-    return _divergence(student, teacher, target, divergence, call, places, group)
+    checked(group, input, _check_tensors, student, teacher, target, arguments.shift)
+    call = LinearOptions(arguments.options, dtype_of_logits(input), input.dtype, **arguments.chunking)
+    return _divergence(student, teacher, target, divergence, call, arguments.shift, group)
 
 
 _Map = tuple[Tensor, Tensor, Tensor | None]  # the input, W and b of a linear map
@@ -238,17 +246,19 @@ def _divergence(
     x, y = x.reshape(rows, x.shape[-1]), y.detach().reshape(rows, y.shape[-1])
     # Where every row counts, the target has no elements.
     t = x.new_empty((rows, 0)) if target is None else as_labels(wide_labels(target))
-    call = dataclasses.replace(call, loss_dtype=checks.loss_dtype(x, t, None, call.compute_dtype))
+    call = dataclasses.replace(call, loss_dtype=checks.loss_dtype(x, t, None, call.chunk_dtype))
     dtype = dtype_of_logits(y)
-    more = row_of_logits(teacher_w, dtype) + teacher_w.shape[1] * dtype.itemsize
+    of_chunk = dtype_of_chunk(dtype, call.logits_dtype)
+    more = row_of_logits(teacher_w, of_chunk) + teacher_w.shape[1] * dtype.itemsize
     call = dataclasses.replace(call, chunk_row_bytes=more)
     map_of_teacher = y, teacher_w.detach(), None if teacher_b is None else teacher_b.detach()
     losses = _DivergenceLosses(map_of_teacher, dtype, options, call, choice.load(choice.choose(x)), layout)
     tensors = Tensors(x, w, b, t)
     if layout is None and (routes.is_traced(x, w.detach()) or rows == 0 or len(w) == 0):
         with torch.autocast(x.device.type, enabled=False):
-            narrow = (None if each is None else each.to(call.compute_dtype) for each in (x, w, b))
-            (loss,) = losses.composed(F.linear(*narrow), t, None)  # type: ignore[arg-type]
+            narrow: Any = [None if each is None else each.to(call.compute_dtype) for each in (x, w, b)]
+            logits = logits_of(Tensors._make([*narrow, t]), call)
+            (loss,) = losses.composed(logits, t, None)
     else:
         if call.accumulate_grad and w.requires_grad and not w.is_leaf:
             _refuse_accumulation()
@@ -327,8 +337,9 @@ class _DivergenceLosses(Losses):
         self._kl_div(z, self._teacher_logits(index), upstream.contiguous(), known)
 
     def composed(self, logits: Tensor, t: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
-        x, w, b = (None if each is None else each.to(self.teacher_dtype) for each in self.teacher)
-        loss = _composed_rows(logits, F.linear(x, w, b), self.divergence)  # type: ignore[arg-type]
+        narrow: Any = [None if each is None else each.to(self.teacher_dtype) for each in self.teacher]
+        call = dataclasses.replace(self.call, compute_dtype=self.teacher_dtype)
+        loss = _composed_rows(logits, logits_of(Tensors._make([*narrow, t]), call), self.divergence)
         loss, total = self._counted(self.counted(t), loss), self.total(t)
         if self.call.options.is_reduced:
             loss = loss.sum() if total is None else loss.sum() / total
@@ -382,39 +393,35 @@ class _DivergenceLosses(Losses):
         """Return the teacher's logits of some rows, ``(n, C)``, in one buffer for all chunks of a pass."""
         x, w, b = self.teacher
         if self._narrow is None:
-            self._narrow = w.to(self.teacher_dtype).t(), None if b is None else b.to(self.teacher_dtype)
-        columns, b = self._narrow
+            self._narrow = w.to(self.teacher_dtype), None if b is None else b.to(self.teacher_dtype)
+        w, b = self._narrow
         x = x[index].to(self.teacher_dtype)
         if self._buffer is None or self._buffer.shape[0] < x.shape[0]:
-            self._buffer = torch.empty(
-                (x.shape[0], row_of_logits(w, self.teacher_dtype) // self.teacher_dtype.itemsize),
-                dtype=self.teacher_dtype,
-                device=x.device,
-            )
-        z = self._buffer[: x.shape[0], : columns.shape[1]]
-        return torch.mm(x, columns, out=z) if b is None else torch.addmm(b, x, columns, out=z)
+            dtype = dtype_of_chunk(self.teacher_dtype, self.call.logits_dtype)
+            shape = x.shape[0], row_of_logits(w, dtype) // dtype.itemsize
+            self._buffer = torch.empty(shape, dtype=dtype, device=x.device)
+        z = self._buffer[: x.shape[0], : w.shape[0]]
+        project(x, w, b, z)
+        return z
 
     def _counted(self, counted: Tensor | None, numbers: Tensor) -> Tensor:
         return numbers if counted is None else torch.where(counted, numbers, 0.0)
 
     def _teacher_versions(self) -> list[int]:
-        return [each._version for each in self.teacher if each is not None and not each.is_inference()]
+        tensors = *self.teacher, *self.divergence.teacher.scalars()
+        return [each._version for each in tensors if each is not None and not each.is_inference()]
 
 
 def _composed_rows(x: Tensor, y: Tensor, options: DivergenceOptions) -> Tensor:
     """Return the rows' divergences ``(rows,)`` from logits ``(rows, C)``, by torch's own differentiable operators."""
     dtype = torch.promote_types(compute_dtype(x.dtype), compute_dtype(y.dtype))
 
-    def log_softmax(logits: Tensor, softcap: float | None) -> Tensor:
-        z = logits.to(dtype)
-        z = z if softcap is None else torch.tanh(z / softcap) * softcap
-        return (z / options.temperature).log_softmax(1)
-
     def mean(p: Tensor, log: Tensor) -> Tensor:
         return (p * torch.where(p == 0, 0.0, log)).sum(1)
 
-    log_s, log_t, beta = log_softmax(x, options.softcap), log_softmax(y, options.teacher_softcap), options.beta
-    s, t = log_s.exp(), log_t.exp()
+    sides = (x, options.student), (y, options.teacher)
+    log_s, log_t = (composite.scaled(z.to(dtype), scales).log_softmax(1) for z, scales in sides)
+    s, t, beta = log_s.exp(), log_t.exp(), options.beta
     if beta == 0:
         return mean(t, log_t - log_s)
     if beta == 1:

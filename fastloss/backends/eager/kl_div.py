@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..contract import DivergenceInputs, DivergenceRows
 from .chunks import Chunk, Scratch, chunks, row_dtype
-from .sweep import LOG2_E
+from .sweep import LOG2_E, Scaling, scaling_of
 from .workers import for_each
 
 __all__ = ["kl_div"]
@@ -80,20 +80,17 @@ class _Piece:
         known: DivergenceRows,
         dtype: torch.dtype,
     ) -> None:
-        student, teacher, _, options = inputs
-        self.x, self.options, self.dtype = chunk.of(student), options, dtype
+        student, teacher, _, self.options = inputs
+        self.x, self.dtype = chunk.of(student), dtype
+        self.scalings = [scaling_of(each, student.device) for each in (self.options.student, self.options.teacher)]
         self.numbers = [None if number is None else chunk.of(number) for number in numbers]
         self.known = [number is not None for number in known]
         self._teacher = chunk.of(teacher)
         self.s, self.t = self._sides()
 
     def _sides(self) -> tuple[_Side, _Side]:
-        options, lses = self.options, self.numbers[:2]
-        pairs = ((self.x, options.softcap, "student"), (self._teacher, options.teacher_softcap, "teacher"))
-        return tuple(  # type: ignore[return-value]
-            _side(x, cap, options.temperature, lse, known, self.dtype, use)
-            for (x, cap, use), lse, known in zip(pairs, lses, self.known[:2], strict=True)
-        )
+        sides = (self.x, self._teacher), self.scalings, self.numbers[:2], self.known[:2], ("student", "teacher")
+        return tuple(_side(*of_side, self.dtype) for of_side in zip(*sides, strict=True))  # type: ignore[return-value]
 
     def sums(self) -> Tensor:
         """Compute the rows' sums, and return what their gradient needs; ``below`` of the student holds its terms."""
@@ -136,7 +133,7 @@ class _Piece:
     def write_gradient(self, slope: Tensor, level: Tensor) -> None:
         """Write the gradient over the student's logits, at upstream gradients of the rows."""
         s, t, beta, x = self.s, self.t, self.options.beta, self.x
-        factor = (1 - beta if 0 < beta < 1 else 1.0) / self.options.temperature
+        factor = self.scalings[0].slope * (1 - beta if 0 < beta < 1 else 1.0)
         of_s = (slope * factor / s.total).to(self.dtype)
         out = x if x.dtype == self.dtype and s.tanh is None else s.below
         if beta == 0:
@@ -163,17 +160,14 @@ class _Side(NamedTuple):
     tanh: Tensor | None
 
 
-def _side(
-    x: Tensor, softcap: float | None, temperature: float, lse: Any, known: bool, dtype: torch.dtype, use: str
-) -> _Side:
-    """Return the softmax of z = softcap(x) / temperature, of a known lse, or one that is written to ``lse``."""
+def _side(x: Tensor, scaling: Scaling, lse: Any, known: bool, use: str, dtype: torch.dtype) -> _Side:
+    """Return the softmax of the logits of x, of a known lse, or one that is written to ``lse``."""
     below, e = (Scratch(f"{use}{number}", dtype, x.device).like(x) for number in range(2))
     z, tanh = x if x.dtype == dtype else below.copy_(x), None
-    if softcap is not None:
-        tanh = torch.div(z, softcap, out=Scratch(f"{use} tanh", dtype, x.device).like(x)).tanh_()
-        z = torch.mul(tanh, softcap, out=below)
-    if temperature != 1:
-        z = torch.div(z, temperature, out=below)
+    if scaling.capped:
+        z = tanh = torch.div(z, scaling.divisor, out=Scratch(f"{use} tanh", dtype, x.device).like(x)).tanh_()
+    if scaling.capped or isinstance(scaling.outer, Tensor) or scaling.outer != 1.0:
+        z = torch.mul(z, scaling.outer, out=below)
     if known:
         # In two parts, since the logits are near it and the difference must be exact.
         high = lse.to(dtype)
