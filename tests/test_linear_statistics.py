@@ -6,6 +6,7 @@ against torch's operators, and those operators themselves where errors are judge
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -170,6 +171,14 @@ def test_log_probabilities_are_those_of_the_loss(place: Place) -> None:
     torch.testing.assert_close(-parts.loss, parts.selected[:, 0], rtol=1e-6, atol=1e-6)
 
 
+def test_selected_classes_of_any_dtype_of_labels(place: Place) -> None:
+    case = with_ids(place)
+    expected = linear_cross_entropy_with_statistics(**case).selected
+    for dtype in (torch.int32, torch.uint8):
+        ours = linear_cross_entropy_with_statistics(**{**case, "selected": case["selected"].to(dtype)}).selected
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("skip_ignored", [None, False, True])
 @pytest.mark.parametrize("names", [("loss",), ("lse", "entropy")], ids="+".join)
 def test_ignored_rows_and_rows_without_a_gradient_may_hold_nan(
@@ -229,6 +238,73 @@ def test_rows_that_are_skipped_have_no_numbers_and_no_gradient(place: Place, few
         torch.testing.assert_close(
             part.to(expected), expected, rtol=2e-5, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+def drawn_call(place: Place, seed: int, form: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any], Any]:
+    """A call, upstream gradients of some parts, its options, and what chunks and which gradients there are."""
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    lead, classes = draw.choice([(3,), (17,), (2, 9), (40,)]), draw.choice([2, 5, 33])
+    options = {
+        "reduction": draw.choice(REDUCTIONS),
+        "label_smoothing": draw.choice([0.0, 0.2]),
+        "lse_square_scale": draw.choice([0.0, 0.1]),
+        "softcap": draw.choice([None, 2.5]),
+        "ignore_index": draw.choice([-100, 0, 1]),
+        "shift": len(lead) > 1 and draw.random() < 0.5,
+    }
+    sizes: dict[str, Any] = {"dtype": torch.float64, "features": draw.choice([1, 5]), "classes": classes}
+    bias, weighted, ids = draw.random() < 0.5, draw.random() < 0.5, draw.choice([None, 1, 3])
+    case = with_ids(place, *lead, ids=ids or 1, bias=bias, weighted=weighted, **sizes)
+    case["selected"] = None if ids is None else case["selected"]
+    ignored = torch.rand(lead, device=place.device) < draw.choice([0.0, 0.05, 0.5])
+    case["target"].clamp_(min=0).masked_fill_(ignored, options["ignore_index"])
+    names = NUMBERS if ids is not None else NUMBERS[:-1]
+    upstreams = upstreams_of(case, tuple(draw.sample(names, draw.randint(1, len(names)))), **options)
+    trained = [name for name in ("linear_weight", "linear_bias") if case[name] is not None and draw.random() < 0.7]
+    how = {
+        "trained": ("input", *trained),
+        "skip_ignored": draw.choice([None, True, False]),
+        "chunk_size": draw.choice([None, 1, 4, 16]),
+        "create_graph": form == "create_graph",
+    }
+    return case, upstreams, options, how
+
+
+def check_drawn(place: Place, seed: int, form: str) -> None:
+    """Parts and gradients in float64; rows that are skipped have none of both, whatever they hold."""
+    case, upstreams, options, how = drawn_call(place, seed, form)
+    target, shift = case["target"], options["shift"]
+    skipped = (target == options["ignore_index"]) & (how["skip_ignored"] is True)
+    hidden = skipped[..., 1:] if shift else skipped
+
+    def of_counted(values: Tensor) -> Tensor:
+        mask = hidden if values.dim() == hidden.dim() else hidden.unsqueeze(-1)
+        return values.masked_fill(mask, 0) if values.dim() else values
+
+    counted = {name: of_counted(upstream) for name, upstream in upstreams.items()}
+    exact = run(plain, case, counted, trained=how["trained"], **options)
+    x = case["input"].clone()
+    (x[..., :-1, :] if shift else x)[hidden] = torch.nan
+    function: Any = linear_cross_entropy_with_statistics
+    if form == "compiled":
+        torch._dynamo.reset()
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
+    ours = run(function, {**case, "input": x}, upstreams, **how, **options, **EVERY)
+    assert ours.keys() == exact.keys()
+    for name, part in ours.items():
+        right = exact[name] if "gradient" in name else of_counted(exact[name])
+        torch.testing.assert_close(
+            part, right, rtol=1e-9, atol=1e-9, equal_nan=True, msg=lambda words, name=name: f"{seed} {name}: {words}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("form", "seeds"), [("by chunks", range(40)), ("create_graph", range(20)), ("compiled", range(3))], ids=str
+)
+def test_random_calls(place: Place, form: str, seeds: range) -> None:
+    for seed in seeds:
+        check_drawn(place, seed, form)
 
 
 @pytest.mark.parametrize("skip_ignored", [None, True])
@@ -334,7 +410,7 @@ def test_float16_with_a_loss_scale(place: Place) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none", "label_smoothing": 0.1, "shift": True}], ids=str)
 def test_compiled_in_one_graph(place: Place, options: dict[str, Any], fresh_compiler: None) -> None:
-    case = with_ids(place, 3, 5, bias=True)
+    case = with_ids(place, 3, 5, bias=True, weighted=True)
     upstreams = upstreams_of(case, NUMBERS, **options)
     options = {**options, **EVERY, "chunk_size": 4}
     compiled = torch.compile(linear_cross_entropy_with_statistics, fullgraph=True, backend="aot_eager")

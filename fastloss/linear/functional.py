@@ -70,7 +70,8 @@ def linear_cross_entropy(
         shift: the label of position t is ``target[..., t + shift]``; the last ``shift`` positions have none and are
             ignored. True is 1, as in training on next tokens; a head that predicts later tokens has a greater one.
             ``input`` is ``(…, T, D)`` and ``target`` ``(…, T)``. Instead of copies of ``input[..., :-shift, :]`` and
-            ``target[..., shift:]`` there is one of the labels.
+            ``target[..., shift:]`` there is one of the labels. With ``shift`` ≥ T no token counts: a mean is NaN,
+            as torch's is of ignored labels alone, and a sum 0.
         chunk_size: rows of a chunk. By default :func:`fastloss.linear.chunks.rows_of_chunk` has the rule.
         memory_budget: in bytes, for what is held beside inputs and gradients; the chunk is as large as it allows. On
             a CPU the few megabytes that its kernels keep from call to call come on top.

@@ -55,7 +55,9 @@ class RowVisitor:
         wanted: WantedParts,
         every_row: bool,
     ) -> None:
-        self.weight = None if weight is None else in_memory(weight.detach())
+        self.weight = None if weight is None else weight.detach()
+        if self.weight is not None and backend is not None:  # a compiler does not ask where numbers lie
+            self.weight = in_memory(self.weight)
         self.options, self.backend, self.every_row = options, cast(Backend, backend), every_row
         self.wanted = wanted.numbers()._replace(every_row=every_row)
         given = {"lse": True, "label_logit": True, "weighted_sum": options.label_smoothing != 0}
