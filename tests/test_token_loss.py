@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -84,19 +85,21 @@ def run(
     upstream: Tensor | float = 1.0,
     dtype: torch.dtype | None = None,
     trained: tuple[str, ...] = NAMES,
-    of: str = "ours",
+    of: Any = "ours",
+    create_graph: bool = False,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Loss, log-probabilities and the gradients of those that are trained, by name."""
     tensors, leaves = with_leaves(case, dtype, trained)
-    if of == "ours":
+    if of != "plain":
         tensors.pop("weight", None)
         x, w, t = (tensors.pop(name) for name in ("input", "linear_weight", "target"))
-        result = linear_token_loss(x, w, t, token_loss, *inputs, **tensors, **options)
+        function = linear_token_loss if of == "ours" else of
+        result = function(x, w, t, token_loss, *inputs, **tensors, **options)
     else:
         result = plain(**tensors, token_loss=token_loss, inputs=inputs, **options)
     upstream = torch.as_tensor(upstream, device=result.loss.device).to(result.loss.dtype).expand_as(result.loss)
-    gradients = torch.autograd.grad(result.loss, list(leaves.values()), upstream)
+    gradients = torch.autograd.grad(result.loss, list(leaves.values()), upstream, create_graph=create_graph)
     found = {"loss": result.loss.detach(), "log_probs": result.log_probs.detach()}
     return found | dict(zip(leaves, gradients, strict=True))
 
@@ -188,6 +191,54 @@ def test_padding_may_hold_nan(place: Place, skip_ignored: bool | None) -> None:
     assert (ours["input"][ignored] == 0).all()
 
 
+def check_drawn(place: Place, seed: int, form: str) -> None:
+    """Loss, numbers and gradients in float64; ignored tokens have none, whatever they hold."""
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    lead, shift = draw.choice([((3,), False), ((17,), False), ((40,), False), ((2, 9), False), ((2, 9), True)])
+    case = make(place, *lead, dtype=torch.float64, classes=draw.choice([2, 5, 33]), bias=draw.random() < 0.5)
+    del case["weight"]
+    ignore_index = draw.choice([-100, 1])
+    ignored = torch.rand(lead, device=place.device) < draw.choice([0.0, 0.05, 0.5])
+    case["target"].clamp_(min=0).masked_fill_(ignored, ignore_index)
+    token_loss, entropy = FUNCTIONS[draw.choice(list(FUNCTIONS))]
+    options = {"entropy": entropy, "reduction": draw.choice(REDUCTIONS), "ignore_index": ignore_index}
+    options["softcap"] = draw.choice([None, 2.5])
+    inputs = [torch.randn(lead, device=place.device).double() - 1 for _ in range(3)]
+    trained = ("input", *(name for name in ("linear_weight", "linear_bias") if draw.random() < 0.7))
+    cut, moved = dict(case), inputs
+    if shift:
+        cut |= {"input": case["input"][:, :-1], "target": case["target"][:, 1:]}
+        moved = [each[:, 1:] for each in inputs]
+    counted = cut["target"] != ignore_index
+    upstream = torch.randn(cut["target"].shape if options["reduction"] == "none" else (), dtype=torch.float64)
+    exact = run(cut, token_loss, moved, upstream, trained=trained, of="plain", **options)
+    for each, hidden in ((cut["input"], ~counted), *((each, ~counted) for each in moved)):
+        each[hidden] = torch.nan  # views of what is given
+    function: Any = linear_token_loss
+    if form == "compiled":
+        torch._dynamo.reset()
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
+    how = {"skip_ignored": draw.choice([None, True, False]), "chunk_size": draw.choice([None, 1, 4, 16])}
+    ours = run(case, token_loss, inputs, upstream, trained=trained, of=function, create_graph=form == "create_graph",
+               shift=shift, **how, **options)  # fmt: skip
+    if shift:
+        assert (ours["input"][:, -1] == 0).all()
+        ours["input"] = ours["input"][:, :-1]
+    for name, tensor in ours.items():
+        torch.testing.assert_close(
+            tensor, exact[name], rtol=1e-8, atol=1e-8, equal_nan=True, msg=lambda w, name=name: f"{seed} {name}: {w}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("form", "seeds"), [("by chunks", range(30)), ("create_graph", range(15)), ("compiled", range(2))], ids=str
+)
+def test_random_calls(place: Place, form: str, seeds: range) -> None:
+    for seed in seeds:
+        check_drawn(place, seed, form)
+
+
 def test_no_row_counts(place: Place) -> None:
     case = make(place)
     case["target"].fill_(-100)
@@ -230,14 +281,14 @@ def test_the_function_is_called_once_a_chunk_and_its_results_have_no_graph(place
     case, calls = make(place, 10), []
 
     def counted(log_probs: Tensor, entropy: Tensor, number: Tensor) -> Tensor:
-        calls.append((log_probs.shape, number.tolist(), entropy is not None, log_probs.is_leaf))
+        calls.append((log_probs.shape, number.tolist(), entropy is not None, log_probs.requires_grad))
         return -log_probs * number
 
     case["target"].clamp_(min=0)
     x, number = case["input"].requires_grad_(), torch.arange(10.0, device=place.device)
     result = linear_token_loss(x, case["linear_weight"], case["target"], counted, number, entropy=True, chunk_size=4)
     result.loss.backward()
-    assert [(shape[0], numbers[0], given, leaf) for shape, numbers, given, leaf in calls] == [
+    assert [(shape[0], numbers[0], given, graph) for shape, numbers, given, graph in calls] == [
         (4, 0.0, True, True),
         (4, 4.0, True, True),
         (2, 8.0, True, True),
@@ -361,6 +412,7 @@ REFUSED: dict[str, tuple[Any, tuple[Any, ...], type[Exception], str]] = {
     "a number": (dft, (2.0,), TypeError, r"token input 0 is a float; expected a Tensor of target's shape \(11,\)"),
     "a short one": (dft, (ONES, ONES[:3]), ValueError, r"token input 1 has shape \(3,\); expected \(11,\)"),
     "a write": (lambda p, h, a: -p * a.mul_(2), (ONES.clone(),), RuntimeError, "token_loss writes to token input 0"),
+    "a write to log p": (lambda p, h: p.clamp_(max=-1), (), RuntimeError, "token_loss writes to log_probs"),
     "of one argument": (
         lambda p: p,
         (ONES,),
@@ -383,27 +435,82 @@ def test_what_is_refused(place: Place, name: str) -> None:
 
 MIXTURES: dict[str, Any] = {
     "a mask's sum": lambda p, h, mask: -p * mask / mask.sum(),
+    "a small share": lambda p, h, mask: -1e-7 * p * mask / mask.sum(),
+    "the greatest": lambda p, h, mask: p * mask / mask.amax(),
     "a detached mean": lambda p, h, mask: -p * (p - p.mean()).detach(),
     "the number of tokens": lambda p, h, mask: -p / len(p),
+    "places": lambda p, h, mask: p * torch.arange(1.0, len(p) + 1, device=p.device),
 }
 
 
 @pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_other_mixtures_are_found_where_validation_is_on(
-    place: Place, name: str, trained: bool, monkeypatch: pytest.MonkeyPatch
+    place: Place, name: str, chunk_size: int | None, trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In chunks of one token, too."""
     case = make(place)
     case["input"].requires_grad_(trained)
-    mask = 0.5 + torch.rand(ROWS, device=place.device)
-    arguments = (case["input"], case["linear_weight"], case["target"])
-    linear_token_loss(*arguments, MIXTURES[name], mask)
+    mask = torch.linspace(0.5, 1.5, ROWS, device=place.device)
+    arguments, mixture = (case["input"], case["linear_weight"], case["target"]), MIXTURES[name]
+    linear_token_loss(*arguments, mixture, mask)
     monkeypatch.setenv("FASTLOSS_VALIDATE", "1")
-    with pytest.raises(RuntimeError, match=r"token_loss mixes tokens: it gives .* to a token alone"):
-        linear_token_loss(*arguments, MIXTURES[name], mask)
-    linear_token_loss(*arguments, lambda p, h, mask: -p * mask / 3, mask)
-    if trained:
-        linear_token_loss(*arguments, lambda p, h, mask: F.dropout(-p * mask), mask)  # another in each call
+    with pytest.raises(RuntimeError, match=r"token_loss mixes tokens: it gives .* beside others"):
+        linear_token_loss(*arguments, mixture, mask, chunk_size=chunk_size)
+    linear_token_loss(*arguments, lambda p, h, mask: -p * mask / 3, mask, chunk_size=chunk_size)
+
+
+POINTWISE: dict[str, Callable[..., Tensor]] = {
+    "small differences": lambda p, h, m: 1e4 * ((p.detach() + 1e-4 * m - p).exp() - (p.detach() + 1e-4 * m - p) - 1),
+    "sigmoid": lambda p, h, m: torch.sigmoid(p) ** 0.3 * h.log1p() * m.tanh(),
+    "special": lambda p, h, m: torch.special.erfcx(-p) * torch.lgamma(h + 1.5) + m.sin().atan2(p),
+    "dropout": lambda p, h, m: F.dropout(p, 0.5) * m,
+    "infinite": lambda p, h, m: torch.where(m > 1, p / (m - m), -p),
+    "whole numbers": lambda p, h, m: p * (m > 0.5) * m.long(),
+    "of one chunk alone": lambda p, h, m: p * torch.arange(ROWS, device=p.device),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", POINTWISE)
+def test_what_does_not_mix_tokens_is_served(
+    place: Place, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of tokens; the check changes no random number and no argument of the caller."""
+    monkeypatch.setenv("FASTLOSS_VALIDATE", "1")
+    for rows, chunk_size in ((ROWS, None), (1, None), (2, 1), (77, None), (77, 75), (300, 130)):
+        if name == "of one chunk alone" and rows != ROWS:
+            continue
+        case = make(place, rows, dtype=dtype)
+        case["target"].clamp_(min=0)
+        inputs = torch.randn(rows, device=place.device, dtype=dtype)
+        before, x = inputs.clone(), case["input"].requires_grad_()
+
+        def plain_loss(x: Tensor, case: dict[str, Any] = case, inputs: Tensor = inputs) -> Tensor:
+            log_p = F.linear(x, case["linear_weight"]).log_softmax(-1)
+            h, p = -(log_p.exp() * log_p).sum(-1), log_p.gather(1, case["target"].unsqueeze(1)).squeeze(1)
+            return POINTWISE[name](p * 1, h * 1, inputs.clone())
+
+        torch.manual_seed(5)
+        ours = linear_token_loss(
+            x, case["linear_weight"], case["target"], POINTWISE[name], inputs, entropy=True, reduction="none",
+            chunk_size=chunk_size,
+        )  # fmt: skip
+        after = torch.rand(1)
+        assert torch.equal(inputs, before)
+        torch.manual_seed(5)
+        exact = plain_loss(x)
+        if chunk_size is None and rows <= 256:
+            assert torch.equal(after, torch.rand(1))
+        if name not in ("dropout", "small differences"):
+            torch.testing.assert_close(ours.loss, exact, rtol=1e-4, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(ours.log_probs, plain_log_probs(case), rtol=1e-4, atol=1e-4)
+
+
+def plain_log_probs(case: dict[str, Any]) -> Tensor:
+    log_p = F.linear(case["input"], case["linear_weight"]).log_softmax(-1)
+    return log_p.gather(1, case["target"].unsqueeze(1)).squeeze(1).detach()
 
 
 def test_other_targets_are_refused() -> None:

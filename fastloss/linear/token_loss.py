@@ -76,7 +76,9 @@ def linear_token_loss(
             operators, and writes to none of its arguments. A token's loss may depend on its own numbers alone: a mean
             over tokens, or over a sequence, is none of a chunk, and changes with the chunks. (On a CPU a function
             that mixes the log-probabilities of tokens is refused; elsewhere with ``FASTLOSS_VALIDATE=1``, which also
-            finds mixtures of token inputs and of what is detached: it calls the function for single tokens too.)
+            finds mixtures of token inputs and of what is detached: in the first chunk it calls the function for
+            tokens beside other ones too. Functions with randomness or a state, and those that take no other number of
+            tokens, are not compared; nor is anything where a compiler or a transform sees all tokens at once.)
             Tensors that require grad are refused: nothing but ``log_probs`` and ``entropy`` gets a gradient. Tokens
             that are ignored may be among them, with a log-probability of 0; their losses are not used.
         token_inputs: constants of each token, in ``target``'s shape: advantages, old log-probabilities, a mask.
@@ -209,7 +211,7 @@ def _check_signature(token_loss: Callable[..., Tensor], token_inputs: int) -> No
         raise TypeError(
             f"fastloss: token_loss takes {signature}; it is called with log_probs, entropy (or None) and "
             f"{token_inputs} token inputs: {error}"
-        ) from None
+        ) from error
 
 
 def _flat(each: Tensor, shape: tuple[int, ...], shift: int) -> Tensor:
