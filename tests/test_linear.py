@@ -453,6 +453,30 @@ def test_a_single_row_without_a_dimension(place: Place, kind: str, reduction: st
     assert_no_worse(ours, run(torchs, case), run(torchs, case, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+@pytest.mark.parametrize("form", ["transformed", "compiled", "create_graph"])
+def test_padding_may_hold_nan_in_every_form(place: Place, form: str, logits_dtype: torch.dtype | None) -> None:
+    case = make(place, 12, dtype=torch.float64 if logits_dtype is None else torch.bfloat16)
+    case["target"].clamp_(min=0)[3:6] = -100
+    padded = case["input"].clone()
+    padded[3:6] = torch.nan
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(x, w, case["target"], chunk_size=5, logits_dtype=logits_dtype)
+
+    def gradients(x: Tensor, form: str) -> tuple[Tensor, ...]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, case["linear_weight"])]
+        if form == "transformed":
+            return torch.func.grad(loss, (0, 1))(x, case["linear_weight"])
+        torch._dynamo.reset()
+        function = torch.compile(loss, backend="aot_eager", fullgraph=True) if form == "compiled" else loss
+        return torch.autograd.grad(function(*leaves), leaves, create_graph=form == "create_graph")
+
+    for mine, right in zip(gradients(padded, form), gradients(case["input"], "by chunks"), strict=True):
+        tolerance = 1e-9 if logits_dtype is None else 1e-2
+        torch.testing.assert_close(mine, right, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_rows(place: Place, shape: tuple[int, ...], reduction: str) -> None:

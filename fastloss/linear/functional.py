@@ -21,7 +21,7 @@ from ..ranks import placements
 from . import compiled, sharded
 from .arguments import Arguments, check_shapes, checked_arguments, dtype_of_logits, of_rows, shifted_labels
 from .autograd import by_chunks
-from .chunks import LinearOptions, Losses, Tensors, dtype_of_chunk, logits_of, rows_of_chunk
+from .chunks import LinearOptions, Losses, Tensors, dtype_of_chunk, logits_of, of_counted, rows_of_chunk
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_accuracy", "prepared"]
 
@@ -197,7 +197,9 @@ def _loss_and_accuracies(arguments: Arguments, group: Any) -> tuple[Tensor, tupl
         compiled.count_operations_in(modes)
         loss, values = compiled.linear_loss_and_accuracies(tensors, weight, call)
     elif composed:
-        loss, values = routes.composed(logits_of(tensors, call), t, weight, options)
+        counted = None if t.is_floating_point() else t != options.ignore_index
+        logits = logits_of(tensors._replace(input=of_counted(x, counted)), call)
+        loss, values = routes.composed(logits, t, weight, options)
     else:
         loss, *of_ks = by_chunks(tensors, Losses(weight, call, choice.load(choice.choose(input))))
         values = tuple(of_ks)
