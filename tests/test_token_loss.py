@@ -250,6 +250,19 @@ def test_no_row_counts(place: Place) -> None:
     assert (torch.autograd.grad(result.loss, x)[0] == 0).all()
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("skip_ignored", [None, False, True])
+def test_gradients_are_none_where_no_token_counts(place: Place, skip_ignored: bool | None, reduction: str) -> None:
+    """Though a mean is NaN then."""
+    for dtype in (torch.float32, torch.float16):
+        case = make(place, dtype=dtype)
+        leaves = [case[name].requires_grad_() for name in ("input", "linear_weight")]
+        case["target"].fill_(-100)
+        result = linear_token_loss(*leaves, case["target"], dft, reduction=reduction, skip_ignored=skip_ignored)
+        assert bool(result.loss.isnan().all()) == (reduction == "mean")
+        assert all(not gradient.any() for gradient in torch.autograd.grad(result.loss.sum(), leaves))
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [({}, 3), ({"reduction": "sum"}, 3), ({"reduction": "none"}, 4), ({"accumulate_grad": True}, 4)],

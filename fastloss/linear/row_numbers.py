@@ -302,8 +302,9 @@ class TokenLosses(_RowwiseLosses):
         self._is_checked = True
         kept = [number.double() for number in given]
         if any(needs):
-            upstreams = derivatives if total is None else [derivative / total for derivative in derivatives]
-            self._write(upstreams, t, z, numbers)
+            # Where no token counts the mean is 0 / 0, and no token has a gradient.
+            upstreams = (each if total is None else of_counted(each / total, counted) for each in derivatives)
+            self._write(list(upstreams), t, z, numbers)
         elif self.trained:
             kept += [*derivatives, *(numbers[name] for name in self.visitor.names)]
         loss = values.sum(dtype=torch.float64) if self.call.options.is_reduced else values
@@ -323,7 +324,8 @@ class TokenLosses(_RowwiseLosses):
             saved[count : 2 * count],
             dict(zip(self.visitor.names, saved[2 * count :], strict=True)),
         )
-        self._write([derivative * upstream for derivative in derivatives], t, z, numbers)
+        counted = self._counted(t)
+        self._write([of_counted(derivative * upstream, counted) for derivative in derivatives], t, z, numbers)
 
     def composed(self, logits: Tensor, t: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
         return self.outputs_of_logits(logits, t)[:1]
