@@ -311,6 +311,14 @@ def test_ignored_rows_of_a_divergence_may_hold_anything(place: Place) -> None:
             found = run(linear_kl_div, case, beta=0.3, reduction=reduction, chunk_size=4, **how)
             for name, tensor in found.items():
                 torch.testing.assert_close(tensor, expected[name], msg=name)
+    x = case["input"].requires_grad_()
+    (gradient,) = torch.autograd.grad(linear_kl_div(**case, beta=0.3), x, create_graph=True)
+    (expected,) = torch.autograd.grad(linear_kl_div(**case, beta=0.3), x)
+    torch.testing.assert_close(gradient.detach(), expected)
+    w = case.pop("linear_weight")
+    of_func = torch.func.grad(lambda w: linear_kl_div(linear_weight=w, **case, beta=0.3))(w)
+    assert of_func.isfinite().all()
+    case["linear_weight"] = w
     case["target"].fill_(-100)
     assert linear_kl_div(**case).isnan()
     assert linear_kl_div(**case, reduction="sum") == 0

@@ -32,6 +32,7 @@ from .chunks import (
     Tensors,
     dtype_of_chunk,
     logits_of,
+    of_counted,
     project,
     row_of_logits,
     rows_of_chunk,
@@ -256,7 +257,8 @@ def _divergence(
     tensors = Tensors(x, w, b, t)
     if layout is None and (routes.is_traced(x, w.detach()) or rows == 0 or len(w) == 0):
         with torch.autocast(x.device.type, enabled=False):
-            narrow: Any = [None if each is None else each.to(call.compute_dtype) for each in (x, w, b)]
+            tensors = tensors._replace(input=of_counted(x, losses.counted(t)))
+            narrow: Any = [None if each is None else each.to(call.compute_dtype) for each in tensors[:3]]
             logits = logits_of(Tensors._make([*narrow, t]), call)
             (loss,) = losses.composed(logits, t, None)
     else:
@@ -315,11 +317,11 @@ class _DivergenceLosses(Losses):
         upstream = None
         if any(needs):
             upstream = torch.ones(z.shape[0], dtype=torch.float64, device=z.device)
-            upstream = self._counted(counted, upstream if total is None else upstream / total)
+            upstream = of_counted(upstream if total is None else upstream / total, counted)
         rows = self._visited(self._teacher_logits(index), z, upstream)
         assert rows.loss is not None
         # A divergence is not negative; its sum may be, by rounding.
-        loss = self._counted(counted, rows.loss.clamp(min=0.0))
+        loss = of_counted(rows.loss.clamp(min=0.0), counted)
         saved = [] if upstream is not None else [number for number in rows if number is not None]
         return ChunkLoss(loss.sum() if self.call.options.is_reduced else loss.to(self.loss_dtype), None, saved)
 
@@ -332,15 +334,18 @@ class _DivergenceLosses(Losses):
                 "fastloss: a tensor of linear_kl_div's teacher was written to before the backward pass, which needs "
                 "it; pass a clone of it"
             )
-        upstream = self._counted(self.counted(t), upstream)
+        upstream = of_counted(upstream, self.counted(t))
         known = DivergenceRows(*saved)
         self._kl_div(z, self._teacher_logits(index), upstream.contiguous(), known)
 
     def composed(self, logits: Tensor, t: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
-        narrow: Any = [None if each is None else each.to(self.teacher_dtype) for each in self.teacher]
+        x, w, b = self.teacher
+        counted = self.counted(t)
+        tensors = of_counted(x, counted), w, b
+        narrow: Any = [None if each is None else each.to(self.teacher_dtype) for each in tensors]
         call = dataclasses.replace(self.call, compute_dtype=self.teacher_dtype)
         loss = _composed_rows(logits, logits_of(Tensors._make([*narrow, t]), call), self.divergence)
-        loss, total = self._counted(self.counted(t), loss), self.total(t)
+        loss, total = of_counted(loss, counted), self.total(t)
         if self.call.options.is_reduced:
             loss = loss.sum() if total is None else loss.sum() / total
         return (loss.to(self.call.loss_dtype),)
@@ -403,9 +408,6 @@ class _DivergenceLosses(Losses):
         z = self._buffer[: x.shape[0], : w.shape[0]]
         project(x, w, b, z)
         return z
-
-    def _counted(self, counted: Tensor | None, numbers: Tensor) -> Tensor:
-        return numbers if counted is None else torch.where(counted, numbers, 0.0)
 
     def _teacher_versions(self) -> list[int]:
         tensors = *self.teacher, *self.divergence.teacher.scalars()
