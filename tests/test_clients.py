@@ -51,6 +51,8 @@ def test_every_recipe_is_run_here() -> None:
         "A causal language model without its logits",
         "Logits that are scaled",
         "Losses of tokens",
+        "TRL's trainers",
+        "TRL's SFT and GRPO in three products",
         "Distillation without logits",
         "PyTorch Lightning",
         "Mixup",
@@ -246,6 +248,215 @@ def test_losses_of_tokens() -> None:
     their_weights = dict(theirs.named_parameters())
     for name, weight in ours.named_parameters():
         torch.testing.assert_close(weight, their_weights[name], rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------- TRL
+
+Batch = dict[str, Any]
+TOKENS, PADDING = 300, 0
+SCALED: Batch = {"of_model": {"tie_word_embeddings": True, "logits_scaling": 0.5, "final_logit_softcapping": 3.0}}
+
+
+def trl_trainer(name: str | type, folder: Path, model: Any, **options: Any) -> Any:
+    """Return TRL's trainer of that name, or a subclass of one, for a copy of ``model`` with other weights."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = {"<pad>": PADDING, "<eos>": 1, **{f"w{i}": i for i in range(2, TOKENS)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<eos>"
+    )
+    trainer = getattr(trl, name) if isinstance(name, str) else name
+    kind = next(each.__name__ for each in trainer.__mro__ if each.__module__.startswith("trl."))
+    rows: dict[str, Batch] = {
+        "SFTTrainer": {"prompt": "w2 w3", "completion": " w4"},
+        "DPOTrainer": {"prompt": "w2 w3", "chosen": " w4", "rejected": " w5"},
+        "GRPOTrainer": {"prompt": "w2 w3"},
+    }
+    given: Batch = {"train_dataset": datasets.Dataset.from_list([rows[kind]] * 8), "processing_class": tokenizer}
+    if kind == "GRPOTrainer":
+        given["reward_funcs"] = lambda completions, **_: [float(len(set(each))) for each in completions]
+    arguments = getattr(trl, kind.replace("Trainer", "Config"))(
+        str(folder), report_to="none", use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, **options
+    )
+    result = trainer(copy.deepcopy(model), args=arguments, **given)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # a step away from the reference, which TRL loads from the disk
+        for weight in result.model.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=generator)
+    return result
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Any]:
+    """Return a function that makes a model which is on the disk, where TRL looks for the reference of it."""
+
+    def make(**options: Any) -> Any:
+        transformers = pytest.importorskip("transformers")
+        llama(TOKENS, 32, **options).save_pretrained(tmp_path / "model")
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+
+    return make
+
+
+def of_model(saved: Callable[..., Any], options: Batch) -> tuple[Any, Batch]:
+    """Return the model that a case asks for, and its options of the trainer."""
+    others = {name: value for name, value in options.items() if name != "of_model"}
+    return saved(**options.get("of_model", {})), others
+
+
+def sequences(rows: int, length: int, prompt: int) -> Batch:
+    """Return tokens of which the first are a prompt and the last padding, as many as may be."""
+    tokens, place = torch.randint(2, TOKENS, (rows, length)), torch.arange(length)
+    ends = torch.randint(prompt + 1, length + 1, (rows, 1))
+    attended = (place < ends).long()
+    tokens = tokens.masked_fill(attended == 0, PADDING)
+    return {"input_ids": tokens, "attention_mask": attended, "completion_mask": attended * (place >= prompt)}
+
+
+def trl_batch(kind: str, beta: float = 0.0) -> Batch:
+    """Return the inputs of a step of TRL's trainer."""
+    length, prompt = 12, 4
+    batch = sequences(6, length, prompt)
+    if kind == "SFT":
+        counted = batch.pop("completion_mask")
+        return {**batch, "labels": batch["input_ids"].masked_fill(counted == 0, -100)}
+    if kind == "DPO":
+        return batch
+    completion_mask = batch["completion_mask"][:, prompt:]
+    numbers = {name: torch.randn(completion_mask.shape) / 4 - 5.7 for name in ("old", "ref")}
+    return {
+        "prompt_ids": batch["input_ids"][:, :prompt],
+        "prompt_mask": batch["attention_mask"][:, :prompt],
+        "completion_ids": batch["input_ids"][:, prompt:],
+        "completion_mask": completion_mask,
+        "advantages": torch.randn(len(completion_mask)),
+        "old_per_token_logps": numbers["old"],
+        "num_items_in_batch": completion_mask.sum(),
+        **({"ref_per_token_logps": numbers["ref"]} if beta else {}),
+    }
+
+
+def step_of(trainer: Any, batch: Batch, **named: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+    """Return the loss, the gradient of each parameter and the numbers that are logged."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(trainer.model, dict(batch), **named)
+    loss.backward()
+    gradients = {name: each.grad for name, each in trainer.model.named_parameters()}
+    return loss, gradients, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def assert_same_step(ours: Any, theirs: Any, logged: set[str]) -> None:
+    (loss, gradients, numbers), (their_loss, their_gradients, their_numbers) = ours, theirs
+    torch.testing.assert_close(loss, their_loss)
+    assert gradients.keys() == their_gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, their_gradients[name])
+    assert logged <= numbers.keys()
+    for name, value in numbers.items():
+        assert value == pytest.approx(their_numbers[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options", "logged"),
+    [
+        ("SFT", SCALED, {"entropy", "mean_token_accuracy"}),
+        ("SFT", {"loss_type": "dft"}, {"entropy"}),
+        ("DPO", {"use_weighting": True}, {"logits/chosen", "mean_token_accuracy", "entropy", "rewards/margins"}),
+        ("DPO", {"loss_type": "ipo"}, {"logits/rejected"}),
+        ("GRPO", {"beta": 0.1, "temperature": 0.7}, {"kl", "entropy", "clip_ratio/region_mean"}),
+        ("GRPO", {"loss_type": "cispo", "epsilon_high": 5.0, "entropy_coef": 0.01}, {"entropy"}),
+    ],
+)
+def test_trl(
+    kind: str, options: Batch, logged: set[str], saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every trainer's loss, its gradients and what it logs are those over TRL's own kernel."""
+    trl = pytest.importorskip("trl")
+    batch, first, options = trl_batch(kind, options.get("beta", 0.0)), *of_model(saved, options)
+    theirs = trl_trainer(f"{kind}Trainer", tmp_path, first, **options)
+    their_step = step_of(theirs, batch)
+    monkeypatch.setattr(
+        trl.trainer.utils, "_ChunkedLogProbFunction", trl.trainer.utils._ChunkedLogProbFunction
+    )  # back at the end
+    of_recipe = recipe("TRL's trainers")()["TokenNumbers"]
+    assert trl.trainer.utils._ChunkedLogProbFunction is of_recipe
+    ours = trl_trainer(f"{kind}Trainer", tmp_path, first, **options)
+    assert_same_step(step_of(ours, batch), their_step, logged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        ("SFT", {}, {"num_items_in_batch": torch.tensor(29)}),
+        ("SFT", SCALED, {}),
+        ("GRPO", {}, {}),
+        ("GRPO", {**SCALED, "beta": 0.1, "temperature": 0.7, "epsilon_high": 0.28}, {}),
+        ("GRPO", {"beta": 0.1, "loss_type": "grpo", "use_bias_correction_kl": False}, {}),
+    ],
+)
+def test_trl_in_three_products(
+    kind: str, options: Batch, named: Batch, saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss, its gradients and what is logged are TRL's, whose kernel is not called. All of it is computed within
+    the model's forward, so that DDP, of one process here that triples what it averages, sees every gradient.
+    """
+    trl = pytest.importorskip("trl")
+    batch, first, options = trl_batch(kind, options.get("beta", 0.0)), *of_model(saved, options)
+    if kind == "GRPO" and options.get("temperature"):
+        batch["tool_mask"] = torch.randint(2, batch["completion_mask"].shape)
+    their_step = step_of(trl_trainer(f"{kind}Trainer", tmp_path, first, **options), batch, **named)
+    trainer = recipe("TRL's SFT and GRPO in three products")()[f"Token{kind}Trainer"]
+    ours = trl_trainer(trainer, tmp_path, first, **options)
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", None)
+    logged = {"mean_token_accuracy"} if kind == "SFT" else {"entropy"}
+    our_step = step_of(ours, batch, **named)
+    assert_same_step(our_step, their_step, logged)
+    gradients = {name: gradient.clone() for name, gradient in our_step[1].items()}
+    ours.model.zero_grad()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(ours.model)
+        wrapped.register_comm_hook(None, tripled)
+        ours.compute_loss(wrapped, dict(batch), **named).backward()
+        for name, weight in ours.model.named_parameters():
+            torch.testing.assert_close(weight.grad, 3 * gradients[name])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def tripled(_, bucket):  # type: ignore[no-untyped-def]  # DDP refuses other annotations than its own
+    """Return what DDP takes for the mean of a bucket of gradients."""
+    future = torch.futures.Future()
+    future.set_result(3 * bucket.buffer())
+    return future
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SFT", "GRPO"])
+def test_trl_trains_in_three_products(kind: str, saved: Any, tmp_path: Path) -> None:
+    """Over some steps of accumulated batches, and an evaluation, the losses are TRL's."""
+    pytest.importorskip("trl")
+    first, options = saved(), {"max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
+    options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "seed": 3}
+    if kind == "GRPO":
+        options |= {"num_generations": 4, "max_completion_length": 5, "num_iterations": 2, "beta": 0.1}
+    histories = []
+    for trainer in (f"{kind}Trainer", recipe("TRL's SFT and GRPO in three products")()[f"Token{kind}Trainer"]):
+        torch.manual_seed(5)
+        of_kind = trl_trainer(trainer, tmp_path, first, **options)
+        of_kind.train()
+        histories.append([(e["loss"], e["grad_norm"]) for e in of_kind.state.log_history if "loss" in e])
+    assert len(histories[0]) == 2
+    for (mine, norm), (other, their_norm) in zip(*histories, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-6)
+        assert norm == pytest.approx(their_norm, rel=1e-4)
+        assert norm > 0
 
 
 # ----------------------------------------------------------------------------- Lightning
