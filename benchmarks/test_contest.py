@@ -20,7 +20,7 @@ import torch
 from fastloss.bench.measure import Prepared, block_of, clock_of, prepare
 from fastloss.bench.workloads import TARGETS, Workload, workloads
 from fastloss.measuring.clock import Clock, Copy, EventClock, FullStream, repeated
-from fastloss.measuring.contenders import CONTENDERS, DTYPES, OURS, contenders_of
+from fastloss.measuring.contenders import CONTENDERS, DTYPES, LINEAR_OPS, OURS, contenders_of
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -29,7 +29,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPS = {
     "test_cross_entropy": ("forward", "forward+backward", "loss+accuracy"),
     "test_accuracy": ("accuracy",),
-    "test_linear": ("linear",),
+    "test_linear": LINEAR_OPS,
     "test_sgd": ("sgd",),
     "test_host": ("host",),
 }

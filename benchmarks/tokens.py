@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
 from fastloss.measuring.clock import medians
+from fastloss.measuring.contenders import by_parts, by_tokens, clipped_rows
+from fastloss.measuring.inputs import TokenInputs, linear_inputs, token_inputs
 from fastloss.measuring.machine import peak_bytes
 
 from .shared import compare_products, verdict
@@ -26,51 +26,27 @@ from .shared import compare_products, verdict
 SHAPES = {"cpu": ((1024, 256, 32000), (512, 512, 128256)), "cuda": ((8192, 4096, 151936),)}
 # Of linear_cross_entropy's time: a loss of tokens, and one of the parts, whose fourth product comes on top.
 TOKEN_BAR, PARTS_BAR, MEMORY_BAR = {"cpu": 1.1, "cuda": 1.05}, {"cpu": 1.4, "cuda": 1.4}, 0.25
-_CHECKED_ROWS, _CLIP, _BONUS = 64, 0.2, 0.01
+_CHECKED_ROWS = 64
 # Of a gradient's largest element, by the dtype: beyond it a contender is marked, and its bars are missed.
 _MOST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-class Problem(NamedTuple):
-    """The tensors of a call."""
-
-    hidden: Tensor  # (N, D)
-    head: Tensor  # (V, D)
-    labels: Tensor  # (N,)
-    old: Tensor  # (N,)
-    advantages: Tensor  # (N,)
+Loss = Callable[[TokenInputs], Tensor]
 
 
-Loss = Callable[[Problem], Tensor]
-
-
-def clipped(log_probs: Tensor, entropy: Tensor | None, old: Tensor, advantages: Tensor) -> Tensor:
-    """Compute PPO's loss of each token, with a bonus for the entropy where there is one."""
-    ratio = (log_probs - old).exp()
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - _CLIP, 1 + _CLIP) * advantages)
-    return loss if entropy is None else loss - _BONUS * entropy
-
-
-def of_tokens(problem: Problem, entropy: bool) -> Tensor:
+def of_tokens(problem: TokenInputs, entropy: bool) -> Tensor:
     """Compute it by linear_token_loss."""
-    hidden, head, labels, *constants = problem
-    return fastloss.linear_token_loss(hidden, head, labels, clipped, *constants, entropy=entropy).loss
+    return by_tokens(*problem, entropy=entropy)
 
 
-def of_parts(problem: Problem, entropy: bool) -> Tensor:
+def of_parts(problem: TokenInputs, entropy: bool) -> Tensor:
     """Compute it of the parts of linear_cross_entropy_with_statistics."""
-    hidden, head, labels, *constants = problem
-    parts = fastloss.linear_cross_entropy_with_statistics(hidden, head, labels, reduction="none", entropy=entropy)
-    return clipped(-parts.loss, parts.entropy, *constants).mean()
+    return by_parts(*problem, entropy=entropy)
 
 
-def plain(problem: Problem, entropy: bool) -> Tensor:
+def plain(problem: TokenInputs, entropy: bool) -> Tensor:
     """Compute it over all logits."""
-    hidden, head, labels, *constants = problem
-    logits = F.linear(hidden, head)
-    log_p = logits.log_softmax(1, dtype=None if logits.dtype.itemsize > 2 else torch.float32)
-    of_labels = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
-    return clipped(of_labels, -(log_p.exp() * log_p).sum(1) if entropy else None, *constants).mean()
+    return clipped_rows(*problem, entropy=entropy).mean()
 
 
 def compare(
@@ -78,7 +54,7 @@ def compare(
 ) -> list[str]:
     """Return the lines of one shape."""
     rows, features, classes = shape
-    problem = _problem(rows, features, classes, dtype, device)
+    problem = token_inputs(linear_inputs(rows, features, classes, dtype, device, seed=0), seed=1)
     losses: dict[str, Loss] = {"linear_cross_entropy": lambda p: fastloss.linear_cross_entropy(*p[:3])}
     bar_of: dict[str, float] = {}
     kinds = (("linear_token_loss", of_tokens, TOKEN_BAR), ("..._with_statistics", of_parts, PARTS_BAR))
@@ -120,17 +96,7 @@ def compare(
     return lines
 
 
-def _problem(rows: int, features: int, classes: int, dtype: torch.dtype, device: torch.device) -> Problem:
-    on = {"device": device, "dtype": dtype}
-    labels, scale = torch.randint(classes, (rows,), device=device), features**-0.5
-    hidden, head = torch.randn(rows, features, **on), torch.randn(classes, features, **on) * scale  # type: ignore[call-overload]
-    with torch.no_grad():
-        log_p = -fastloss.linear_cross_entropy(hidden, head, labels, reduction="none").float()
-    old, advantages = log_p + 0.3 * torch.randn_like(log_p), torch.randn_like(log_p)
-    return Problem(hidden.requires_grad_(), head.requires_grad_(), labels, old, advantages)
-
-
-def _error(loss: Loss, problem: Problem, entropy: bool) -> float:
+def _error(loss: Loss, problem: TokenInputs, entropy: bool) -> float:
     """Return the largest error of the gradients of a part of the rows, of their largest element."""
     leaves = [problem.hidden[:_CHECKED_ROWS].detach(), problem.head.detach()]
     constants = [each[:_CHECKED_ROWS] for each in problem[2:]]
@@ -138,7 +104,7 @@ def _error(loss: Loss, problem: Problem, entropy: bool) -> float:
     def gradients(loss: Loss, dtype: torch.dtype) -> tuple[Tensor, ...]:
         x, w = (leaf.to(dtype).requires_grad_() for leaf in leaves)
         floats = (each.to(dtype) if dtype == torch.float64 else each for each in constants[1:])
-        return torch.autograd.grad(loss(Problem(x, w, constants[0], *floats)), (x, w))
+        return torch.autograd.grad(loss(TokenInputs(x, w, constants[0], *floats)), (x, w))
 
     ours, exact = gradients(loss, leaves[0].dtype), gradients(lambda p: plain(p, entropy), torch.float64)
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, exact, strict=True))

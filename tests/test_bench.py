@@ -36,7 +36,17 @@ from fastloss.bench import report
 from fastloss.bench.measure import Row, measure
 from fastloss.bench.workloads import Shape, Workload, parse_shape, workloads
 from fastloss.measuring import clock, contenders, inputs
-from fastloss.measuring.contenders import CONTENDERS, DTYPES, LOSS_OPS, OPS, Contender, Functions, contenders_of
+from fastloss.measuring.contenders import (
+    CONTENDERS,
+    DTYPES,
+    LINEAR_OPS,
+    LOSS_OPS,
+    OPS,
+    ROW_OPS,
+    Contender,
+    Functions,
+    contenders_of,
+)
 from fastloss.measuring.machine import first_line
 from fastloss.measuring.reference import Outcome, errors_of_eager, verdict
 
@@ -123,6 +133,48 @@ def test_linear_losses_are_right_and_timed(dtype: str, shape: Shape) -> None:
     assert theirs.peak_bytes >= rows * classes * size  # the logits, at least; the gradients don't count
     if dtype == "float32":
         assert theirs.peak_bytes < 4 * rows * classes * size + (rows + classes) * features * size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", ROW_OPS)
+def test_losses_of_rows_are_right_and_timed(op: str, dtype: str) -> None:
+    """The parts of linear_cross_entropy_with_statistics give the same loss."""
+    names = [name for name in ("fastloss", "torch", "fastloss-parts") if op in CONTENDERS[name].ops]
+    for row in run(op, *map(CONTENDERS.__getitem__, names), shape=Shape(300, 700, 9), dtype=dtype):
+        assert_timed_linear(row)
+        assert (row.gradient_error is None) == (op == "linear-topk")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["linear-tokens", "linear-tokens+entropy", "linear-kl"])
+def test_trls_losses_of_rows_are_right_and_timed(op: str) -> None:
+    pytest.importorskip("trl")
+    rows = run(op, *(each for each in contenders_of(op) if each.distribution == "trl"), shape=Shape(60, 700, 9))
+    assert rows
+    for row in rows:
+        assert_timed_linear(row)
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "what"),
+    [
+        ("linear-topk", lambda loss, hidden: loss * 1.001, "loss off by"),
+        ("linear-kl", lambda loss, hidden: loss + 1e-3 * (hidden.sum() - hidden.sum().detach()), "gradient off by"),
+    ],
+)
+def test_a_wrong_loss_of_rows_is_marked_and_not_timed(
+    op: str, change: Callable[[Tensor, Tensor], Tensor], what: str
+) -> None:
+    right = contenders.ours().of_rows
+    assert right is not None
+
+    def loss(hidden: Tensor, *others: Tensor) -> Tensor:
+        return change(right[op](hidden, *others), hidden)
+
+    wrong = Contender("wrong", "torch", lambda: Functions(of_rows={op: loss}), (op,), cpu=True)
+    (row,) = run(op, wrong, shape=Shape(50, 600, 7))
+    assert (row.status, row.milliseconds) == ("wrong", None)
+    assert row.reason.startswith(what)
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs torch 2.13")
@@ -218,7 +270,7 @@ def test_every_workload_is_what_it_is_called() -> None:
     assert len({str(workload) for workload in chosen}) == len(chosen)
     assert {workload.op for workload in chosen} == set(OPS)
     assert str(Workload("forward", TINY, torch.bfloat16, "soft")) == "forward-6x40-bfloat16-soft"
-    assert not [workload for workload in chosen if workload.op in ("sgd", "linear") and workload.soft]
+    assert not [workload for workload in chosen if workload.op in ("sgd", *LINEAR_OPS) and workload.soft]
 
 
 def test_inputs_are_rotated_unless_they_are_small() -> None:
@@ -565,6 +617,62 @@ def cut_linear_cross_entropy(
     return loss if filter_eps is None else _without_small_head_gradients(e, c, targets)
 
 
+class LigerGRPO:
+    """``LigerFusedLinearGRPOLoss``: of sequences (B, T), with the advantage of each; a loss and what is logged."""
+
+    def __init__(
+        self,
+        beta: float = 0.04,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        chunk_size: int = 1,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        loss_type: str = "dapo",
+    ) -> None:
+        assert (beta, use_ref_model, loss_type) == (0.0, False, "bnpo")
+        self.low, self.high = 1 - epsilon_low, 1 + epsilon_high
+
+    def __call__(
+        self,
+        _input: Tensor,
+        lin_weight: Tensor,
+        selected_token_ids: Tensor,
+        attention_mask: Tensor,
+        advantages: Tensor,
+        bias: None = None,
+        ref_per_token_logps: None = None,
+        old_per_token_logps: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        log_p = (_input @ lin_weight.T).log_softmax(-1).gather(-1, selected_token_ids.unsqueeze(-1)).squeeze(-1)
+        ratio = (log_p - old_per_token_logps).exp()
+        gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(self.low, self.high) * advantages[:, None])
+        return -(gain * attention_mask).sum() / attention_mask.sum(), []
+
+
+class LigerJSD:
+    """``LigerFusedLinearJSDLoss``: so much of the labels' loss, and so much of the divergence."""
+
+    def __init__(self, weight_hard_loss: float = 0.5, weight_soft_loss: float = 0.5, beta: float = 0.5) -> None:
+        self.hard, self.soft, self.beta = weight_hard_loss, weight_soft_loss, beta
+
+    def __call__(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        true_labels: Tensor,
+    ) -> Tensor:
+        student, teacher = (
+            (x @ w.T).log_softmax(-1) for x, w in ((student_input, student_weight), (teacher_input, teacher_weight))
+        )
+        mixture = (self.beta * teacher.exp() + (1 - self.beta) * student.exp()).log()
+        sides = ((self.beta, teacher), (1 - self.beta, student))
+        soft = sum(share * (side.exp() * (side - mixture)).sum(-1).mean() for share, side in sides)
+        return self.soft * soft + self.hard * F.nll_loss(student, true_labels)
+
+
 FAKES: dict[str, tuple[str, str, object]] = {
     "liger": ("liger_kernel.transformers.functional", "liger_cross_entropy", liger_cross_entropy),
     "quack": ("quack.cross_entropy", "cross_entropy", quack_cross_entropy),
@@ -577,6 +685,8 @@ FAKES: dict[str, tuple[str, str, object]] = {
         "chunked_linear_cross_entropy",
         chunked_linear_cross_entropy,
     ),
+    "liger-tokens": ("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss", LigerGRPO),
+    "liger-teacher": ("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss", LigerJSD),
     "liger-linear": (
         "liger_kernel.transformers.functional",
         "liger_fused_linear_cross_entropy",
@@ -615,6 +725,9 @@ def test_the_linear_adapters_call_their_packages_rightly() -> None:
     for name in names:
         if name != "cce":
             assert_timed_linear(rows[name])
+    for op in ("linear-tokens", "linear-kl"):
+        (row,) = run(op, replace(CONTENDERS["liger-chunked"], cpu=True), shape=Shape(50, 600, 7))
+        assert_timed_linear(row)
 
 
 @pytest.mark.usefixtures("installed")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..measuring import machine
-from ..measuring.contenders import CONTENDERS, DTYPES, LOSS_OPS, OPS, OURS, contenders_of
+from ..measuring.contenders import CONTENDERS, DTYPES, LINEAR_OPS, LOSS_OPS, OPS, OURS, contenders_of
 from . import measure
 from .workloads import TARGETS, Shape, Workload, default_shapes, fits, parse_shape, workloads
 
@@ -34,7 +34,7 @@ SECONDS, QUICK_SECONDS = 2.0, 0.5  # of timing for each workload
 INTERRUPTED = 130  # the exit code that a shell gives for Ctrl-C
 
 _SHAPE_HELP = (
-    "N rows of V classes, NxDxV for linear, or for sgd N tensors of V elements (may be given again); "
+    "N rows of V classes, NxDxV for linear and linear-..., or for sgd N tensors of V elements (may be given again); "
     "alone: of the losses, or of linear"
 )
 _DTYPE_HELP = "of logits and parameters (may be given again; default: bfloat16 on a GPU, float32 on a CPU)"
@@ -189,7 +189,7 @@ def _shape(text: str, ops: Sequence[str], device: torch.device) -> Shape:
 
 def _unfit_shape(text: str, op: str, device: torch.device) -> ValueError:
     known = ", ".join(map(str, default_shapes(op, device)))
-    form = "NxDxV, three positive numbers" if op == "linear" else "NxV, two positive numbers"
+    form = "NxDxV, three positive numbers" if op in LINEAR_OPS else "NxV, two positive numbers"
     return ValueError(f"--shape is {text!r}; for {op} expected {form}; the default: {known}")
 
 

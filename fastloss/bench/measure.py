@@ -59,12 +59,12 @@ class Row:
     gigabytes_per_second: float | None = None  # moved_bytes over the time
     share_of_copy: float | None = None
     copy_gigabytes_per_second: float | None = None  # of a copy in the same turns, read and written
-    peak_bytes: int | None = None  # beyond the inputs (of "linear" their gradients too), or parameters and state
+    peak_bytes: int | None = None  # beyond the inputs (of LINEAR_OPS their gradients too), or parameters and state
     turns: int = 0
     calls_a_turn: int = 0
     others_share: float | None = None  # of the CPUs' time, that other programs took meanwhile
     ratios: dict[str, float] = field(default_factory=dict)  # this contender's time over another's
-    features: int = 0  # of "linear", as all that follows
+    features: int = 0  # of LINEAR_OPS, as all that follows
     teraflops: float | None = None  # the three products' operations over the time
     products_milliseconds: float | None = None  # of three bare products in the same turns
     times_products: float | None = None
@@ -74,7 +74,7 @@ class Row:
     def of(cls, workload: Workload, contender: Contender, status: str = "timed", reason: str = "") -> Row:
         """Return a row without numbers."""
         op, (rows, classes, features), dtype = workload.op, workload.shape, workload.dtype_name
-        target, note = "" if op in ("sgd", "linear") else workload.target, contender.note
+        target, note = "" if op == "sgd" or features else workload.target, contender.note
         about = (op, str(workload.shape), rows, classes, dtype, target, contender.name, contender.version())
         return cls(*about, status, reason, note, workload.moved_bytes, features=features)
 
@@ -112,7 +112,7 @@ class Prepared:
     device: torch.device
     rows: dict[str, Row]
     steps: dict[str, Step] = field(default_factory=dict)  # one call each
-    products: Callable[[], Products] | None = None  # makes the limit of "linear"
+    products: Callable[[], Products] | None = None  # makes the limit of LINEAR_OPS
 
     def change(self, name: str, **fields: Any) -> None:
         """Change a contender's row."""
@@ -192,7 +192,7 @@ def prepare(
             prepared.change(name, status="wrong" if wrong else "timed", reason=wrong or "", gradient_error=error)
             if timing_wrong or not wrong:
                 makers[name] = make
-    del check  # whose reference is large for "linear"; the contenders' peaks need its memory
+    del check  # whose reference is large for LINEAR_OPS; the contenders' peaks need its memory
     for name, make in makers.items():
         with prepared.failing([name]):
             step = make()
@@ -204,7 +204,7 @@ def prepare(
 
 
 def _loss_check(prepared: Prepared) -> Check:
-    workload, is_linear = prepared.workload, prepared.workload.op == "linear"
+    workload, is_linear = prepared.workload, bool(prepared.workload.shape.features)
     inputs: list[Any] = list(workload.inputs(prepared.device, seed=0))
     exact = workload.reference(inputs[0])
 
@@ -267,8 +267,8 @@ def _least_bytes(workload: Workload, contenders: int, device: torch.device) -> i
     logits = workload.nbytes * (_LOGITS_COPIES if device.type == "cpu" else workload.differentiates)
     if workload.op == "sgd":
         return _SGD_SETS * contenders * workload.nbytes + _EXACT_SGD_BYTES * workload.shape.classes
-    if workload.op == "linear":  # with the exact gradients in float64 and their terms
-        logits += _LINEAR_BYTES * workload.gradient_bytes // workload.dtype.itemsize
+    if workload.shape.features:  # with the exact gradients in float64 and their terms
+        logits += _LINEAR_BYTES * workload.factor_bytes // workload.dtype.itemsize
     return workload.input_bytes + logits
 
 

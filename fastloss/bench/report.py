@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..measuring import info, machine
-from ..measuring.contenders import CONTENDERS, OURS, Contender
+from ..measuring.contenders import CONTENDERS, LINEAR_OPS, OURS, Contender
 from ..measuring.style import FAINT, FASTLOSS, NOTABLE_SHARE, STYLE, TIMES, notes, plain_table, title
 from .measure import COLUMNS, Row
 from .workloads import Workload
@@ -88,7 +88,7 @@ def legend(rows: Sequence[Row], device: torch.device) -> RenderableType:
     timed = {row.op for row in rows if row.timed}
     words = LEGEND
     words += HOST_LEGEND if any(row.host_milliseconds is not None for row in rows) else ""
-    words += LINEAR_LEGEND if "linear" in timed else ""
+    words += LINEAR_LEGEND if timed.intersection(LINEAR_OPS) else ""
     words += SGD_LEGEND if "sgd" in timed and device.type == "cpu" else ""
     busiest = max((row.others_share or 0.0 for row in rows), default=0.0)
     words += f" Other programs took up to {busiest:.0%} of the CPUs." if busiest >= NOTABLE_SHARE else ""
@@ -113,9 +113,11 @@ def write_json(path: Path | None, device: torch.device, rows: Sequence[Row], *, 
 
 def _title(workload: Workload) -> str:
     n, v, d = workload.shape
-    if workload.op == "linear":
+    if d:
         size = f"{n} {TIMES} {d} \N{RIGHTWARDS ARROW} {v}"
-        return f"linear, {size}, {workload.dtype_name}: {workload.operations / 1e12:.3g} Tflop must be done"
+        work = f"{workload.operations / 1e12:.3g} Tflop"
+        words = f"{work} must be done" if workload.op == "linear" else f"three products are {work}"
+        return f"{workload.op}, {size}, {workload.dtype_name}: {words}"
     target = [] if workload.op == "sgd" else ["class probabilities" if workload.soft else "class indices"]
     title = ", ".join([workload.op, f"{n} {TIMES} {v}", workload.dtype_name, *target])
     if workload.op == "host":

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..measuring.contenders import DTYPES, LOSS_OPS, TOPK
-from ..measuring.inputs import LinearInputs, LossInputs, linear_inputs, loss_inputs, rotated
-from ..measuring.reference import LinearReference, LossReference
+from ..measuring.contenders import DTYPES, LINEAR_OPS, LOSS_OPS, TOPK
+from ..measuring.inputs import linear_inputs, loss_inputs, rotated, teacher_inputs, token_inputs
+from ..measuring.reference import LinearReference, LossReference, RowsReference
 
 TARGETS = ("hard", "soft")  # class indices, class probabilities
 SIZES = ("tiny", "quick", "full")
 
 _SGD_TENSORS = 5  # θ, g and m are read, θ and m written
 _PRODUCTS = 3  # of linear_cross_entropy: the logits, and the gradients of either factor
+_WITHOUT_TARGETS = ("sgd", *LINEAR_OPS)  # none to choose
 
 
 class Shape(NamedTuple):
@@ -44,10 +45,10 @@ class Workload:
     op: str  # of OPS
     shape: Shape
     dtype: torch.dtype
-    target: str = "hard"  # of TARGETS; SGD has none, and "linear" has no other
+    target: str = "hard"  # of TARGETS; SGD has none, and LINEAR_OPS have no other
 
     def __str__(self) -> str:
-        target = [] if self.op in ("sgd", "linear") else [self.target]
+        target = [] if self.op in _WITHOUT_TARGETS else [self.target]
         return "-".join([self.op, str(self.shape), self.dtype_name, *target])
 
     @property
@@ -63,7 +64,7 @@ class Workload:
     @property
     def differentiates(self) -> bool:
         """True if the operation computes a gradient."""
-        return self.op in ("forward+backward", "loss+accuracy", "linear", "host")
+        return self.op in ("forward+backward", "loss+accuracy", "host", *LINEAR_OPS) and self.op != "linear-topk"
 
     @property
     def nbytes(self) -> int:
@@ -75,16 +76,21 @@ class Workload:
         """The bytes of logits and target, of hidden states, head and target, or of parameters and gradients."""
         if self.op == "sgd" or self.soft:
             return 2 * self.nbytes
-        return (self.gradient_bytes or self.nbytes) + self.shape.rows * torch.int64.itemsize
+        return (self.factor_bytes or self.nbytes) + self.shape.rows * torch.int64.itemsize
 
     @property
-    def gradient_bytes(self) -> int:
-        """The bytes of the gradients of hidden states and head; 0 for other operations."""
+    def factor_bytes(self) -> int:
+        """The bytes of hidden states and head; 0 for other operations."""
         return (self.shape.rows + self.shape.classes) * self.shape.features * self.dtype.itemsize
 
     @property
+    def gradient_bytes(self) -> int:
+        """The bytes of the gradients of hidden states and head; 0 where there are none."""
+        return self.factor_bytes * self.differentiates
+
+    @property
     def operations(self) -> int:
-        """The operations of three products of matrices, 6·N·D·V, for "linear"; 0 where bytes are what counts."""
+        """The operations of three products of matrices, 6·N·D·V, with a head; 0 where bytes are what counts."""
         return 2 * _PRODUCTS * self.shape.numel * self.shape.features
 
     @property
@@ -92,10 +98,10 @@ class Workload:
         """The bytes that the operation must read and write at least, as docs/performance.md counts them.
 
         One read of the logits and of class probabilities, one write of the gradient; accuracy comes out of the read.
-        Less than N·V·b is left out. SGD with momentum: 5 b bytes a parameter. 0 for host time, and for "linear",
+        Less than N·V·b is left out. SGD with momentum: 5 b bytes a parameter. 0 for host time, and with a head,
         whose limit is the products.
         """
-        reads_and_writes = {"host": 0, "linear": 0, "sgd": _SGD_TENSORS}
+        reads_and_writes = {"host": 0, **dict.fromkeys(LINEAR_OPS, 0), "sgd": _SGD_TENSORS}
         return self.nbytes * reads_and_writes.get(self.op, 1 + self.differentiates + self.soft)
 
     @property
@@ -106,11 +112,17 @@ class Workload:
         """
         return float(1 << min(15, self.shape.rows.bit_length() - 1)) if self.dtype is torch.float16 else 1.0
 
-    def inputs(self, device: torch.device, seed: int) -> list[LossInputs] | list[LinearInputs]:
+    def inputs(self, device: torch.device, seed: int) -> list[Any]:
         """Return as many random inputs as no cache holds."""
         (rows, classes, features), seeds = self.shape, iter(range(seed * 1_000_003, (seed + 1) * 1_000_003))
         if features:
-            make_linear = partial(linear_inputs, rows, features, classes, self.dtype, device)
+
+            def make_linear(seed: int) -> Any:
+                inputs = linear_inputs(rows, features, classes, self.dtype, device, seed=seed)
+                if self.op.startswith("linear-tokens"):
+                    return token_inputs(inputs, seed=seed + 1)
+                return teacher_inputs(inputs, seed=seed + 1) if self.op == "linear-kl" else inputs
+
             return rotated(lambda: make_linear(seed=next(seeds)), device)
         make = partial(loss_inputs, rows, classes, self.dtype, device, probabilities=self.soft)
         return rotated(lambda: make(seed=next(seeds), requires_grad=self.differentiates), device)
@@ -119,6 +131,8 @@ class Workload:
         """Return the same in float64."""
         if self.op == "linear":
             return LinearReference(inputs, self.upstream)
+        if self.shape.features:
+            return RowsReference(self.op, inputs, self.upstream)
         return LossReference(inputs, self.upstream, TOPK if self.op in ("accuracy", "loss+accuracy") else ())
 
 
@@ -137,7 +151,7 @@ def parse_shape(text: str) -> Shape:
 
 def fits(op: str, shape: Shape) -> bool:
     """Return True if ``shape`` has features where ``op`` has a head, and none elsewhere."""
-    return bool(shape.features) == (op == "linear")
+    return bool(shape.features) == (op in LINEAR_OPS)
 
 
 # By operation and device, by size. A CPU gets fewer rows. SGD: as many tensors and parameters as a ResNet-50, a few
@@ -170,7 +184,7 @@ _SHAPES = {
 
 def default_shapes(op: str, device: torch.device, size: str = "full") -> list[Shape]:
     """Return the shapes of an operation, of a vision model's classes and of a language model's vocabulary."""
-    name = "loss" if op in LOSS_OPS else op
+    name = "loss" if op in LOSS_OPS else "linear" if op in LINEAR_OPS else op
     sizes = _SHAPES.get(name) or _SHAPES[f"{name} {'cuda' if device.type == 'cuda' else 'cpu'}"]
     return [parse_shape(text) for text in sizes[size].split()]
 
@@ -189,6 +203,6 @@ def workloads(
         Workload(op, shape, DTYPES[dtype], target)
         for op in ops
         for dtype in dtypes
-        for target in (("hard",) if op in ("sgd", "linear") else targets)
+        for target in (("hard",) if op in _WITHOUT_TARGETS else targets)
         for shape in ([shape for shape in shapes if fits(op, shape)] if shapes else default_shapes(op, device, size))
     ]

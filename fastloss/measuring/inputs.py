@@ -55,6 +55,33 @@ class LinearInputs(NamedTuple):
         return LinearInputs(_leaf(self.hidden, self.hidden.detach()[:rows]), self.head, self.target[:rows])
 
 
+class TokenInputs(NamedTuple):
+    """As LinearInputs; and of each token the log-probability before, and the advantage."""
+
+    hidden: Tensor
+    head: Tensor
+    target: Tensor
+    old: Tensor  # (N,), float32
+    advantages: Tensor  # (N,), float32
+
+    def first(self, rows: int) -> TokenInputs:
+        """Return the first rows and the whole head, as leaves."""
+        return TokenInputs(*LinearInputs(*self[:3]).first(rows), *(each[:rows] for each in self[3:]))
+
+
+class TeacherInputs(NamedTuple):
+    """As LinearInputs; and a teacher's hidden states, whose head is the same."""
+
+    hidden: Tensor
+    head: Tensor
+    target: Tensor
+    teacher: Tensor  # (N, D)
+
+    def first(self, rows: int) -> TeacherInputs:
+        """Return the first rows and the whole head, as leaves."""
+        return TeacherInputs(*LinearInputs(*self[:3]).first(rows), self.teacher[:rows])
+
+
 def _leaf(original: Tensor, data: Tensor) -> Tensor:
     return data.requires_grad_(original.requires_grad)
 
@@ -91,6 +118,27 @@ def linear_inputs(
     head = torch.randn(classes, features, generator=generator, device=device).mul_(2 / features**0.5)
     target = torch.randint(classes, (rows,), generator=generator, device=device)
     return LinearInputs(hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), target)
+
+
+def token_inputs(inputs: LinearInputs, *, seed: int) -> TokenInputs:
+    """Return tokens whose log-probabilities have moved by 0.3, and as many advantages above 0 as below −0.5 are not.
+
+    The log-probabilities before are those of logits that are normal, whose log-sum-exp is about log V + 2.
+    """
+    (rows, _), classes, device = inputs.hidden.shape, len(inputs.head), inputs.hidden.device
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        label_logits = (inputs.hidden.float() * inputs.head[inputs.target].float()).sum(1)
+    moved = 0.3 * torch.randn(rows, generator=generator, device=device)
+    advantages = 2 * torch.rand(rows, generator=generator, device=device) - 0.5
+    return TokenInputs(*inputs, label_logits - (math.log(classes) + 2) + moved, advantages)
+
+
+def teacher_inputs(inputs: LinearInputs, *, seed: int) -> TeacherInputs:
+    """Return the hidden states of a teacher that is half the student."""
+    generator = torch.Generator(inputs.hidden.device).manual_seed(seed)
+    noise = torch.randn(inputs.hidden.shape, generator=generator, device=inputs.hidden.device)
+    return TeacherInputs(*inputs, ((inputs.hidden.detach().float() + noise) / 2**0.5).to(inputs.hidden.dtype))
 
 
 def rotated(make: Callable[[], Made], device: torch.device | None = None) -> list[Made]:

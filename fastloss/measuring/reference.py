@@ -6,6 +6,7 @@ The rule: an error is at most four times that of eager PyTorch on the same input
 - A gradient: of each entry the error over the size of the terms that it is a sum of, and of these the greatest. So
   an error in the many small entries is seen as well as one in the few large ones. The logits' gradient is
   (p − t) · s / N, with p the softmax, t the target and s the upstream gradient; its terms' size is (p + t) · s / N.
+  Of the losses of rows it is ‖gradient − exact‖ / ‖exact‖.
 - An accuracy: how far it lies outside what ties allow. A row whose label ties with other classes may count either
   way, as torch.topk breaks ties in no fixed order.
 """
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .contenders import CONTENDERS, REFERENCE, Functions
+from .contenders import CONTENDERS, REFERENCE, ROWS, Functions
 from .inputs import LinearInputs, LossInputs
 from .machine import is_out_of_memory
 
@@ -55,16 +56,19 @@ Call = Callable[..., Outcome]  # takes logits and target, or hidden states, head
 def operation(functions: Functions, op: str, upstream: float = 1.0) -> Call:
     """Return the call of ``op`` that is checked and timed; ``upstream`` is the gradient of the loss."""
     names = {"accuracy": "accuracies", "loss+accuracy": "loss_and_accuracies", "linear": "linear"}
-    function = getattr(functions, names.get(op, "loss"))
+    function: Any = getattr(functions, names.get(op, "loss"))
+    if op in ROWS and functions.of_rows is not None:
+        function = functions.of_rows[op]
     if op == "accuracy":
         return lambda *inputs: Outcome(accuracies=function(*inputs))
-    if op == "forward":
+    if op in ("forward", "linear-topk"):
         return torch.no_grad()(lambda *inputs: Outcome(function(*inputs)))
 
     def call(*inputs: Tensor) -> Outcome:
         loss, accuracies = function(*inputs) if op == "loss+accuracy" else (function(*inputs), ())
         of_loss = None if upstream == 1.0 else torch.full_like(loss, upstream)
-        return Outcome(loss, torch.autograd.grad(loss, inputs[:-1], of_loss), accuracies)
+        trained = [each for each in inputs if each.is_leaf and each.requires_grad]
+        return Outcome(loss, torch.autograd.grad(loss, trained, of_loss), accuracies)
 
     return call
 
@@ -145,7 +149,8 @@ class LinearReference:
         scale, self._elements = upstream / len(hidden), _LINEAR_ELEMENTS.get(hidden.device.type, 1 << 21)
         self._loss = 0.0
         self._exact = tuple(torch.zeros_like(each, dtype=torch.float64) for each in (hidden, head))
-        self._terms = tuple(torch.zeros_like(each, dtype=torch.float32) for each in (hidden, head))
+        terms_of = tuple(torch.zeros_like(each, dtype=torch.float32) for each in (hidden, head))
+        self._terms: tuple[Tensor | None, ...] = terms_of
         w, sizes = head.double(), head.float().abs()
         for part in _parts(len(hidden), len(head), self._elements):
             x, labels = hidden[part].double(), target[part, None]
@@ -155,10 +160,10 @@ class LinearReference:
             terms = g.float().scatter_add_(1, labels, torch.full_like(labels, scale, dtype=torch.float32))
             g.scatter_add_(1, labels, torch.full_like(labels, -scale, dtype=torch.float64))
             torch.mm(g, w, out=self._exact[0][part])
-            torch.mm(terms, sizes, out=self._terms[0][part])
+            torch.mm(terms, sizes, out=terms_of[0][part])
             self._exact[1].addmm_(g.t(), x)
-            self._terms[1].addmm_(terms.t(), x.float().abs())
-        for each in self._terms:
+            terms_of[1].addmm_(terms.t(), x.float().abs())
+        for each in terms_of:
             each += torch.finfo(hidden.dtype).tiny
 
     @torch.no_grad()
@@ -167,14 +172,35 @@ class LinearReference:
         results = []
         for outcome in outcomes:
             greatest = norm = 0.0
-            for gradient, exact, terms in zip(outcome.gradients, self._exact, self._terms, strict=True):
+            # none of an operation that computes no gradient
+            for gradient, exact, terms in zip(outcome.gradients, self._exact, self._terms, strict=False):
                 error = _GradientError((gradient,), exact.shape)
                 for part in _parts(len(exact), exact.shape[1], self._elements):
-                    error.add(part, exact[part], terms[part])
-                greatest = max(greatest, error.greatest)
-                norm = max(norm, error.squares**0.5 / float(torch.linalg.vector_norm(exact)))
+                    error.add(part, exact[part], None if terms is None else terms[part])
+                of_norm = _finite(error.squares**0.5 / float(torch.linalg.vector_norm(exact)))
+                greatest = max(greatest, of_norm if terms is None else error.greatest)
+                norm = max(norm, of_norm)
             results.append(Errors(_loss_error(outcome.loss, self._loss), greatest, gradient_norm=norm))
         return results
+
+
+class RowsReference(LinearReference):
+    """The mean of a loss of each row, of ``ROWS``, and the gradients of hidden states and head, in float64."""
+
+    def __init__(self, op: str, inputs: Any, upstream: float = 1.0) -> None:
+        hidden, head, *others = inputs
+        self._elements, self._loss = _LINEAR_ELEMENTS.get(hidden.device.type, 1 << 21), 0.0
+        self._exact = tuple(torch.zeros_like(each, dtype=torch.float64) for each in (hidden, head))
+        self._terms = (None, None)
+        w = head.detach().double().requires_grad_()
+        for part in _parts(len(hidden), len(head), self._elements):
+            x = hidden.detach()[part].double().requires_grad_()
+            rows = [each[part].double() if each.is_floating_point() else each[part] for each in others]
+            loss = ROWS[op](x, w, *rows).sum() / len(hidden)
+            self._loss += float(loss.detach())
+            gradients = torch.autograd.grad(loss * upstream, (x, w))
+            self._exact[0][part] = gradients[0]
+            self._exact[1].add_(gradients[1])
 
 
 class _GradientError:
