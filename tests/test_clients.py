@@ -341,6 +341,7 @@ def trl_batch(kind: str, beta: float = 0.0) -> Batch:
 def step_of(trainer: Any, batch: Batch, **named: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
     """Return the loss, the gradient of each parameter and the numbers that are logged."""
     trainer.model.train()
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = "importance_sampling_ratio" in batch
     trainer.current_gradient_accumulation_steps = 1
     loss = trainer.compute_loss(trainer.model, dict(batch), **named)
     loss.backward()
@@ -410,6 +411,7 @@ def test_trl_in_three_products(
     batch, first, options = trl_batch(kind, options.get("beta", 0.0)), *of_model(saved, options)
     if kind == "GRPO" and options.get("temperature"):
         batch["tool_mask"] = torch.randint(2, batch["completion_mask"].shape)
+        batch["importance_sampling_ratio"] = torch.rand(batch["completion_mask"].shape) + 0.5
     their_step = step_of(trl_trainer(f"{kind}Trainer", tmp_path, first, **options), batch, **named)
     trainer = recipe("TRL's SFT and GRPO in three products")()[f"Token{kind}Trainer"]
     ours = trl_trainer(trainer, tmp_path, first, **options)
@@ -428,6 +430,21 @@ def test_trl_in_three_products(
             torch.testing.assert_close(weight.grad, 3 * gradients[name])
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options"), [("SFT", {"loss_type": "dft"}), ("GRPO", {"loss_type": "cispo"}), ("GRPO", {"delta": 1.5})]
+)
+def test_what_three_products_do_not_cover_is_trls(kind: str, options: Batch, saved: Any, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    batch, first = trl_batch(kind), saved()
+    trainer = recipe("TRL's SFT and GRPO in three products")()[f"Token{kind}Trainer"]
+    ours, theirs = (
+        step_of(trl_trainer(each, tmp_path, first, **options), batch) for each in (trainer, f"{kind}Trainer")
+    )
+    assert ours[2].keys() == theirs[2].keys()  # all that is logged
+    assert_same_step(ours, theirs, {"entropy"})
 
 
 def tripled(_, bucket):  # type: ignore[no-untyped-def]  # DDP refuses other annotations than its own

@@ -121,9 +121,9 @@ def linear_inputs(
 
 
 def token_inputs(inputs: LinearInputs, *, seed: int) -> TokenInputs:
-    """Return tokens whose log-probabilities have moved by 0.3, and as many advantages above 0 as below −0.5 are not.
+    """Return tokens whose log-probabilities have moved by about 0.3, and advantages between −0.5 and 1.5.
 
-    The log-probabilities before are those of logits that are normal, whose log-sum-exp is about log V + 2.
+    The logits are normal with a standard deviation of 2, so that their log-sum-exp is about log V + 2.
     """
     (rows, _), classes, device = inputs.hidden.shape, len(inputs.head), inputs.hidden.device
     generator = torch.Generator(device).manual_seed(seed)
