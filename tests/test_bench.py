@@ -135,7 +135,9 @@ def test_linear_losses_are_right_and_timed(dtype: str, shape: Shape) -> None:
         assert theirs.peak_bytes < 4 * rows * classes * size + (rows + classes) * features * size
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(each, marks=pytest.mark.slow) for each in ("bfloat16", "float16"))]
+)
 @pytest.mark.parametrize("op", ROW_OPS)
 def test_losses_of_rows_are_right_and_timed(op: str, dtype: str) -> None:
     """The parts of linear_cross_entropy_with_statistics give the same loss."""
