@@ -87,6 +87,17 @@ def compiled_in(members: Members) -> Members:
     return type(members)(*map(tl.constexpr, members))  # type: ignore[arg-type]
 
 
+def form_of(weight: Tensor | None, options: LossOptions, **more: object) -> Form:
+    """Return the options that a kernel is compiled for; numbers that vary from call to call are not among them."""
+    form = Form(
+        HAS_WEIGHT=weight is not None,
+        SMOOTHING=options.label_smoothing != 0,
+        SOFTCAP=options.softcap is not None,
+        SCALED=options.is_scaled,
+    )
+    return compiled_in(form._replace(**more))
+
+
 def scaling(options: LossOptions) -> Scaling:
     """Return the numbers of the options that lie on the device."""
     numbers = options.logit_scale, options.temperature

@@ -27,13 +27,12 @@ from torch import Tensor
 from fastloss.backends.contract import Forward, LossInputs, LossOptions, compute_dtype
 
 from .arguments import (
-    Form,
     Scaling,
     Strided,
     block,
     cap_and_factor,
     class_offsets,
-    compiled_in,
+    form_of,
     inside,
     pointers,
     row_offsets,
@@ -157,7 +156,7 @@ def _prepare(
         "N_WEIGHED": _WEIGH_PARTS if many else 0 if weighed is None else weighed.numel(),
         **({} if tiles.looped else {"PAIRS": tiles.stages > 1 and logits.data_ptr() % 4 == 0}),
         "T": tiles.tile(logits.dtype, G_PAD=tiles.added_at_once),
-        "F": _compiled_form(weight, options, REDUCTION=options.reduction, K=k, K_PAD=k_pad),
+        "F": form_of(weight, options, REDUCTION=options.reduction, K=k, K_PAD=k_pad),
         **tiles.options(),
     }
     kernel = _forward_loop if tiles.looped else _forward_tile
@@ -229,14 +228,8 @@ def _prepare_backward(
         options.lse_square_scale,
         *cap_and_factor(options),
     )
-    constants = {"T": tiles.tile(logits.dtype), "F": _compiled_form(weight, options), **tiles.options()}
+    constants = {"T": tiles.tile(logits.dtype), "F": form_of(weight, options), **tiles.options()}
     return Launch(_backward, (tiles.number, blocks), constants, numbers)
-
-
-def _compiled_form(weight: Tensor | None, options: LossOptions, **more: object) -> Form:
-    """Return the options that a kernel is compiled for; values that vary are not among them."""
-    has_weight, smoothing = weight is not None, options.label_smoothing != 0
-    return compiled_in(Form(has_weight, smoothing, options.softcap is not None, SCALED=options.is_scaled, **more))
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])

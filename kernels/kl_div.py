@@ -22,12 +22,11 @@ from torch import Tensor
 from fastloss.backends.contract import DivergenceInputs, DivergenceOptions, DivergenceRows
 
 from .arguments import (
-    Form,
     Scaling,
     Strided,
     block,
     cap_and_factor,
-    compiled_in,
+    form_of,
     pointers,
     row_offsets,
     scaling,
@@ -77,7 +76,7 @@ def kl_div(
     known = DivergenceRows() if known is None else known
     kind = "forward" if beta == 0 else "reverse" if beta == 1 else "mixed"
     sides = options.student, options.teacher
-    forms = [compiled_in(Form(SOFTCAP=side.softcap is not None, SCALED=side.is_scaled)) for side in sides]
+    forms = [form_of(None, side) for side in sides]
     tiles = _plan(student, teacher, options)
 
     def rowwise(number: Tensor | None, wanted: bool) -> Tensor | None:

@@ -42,13 +42,12 @@ from torch import Tensor
 from fastloss.backends.contract import LossInputs, SoftForward, WantedGradients
 
 from .arguments import (
-    Form,
     Scaling,
     Strided,
     block,
     cap_and_factor,
     class_offsets,
-    compiled_in,
+    form_of,
     inside,
     pointers,
     row_offsets,
@@ -244,16 +243,9 @@ def _numbers(inputs: LossInputs, divisor: float = 1.0) -> tuple[float, ...]:
 def _constants(inputs: LossInputs, tiles: Tiles) -> dict[str, object]:
     """Return the constants that a kernel is compiled for. Numbers that vary from call to call are not among them."""
     input, target, weight, options = inputs
-    form = Form(
-        HAS_WEIGHT=weight is not None,
-        SMOOTHING=options.label_smoothing != 0,
-        SOFTCAP=options.softcap is not None,
-        Z_LOSS=options.lse_square_scale != 0,
-        REDUCTION=options.reduction,
-        SCALED=options.is_scaled,
-    )
+    form = form_of(weight, options, Z_LOSS=options.lse_square_scale != 0, REDUCTION=options.reduction)
     tile = tiles.tile(_compute_dtype(input, target), G_PAD=power_of_2(tiles.grid))
-    return {"T": tile, "F": compiled_in(form), **tiles.options()}
+    return {"T": tile, "F": form, **tiles.options()}
 
 
 @triton.jit

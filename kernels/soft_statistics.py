@@ -26,12 +26,11 @@ from torch import Tensor
 from fastloss.backends.contract import ExternalLabel, LossInputs, SoftRowStatistics, WantedGradients
 
 from .arguments import (
-    Form,
     Scaling,
     Strided,
     block,
     cap_and_factor,
-    compiled_in,
+    form_of,
     pointers,
     row_offsets,
     scaling,
@@ -166,8 +165,7 @@ def _constants(inputs: LossInputs, tiles: Tiles) -> dict[str, object]:
     logits, target, weight, options = inputs
     wide = torch.float64 in (logits.dtype, target.dtype)
     tile = tiles.tile(torch.float64 if wide else torch.float32)
-    form = Form(HAS_WEIGHT=weight is not None, SOFTCAP=options.softcap is not None, SCALED=options.is_scaled)
-    return {"T": tile, "F": compiled_in(form), **tiles.options()}
+    return {"T": tile, "F": form_of(weight, options, SMOOTHING=False), **tiles.options()}
 
 
 @triton.jit

@@ -26,7 +26,6 @@ from torch import Tensor
 from fastloss.backends.contract import (
     ExternalLabel,
     LossInputs,
-    LossOptions,
     PartUpstreams,
     RowStatistics,
     RowUpstreams,
@@ -37,12 +36,11 @@ from fastloss.backends.contract import (
 )
 
 from .arguments import (
-    Form,
     Scaling,
     Strided,
     block,
     cap_and_factor,
-    compiled_in,
+    form_of,
     inside,
     pointers,
     row_offsets,
@@ -115,7 +113,7 @@ def statistics_forward(inputs: LossInputs, wanted: WantedParts, *, loss_dtype: t
     constants = {
         "BLOCK": _BLOCK,
         "G_PAD": min(power_of_2(programs), _BLOCK),
-        "F": _form(weight, replace(options, logit_scale=1.0, temperature=1.0), REDUCTION=options.reduction),
+        "F": form_of(weight, replace(options, logit_scale=1.0, temperature=1.0), REDUCTION=options.reduction),
     }
     with on_device(logits):
         sums, _, counter = scratch(device, 2 * programs, 1) if options.is_reduced else (None, None, None)
@@ -193,7 +191,7 @@ def _visited(inputs: LossInputs, wanted: WantedNumbers, ranked: ExternalLabel | 
             {
                 "EVERY_ROW": every_row,
                 "T": tiles.tile(logits.dtype),
-                "F": _form(weight, options),
+                "F": form_of(weight, options),
                 **tiles.options(),
             },
         )
@@ -224,15 +222,9 @@ def _gradient(of: _Upstreams, inputs: LossInputs, saved: Sequence[Tensor | None]
                 *(strided(logits), target, weight, strided(result), *of_rows, totals, of, scaling(options)),
                 *(outer * inner, classes, inner, *numbers),
             ),
-            {"T": tiles.tile(logits.dtype), "F": _form(weight, options, **losses), **tiles.options()},
+            {"T": tiles.tile(logits.dtype), "F": form_of(weight, options, **losses), **tiles.options()},
         )
     return result
-
-
-def _form(weight: Tensor | None, options: LossOptions, **more: object) -> Form:
-    """Return the options that the kernels are compiled for; a part that is not wanted is a pointer that is None."""
-    smoothing, softcap = options.label_smoothing != 0, options.softcap is not None
-    return compiled_in(Form(weight is not None, smoothing, softcap, SCALED=options.is_scaled, **more))
 
 
 def _column(upstream: Tensor | None) -> _Column:

@@ -682,11 +682,7 @@ FAKES: dict[str, tuple[str, str, object]] = {
     "apex": ("apex.contrib.xentropy", "SoftmaxCrossEntropyLoss", ApexLoss),
     "apex-sgd": ("apex.optimizers", "FusedSGD", ApexSGD),
     "cce": ("cut_cross_entropy", "linear_cross_entropy", cut_linear_cross_entropy),
-    "quack-linear": (
-        "quack.linear_cross_entropy",
-        "chunked_linear_cross_entropy",
-        chunked_linear_cross_entropy,
-    ),
+    "quack-linear": ("quack.linear_cross_entropy", "chunked_linear_cross_entropy", chunked_linear_cross_entropy),
     "liger-tokens": ("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss", LigerGRPO),
     "liger-teacher": ("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss", LigerJSD),
     "liger-linear": (

@@ -92,18 +92,30 @@ def with_leaves(
     return tensors, leaves
 
 
-def held_by(loss: Callable[[], Tensor], leaves: list[Tensor]) -> int:
-    """The most bytes that the loss and its backward pass take beside the gradients, by the eager backend."""
+def held_by(loss: Callable[..., Tensor], rows: int = 600, features: int = 64, classes: int = 4000) -> int:
+    """The most bytes that the loss of a case and its backward pass take beside the gradients; the eager backend."""
+    case = make(Place("eager", CPU), rows, features=features, classes=classes)
+    leaves = [case[name].requires_grad_() for name in ("input", "linear_weight")]
 
     def step() -> None:
         for leaf in leaves:
             leaf.grad = None
-        loss().backward()
+        loss(**case).backward()
 
     with fastloss.use_backend("eager"):
         step()
         step()
         return peak_bytes(step, CPU) - sum(leaf.nbytes for leaf in leaves)
+
+
+def check_again(call: Callable[[Tensor], Tensor], x: Tensor, use_reentrant: bool) -> None:
+    """A second backward pass of one graph, and a checkpoint, give the gradient of the first."""
+    loss = call(x)
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, x)
+    assert torch.equal(again, expected)
+    checkpoint(call, x, use_reentrant=use_reentrant).backward()
+    assert torch.equal(x.grad, expected)
 
 
 def plain(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
