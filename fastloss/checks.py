@@ -42,6 +42,7 @@ __all__ = [
     "is_soft",
     "is_symbolic",
     "loss_dtype",
+    "parts_dtype",
     "symbolic",
 ]
 
@@ -112,6 +113,14 @@ def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, dtype: torc
         dtype = torch.promote_types(dtype, target.dtype)
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
     return torch.float32 if dtype.itemsize == 2 and is_autocast(input) else dtype
+
+
+def parts_dtype(dtype: torch.dtype, reduction: str) -> torch.dtype:
+    """Return the dtype of a loss beside other parts, which alone is of ``dtype``: of rows float32 or more.
+
+    The negative loss of a row is a log-probability, which programs train on: differences of two are exponents.
+    """
+    return torch.promote_types(dtype, torch.float32) if reduction == "none" else dtype
 
 
 def check_logits(input: object) -> None:

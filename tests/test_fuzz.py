@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from places import Place
 from torch import Tensor
 
-from fastloss import cross_entropy, cross_entropy_with_statistics, linear_cross_entropy
+from fastloss import checks, cross_entropy, cross_entropy_with_statistics, linear_cross_entropy
 
 # torch's default, the label that it is in 8 bits, masks' usual one, a class, and one that int64 alone holds.
 IGNORED = (-100, 156, 255, 1, -(2**63))
@@ -145,7 +145,11 @@ def reduced(rows: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 def by_statistics(input: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
-    return cross_entropy_with_statistics(input, target, weight, **options).loss
+    loss = cross_entropy_with_statistics(input, target, weight, **options).loss
+    if options["reduction"] != "none":
+        return loss
+    assert loss.dtype.itemsize >= 4  # −loss is a log-probability
+    return loss.to(checks.loss_dtype(input, target, weight))
 
 
 def by_a_linear_map(input: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:

@@ -52,6 +52,8 @@ def plain(
     weight = options.pop("weight", None)
     logits, target = reference.projected(input, linear_weight, target, **reference.of_map(options))
     flat, labels = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    if options.get("reduction") == "none" and flat.dtype.itemsize == 2:  # log-probabilities
+        flat, weight = flat.float(), None if weight is None else weight.float()
     loss, without = (
         reference.loss(flat, labels, weight, **{**options, "lse_square_scale": scale})
         for scale in (options.get("lse_square_scale", 0.0), 0.0)

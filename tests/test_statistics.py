@@ -29,9 +29,11 @@ EVERY: dict[str, bool] = dict.fromkeys(WantedParts._fields, True)
 def by_torch(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> LossStatistics:
     """The same from torch's operators, in the dtype of ``input`` (the rows' numbers in float32 at least)."""
     dim = min(1, input.dim() - 1)
-    loss = reference.loss(input, target, weight, **options)
-    without = reference.loss(input, target, weight, **{**options, "lse_square_scale": 0.0})
-    wide = input if input.dtype == torch.float64 else input.float()
+    wide, given, of_classes = input if input.dtype == torch.float64 else input.float(), input, weight
+    if options.get("reduction") == "none":  # −loss is a log-probability
+        given, of_classes = wide, None if weight is None else weight.to(wide.dtype)
+    loss = reference.loss(given, target, of_classes, **options)
+    without = reference.loss(given, target, of_classes, **{**options, "lse_square_scale": 0.0})
     cap = options.get("softcap")
     z = wide if cap is None else cap * torch.tanh(wide / cap)
     log_p = torch.log_softmax(z, dim)
@@ -360,6 +362,8 @@ def test_the_loss_is_cross_entropys(place: Place, dtype: torch.dtype, reduction:
         with torch.autocast(place.device.type, dtype=torch.bfloat16, enabled=autocast):
             ours = cross_entropy_with_statistics(input, target, z_loss=True, lse=True, **options)
             theirs = cross_entropy(input, target, **options)
+        if reduction == "none":  # −loss is a log-probability
+            theirs = cross_entropy(input if dtype == torch.float64 else input.float(), target, **options)
         torch.testing.assert_close(ours.loss, theirs)  # dtypes too
         assert ours.z_loss is not None
         assert ours.z_loss.dtype == theirs.dtype

@@ -90,9 +90,10 @@ def linear_cross_entropy_with_statistics(
 
     Returns:
         ``LossStatistics``: a part that was not asked for is None. ``loss`` and ``z_loss`` are as
-        :func:`linear_cross_entropy` has the loss. The others have the labels' shape (without the last ``shift``
-        positions), and ``selected``, the log-probabilities, has K more: in float32, float64 for float64 logits;
-        ``predicted`` in int64 and ``correct`` in bool.
+        :func:`linear_cross_entropy` has the loss; with reduction "none" float32 for 16 bits (whose logits are rounded
+        to 16 bits all the same, unless ``logits_dtype=torch.float32``). The others have the labels' shape (without
+        the last ``shift`` positions), and ``selected``, the log-probabilities, has K more: in float32, float64 for
+        float64 logits; ``predicted`` in int64 and ``correct`` in bool.
 
     Raises:
         TypeError, ValueError, RuntimeError: arguments that don't fit, as in :func:`linear_cross_entropy`.
@@ -204,7 +205,7 @@ def _parts(
         if options.is_reduced:
             values = values.sum() if divisor is None else values.sum() / divisor
             values = all_reduce(values, layout.row_groups)
-        return values.to(call.loss_dtype)
+        return values.to(checks.parts_dtype(call.loss_dtype, options.reduction))
 
     loss = reduced(label_losses(of_loss, t, weight, options, layout.classes))
     counted, z_loss = t != options.ignore_index, None
@@ -249,6 +250,7 @@ def _over_ranks(arguments: Arguments, wanted: WantedParts, selected: Tensor | No
 def _of_probabilities(arguments: Arguments, wanted: WantedParts, selected: Tensor | None) -> LossStatistics:
     """Return the parts for class probabilities. Only the loss and the z-loss need more than the logits."""
     input, linear_weight, target, linear_bias, weight, options, _, chunking = arguments
+    target = target.to(checks.parts_dtype(target.dtype, options.reduction))  # the loss has its dtype
     common: dict[str, Any] = {"linear_bias": linear_bias, "softcap": options.softcap, **options.scales(), **chunking}
     loss = linear_cross_entropy(
         *(input, linear_weight, target),

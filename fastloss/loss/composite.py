@@ -24,9 +24,9 @@ def cross_entropy(
     """Return the loss in ``dtype``, by default torch's; the shapes are as in :func:`fastloss.cross_entropy`."""
     soft = checks.is_soft(input, target)
     target = wide_labels(target)
-    plain = not (options.hides_softmax or options.is_scaled)
     if dtype is None:
         dtype = torch.promote_types(input.dtype, target.dtype) if soft else input.dtype
+    plain = not (options.hides_softmax or options.is_scaled or (not soft and dtype.itemsize > input.dtype.itemsize))
     # Of sharded rows torch takes the mean of the ranks' own means, however many rows each rank counts.
     over_ranks = options.reduction == "mean" and not soft and placements.is_dtensor(input)
     # A loss of several operators is computed in float32, and rounded once.

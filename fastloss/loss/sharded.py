@@ -144,7 +144,8 @@ def statistics_over_ranks(
     losses, rows = of_target(part, reduction, wanted, of_whole_rows)
     shape, dtype = row_shape(part.input), compute_dtype(part.input.dtype)
     found = dict(zip(losses, reduction.whole(list(losses.values()), shape), strict=True))
-    found = {name: value.to(checks.loss_dtype(input, target, weight)) for name, value in found.items()}
+    of_loss = checks.parts_dtype(checks.loss_dtype(input, target, weight), options.reduction)
+    found = {name: value.to(of_loss) for name, value in found.items()}
     for name, values in rows.items():
         found[name] = (values.to(dtype) if values.is_floating_point() else values).view(shape)
     return {name: part.placed(value) for name, value in found.items()}

@@ -117,8 +117,9 @@ def cross_entropy_with_statistics(
 
     Returns:
         ``(loss, z_loss, lse, entropy, predicted, correct, log_sum_sq_probs, mean_logit, selected)``, a NamedTuple.
-        ``loss`` and ``z_loss`` have the shape and dtype of :func:`cross_entropy`'s result. The others have the
-        labels' shape: ``predicted`` in int64, ``correct`` in bool, the rest in float32 (float64 for float64 logits).
+        ``loss`` and ``z_loss`` have the shape and dtype of :func:`cross_entropy`'s result; with reduction "none",
+        where −``loss`` is a log-probability, float32 for 16 bits. The others have the labels' shape: ``predicted`` in
+        int64, ``correct`` in bool, the rest in float32 (float64 for float64 logits).
         ``selected`` is of :func:`linear_cross_entropy_with_statistics`, and None here.
 
     Raises:
@@ -179,7 +180,8 @@ def cross_entropy_with_statistics(
         target = target.view(()) if input.dim() == 1 else target
         return _composed(input, target, weight, options, wanted)
 
-    run = _fused(input, target, weight, options, wanted, checks.loss_dtype(input, target, weight))
+    dtype = checks.parts_dtype(checks.loss_dtype(input, target, weight), reduction)
+    run = _fused(input, target, weight, options, wanted, dtype)
     parts = run() if call is None else call.recorded((input, target, weight, *options.scalars()), run)
     return _in_rows(parts, input, reduction)
 
@@ -223,6 +225,7 @@ def _of_probabilities(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, wanted: WantedParts
 ) -> LossStatistics:
     """Return the parts for class probabilities. Only the loss and the z-loss need more than the logits."""
+    target = target.to(checks.parts_dtype(target.dtype, options.reduction))  # the loss has its dtype
     loss = cross_entropy(
         *(input, target, weight, None, options.ignore_index, None, options.reduction, options.label_smoothing),
         lse_square_scale=options.lse_square_scale,
@@ -262,7 +265,8 @@ def _composed(
 ) -> LossStatistics:
     """Return the parts from torch's own differentiable operations."""
     target = wide_labels(target)
-    loss = composite.cross_entropy(input, target, weight, options, checks.loss_dtype(input, target, weight))
+    dtype = checks.parts_dtype(checks.loss_dtype(input, target, weight), options.reduction)
+    loss = composite.cross_entropy(input, target, weight, options, dtype)
     parts = _composed_rows(input, target, options, wanted)
     z_loss = None
     if wanted.z_loss and parts.lse is not None:
