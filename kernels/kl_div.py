@@ -184,11 +184,32 @@ def _times(p, number):
 
 
 @triton.jit
-def _mixture(d, beta):
-    """Return log t − log m and log s − log m, with d = log t − log s and m = β t + (1−β) s, without an overflow."""
-    w = tl.where(d > 0.0, 1.0 - beta[:, None], beta[:, None])
-    greater = -tl.log((1.0 - w) + w * tl.exp2(-tl.abs(d) * LOG2_E))  # of the smaller of the two logarithms
-    return tl.where(d > 0.0, greater, greater + d), tl.where(d > 0.0, greater - d, greater)
+def _log1p(x, T: tl.constexpr):
+    """Return log(1 + x) for x from −1/2 to 1. Near 1 the hardware's logarithm has no digit of a small x."""
+    if T.ACC == tl.float64:
+        y = 1.0 + x
+        result = tl.where(y == 1.0, x, tl.log(y) * (x / (y - 1.0)))
+    else:  # 2 artanh(x / (2 + x)), whose argument is at most 1/3
+        a = x / (2.0 + x)
+        b = a * a
+        series = 1.0 / 7.0 + b * (1.0 / 9.0 + b * (1.0 / 11.0 + b * (1.0 / 13.0)))
+        result = 2.0 * a * (1.0 + b * (1.0 / 3.0 + b * (1.0 / 5.0 + b * series)))
+    return result
+
+
+@triton.jit
+def _mixture(d, beta, T: tl.constexpr):
+    """Return u = log t − log m and r = log s − log m, with d = log t − log s; see ``backends/eager/kl_div.py``."""
+    MOST: tl.constexpr = 700.0 if T.ACC == tl.float64 else 88.0
+    is_low = beta <= 0.5
+    low = tl.minimum(beta, 1.0 - beta).to(T.ACC)[:, None]
+    e = tl.where(is_low[:, None], d, -d)
+    excess = low * (tl.exp2(tl.where(e > MOST, MOST, e) * LOG2_E) - 1.0)
+    far = excess >= 1.0
+    of_far = -tl.log(low + (1.0 - low) * tl.exp2(-tl.where(far, e, 0.0) * LOG2_E))
+    of_most = tl.where(far, of_far - e, -_log1p(tl.where(far, 0.0, excess), T))
+    of_other = tl.where(far, of_far, of_most + e)
+    return tl.where(is_low[:, None], of_other, of_most), tl.where(is_low[:, None], of_most, of_other)
 
 
 @triton.jit
@@ -220,7 +241,8 @@ def _kl_div(
     G: tl.constexpr,  # of the teacher
 ):
     """Compute each row's log-sum-exps, divergence and gradient: those that are wanted and not known."""
-    beta = tl.full([1], beta, T.ACC)
+    wide_beta = tl.full([1], beta, tl.float64)
+    beta, rest = wide_beta.to(T.ACC), (1.0 - wide_beta).to(T.ACC)
     scales, y_scales = scales_of(cap, factor, scaling, T, F), scales_of(y_cap, y_factor, y_scaling, T, G)
     WRITTEN: tl.constexpr = upstream_ptr is not None
     # KL(t ‖ s) has a gradient that needs no sum: its loss comes from the same visit.
@@ -258,10 +280,10 @@ def _kl_div(
                 elif KIND == "reverse":
                     loss_group -= _summed(_times(b.s, b.d), T)
                 else:
-                    of_t, of_s = _mixture(b.d, beta)
+                    of_t, of_s = _mixture(b.d, wide_beta, T)
                     of_s = _times(b.s, of_s)
                     level_group += _summed(of_s, T)
-                    loss_group += _summed(beta[:, None] * _times(b.t, of_t) + (1.0 - beta)[:, None] * of_s, T)
+                    loss_group += _summed(beta[:, None] * _times(b.t, of_t) + rest[:, None] * of_s, T)
             loss = tl.sum(loss_group, axis=1)
             level = loss
             if KIND == "mixed":
@@ -283,8 +305,8 @@ def _kl_div(
                 elif KIND == "reverse":
                     g = -_times(b.s, b.d) - b.s * level[:, None]
                 else:
-                    _, of_s = _mixture(b.d, beta)
-                    g = (1.0 - beta)[:, None] * (_times(b.s, of_s) - b.s * level[:, None])
+                    _, of_s = _mixture(b.d, wide_beta, T)
+                    g = rest[:, None] * (_times(b.s, of_s) - b.s * level[:, None])
                 g *= of_row[:, None]
                 if F.SCALED:
                     g *= scales.slope.to(T.ACC)[:, None]

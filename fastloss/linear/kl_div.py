@@ -430,6 +430,12 @@ def _composed_rows(x: Tensor, y: Tensor, options: DivergenceOptions) -> Tensor:
         return mean(s, log_s - log_t)
     neither = (s == 0) & (t == 0)
     log_s, log_t = log_s.masked_fill(neither, 0), log_t.masked_fill(neither, 0)
-    shares = torch.tensor([1 - beta, beta], dtype=torch.float64).log().tolist()
-    log_m = torch.logaddexp(log_s + shares[0], log_t + shares[1])
-    return beta * mean(t, log_t - log_m) + (1 - beta) * mean(s, log_s - log_m)
+    # As in backends/eager/kl_div.py.
+    low, e = min(beta, 1 - beta), log_t - log_s if beta <= 0.5 else log_s - log_t
+    excess = low * torch.expm1(e.clamp(max=88.0 if dtype == torch.float32 else 700.0))
+    far = excess >= 1
+    of_far = -torch.log(low + (1 - low) * torch.exp(-e.clamp(min=0)))
+    of_most = torch.where(far, of_far - e, -torch.log1p(torch.where(far, 0.0, excess)))
+    of_other = torch.where(far, of_far, of_most + e)
+    r, u = (of_most, of_other) if beta <= 0.5 else (of_other, of_most)
+    return beta * mean(t, u) + (1 - beta) * mean(s, r)

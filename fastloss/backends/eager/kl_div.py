@@ -11,10 +11,13 @@ with u_c = log t_c − log m_c and r_c = log s_c − log m_c. (The derivative of
 log (s_c / t_c) + 1, or (1−β) log (s_c / m_c), since the terms of ∂m cancel; a softmax takes its mean away.) Products
 with a probability of 0 are 0, whatever the logarithm beside it is.
 
-Both logarithms of the mixture come from the difference d, so that nothing cancels and nothing overflows:
+Both logarithms of the mixture come from the difference d, so that nothing cancels and nothing overflows. For β ≤ ½
 
-    d ≤ 0:  r = −log1p(β (e^d − 1)),         u = r + d
-    d > 0:  u = −log1p((1−β) (e^−d − 1)),    r = u − d
+    β (e^d − 1) < 1:  r = −log1p(β (e^d − 1)),       u = r + d
+    elsewhere:        u = −log(β + (1−β) e^−d),      r = u − d
+
+and for β > ½ with the sides, and β and 1−β, exchanged. Near an end the mixture is nearly one side, whose logarithm
+is small, and is exact to its own size.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from .workers import for_each
 
 __all__ = ["kl_div"]
 
+# Exponents whose exponentials are finite.
+_MOST_EXPONENT = {torch.float32: 88.0, torch.float64: 700.0}
 # Buffers of a piece's size, about: a piece is so much smaller than the chunks of other functions.
 _BUFFERS = 4
 
@@ -121,13 +126,20 @@ class _Piece:
         if beta == 1:
             loss = mean(torch.mul(s.e, d, out=d).neg_(), s_is_0, s.total)
             return loss, loss
-        above = d > 0
-        greater = torch.abs(d, out=t.below).neg_().expm1_()
-        greater.mul_(torch.where(above, d.new_tensor(1 - beta), d.new_tensor(beta))).log1p_().neg_()
-        # −log1p(…) is r where d is at most 0, and u elsewhere.
-        of_t = torch.clamp(d, max=0, out=Scratch("mixture", self.dtype, d.device).like(d)).add_(greater)
-        of_t = mean(of_t.mul_(t.e), t_is_0, t.total)
-        of_s = mean(torch.sub(greater, d.clamp_(min=0), out=d).mul_(s.e), s_is_0, s.total)
+        low, e = min(beta, 1 - beta), d if beta <= 0.5 else d.neg_()
+        excess = torch.clamp(e, max=_MOST_EXPONENT[self.dtype], out=t.below).expm1_().mul_(low)
+        far = excess >= 1
+        of_near = Scratch("mixture", self.dtype, d.device).like(d)
+        if not far.is_cpu or far.any():
+            of_far = torch.clamp(e, min=0, out=of_near).neg_().exp_().mul_(1 - low).add_(low).log_().neg_()
+            of_most = torch.where(far, of_far - e, excess.log1p_().neg_(), out=excess)
+            of_other = torch.where(far, of_far, e.add_(of_most), out=of_near)
+        else:
+            of_most = excess.log1p_().neg_()
+            of_other = torch.add(of_most, e, out=of_near)
+        r, u = (of_most, of_other) if beta <= 0.5 else (of_other, of_most)
+        of_t = mean(u.mul_(t.e), t_is_0, t.total)
+        of_s = mean(torch.mul(r, s.e, out=d), s_is_0, s.total)
         return of_t * beta + of_s * (1 - beta), of_s
 
     def write_gradient(self, slope: Tensor, level: Tensor) -> None:
