@@ -28,6 +28,7 @@ if (
 from .backends.choice import use_backend  # noqa: E402
 from .faces.modules import CrossEntropyLoss, LinearCrossEntropyLoss  # noqa: E402
 from .faces.patch import Patch, patch_torch  # noqa: E402
+from .lazy.heads import WithoutLogits, without_logits  # noqa: E402
 from .linear.functional import linear_cross_entropy, linear_cross_entropy_with_accuracy  # noqa: E402
 from .linear.kl_div import linear_kl_div  # noqa: E402
 from .linear.statistics import linear_cross_entropy_with_statistics  # noqa: E402
@@ -52,6 +53,7 @@ __all__ = [
     "Patch",
     "TokenLoss",
     "TopKLogProbs",
+    "WithoutLogits",
     "accuracy",
     "cross_entropy",
     "cross_entropy_with_accuracy",
@@ -64,6 +66,7 @@ __all__ = [
     "linear_topk_log_probs",
     "patch_torch",
     "use_backend",
+    "without_logits",
 ]
 
 

@@ -425,8 +425,12 @@ def check_labels(target: Tensor, classes: int, ignore_index: int, *, shift: int 
 
 
 def is_symbolic(*tensors: object) -> bool:
-    """Return True if one of them stands for a tensor, as in ``torch.fx.symbolic_trace``, which records the call."""
-    return not all(isinstance(t, Tensor) for t in tensors) and torch.overrides.has_torch_function(tensors)
+    """Return True if one of them stands for a tensor, as in ``torch.fx.symbolic_trace``, which records the call.
+
+    A class of tensors whose elements do not exist yet says so by ``stands_for_elements = True``.
+    """
+    plain = all(isinstance(t, Tensor) and not getattr(t.__class__, "stands_for_elements", False) for t in tensors)
+    return not plain and torch.overrides.has_torch_function(tensors)
 
 
 def symbolic(function: Callable[..., Any], variables: dict[str, Any]) -> Any:

@@ -1,0 +1,1 @@
+"""Logits that are computed only when an operator needs their elements."""
