@@ -242,7 +242,7 @@ UPWARDS = {"fastloss/backends/choice.py imports fastloss.kernels"}
 # The same for the files of a room. Kernels have no order.
 FILES = {
     "faces": ("patch", "modules"),
-    "lazy": ("heads", "tensor", "recorded", "fused", "recipe"),
+    "lazy": ("heads", "tensor", "recorded", "fused", "recipe", "origin"),
     "bench": ("report", "measure", "workloads"),
     "demo": ("report", "language_model", "alone", "training"),
     "measuring": ("sgd", "reference", "contenders", "inputs", "clock", "machine", "info", "style"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .fused import add_own_functions
+from .origin import watch_optimizers
 from .recipe import Recipe
 from .tensor import lazy_logits
 
@@ -42,8 +43,8 @@ def without_logits(
     whole, have the model's own head.
 
     Two uses raise an error where plain logits would serve: those of logits after the head's weight has changed
-    (after ``optimizer.step()``; a write through ``weight.data`` is not noticed), and those of logits after a write in
-    place to another view of their memory.
+    (after ``optimizer.step()``; a write through ``weight.data`` outside of a ``torch.optim.Optimizer`` is not noticed),
+    and those of logits after a write in place to another view of their memory.
 
     Args:
         model: any module. It need not be a transformers model.
@@ -84,6 +85,7 @@ def without_logits(
     reason = _unsupported(module)
     if reason is None:
         add_own_functions()
+        watch_optimizers()
         return WithoutLogits(name, module)
     message = f"fastloss: the head {name!r}, a {type(module).__name__}, {reason}; expected a torch.nn.Linear"
     if on_unsupported == "raise":

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .origin import Origin
+
 __all__ = ["Recipe", "Step"]
 
 # What a model does to each logit: ("times", number), ("over", number), ("tanh", None) or ("to", dtype).
@@ -31,13 +33,13 @@ class Recipe:
     dtype: torch.dtype  # of the product
     steps: tuple[Step, ...]
     class_dim: int  # where the classes are among the logits' dimensions; the others are x's, in x's order
-    versions: tuple[tuple[Tensor, int], ...]  # the tensors that the logits depend on, and how often each was written
+    origin: Origin
 
     @classmethod
     def of_head(cls, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Recipe:
         """Begin a recipe: the head's product, in ``dtype``."""
         tensors = (x, weight) if bias is None else (x, weight, bias)
-        return cls(x, weight, bias, dtype, (), x.dim() - 1, tuple((t, t._version) for t in tensors))
+        return cls(x, weight, bias, dtype, (), x.dim() - 1, Origin(tuple((t, t._version) for t in tensors)))
 
     @property
     def classes_last(self) -> bool:
@@ -53,21 +55,6 @@ class Recipe:
         """Return True if any of its tensors requires a gradient."""
         return any(t is not None and t.requires_grad for t in (self.x, self.weight, self.bias))
 
-    def check(self) -> None:
-        """Raise an error if the logits can't be computed as they were when the head was called."""
-        for tensor, version in self.versions:
-            if tensor.untyped_storage().nbytes() == 0 != tensor.numel():
-                raise RuntimeError(
-                    "fastloss: logits are read after the memory of the head's weight was given back (by a wrapper "
-                    "that shards it); expected a read before, or report.undo() of fastloss.without_logits(model)"
-                )
-            if tensor._version != version:
-                raise RuntimeError(
-                    f"fastloss: logits are read after a tensor of shape {tuple(tensor.shape)} that they are made of "
-                    "was written to (by an optimizer's step, perhaps); expected a read before: logits.clone() does "
-                    "not read them, logits + 0 does"
-                )
-
     def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute the logits from these tensors in the place of its own, with the operators that the model called."""
         given = [None if t is None else t.to(self.dtype) for t in (x, weight, bias)]
@@ -82,7 +69,7 @@ class Recipe:
                     logits = torch.tanh(logits)
                 else:
                     logits = logits.to(value)
-        return logits.movedim(-1, self.class_dim)
+        return logits if self.classes_last else logits.movedim(-1, self.class_dim)
 
     def options(self) -> dict[str, Any] | None:
         """Return the steps as arguments of the linear losses, or None if they are no such arguments."""

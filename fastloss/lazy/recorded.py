@@ -69,15 +69,16 @@ def _bias(
         or recipe.bias is not None
         or recipe.steps
         or not recipe.classes_last
-        or other.shape != meta.shape[-1:]
+        or other.dim() > meta.dim()
+        or other.shape[-1:] != meta.shape[-1:]
+        or other.numel() != meta.shape[-1]
         or other.dtype != recipe.dtype
         or other.device != recipe.x.device
         or other.is_inference()
     ):
         return None
     bias: Tensor = other
-    versions = (*recipe.versions, (bias, bias._version))
-    return replace(recipe, bias=bias, versions=versions), torch.empty_like(meta)
+    return replace(recipe, bias=bias.reshape(-1), origin=recipe.origin.joined_by(bias)), torch.empty_like(meta)
 
 
 def _same(

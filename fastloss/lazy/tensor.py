@@ -57,7 +57,7 @@ class LazyLogits(Tensor):
             self._check_memory()
             if self._value is None:
                 recipe = self._recipe
-                recipe.check()
+                recipe.origin.check()
                 self._listener.count_made(operator)
                 with torch.inference_mode(False), torch.set_grad_enabled(self._node is not None):
                     value = recipe.logits(recipe.x, recipe.weight, recipe.bias)
@@ -183,7 +183,7 @@ class _Deferred(torch.autograd.Function):
         if upstream is None:
             return (None,) * 7
         recipe = ctx.recipe
-        recipe.check()
+        recipe.origin.check()
         if ctx.memory.writer is not None:
             raise RuntimeError(
                 "fastloss: logits were written to in place, and then taken by code that does not see the write; "
@@ -224,7 +224,7 @@ def _without_elements(
         return None
     handler = RECORDED.get(func)
     if handler is not None and args:
-        recipe.check()
+        recipe.origin.check()
         with torch.autocast(recipe.x.device.type, enabled=False):
             recorded = handler(func, recipe, meta, args[1:], dict(kwargs))
         if recorded is None:
@@ -241,7 +241,7 @@ def _without_elements(
         return None
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     given.pop("input")
-    recipe.check()
+    recipe.origin.check()
     # Gradients are recorded as the logits have them: logits that were made without one have none.
     result = serve(recipe if lazy._node is not None else recipe.detached(), meta.dtype, given)
     if result is NotImplemented:
