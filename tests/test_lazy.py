@@ -410,6 +410,65 @@ def test_compiled_models_compute_their_logits(fresh_compiler: None) -> None:
     assert_same_gradients(ours, theirs)
 
 
+def test_compiled_losses_of_lazy_logits(fresh_compiler: None) -> None:
+    (ours, theirs), (ids, labels) = pair(), batch()
+    with lazy(ours, fused=1, made=0):
+        torch.compile(next_token, backend="aot_eager")(ours(ids), labels).backward()
+    next_token(theirs(ids), labels).backward()
+    assert_same_gradients(ours, theirs)
+
+
+# --------------------------------------------------------------------------------------------- transformers
+
+SMALL: dict[str, Any] = {"vocab_size": CLASSES, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
+SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+T5 = {"vocab_size": CLASSES, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+GPT2 = {"vocab_size": CLASSES, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128}
+BART = {"vocab_size": CLASSES, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 128}
+BART |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+CLASSES_OF_MODELS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": SMALL,
+    "Gemma2ForCausalLM": SMALL,  # a softcap
+    "CohereForCausalLM": SMALL,  # a scale
+    "GraniteForCausalLM": {**SMALL, "logits_scaling": 3.0},
+    "MixtralForCausalLM": {**SMALL, "num_local_experts": 2, "output_router_logits": True},  # a second loss
+    "GPT2LMHeadModel": GPT2,
+    "BloomForCausalLM": {"vocab_size": CLASSES, "hidden_size": 16, "n_layer": 1, "n_head": 2},
+    "MambaForCausalLM": {"vocab_size": CLASSES, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+    "T5ForConditionalGeneration": {**T5, "decoder_start_token_id": 0},  # scaled hidden states
+    "BartForConditionalGeneration": BART,  # a bias that is a buffer
+    "BertForMaskedLM": SMALL,  # a head with a bias
+    "DistilBertForMaskedLM": {"vocab_size": CLASSES, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2},
+}
+
+
+@pytest.mark.parametrize("name", CLASSES_OF_MODELS)
+def test_models_of_transformers(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    model_class = getattr(transformers, name)
+    ours = model_class(model_class.config_class(**CLASSES_OF_MODELS[name])).eval()
+    theirs = copy.deepcopy(ours)
+    ids = torch.randint(3, CLASSES, (3, 100))
+    labels = torch.where(torch.rand(ids.shape) < 0.2, -100, ids)
+    with fastloss.without_logits(ours) as report:
+        with NoLogits(labels.numel() * CLASSES):
+            result = ours(input_ids=ids, labels=labels)
+            result.loss.backward()
+        assert (report.fused, report.made) == (1, 0), report.audit()
+        expected = theirs(input_ids=ids, labels=labels)
+        expected.loss.backward()
+        torch.testing.assert_close(result.loss, expected.loss)
+        assert_same_gradients(ours, theirs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result.logits + 0, expected.logits)
+        if ours.can_generate() and "Causal" in name:
+            how = {"max_new_tokens": 4, "do_sample": False}
+            assert ours.generate(ids[:1], **how).equal(theirs.generate(ids[:1], **how))
+            few = ours(input_ids=ids, logits_to_keep=2).logits
+            torch.testing.assert_close(few + 0, theirs(input_ids=ids, logits_to_keep=2).logits)
+
+
 # --------------------------------------------------------------------------------------------- heads, report
 
 

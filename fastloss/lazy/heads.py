@@ -43,8 +43,8 @@ def without_logits(
     whole, have the model's own head.
 
     Two uses raise an error where plain logits would serve: those of logits after the head's weight has changed
-    (after ``optimizer.step()``; a write through ``weight.data`` outside of a ``torch.optim.Optimizer`` is not noticed),
-    and those of logits after a write in place to another view of their memory.
+    (after ``optimizer.step()``; a write through ``weight.data`` outside of a ``torch.optim.Optimizer`` is not
+    noticed), and those of logits after a write in place to another view of their memory.
 
     Args:
         model: any module. It need not be a transformers model.

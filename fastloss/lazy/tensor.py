@@ -90,6 +90,7 @@ class LazyLogits(Tensor):
             return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
     @classmethod
+    @torch._disable_dynamo  # compiled code that is given lazy logits breaks its graph at what is done to them
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
