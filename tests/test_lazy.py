@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -218,6 +219,70 @@ def test_tied_weights_and_steps() -> None:
                 optimizer.zero_grad()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+OPERATORS: list[Callable[[Tensor], Tensor]] = [
+    lambda z: z * 0.7,
+    lambda z: 3 * z,
+    lambda z: z / -2.0,
+    lambda z: torch.tanh(z),
+    lambda z: z.float(),
+    lambda z: z.double(),
+    lambda z: z.to(torch.bfloat16),
+    lambda z: z + torch.linspace(-1, 1, z.shape[-1]).to(z.dtype),
+    lambda z: z + 1.0,
+    lambda z: z.transpose(0, -1),
+    lambda z: z.mT if z.dim() > 1 else z,
+    lambda z: z.movedim(0, -1),
+    lambda z: z.permute(*reversed(range(z.dim()))),
+    lambda z: z.contiguous(),
+    lambda z: z.clone(),
+    lambda z: z.flatten(0, 1) if z.dim() > 1 else z,
+    lambda z: z.flatten(),
+    lambda z: z.reshape(-1, z.shape[-1]),
+    lambda z: z.reshape(2, -1, z.shape[-1]) if z.numel() % (2 * z.shape[-1]) == 0 else z,
+    lambda z: z.unflatten(-1, (1, -1)),
+    lambda z: z[..., 1:],
+    lambda z: z[:, None],
+    lambda z: z[0] if z.dim() > 2 else z,
+    lambda z: z[None],
+    lambda z: z[:, ::2],
+    lambda z: z[..., :-1, :] if z.dim() > 1 else z,
+    lambda z: z[torch.tensor([1, 0, 1])],
+    lambda z: z[torch.arange(len(z)) != 1],
+    lambda z: z[:, torch.tensor([0, 1])] if z.dim() > 1 else z,
+    lambda z: z[torch.tensor([0, 1]), :, torch.tensor([0, 1])] if z.dim() > 2 and min(z.shape) > 1 else z,
+    lambda z: z.detach() * 0.0 + z,
+    lambda z: z.softmax(-1),
+    lambda z: z.squeeze(0),
+    lambda z: z.view_as(z),
+    lambda z: torch.cat([z, z]),
+]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_operators(seed: int) -> None:
+    (ours, theirs), draw = pair(bias=bool(seed % 2)), random.Random(seed)
+    ids = torch.randint(0, CLASSES, (3, 4))
+    chain = draw.choices(OPERATORS, k=draw.randint(1, 6))
+    results = {}
+    for model in (ours, theirs):
+        with lazy(ours):
+            z = model(ids)
+            for operator in chain:
+                if z.dim() > 1 and min(z.shape) > 1:
+                    z = operator(z)
+            assert z.requires_grad
+            labels = torch.zeros((z.shape[0], *z.shape[2:]) if z.dim() > 1 else (), dtype=torch.int64)
+            loss = F.cross_entropy(z, labels)
+            loss.backward()
+            results[model] = (z + 0).detach(), loss.detach(), z.shape, z.dtype
+    assert results[ours][2:] == results[theirs][2:]
+    narrow = loss.dtype == torch.bfloat16
+    how = {"rtol": 5e-2, "atol": 2e-2} if narrow else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(results[ours][0], results[theirs][0], **how)
+    torch.testing.assert_close(results[ours][1], results[theirs][1], **how)
+    assert_same_gradients(ours, theirs, rtol=5e-2, atol=5e-3 if narrow else 1e-4)
 
 
 # --------------------------------------------------------------------------------------------------- hazards

@@ -61,7 +61,9 @@ class LazyLogits(Tensor):
                 self._listener.count_made(operator)
                 with torch.inference_mode(False), torch.set_grad_enabled(self._node is not None):
                     value = recipe.logits(recipe.x, recipe.weight, recipe.bias)
-                    value = value.contiguous() if self._meta.is_contiguous() else value
+                    # What may be viewed must stay so: a permuted tensor has its strides.
+                    if value.stride() != torch.empty_like(self._meta).stride():
+                        value = torch.empty_like(self._meta, device=value.device).copy_(value)
                 if self._is_handed_on():
                     with torch.inference_mode(False), torch.enable_grad():
                         value = _Elements.apply(self, value)
