@@ -370,6 +370,24 @@ def test_hooks_see_the_gradient() -> None:
     assert_same_gradients(ours, theirs)
 
 
+def test_gradients_of_logits_that_do_not_exist() -> None:
+    (ours, theirs), (ids, labels) = pair(), batch()
+    with lazy(ours):
+        logits = ours(ids)
+        loss = next_token(logits, labels)
+        for ask in (lambda: torch.autograd.grad(loss, logits, allow_unused=True), logits.retain_grad):
+            with pytest.raises(RuntimeError, match="gradient does not exist"):
+                ask()
+        with pytest.warns(UserWarning, match="register_hook"):
+            logits.register_hook(print)
+        logits = ours(ids)
+        logits.argmax(-1), logits.detach().sum()
+        logits = logits + 0
+        (gradient,) = torch.autograd.grad(next_token(logits, labels), logits)
+    stock = theirs(ids)
+    torch.testing.assert_close(gradient, torch.autograd.grad(next_token(stock, labels), stock)[0])
+
+
 def test_copies_and_pickles() -> None:
     (ours, theirs), (ids, _) = pair(), batch()
     with lazy(ours):

@@ -42,8 +42,9 @@ def without_logits(
     classes (DTensor) the head computes its logits as ever. A copy of the model, and one that is saved and loaded as a
     whole, have the model's own head.
 
-    Two uses raise an error where plain logits would serve: those of logits after the head's weight has changed
-    (after ``optimizer.step()``; a write through ``weight.data`` outside of a ``torch.optim.Optimizer`` is not
+    Three uses raise an error where plain logits would serve: those of the logits' own gradient (``retain_grad``,
+    ``torch.autograd.grad``) after a loss was computed without them, those of logits after the head's weight has
+    changed (after ``optimizer.step()``; a write through ``weight.data`` outside of a ``torch.optim.Optimizer`` is not
     noticed), and those of logits after a write in place to another view of their memory.
 
     Args:

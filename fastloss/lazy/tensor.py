@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -49,6 +50,7 @@ class LazyLogits(Tensor):
     _listener: Listener
     _node: Any  # the autograd node that it was made with
     _value: Tensor | None
+    _is_used: bool  # True: a gradient goes past its elements, to x and W
     _lock: threading.RLock  # type: ignore[valid-type]
 
     def materialize(self, operator: str = "materialize") -> Tensor:
@@ -158,7 +160,7 @@ def _wrapped(recipe: Recipe, meta: Tensor, memory: _Memory, listener: Listener) 
             device=recipe.x.device,
         )
     lazy._recipe, lazy._meta, lazy._memory, lazy._listener = recipe, meta, memory, listener
-    lazy._node, lazy._value, lazy._lock = None, None, threading.RLock()
+    lazy._node, lazy._value, lazy._is_used, lazy._lock = None, None, False, threading.RLock()
     return lazy  # type: ignore[no-any-return]
 
 
@@ -235,6 +237,7 @@ def _without_elements(
         recipe, out = recorded
         if out is meta and recipe is lazy._recipe:
             return lazy
+        lazy._is_used |= torch.is_grad_enabled() and lazy._node is not None and func not in _DETACHING
         is_view = out.untyped_storage()._cdata == meta.untyped_storage()._cdata
         return lazy_logits(recipe, out, lazy._memory if is_view else None, lazy._listener)
     if func not in FUSED:
@@ -249,6 +252,7 @@ def _without_elements(
     result = serve(recipe if lazy._node is not None else recipe.detached(), meta.dtype, given)
     if result is NotImplemented:
         return None
+    lazy._is_used |= torch.is_grad_enabled() and lazy._node is not None and func not in _DETACHING
     lazy._listener.count_fused()
     return result
 
@@ -262,6 +266,15 @@ def _with_elements(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     with torch._C.DisableTorchFunctionSubclass():
         leaves, _ = tree_flatten((args, kwargs))
     lazies = [leaf for leaf in leaves if isinstance(leaf, LazyLogits)]
+    if func in _OF_GRADIENTS and any(lazy._is_used for lazy in lazies):
+        message = (
+            f"fastloss: {name} is asked of logits from which a loss was computed without them, so that their "
+            "gradient does not exist; expected this call before the logits are used, or report.undo() of "
+            "fastloss.without_logits(model)"
+        )
+        if func is not Tensor.register_hook:  # wrappers that shard register hooks on all outputs
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=3)
     values = [lazy.materialize(name) for lazy in lazies]
     written = [None if value.is_inference() else value._version for value in values]
     args, kwargs = tree_map(lambda a: a.materialize(name) if isinstance(a, LazyLogits) else a, (args, kwargs))
@@ -275,6 +288,8 @@ def _with_elements(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 
 _SYMMETRIC = {torch.mul, torch.multiply, torch.add, Tensor.add, Tensor.__add__, Tensor.mul}
+_DETACHING = {Tensor.detach, torch.detach, torch.argmax, Tensor.argmax}
+_OF_GRADIENTS = {torch.autograd.grad, Tensor.register_hook, Tensor.retain_grad}
 # What is asked about a tensor and not about its elements.
 _METADATA = {
     getattr(Tensor, name).__get__
