@@ -327,6 +327,12 @@ def test_a_write_in_place_voids_the_other_views() -> None:
         view += 1
         with pytest.raises(RuntimeError, match="in place"):
             next_token(logits, labels)
+        logits = ours(ids)
+        before, _ = logits[:, :-1], logits.sum()
+        logits[:, 2:].zero_()  # a plain tensor's write
+        with pytest.raises(RuntimeError, match="in place"):
+            before.sum()
+        assert logits[:, 2:].abs().max() == 0
 
 
 class Reversed(torch.autograd.Function):

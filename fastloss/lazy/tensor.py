@@ -33,6 +33,15 @@ class _Memory:
 
     def __init__(self) -> None:
         self.writer: LazyLogits | None = None
+        self.made: list[
+            tuple[Tensor, int]
+        ] = []  # elements of its tensors, and the writes that they had seen when made
+
+    def is_void_for(self, value: Tensor | None) -> bool:
+        """Return True if others than the tensor with these elements were written to."""
+        if self.writer is not None and (value is None or self.writer._value is not value):
+            return True
+        return any(other is not value and other._version != version for other, version in self.made)
 
 
 class LazyLogits(Tensor):
@@ -70,6 +79,7 @@ class LazyLogits(Tensor):
                     with torch.inference_mode(False), torch.enable_grad():
                         value = _Elements.apply(self, value)
                 self._value = value
+                self._memory.made.append((value, value._version))
             return self._value
 
     def _is_handed_on(self) -> bool:
@@ -78,7 +88,7 @@ class LazyLogits(Tensor):
             return self.grad_fn is not self._node or self.requires_grad != (self._node is not None)
 
     def _check_memory(self) -> None:
-        if self._memory.writer is not None and self._memory.writer is not self:
+        if self._memory.is_void_for(self._value):
             raise RuntimeError(
                 "fastloss: logits are read whose memory was written to in place through another view of them; "
                 "expected a write before the view, or out of place (masked_fill for masked_fill_), or report.undo() "
@@ -189,7 +199,7 @@ class _Deferred(torch.autograd.Function):
             return (None,) * 7
         recipe = ctx.recipe
         recipe.origin.check()
-        if ctx.memory.writer is not None:
+        if ctx.memory.is_void_for(None):
             raise RuntimeError(
                 "fastloss: logits were written to in place, and then taken by code that does not see the write; "
                 "expected a write out of place, or report.undo() of fastloss.without_logits(model)"
@@ -221,7 +231,7 @@ def _without_elements(
     func: Callable[..., Any], lazy: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Return the operator's result, or None if it needs the elements."""
-    if lazy._is_handed_on() or lazy._memory.writer is not None or "out" in kwargs:
+    if lazy._is_handed_on() or lazy._memory.is_void_for(None) or "out" in kwargs:
         return None
     recipe, meta = lazy._recipe, lazy._meta
     others, _ = tree_flatten((args[1:], kwargs))
