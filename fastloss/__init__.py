@@ -26,9 +26,9 @@ if (
     __path__.append(str(_ROOT))
 
 from .backends.choice import use_backend  # noqa: E402
+from .faces.lazy.heads import WithoutLogits, without_logits  # noqa: E402
 from .faces.modules import CrossEntropyLoss, LinearCrossEntropyLoss  # noqa: E402
 from .faces.patch import Patch, patch_torch  # noqa: E402
-from .lazy.heads import WithoutLogits, without_logits  # noqa: E402
 from .linear.functional import linear_cross_entropy, linear_cross_entropy_with_accuracy  # noqa: E402
 from .linear.kl_div import linear_kl_div  # noqa: E402
 from .linear.statistics import linear_cross_entropy_with_statistics  # noqa: E402

@@ -25,7 +25,7 @@ MODULES = {
     "fastloss.loss.statistics": {"cross_entropy_with_statistics"},
     "fastloss.metrics.accuracy": {"Accuracy"},
     "fastloss.faces.modules": {"CrossEntropyLoss", "LinearCrossEntropyLoss"},
-    "fastloss.lazy.heads": {"without_logits"},
+    "fastloss.faces.lazy.heads": {"without_logits"},
     "fastloss.faces.patch": {"patch_torch"},
     "fastloss.backends.choice": {"use_backend"},
     "fastloss.optim.sgd": {"SGD"},

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastloss
-from fastloss.lazy.tensor import LazyLogits
+from fastloss.faces.lazy.tensor import LazyLogits
 
 CLASSES, WIDTH = 211, 8
 Loss = Callable[[Tensor, Tensor], Tensor]

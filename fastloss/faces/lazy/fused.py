@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastloss
-
+from ...linear.functional import linear_cross_entropy, linear_cross_entropy_with_accuracy
+from ...linear.topk import linear_topk_log_probs
+from ...loss.functional import accuracy, cross_entropy, cross_entropy_with_accuracy
 from .recipe import Recipe
 
 __all__ = ["FUSED"]
@@ -83,16 +84,16 @@ def _is_default(name: str, value: object) -> bool:
 
 
 def _cross_entropy(recipe: Recipe, dtype: torch.dtype, given: dict[str, Any]) -> Any:
-    return _loss(fastloss.linear_cross_entropy, recipe, dtype, given)
+    return _loss(linear_cross_entropy, recipe, dtype, given)
 
 
 def _with_accuracy(recipe: Recipe, dtype: torch.dtype, given: dict[str, Any]) -> Any:
-    return _loss(fastloss.linear_cross_entropy_with_accuracy, recipe, dtype, given)
+    return _loss(linear_cross_entropy_with_accuracy, recipe, dtype, given)
 
 
 def _accuracy(recipe: Recipe, dtype: torch.dtype, given: dict[str, Any]) -> Any:
     with torch.no_grad():
-        result = _loss(fastloss.linear_cross_entropy_with_accuracy, recipe.detached(), dtype, given)
+        result = _loss(linear_cross_entropy_with_accuracy, recipe.detached(), dtype, given)
     return result if result is NotImplemented else result.accuracy
 
 
@@ -106,7 +107,7 @@ def _argmax(recipe: Recipe, dtype: torch.dtype, given: dict[str, Any]) -> Any:
     arguments = _tensors(recipe.detached(), dtype)
     arguments.pop("logits_dtype", None)
     with torch.autocast(recipe.x.device.type, enabled=False):
-        ids = fastloss.linear_topk_log_probs(**arguments, k=1).ids
+        ids = linear_topk_log_probs(**arguments, k=1).ids
     return ids if keepdim else ids.squeeze(-1)
 
 
@@ -116,11 +117,7 @@ FUSED: dict[Any, tuple[Callable[[Recipe, torch.dtype, dict[str, Any]], Any], tup
     F.cross_entropy: (_cross_entropy, _LOSS),
     torch.argmax: (_argmax, _ARGMAX),
     Tensor.argmax: (_argmax, _ARGMAX),
+    cross_entropy: (_cross_entropy, _LOSS),
+    cross_entropy_with_accuracy: (_with_accuracy, _LOSS),
+    accuracy: (_accuracy, ("input", "target", "topk")),
 }
-
-
-def add_own_functions() -> None:
-    """Add this package's functions of logits, which exist when the package has been imported."""
-    FUSED[fastloss.cross_entropy] = (_cross_entropy, _LOSS)
-    FUSED[fastloss.cross_entropy_with_accuracy] = (_with_accuracy, _LOSS)
-    FUSED[fastloss.accuracy] = (_accuracy, ("input", "target", "topk"))

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .fused import add_own_functions
 from .origin import watch_optimizers
 from .recipe import Recipe
 from .tensor import lazy_logits
@@ -85,7 +84,6 @@ def without_logits(
     name, module = _head_of(model, head)
     reason = _unsupported(module)
     if reason is None:
-        add_own_functions()
         watch_optimizers()
         return WithoutLogits(name, module)
     message = f"fastloss: the head {name!r}, a {type(module).__name__}, {reason}; expected a torch.nn.Linear"
@@ -243,7 +241,7 @@ def _unsupported(head: nn.Module) -> str | None:
     return None
 
 
-_OWN_FOLDERS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+_OWN_FOLDERS = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent))
 
 
 def _calling_line() -> tuple[str, int, str]:
