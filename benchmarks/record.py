@@ -36,10 +36,10 @@ from fastloss.measuring import info
 from fastloss.measuring.clock import Step, medians
 from fastloss.measuring.contenders import LOSS_OPS, contenders_of, eager, ours
 from fastloss.measuring.inputs import loss_inputs
-from fastloss.measuring.machine import first_line
+from fastloss.measuring.machine import captured, first_line
 from fastloss.measuring.reference import operation
 
-from .shared import ROOT, captured, circumstances, markdown, refuse
+from .shared import ROOT, circumstances, markdown, refuse
 
 MINUTES = 8.0
 # Of the time, at most: the tests, the memory checker; the rest is the measurements'.

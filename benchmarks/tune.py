@@ -27,8 +27,9 @@ from torch import Tensor
 from fastloss.backends import choice as backends
 from fastloss.backends.contract import LossInputs, LossOptions
 from fastloss.measuring.clock import Copy, repeated, seconds
+from fastloss.measuring.machine import captured
 
-from .shared import captured, header, parser_of, refuse
+from .shared import header, parser_of, refuse
 
 GPU = torch.device("cuda")
 FORMS = {

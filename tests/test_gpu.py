@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from places import Place
 from torch import Tensor, nn
 
-from benchmarks import shared
 from fastloss import (
     accuracy,
     cross_entropy,
@@ -30,6 +29,7 @@ from fastloss import (
 from fastloss.backends import choice
 from fastloss.backends.contract import LossInputs, LossOptions
 from fastloss.backends.view import as_rows
+from fastloss.measuring import machine
 
 pytestmark = pytest.mark.gpu
 
@@ -212,7 +212,7 @@ def captured(step: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list
     def kept() -> None:
         results[:] = step()
 
-    return shared.captured(kept).replay, results
+    return machine.captured(kept).replay, results
 
 
 @of_each_form

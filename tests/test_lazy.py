@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import random
@@ -20,10 +21,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastloss
+from fastloss.faces.lazy import origin
 from fastloss.faces.lazy.tensor import LazyLogits
 
 CLASSES, WIDTH = 211, 8
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimizers_unwatched_afterwards() -> Iterator[None]:
+    """Reports that are not undone would let all later optimizers of the process see a hook."""
+    yield
+    gc.collect()
+    origin.unwatch_optimizers(lambda: None)
+    assert not origin._hooks
 
 
 class Model(nn.Module):

@@ -27,6 +27,8 @@ name of torch                         used for                         without i
 ``_C.DisableTorchFunction...``
 ``_get_current_dispatch_mode_stack``,
 ``utils._python_dispatch``
+``Tensor._make_wrapper_subclass``,    logits without memory            an error at import
+``utils._pytree``
 ``forward_ad._current_level``         forward-mode derivatives         an error at the first call
 ``_is_any_autocast_enabled``,         the short road, chunks           an error at import
 ``_len_torch_function_stack``,
@@ -65,6 +67,7 @@ from torch.autograd import Function, forward_ad, profiler
 from torch.nn import _reduction
 from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_flatten, tree_map
 
 try:
     from torch._C._dynamo import guards as _guards
@@ -109,11 +112,14 @@ __all__ = [
     "tensor_guard",
     "tracing_state",
     "transforms_are_active",
+    "tree_flatten",
+    "tree_map",
     "unflatten",
     "unscale_",
     "unscales_by_step",
     "without_dispatch",
     "without_subclasses",
+    "wrapper_subclass",
     "write_back",
 ]
 
@@ -125,6 +131,7 @@ foreach_norm = torch._foreach_norm
 split_copy = torch.split_with_sizes_copy
 unscale_ = torch._amp_foreach_non_finite_check_and_unscale_
 sparse_values = Tensor._values
+wrapper_subclass = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 flatten = torch._C._nn.flatten_dense_tensors
 unflatten = torch._C._nn.unflatten_dense_tensors
 transforms_are_active = torch._C._are_functorch_transforms_active

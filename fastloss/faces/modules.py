@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..linear.functional import linear_cross_entropy
 from ..loss.functional import cross_entropy
-from ..ranks.collectives import group_property
+from ..loss.sharded import group_property
 
 __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
 

@@ -52,7 +52,7 @@ from ..backends.contract import (
 from ..backends.torch_private import disable_dynamo
 from ..backends.view import as_labels, as_rows, class_dim, in_memory, row_shape, wide_labels
 from ..ranks import collectives, placements
-from ..ranks.collectives import Layout, all_reduce, all_reduce_detached, gather
+from ..ranks.collectives import Layout, all_reduce, all_reduce_detached, gather, group_property
 from . import composite
 from .autograd import fused_cross_entropy, is_differentiable
 from .row_numbers import label_losses, label_z_losses, soft_losses, total_weight
@@ -65,6 +65,7 @@ __all__ = [
     "accuracies_over_ranks",
     "check_labels_together",
     "checked",
+    "group_property",
     "loss_over_ranks",
     "numbers_over_ranks",
     "refuse",

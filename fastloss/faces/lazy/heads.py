@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .origin import watch_optimizers
+from ...backends.torch_private import transforms_are_active
+from .origin import unwatch_optimizers, watch_optimizers
 from .recipe import Recipe
 from .tensor import lazy_logits
 
@@ -84,7 +85,6 @@ def without_logits(
     name, module = _head_of(model, head)
     reason = _unsupported(module)
     if reason is None:
-        watch_optimizers()
         return WithoutLogits(name, module)
     message = f"fastloss: the head {name!r}, a {type(module).__name__}, {reason}; expected a torch.nn.Linear"
     if on_unsupported == "raise":
@@ -116,6 +116,7 @@ class WithoutLogits:
         self._module = module
         self._forward = None if module is None else _LazyForward(module, self)
         if module is not None:
+            watch_optimizers(self)
             module.forward = self._forward  # type: ignore[assignment]
 
     def undo(self) -> None:
@@ -125,6 +126,7 @@ class WithoutLogits:
             if self._module is not None and vars(self._module).get("forward") is self._forward:
                 del self._module.forward
             self._module = None
+        unwatch_optimizers(self)
 
     def audit(self) -> list[MadeLogits]:
         """Return the lines that made logits, and for which operator; the most frequent first."""
@@ -178,7 +180,7 @@ class _LazyForward:
         """Return the dtype of the product, or None if the head has to compute it now."""
         if not self._report.is_lazy or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return None
-        if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        if torch.jit.is_tracing() or transforms_are_active():
             return None
         head: Any = self._head
         weight, bias = head.weight, head.bias

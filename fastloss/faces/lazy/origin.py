@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-__all__ = ["Origin", "watch_optimizers"]
+__all__ = ["Origin", "unwatch_optimizers", "watch_optimizers"]
 
 
 class Origin:
@@ -46,14 +46,24 @@ class Origin:
 
 _living: weakref.WeakSet[Origin] = weakref.WeakSet()
 _lock = threading.Lock()
+_watchers: weakref.WeakSet[Any] = weakref.WeakSet()
 _hooks: list[Any] = []
 
 
-def watch_optimizers() -> None:
+def watch_optimizers(watcher: object) -> None:
     """Let every step of an optimizer void the logits that exist and are made of its parameters."""
     with _lock:
+        _watchers.add(watcher)
         if not _hooks:
             _hooks.append(register_optimizer_step_pre_hook(_before_step))
+
+
+def unwatch_optimizers(watcher: object) -> None:
+    """Let steps go unseen again, if nothing else watches them and no logits are left."""
+    with _lock:
+        _watchers.discard(watcher)
+        if not _watchers and not _living and _hooks:
+            _hooks.pop().remove()
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
 
+from ...backends.torch_private import disable_dynamo, tree_flatten, tree_map, without_subclasses, wrapper_subclass
 from .fused import FUSED
 from .recipe import Recipe
 from .recorded import RECORDED
@@ -64,7 +64,7 @@ class LazyLogits(Tensor):
 
     def materialize(self, operator: str = "materialize") -> Tensor:
         """Compute the logits, once and differentiably. Return them."""
-        with torch._C.DisableTorchFunctionSubclass(), self._lock:  # type: ignore[attr-defined]
+        with without_subclasses(), self._lock:
             self._check_memory()
             if self._value is None:
                 recipe = self._recipe
@@ -84,7 +84,7 @@ class LazyLogits(Tensor):
 
     def _is_handed_on(self) -> bool:
         """Return True if an ``autograd.Function`` returned it, so that its gradient takes another way."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             return self.grad_fn is not self._node or self.requires_grad != (self._node is not None)
 
     def _check_memory(self) -> None:
@@ -98,13 +98,13 @@ class LazyLogits(Tensor):
     def __repr__(  # type: ignore[override]
         self, *, tensor_contents: Any = None
     ) -> str:
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             if self._value is not None:
                 return repr(self._value)
             return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
     @classmethod
-    @torch._disable_dynamo  # compiled code that is given lazy logits breaks its graph at what is done to them
+    @disable_dynamo  # compiled code that is given lazy logits breaks its graph at what is done to them
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -113,7 +113,7 @@ class LazyLogits(Tensor):
         first = args[0] if args else kwargs.get("input")
         if isinstance(first, LazyLogits) and first._value is None:
             if func in _METADATA:
-                with torch._C.DisableTorchFunctionSubclass():
+                with without_subclasses():
                     return func(*args, **kwargs)
             result = _without_elements(func, first, args, kwargs)
         elif len(args) == 2 and isinstance(args[1], LazyLogits) and func in _SYMMETRIC and not kwargs:
@@ -154,14 +154,14 @@ def lazy_logits(recipe: Recipe, meta: Tensor, memory: _Memory | None, listener: 
     if not (torch.is_grad_enabled() and recipe.requires_grad()):
         return _wrapped(recipe.detached(), meta, memory, listener)
     lazy: LazyLogits = _Deferred.apply(recipe.x, recipe.weight, recipe.bias, recipe, meta, memory, listener)
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_subclasses():
         lazy._node = lazy.grad_fn
     return lazy
 
 
 def _wrapped(recipe: Recipe, meta: Tensor, memory: _Memory, listener: Listener) -> LazyLogits:
-    with torch._C.DisableTorchFunctionSubclass():
-        lazy = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    with without_subclasses():
+        lazy = wrapper_subclass(
             LazyLogits,
             meta.shape,
             strides=meta.stride(),
@@ -273,7 +273,7 @@ def _with_elements(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     if name in ("__get__", "__set__"):
         name = getattr(func.__self__, "__name__", name)  # type: ignore[attr-defined]
     name = name if isinstance(name, str) else str(func)
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_subclasses():
         leaves, _ = tree_flatten((args, kwargs))
     lazies = [leaf for leaf in leaves if isinstance(leaf, LazyLogits)]
     if func in _OF_GRADIENTS and any(lazy._is_used for lazy in lazies):
