@@ -34,10 +34,6 @@ SCALES = {"both": (0.3, 2.5), "scale": (12.0, 1.0), "temperature": (1.0, 0.2)}
 NUMBERS = ("loss", "z_loss", "lse", "entropy", "log_sum_sq_probs", "mean_logit")
 
 
-Given = tuple[str, bool]  # a name of SCALES, and whether they are tensors
-GIVEN = [(name, in_tensors) for name in SCALES for in_tensors in (False, True)]
-
-
 def scales(place: Place, name: str, in_tensors: bool) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the two arguments, and the numbers that they hold."""
     given = dict(zip(("logit_scale", "temperature"), SCALES[name], strict=True))
@@ -147,20 +143,22 @@ def labels(shape: tuple[int, ...], soft: bool, dtype: torch.dtype = torch.float3
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7, 33), (2, 6000), (3, 5, 4)], ids=str)
-@pytest.mark.parametrize("given", GIVEN, ids=lambda given: f"{given[0]}-{'tensors' if given[1] else 'floats'}")
+@pytest.mark.parametrize("name", list(SCALES))
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
+@pytest.mark.parametrize("in_tensors", [False, True], ids=["floats", "tensors"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_loss_and_gradients(
     place: Place,
     weighted: bool,
-    given: Given,
+    in_tensors: bool,
     soft: bool,
+    name: str,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     options: dict[str, Any],
 ) -> None:
     x, weight = (4 * torch.randn(shape)).to(dtype), (torch.rand(shape[1]) + 0.1).to(dtype) if weighted else None
-    arguments, numbers = scales(place, *given)
+    arguments, numbers = scales(place, name, in_tensors)
 
     def loss(x: Tensor, t: Tensor, weight: Tensor | None, **given: Any) -> dict[str, Tensor]:
         on = place.device
@@ -172,13 +170,20 @@ def test_loss_and_gradients(
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7, 33), (2, 6000)], ids=str)
-@pytest.mark.parametrize("given", GIVEN, ids=lambda given: f"{given[0]}-{'tensors' if given[1] else 'floats'}")
+@pytest.mark.parametrize("name", list(SCALES))
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
+@pytest.mark.parametrize("in_tensors", [False, True], ids=["floats", "tensors"])
 def test_statistics(
-    place: Place, given: Given, soft: bool, shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
+    place: Place,
+    in_tensors: bool,
+    soft: bool,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    options: dict[str, Any],
 ) -> None:
     x = (4 * torch.randn(shape)).to(dtype)
-    arguments, numbers = scales(place, *given)
+    arguments, numbers = scales(place, name, in_tensors)
 
     def statistics(x: Tensor, t: Tensor, weight: None, **given: Any) -> dict[str, Tensor]:
         on = place.device
